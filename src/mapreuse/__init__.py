@@ -1,0 +1,1 @@
+"""Attention map reuse for Transformers."""
