@@ -1,1 +1,12 @@
-"""Attention map reuse for Transformers."""
+"""Attention map reuse: groups of a Transformer's layers share one attention map.
+
+    import mapreuse as mr
+
+    plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
+    model = mr.apply(model, plan)
+"""
+
+from mapreuse.models import Unsupported, apply, load, plan_of, save
+from mapreuse.plan import ReusePlan
+
+__all__ = ["ReusePlan", "Unsupported", "apply", "load", "plan_of", "save"]

@@ -1,1 +1,17 @@
+"""How is an attention map computed, carried, applied? Tensors only."""
 
+from mapreuse.maps._attend import attend
+from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
+from mapreuse.maps._scores import RelativePositions, Scores
+from mapreuse.maps._shared import SharedMaps
+
+__all__ = [
+    "AttentionMap",
+    "DenseMap",
+    "HeadPairs",
+    "RecomputedMap",
+    "RelativePositions",
+    "Scores",
+    "SharedMaps",
+    "attend",
+]

@@ -1,1 +1,8 @@
+"""Where does attention live in this model family, and how is it made to share maps?"""
 
+from mapreuse.models import _fused, _parakeet, _wav2vec2_conformer  # noqa: F401  registers their adapters
+from mapreuse.models._apply import apply, plan_of
+from mapreuse.models._files import load, save
+from mapreuse.models._reading import Unsupported
+
+__all__ = ["Unsupported", "apply", "load", "plan_of", "save"]

@@ -1,0 +1,170 @@
+"""The attention map as an object that is handed from the layer that computed it to the layers that reuse it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from mapreuse.maps._attend import attend, softmax
+from mapreuse.maps._scores import RelativePositions, Scores
+
+HeadPairs: TypeAlias = tuple[tuple[int, int], ...]
+"""For each head of the context, the head of the map and the head of the values that make it."""
+
+
+class AttentionMap(ABC):
+    """What a computing layer hands on: a row-stochastic map that can be applied to other layers' values.
+
+    All realisations mean the same: `apply(values) = dropout(dense(), dropout_p) @ values`.
+    """
+
+    @abstractmethod
+    def apply(
+        self,
+        values: Float[Tensor, "batch value_heads key value_dim"],
+        heads: HeadPairs | None = None,
+        dropout_p: float = 0.0,
+    ) -> Float[Tensor, "batch heads query value_dim"]:
+        """Context of another layer's values under this map.
+
+            context[h] = dropout(map[m_h], dropout_p) @ values[v_h],    (m_h, v_h) = heads[h]
+
+        Args:
+            values: values projected by the reusing layer.
+            heads: for each head of the context, which head of the map meets which head of the values; None pairs
+                them one to one.
+            dropout_p: probability with which a weight is dropped, drawn anew for every layer.
+        """
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "batch heads query key"]:
+        """The weights, for analysis and tests."""
+
+    @property
+    @abstractmethod
+    def num_heads(self) -> int:
+        """Heads of the map."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the map keeps alive until its last reader."""
+
+
+@dataclass(frozen=True)
+class DenseMap(AttentionMap):
+    """The stored weights; one matrix product to apply."""
+
+    weights: Float[Tensor, "batch heads query key"]
+
+    def apply(
+        self,
+        values: Float[Tensor, "batch value_heads key value_dim"],
+        heads: HeadPairs | None = None,
+        dropout_p: float = 0.0,
+    ) -> Float[Tensor, "batch heads query value_dim"]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            weights = self.weights
+            if heads is not None:
+                weights = weights[:, [pair[0] for pair in heads]]
+                values = values[:, [pair[1] for pair in heads]]
+            return functional.dropout(weights, dropout_p) @ values
+        if heads is None:
+            heads = tuple((head, head) for head in range(values.shape[1]))
+        batch, _, num_queries, _ = self.weights.shape
+        dim = values.shape[-1]
+        context = values.new_empty(batch, num_queries, len(heads), dim).transpose(1, 2)
+        for item in range(batch):
+            for run, map_head, value_heads in _wide_products(heads):
+                weights = self.weights[item, map_head]
+                if dropout_p > 0.0:
+                    # One draw for each head of the context, as if the heads did not share a product.
+                    for slot, value_head in zip(range(run.start, run.stop), value_heads, strict=True):
+                        context[item, slot] = (
+                            functional.dropout(weights, dropout_p) @ values[item, value_head]
+                        )
+                    continue
+                wide = values[item, value_heads[0] : value_heads[-1] + 1].transpose(0, 1).flatten(1)
+                torch.mm(weights, wide, out=context[item, run].transpose(0, 1).flatten(1))
+        return context
+
+    def dense(self) -> Float[Tensor, "batch heads query key"]:
+        return self.weights
+
+    @property
+    def num_heads(self) -> int:
+        return self.weights.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
+
+
+@dataclass(frozen=True)
+class RecomputedMap(AttentionMap):
+    """The source layer's scores, kept as queries and keys; memory grows with T instead of T².
+
+    Applied by fused attention, `scaled_dot_product_attention(Q_source, K_source, V_here)`; with relative positions
+    by the blocked core, which computes the scores anew.
+    """
+
+    scores: Scores
+
+    def apply(
+        self,
+        values: Float[Tensor, "batch value_heads key value_dim"],
+        heads: HeadPairs | None = None,
+        dropout_p: float = 0.0,
+    ) -> Float[Tensor, "batch heads query value_dim"]:
+        scores = self.scores
+        if heads is not None:
+            scores = _select_heads(scores, [pair[0] for pair in heads])
+            values = values[:, [pair[1] for pair in heads]]
+        return attend(scores, values, keep=False, dropout_p=dropout_p)[0]
+
+    def dense(self) -> Float[Tensor, "batch heads query key"]:
+        return softmax(self.scores)
+
+    @property
+    def num_heads(self) -> int:
+        return self.scores.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.scores.nbytes
+
+
+def _wide_products(heads: HeadPairs) -> Iterator[tuple[slice, int, tuple[int, ...]]]:
+    """Runs of context heads that apply one head of the map to adjoining heads of the values: one product each."""
+    start = 0
+    for slot in range(1, len(heads) + 1):
+        if slot < len(heads):
+            map_head, value_head = heads[slot]
+            if map_head == heads[slot - 1][0] and value_head == heads[slot - 1][1] + 1:
+                continue
+        yield slice(start, slot), heads[start][0], tuple(pair[1] for pair in heads[start:slot])
+        start = slot
+
+
+def _select_heads(scores: Scores, heads: list[int]) -> Scores:
+    def select(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, heads]
+
+    relative = scores.relative
+    if relative is not None:
+        relative = RelativePositions(relative.query[:, heads], relative.key[:, heads])
+    return replace(
+        scores,
+        query=scores.query[:, heads],
+        key=scores.key[:, heads],
+        mask=select(scores.mask),
+        bias=select(scores.bias),
+        relative=relative,
+    )

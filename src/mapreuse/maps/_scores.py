@@ -1,0 +1,102 @@
+"""Pre-softmax attention scores, as the tensors from which any block of their rows can be computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RelativePositions:
+    """Transformer-XL relative positions (Dai et al. 2019): the term `shift(query @ keyᵀ)` of the scores.
+
+    Attributes:
+        query: queries with the positional bias added, `Q + v`.
+        key: projected encodings of the 2·T − 1 distances, from T − 1 (key far left) down to −(T − 1).
+    """
+
+    query: Float[Tensor, "batch heads query dim"]
+    key: Float[Tensor, "#batch heads distances dim"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an attention map is the softmax of.
+
+        scores[i, j] = scaling · (query[i] · key[j] + relative.query[i] · relative.key[T − 1 − i + j]) + bias[i, j]
+
+    and −∞ where `mask` is False, or where `is_causal` and j > i.
+
+    Attributes:
+        query: queries, positions applied (rotary) or content bias added (relative).
+        key: keys, positions applied; as many heads as the queries.
+        scaling: factor of the products, usually 1/√dim.
+        mask: True where a query may attend a key; broadcast over batch, heads and queries.
+        bias: added to the scores; broadcast over batch and heads.
+        is_causal: no query attends a later key.
+        relative: relative positions, or None.
+    """
+
+    query: Float[Tensor, "batch heads query dim"]
+    key: Float[Tensor, "batch heads key dim"]
+    scaling: float
+    mask: Bool[Tensor, ...] | None = None
+    bias: Float[Tensor, ...] | None = None
+    is_causal: bool = False
+    relative: RelativePositions | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, query, key)."""
+        batch, heads, num_queries, _ = self.query.shape
+        return batch, heads, num_queries, self.key.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept to compute the scores again."""
+        tensors = [self.query, self.key]
+        if self.relative is not None:
+            tensors += [self.relative.query, self.relative.key]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def dense(self) -> Float[Tensor, "batch heads query key"]:
+        """All scores at once, differentiable; entries that may not be attended hold the most negative number."""
+        scores = self.query @ self.key.mT
+        if self.relative is not None:
+            scores = scores + shift(self.relative.query @ self.relative.key.mT)
+        scores = scores * self.scaling
+        if self.bias is not None:
+            scores = scores + self.bias
+        allowed = self.allowed(0, scores.shape[-2])
+        return scores if allowed is None else scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+
+    def allowed(self, start: int, stop: int) -> Bool[Tensor, ...] | None:
+        """Which keys query rows start … stop may attend, or None for all of them."""
+        allowed = self.mask
+        if allowed is not None and allowed.shape[-2] > 1:
+            allowed = allowed[..., start:stop, :]
+        if self.is_causal:
+            device, num_keys = self.query.device, self.key.shape[-2]
+            rows = torch.arange(start, stop, device=device)[:, None]
+            causal = torch.arange(num_keys, device=device)[None, :] <= rows
+            allowed = causal if allowed is None else allowed & causal
+        return allowed
+
+
+def shift(
+    scores: Float[Tensor, "batch heads query distances"],
+) -> Float[Tensor, "batch heads query key"]:
+    """Relative to absolute positions: `shift(P)[i, j] = P[i, T − 1 − i + j]`, a view of contiguous scores.
+
+    Row i of the view starts T − 1 − i columns in, which is a row stride one element shorter than the scores' own.
+    """
+    batch, heads, rows, distances = scores.shape
+    scores = scores.contiguous()
+    return scores.as_strided(
+        (batch, heads, rows, distances - rows + 1),
+        (heads * rows * distances, rows * distances, distances - 1, 1),
+        scores.storage_offset() + rows - 1,
+    )

@@ -1,0 +1,49 @@
+"""The definition of an attention map, written to be obvious; every faster path is tested against it.
+
+    map = softmax(scaling · (Q Kᵀ + shift(Q_v Rᵀ)) + bias + mask),    context = map @ V
+
+Nothing imports this module but tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def attention_map(
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch heads key dim"],
+    *,
+    scaling: float,
+    mask: Bool[Tensor, "#batch #heads #query key"] | None = None,
+    bias: Float[Tensor, "#batch #heads #query key"] | None = None,
+    is_causal: bool = False,
+    relative_query: Float[Tensor, "batch heads query dim"] | None = None,
+    relative_key: Float[Tensor, "#batch heads distances dim"] | None = None,
+) -> Float[Tensor, "batch heads query key"]:
+    """Row-stochastic attention map; a row that may attend nothing is all zeros.
+
+    Transformer-XL's relative positions (Dai et al. 2019, appendix B) add `relative_query[i] · relative_key[p]` to the
+    score of query i and key j, where p = (num_keys − 1) − i + j counts distances i − j downwards from num_keys − 1.
+    """
+    scores = scaling * torch.einsum("bhqd,bhkd->bhqk", query, key)
+    num_queries, num_keys = scores.shape[-2:]
+    rows = torch.arange(num_queries, device=query.device)[:, None]
+    columns = torch.arange(num_keys, device=query.device)[None, :]
+    if relative_query is not None and relative_key is not None:
+        every_distance = torch.einsum(
+            "bhqd,bhpd->bhqp", relative_query, relative_key.expand(len(query), -1, -1, -1)
+        )
+        distance = (num_keys - 1 - rows + columns).expand(scores.shape)
+        scores = scores + scaling * every_distance.gather(-1, distance)
+    if bias is not None:
+        scores = scores + bias
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        allowed = allowed & mask
+    if is_causal:
+        allowed = allowed & (columns <= rows)
+    weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1)
+    return torch.where(allowed.any(-1, keepdim=True), weights, 0.0)

@@ -1,0 +1,65 @@
+"""Attentions that make queries, keys and values with one projection: ModernBERT and GPT-2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
+
+from mapreuse.maps import Scores
+from mapreuse.models._adapters import Adapter, register_attention
+from mapreuse.models._reading import AttentionForm, Unsupported
+from mapreuse.models._sharing import ComputingAttention, make_scores
+
+
+class _FusedComputing(ComputingAttention):
+    def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys of the heads that compute, values of all."""
+        fused = getattr(self, self._form.value)(hidden_states)
+        own = self._layout.computing * self.head_dim
+        query, key, values = fused.split([own, own, fused.shape[-1] - 2 * own], dim=-1)
+        values = values.unflatten(-1, (self._num_value_heads, -1)).transpose(1, 2)
+        return self._heads(query), self._heads(key), values
+
+
+class _ModernBertComputing(_FusedComputing):
+    def _project(
+        self,
+        hidden_states: Float[Tensor, "batch tokens width"],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Scores, Tensor]:
+        query, key, values = self._split(hidden_states)
+        assert position_embeddings is not None
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=1)
+        return make_scores(self, query, key, attention_mask, self.head_dim**-0.5), values
+
+
+class _GPT2Computing(_FusedComputing):
+    def _project(
+        self,
+        hidden_states: Float[Tensor, "batch tokens width"],
+        past_key_values: None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Scores, Tensor]:
+        query, key, values = self._split(hidden_states)
+        return make_scores(self, query, key, attention_mask, self.scaling), values
+
+
+@register_attention("ModernBertAttention", fingerprint="5ab3dda290ea")
+def _modernbert(module: nn.Module) -> Adapter:
+    form = AttentionForm((), (), "Wqkv", ("Wo", "out_drop"), "attention_dropout")
+    return Adapter(form, _ModernBertComputing, fused="Wqkv")
+
+
+@register_attention("GPT2Attention", fingerprint="2c4ecea331d8")
+def _gpt2(module: nn.Module) -> Adapter:
+    if module.reorder_and_upcast_attn:
+        raise Unsupported("GPT2Attention: reorder_and_upcast_attn=True takes a path of its own")
+    form = AttentionForm((), (), "c_attn", ("c_proj", "resid_dropout"), "attn_dropout.p")
+    return Adapter(form, _GPT2Computing, fused="c_attn")

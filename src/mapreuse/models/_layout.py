@@ -1,0 +1,83 @@
+"""A layer's part of a plan, worked out once: the order of its heads and the products that make its context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mapreuse.maps import HeadPairs
+from mapreuse.plan import ReusePlan
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """How one attention module makes its context under a plan.
+
+    The heads of a planned layer are put in the order in which their context is computed: first the heads that
+    compute, then those that reuse, by source layer and source head, so that heads that share a source head lie side
+    by side and one wider product serves them. The order is folded into the weights; nothing is permuted at run time.
+
+    Attributes:
+        layer: index of the layer in its stack.
+        num_heads: heads of the layer.
+        order: for each slot of the context, the original head.
+        computing: how many of the first slots compute their own map.
+        keys: for each computing slot, the key head it meets, numbered among those that the layer keeps.
+        key_heads: the original key heads that the layer keeps.
+        own_values: for each computing slot, the head of the values it meets.
+        value_order: for each head of the values, the original head (grouped-query values keep theirs).
+        parts: for each source layer, the pairs (head of the source's map, head of the values) of its slots.
+        is_read: True when a later layer applies this layer's map.
+        releases: the layers whose maps this layer is the last to read.
+        strategy: how the map is carried, "dense" or "recompute".
+    """
+
+    layer: int
+    num_heads: int
+    order: tuple[int, ...]
+    computing: int
+    keys: tuple[int, ...]
+    key_heads: tuple[int, ...]
+    own_values: tuple[int, ...]
+    value_order: tuple[int, ...]
+    parts: tuple[tuple[int, HeadPairs], ...]
+    is_read: bool
+    releases: tuple[int, ...]
+    strategy: str
+
+    @property
+    def computes_all(self) -> bool:
+        """True for a layer that computes the maps of all its heads."""
+        return self.computing == self.num_heads
+
+
+def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, strategy: str) -> LayerLayout:
+    """The layout of `layer` under `plan`, for queries of `num_heads` and keys and values of `num_value_heads`."""
+    heads = plan.heads(layer, num_heads)
+    own = [head for head in range(num_heads) if heads[head] is None]
+    reusing = sorted(
+        (source, head) for head, source in enumerate(heads) if source is not None
+    )  # by source layer, source head, then own number
+    order = (*own, *(head for _, head in reusing))
+    group = num_heads // num_value_heads
+    grouped = group > 1
+    value_order = tuple(range(num_value_heads)) if grouped else order
+    value_of = {head: head // group if grouped else order.index(head) for head in range(num_heads)}
+    key_heads = tuple(dict.fromkeys(head // group for head in own))
+    parts: dict[int, list[tuple[int, int]]] = {}
+    for (source, source_head), head in reusing:
+        computed = [h for h, entry in enumerate(plan.heads(source, num_heads)) if entry is None]
+        parts.setdefault(source, []).append((computed.index(source_head), value_of[head]))
+    return LayerLayout(
+        layer=layer,
+        num_heads=num_heads,
+        order=order,
+        computing=len(own),
+        keys=tuple(key_heads.index(head // group) for head in own),
+        key_heads=key_heads,
+        own_values=tuple(value_of[head] for head in own),
+        value_order=value_order,
+        parts=tuple((source, tuple(pairs)) for source, pairs in parts.items()),
+        is_read=bool(plan.readers(layer)),
+        releases=tuple(source for source in plan.sources(layer) if plan.readers(source)[-1] == layer),
+        strategy=strategy,
+    )

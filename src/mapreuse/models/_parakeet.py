@@ -1,0 +1,52 @@
+"""Parakeet's FastConformer attention: relative positions, without the T×T positional bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mapreuse.maps import RelativePositions, Scores
+from mapreuse.models._adapters import Adapter, register_attention
+from mapreuse.models._reading import AttentionForm
+from mapreuse.models._sharing import ComputingAttention
+
+
+class _ParakeetComputing(ComputingAttention):
+    def _project(
+        self,
+        hidden_states: Float[Tensor, "batch frames width"],
+        position_embeddings: Float[Tensor, "batch distances width"] | None = None,
+        attention_mask: Bool[Tensor, "batch 1 frames frames"] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Scores, Tensor]:
+        query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
+        assert position_embeddings is not None
+        if not (self.training and self.config.dropout_positions > 0):
+            position_embeddings = position_embeddings[:1]  # the same for the whole batch unless dropped
+        scores = Scores(
+            query=query + self.bias_u[:, None],
+            key=key,
+            scaling=self.scaling,
+            # The encoder's mask is valid[i] & valid[j]: its diagonal says which frames are valid. Rows of padding
+            # then attend the valid frames too, and stay finite.
+            mask=None if attention_mask is None else attention_mask.diagonal(dim1=-2, dim2=-1)[:, :, None],
+            relative=RelativePositions(
+                query=query + self.bias_v[:, None],
+                key=self._heads(self.relative_k_proj(position_embeddings)),
+            ),
+        )
+        return scores, self._values(hidden_states)
+
+
+@register_attention("ParakeetEncoderAttention", fingerprint="332d3b922a29")
+def _parakeet(module: nn.Module) -> Adapter:
+    form = AttentionForm(
+        query=("q_proj", "bias_u", "bias_v"),
+        key=("k_proj", "relative_k_proj"),
+        value="v_proj",
+        output=("o_proj",),
+        dropout="attention_dropout",
+    )
+    return Adapter(form, _ParakeetComputing, per_head=form.query + form.key)

@@ -1,0 +1,320 @@
+"""What a converted attention module does at run time: compute, hand on, apply."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from mapreuse.maps import AttentionMap, DenseMap, HeadPairs, RecomputedMap, Scores, SharedMaps, attend
+from mapreuse.models._layout import LayerLayout
+
+ARGUMENT = "attention_maps"
+"""The keyword argument in which the maps of a forward pass travel from layer to layer."""
+
+IMPLEMENTATION = "mapreuse"
+"""The name under which planned modules find `_attention_function` in `transformers`' attention interface."""
+
+_INERT = {
+    "sliding_window",  # the mask holds it already
+    "deterministic",
+    "position_ids",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_cache",
+    "encoder_hidden_states",
+    "cache_position",
+    "output_attention_mask",
+    "token_type_ids",
+    "head_mask",
+}
+
+
+def share(
+    module: nn.Module,
+    maps: SharedMaps | None,
+    values: Float[Tensor, "batch value_heads key value_dim"],
+    scores: Scores | None,
+    *,
+    dropout_p: float = 0.0,
+    output_attentions: bool = False,
+) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
+    """Context of one planned layer, from its own scores and from the maps of its sources.
+
+    Args:
+        module: the attention module; its `_layout` says which heads do what.
+        maps: the maps of this forward pass.
+        values: this layer's values.
+        scores: scores of the heads that compute, or None where none does.
+        dropout_p: attention dropout, drawn anew here for every map.
+        output_attentions: also return the whole map in effect, heads in their original order.
+    """
+    layout: LayerLayout = module._layout  # type: ignore[assignment]
+    if maps is None:
+        raise ValueError(
+            f"layer {layout.layer} of a model that reuses maps was called outside its stack; call the model whole"
+        )
+    contexts: list[Tensor] = []
+    weights: list[Tensor] = []
+    if scores is not None:
+        context, own = _compute(layout, maps, values, scores, dropout_p)
+        contexts.append(context)
+        if output_attentions:
+            weights.append((own or RecomputedMap(scores)).dense())
+    for source, pairs in layout.parts:
+        source_map = maps.read(source)
+        if source_map is None:
+            contexts.append(_dropped_context(module, layout, source, values, pairs))
+        else:
+            contexts.append(
+                source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p)
+            )
+            if output_attentions:
+                weights.append(source_map.dense()[:, [pair[0] for pair in pairs]])
+    for source in layout.releases:
+        maps.release(source)
+    context = (
+        contexts[0]
+        if len(contexts) == 1
+        else torch.cat([c.transpose(1, 2) for c in contexts], 2).transpose(1, 2)
+    )
+    in_order = None
+    if output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
+        slots = [layout.order.index(head) for head in range(layout.num_heads)]
+        in_order = torch.cat(weights, 1)[:, slots]
+    return context.transpose(1, 2), in_order
+
+
+def _compute(
+    layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
+) -> tuple[Tensor, AttentionMap | None]:
+    own_values = (
+        values if layout.own_values == tuple(range(values.shape[1])) else values[:, list(layout.own_values)]
+    )
+    keep = layout.is_read and layout.strategy == "dense"
+    buffer = maps.buffer(scores.query, scores.shape) if keep else None
+    context, weights = attend(scores, own_values, keep=keep, dropout_p=dropout_p, buffer=buffer)
+    if not layout.is_read:
+        return context, None
+    own: AttentionMap = RecomputedMap(scores) if weights is None else DenseMap(weights)
+    maps.publish(layout.layer, own)
+    return context, own
+
+
+def _unless_one_to_one(pairs: HeadPairs, values: Tensor, source_map: AttentionMap) -> HeadPairs | None:
+    heads = source_map.num_heads
+    one_to_one = len(pairs) == values.shape[1] == heads and all(
+        pair == (i, i) for i, pair in enumerate(pairs)
+    )
+    return None if one_to_one else pairs
+
+
+def _dropped_context(
+    module: nn.Module, layout: LayerLayout, source: int, values: Tensor, pairs: HeadPairs
+) -> Tensor:
+    """LayerDrop skipped the source layer in this training step: its readers' heads attend nothing."""
+    if not module.training:
+        raise RuntimeError(
+            f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run"
+        )
+    batch, _, num_queries, dim = values.shape
+    return values.new_zeros(batch, len(pairs), num_queries, dim)
+
+
+class SharingAttention(nn.Module):
+    """Mixed into the class of an attention module: the parts of it that a plan changes.
+
+    The class made by `sharing_class` keeps the name of the original one and derives from it, so that `transformers`
+    recognises its modules, and remembers how to rebuild itself for `copy.deepcopy` and `pickle`.
+    """
+
+    _layout: LayerLayout
+    _num_value_heads: int
+    _form: Any
+
+    def _values(self, hidden_states: Tensor) -> Tensor:
+        """(batch, positions, width) to (batch, value heads, positions, value_dim)."""
+        values = getattr(self, self._form.value)(hidden_states)
+        return values.unflatten(-1, (self._num_value_heads, -1)).transpose(1, 2)
+
+    def _dropout_p(self) -> float:
+        if not self.training or self._form.dropout is None:
+            return 0.0
+        return functools.reduce(getattr, self._form.dropout.split("."), self)  # type: ignore[arg-type, return-value]
+
+    def _share(
+        self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = share(
+            self,
+            arguments.get(ARGUMENT),
+            values,
+            scores,
+            dropout_p=self._dropout_p(),
+            output_attentions=_wants_attentions(self, arguments),
+        )
+        context = context.flatten(2)
+        for name in self._form.output:
+            context = getattr(self, name)(context)
+        return context, weights
+
+
+class ComputingAttention(SharingAttention):
+    """An attention module some of whose heads compute, with a projection of its own instead of the original forward."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        refuse_cache(self, kwargs)
+        scores, values = self._project(hidden_states, *args, **kwargs)
+        return self._share(values, scores, kwargs)
+
+    def _project(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Scores, Tensor]:
+        """Scores of the heads that compute, and values of all heads."""
+        raise NotImplementedError
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(batch, positions, width) to (batch, computing heads, positions, dim)."""
+        return projected.unflatten(-1, (self._layout.computing, -1)).transpose(1, 2)
+
+
+class ReusingAttention(SharingAttention):
+    """An attention module that projects values only and applies maps of earlier layers."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        refuse_cache(self, kwargs)
+        return self._share(self._values(hidden_states), None, kwargs)
+
+
+def refuse_cache(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """A reusing layer has no keys to cache and serves no cross-attention."""
+    for name in (
+        "past_key_values",
+        "past_key_value",
+        "layer_past",
+        "key_value_states",
+        "encoder_hidden_states",
+    ):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} reuses attention maps and cannot take {name}: "
+                "call the model with use_cache=False, without generate()"
+            )
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch key_heads key dim"],
+    value: Float[Tensor, "batch value_heads key value_dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    attention_maps: SharedMaps | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
+    """The attention function that the original forward of a computing module calls.
+
+    Masks mean what they mean to `transformers`' own `sdpa` and `eager`: boolean (True attends) or additive, and
+    without a mask a module is causal if the argument, or else the module, says so.
+    """
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _INERT)
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} was given {', '.join(unknown)}, which may change its attention map; "
+            "a model that reuses maps takes no such argument"
+        )
+    layout: LayerLayout = module._layout  # type: ignore[assignment]
+    query = query[:, : layout.computing]
+    if layout.keys != tuple(range(key.shape[1])):
+        key = key[:, list(layout.keys)]
+    scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
+    return share(
+        module,
+        attention_maps,
+        value,
+        scores,
+        dropout_p=dropout,
+        output_attentions=_wants_attentions(module, kwargs),
+    )
+
+
+def make_scores(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+) -> Scores:
+    """Scores from what `transformers` hands to an attention function, understood as its `sdpa` and `eager` do."""
+    mask, bias = mask_and_bias(module, attention_mask, position_bias)
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    return Scores(
+        query=query,
+        key=key,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal and attention_mask is None and query.shape[-2] > 1,
+    )
+
+
+def mask_and_bias(
+    module: nn.Module, attention_mask: Tensor | None, position_bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """A boolean mask (True attends) and an additive bias, from a mask of either kind."""
+    if attention_mask is None:
+        return None, position_bias
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            f"{type(module).__name__}: expected a mask of shape (batch, 1, query, key), got "
+            f"{tuple(attention_mask.shape)}; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    if attention_mask.dtype == torch.bool:
+        return attention_mask, position_bias
+    return None, attention_mask if position_bias is None else attention_mask + position_bias
+
+
+def _wants_attentions(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    config = getattr(module, "config", None)
+    return bool(arguments.get("output_attentions", getattr(config, "output_attentions", False)))
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention_function)
+# A name that the mask interface does not know gets no mask at all, and padding would be attended.
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def dispatch_here(module: nn.Module) -> None:
+    """Make one module call `_attention_function`, through a configuration of its own."""
+    config = copy.copy(module.config)
+    config._attn_implementation_internal = (
+        IMPLEMENTATION  # the public setter would reach shared sub-configurations
+    )
+    module.config = config
+
+
+@functools.cache
+def sharing_class(mixin: type[SharingAttention], base: type[nn.Module]) -> type[nn.Module]:
+    """The class of `base`'s modules under a plan, with `mixin`'s methods before its own."""
+
+    def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (mixin, base), self.__getstate__()
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": reduce_ex}
+    return type(base.__name__, (mixin, base), names)
+
+
+def _rebuild(mixin: type[SharingAttention], base: type[nn.Module]) -> nn.Module:
+    cls = sharing_class(mixin, base)
+    return cls.__new__(cls)
