@@ -89,14 +89,10 @@ class ReusePlan:
             >>> ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]}).layers[3]
             ((2, 1), (2, 1), (2, 0), None)
         """
-        layers: list[LayerSource] = [
-            None if source == layer else source for layer, source in enumerate(sources)
-        ]
+        layers: list[LayerSource] = [None if source == layer else source for layer, source in enumerate(sources)]
         for layer, assignment in (heads or {}).items():
             if not 0 <= layer < len(layers):
-                raise ValueError(
-                    f"heads are given for layer {layer}, but the plan has layers 0–{len(layers) - 1}"
-                )
+                raise ValueError(f"heads are given for layer {layer}, but the plan has layers 0–{len(layers) - 1}")
             source = layers[layer]
             if not isinstance(source, int):
                 raise ValueError(f"heads are given for layer {layer}, but it computes its own map")
@@ -125,9 +121,7 @@ class ReusePlan:
                 raise _notation_error(text, position, "expected group size × groups, such as 4x3")
             size, count = int(match[1]), int(match[2])
             if size == 0 or count == 0:
-                raise _notation_error(
-                    text, match.start(1), "group size and number of groups must be at least 1"
-                )
+                raise _notation_error(text, match.start(1), "group size and number of groups must be at least 1")
             for _ in range(count):
                 sources += [len(sources)] * size
             position = match.end()
@@ -176,7 +170,7 @@ class ReusePlan:
         return next((len(source) for source in self.layers if isinstance(source, tuple)), None)
 
     def heads(self, layer: int, num_heads: int) -> tuple[HeadSource, ...]:
-        """Layer `layer` head by head, for a model of `num_heads` heads: None (computes) or (source layer, source head)."""
+        """Layer `layer` head by head, for a model of `num_heads` heads."""
         source = self.layers[layer]
         if isinstance(source, tuple):
             return source
@@ -245,13 +239,9 @@ class ReusePlan:
     def _check_earlier(name: str, layer: int, source: int) -> None:
         if 0 <= source < layer:
             return
-        earlier = (
-            f"an earlier layer (0–{layer - 1})" if layer else "an earlier layer, and layer 0 has none: it"
-        )
+        earlier = f"an earlier layer (0–{layer - 1})" if layer else "an earlier layer, and layer 0 has none: it"
         verb = "that computes its own" if layer else "must compute its own"
-        raise ValueError(
-            f"{name} reuses layer {source}'s map, but a source must be {earlier} {verb}; see ReusePlan"
-        )
+        raise ValueError(f"{name} reuses layer {source}'s map, but a source must be {earlier} {verb}; see ReusePlan")
 
 
 def _normalised(source: Any, layer: int) -> LayerSource:
@@ -260,9 +250,7 @@ def _normalised(source: Any, layer: int) -> LayerSource:
     if _is_index(source):
         return source
     if not isinstance(source, list | tuple) or not source:
-        raise ValueError(
-            f"layer {layer}: expected None, a source layer, or one entry for each head, got {source!r}"
-        )
+        raise ValueError(f"layer {layer}: expected None, a source layer, or one entry for each head, got {source!r}")
     entries: list[HeadSource] = []
     for head, entry in enumerate(source):
         if entry is None:

@@ -87,9 +87,7 @@ class DenseMap(AttentionMap):
                 if dropout_p > 0.0:
                     # One draw for each head of the context, as if the heads did not share a product.
                     for slot, value_head in zip(range(run.start, run.stop), value_heads, strict=True):
-                        context[item, slot] = (
-                            functional.dropout(weights, dropout_p) @ values[item, value_head]
-                        )
+                        context[item, slot] = functional.dropout(weights, dropout_p) @ values[item, value_head]
                     continue
                 wide = values[item, value_heads[0] : value_heads[-1] + 1].transpose(0, 1).flatten(1)
                 torch.mm(weights, wide, out=context[item, run].transpose(0, 1).flatten(1))

@@ -42,11 +42,6 @@ class SharedMaps:
     def buffer(self, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """Memory of a released map, if it has this shape and `like`'s dtype and device."""
         free, self._free = self._free, None
-        if (
-            free is not None
-            and free.shape == shape
-            and free.dtype == like.dtype
-            and free.device == like.device
-        ):
+        if free is not None and free.shape == shape and free.dtype == like.dtype and free.device == like.device:
             return free
         return None

@@ -33,9 +33,7 @@ def attention_map(
     rows = torch.arange(num_queries, device=query.device)[:, None]
     columns = torch.arange(num_keys, device=query.device)[None, :]
     if relative_query is not None and relative_key is not None:
-        every_distance = torch.einsum(
-            "bhqd,bhpd->bhqp", relative_query, relative_key.expand(len(query), -1, -1, -1)
-        )
+        every_distance = torch.einsum("bhqd,bhpd->bhqp", relative_query, relative_key.expand(len(query), -1, -1, -1))
         distance = (num_keys - 1 - rows + columns).expand(scores.shape)
         scores = scores + scaling * every_distance.gather(-1, distance)
     if bias is not None:

@@ -64,9 +64,7 @@ def adapter_of(module: nn.Module) -> Adapter:
             )
         return make(module)
     if not forward_uses_interface(cls):
-        raise Unsupported(
-            f"{cls.__name__}: its forward does not go through transformers' attention interface"
-        )
+        raise Unsupported(f"{cls.__name__}: its forward does not go through transformers' attention interface")
     return Adapter(read_attention(cls))
 
 

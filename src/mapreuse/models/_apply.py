@@ -80,18 +80,14 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense") -> Model:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     in_force = plan_of(model)
     if in_force is not None:
-        raise ValueError(
-            "the model reuses attention maps already; apply a plan to the original model instead"
-        )
+        raise ValueError("the model reuses attention maps already; apply a plan to the original model instead")
     stack = find_stack(model)
     conversions = _check(model, stack, plan, strategy)
     before = sum(parameter.numel() for parameter in model.parameters())
     with _unchanged_on_failure(conversions):
         for conversion in conversions:
             _convert(conversion)
-    list_name = next(
-        n for n, m in stack.module.named_children() if isinstance(m, nn.ModuleList) and _holds(m, stack)
-    )
+    list_name = next(n for n, m in stack.module.named_children() if isinstance(m, nn.ModuleList) and _holds(m, stack))
     stack.module._map_reuse = Applied(plan, strategy, list_name)  # type: ignore[assignment]
     stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -131,9 +127,7 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             )
         kwargs["use_cache"] = False
     layers = getattr(module, applied.list_name)
-    checkpointing = module.training and any(
-        getattr(layer, "gradient_checkpointing", False) for layer in layers
-    )
+    checkpointing = module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
     if checkpointing:
         for layer in layers:
             arguments = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
@@ -197,9 +191,7 @@ def _check_untied(model: nn.Module, stack: Stack) -> None:
         for name, parameter in layer.attention.named_parameters():
             paths = sorted(owners[id(parameter)])
             if len(paths) > 1:
-                raise Unsupported(
-                    f"layer {index}: {name} is tied ({', '.join(paths)}); untie it before reusing maps"
-                )
+                raise Unsupported(f"layer {index}: {name} is tied ({', '.join(paths)}); untie it before reusing maps")
 
 
 def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
@@ -217,9 +209,7 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
 
 
 def _heads_of(name: str, attention: nn.Module, adapter: Adapter) -> _Heads:
-    head_dim = next(
-        (getattr(attention, a) for a in _HEAD_DIM if isinstance(getattr(attention, a, None), int)), None
-    )
+    head_dim = next((getattr(attention, a) for a in _HEAD_DIM if isinstance(getattr(attention, a, None), int)), None)
     cls = type(attention).__name__
     if head_dim is None:
         raise Unsupported(f"{name} ({cls}): it names no head dimension ({', '.join(_HEAD_DIM)})")
@@ -231,14 +221,8 @@ def _heads_of(name: str, attention: nn.Module, adapter: Adapter) -> _Heads:
     if not queries:
         raise Unsupported(f"{name} ({cls}): no query projection was found in {adapter.form.query}")
     num_heads, num_value_heads = queries[0] // head_dim, value // head_dim
-    if (
-        num_heads * head_dim != queries[0]
-        or num_value_heads * head_dim != value
-        or num_heads % num_value_heads
-    ):
-        raise Unsupported(
-            f"{name} ({cls}): {queries[0]} queries and {value} values do not make heads of {head_dim}"
-        )
+    if num_heads * head_dim != queries[0] or num_value_heads * head_dim != value or num_heads % num_value_heads:
+        raise Unsupported(f"{name} ({cls}): {queries[0]} queries and {value} values do not make heads of {head_dim}")
     return _Heads(num_heads, num_value_heads, head_dim)
 
 
@@ -251,14 +235,10 @@ def _check_heads(name: str, plan: ReusePlan, index: int, heads: _Heads) -> None:
     if not isinstance(source, tuple):
         return
     if len(source) != heads.num_heads:
-        raise ValueError(
-            f"{name}: the plan speaks of {len(source)} heads, but the layer has {heads.num_heads}"
-        )
+        raise ValueError(f"{name}: the plan speaks of {len(source)} heads, but the layer has {heads.num_heads}")
     for head, entry in enumerate(source):
         if entry is not None and entry[1] >= heads.num_heads:
-            raise ValueError(
-                f"{name}, head {head} reuses head {entry[1]}, but heads are 0–{heads.num_heads - 1}"
-            )
+            raise ValueError(f"{name}, head {head} reuses head {entry[1]}, but heads are 0–{heads.num_heads - 1}")
 
 
 def _check_partial(name: str, attention: nn.Module, adapter: Adapter, heads: _Heads) -> None:
@@ -270,15 +250,11 @@ def _check_partial(name: str, attention: nn.Module, adapter: Adapter, heads: _He
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         linear = [a for a, module in modules.items() if type(module) is nn.Linear]
         if len(linear) != 1:
-            raise Unsupported(
-                f"{name} ({cls}): partial reuse needs one plain projection each of queries and keys"
-            )
+            raise Unsupported(f"{name} ({cls}): partial reuse needs one plain projection each of queries and keys")
         for attribute, module in modules.items():
             sizes = {parameter.shape[0] for parameter in module.parameters()}
             if attribute not in linear and sizes and sizes != {heads.head_dim}:
-                raise Unsupported(
-                    f"{name} ({cls}): {attribute} spans all heads, so they cannot compute in part"
-                )
+                raise Unsupported(f"{name} ({cls}): {attribute} spans all heads, so they cannot compute in part")
 
 
 def _output_projection(layer: Layer, adapter: Adapter) -> nn.Module | None:

@@ -96,9 +96,7 @@ def _build(path: Path, config: dict[str, Any]) -> PreTrainedModel:
     """The model with the right shape and meaningless weights."""
     cls = getattr(transformers, config["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ValueError(
-            f"{path}: transformers {transformers.__version__} has no model class {config['class']!r}"
-        )
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {config['class']!r}")
     try:
         dtype = getattr(torch, config["dtype"])
         settings = dict(config["config"])
@@ -118,13 +116,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{file} is not JSON: it is truncated or damaged") from None
     if not isinstance(config, dict) or config.get("model_type") != _FORMAT:
-        raise ValueError(
-            f"{path} was not written by mapreuse.save; open it with transformers' from_pretrained"
-        )
+        raise ValueError(f"{path} was not written by mapreuse.save; open it with transformers' from_pretrained")
     if config.get("version") != _VERSION:
-        raise ValueError(
-            f"{path}: format version {config.get('version')!r} is not supported, only {_VERSION}"
-        )
+        raise ValueError(f"{path}: format version {config.get('version')!r} is not supported, only {_VERSION}")
     wanted = {"class", "dtype", "stack", "strategy", "plan", "sha256", "config"}
     if wanted - config.keys():
         raise ValueError(f"{file} lacks {', '.join(sorted(wanted - config.keys()))}")

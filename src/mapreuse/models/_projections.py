@@ -25,9 +25,8 @@ class HeadSubsetLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, len(rows)
         self.padding = linear.out_features - len(rows)
         self.weight = nn.Parameter(linear.weight.detach()[rows].clone(), linear.weight.requires_grad)
-        self.bias = None
-        if linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach()[rows].clone(), linear.bias.requires_grad)
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone(), bias.requires_grad)  # type: ignore[assignment]
         self.train(linear.training)
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch whole"]:
@@ -39,13 +38,11 @@ def head_rows(heads: Sequence[int], head_dim: int) -> list[int]:
     return [head * head_dim + row for head in heads for row in range(head_dim)]
 
 
-def take_outputs(projection: nn.Module, rows: list[int]) -> None:
+def take_outputs(projection: nn.Linear | Conv1D, rows: list[int]) -> None:
     """Keep these outputs of a projection, in this order, in place."""
     with torch.no_grad():
         if isinstance(projection, Conv1D):
-            projection.weight = nn.Parameter(
-                projection.weight[:, rows].clone(), projection.weight.requires_grad
-            )
+            projection.weight = nn.Parameter(projection.weight[:, rows].clone(), projection.weight.requires_grad)
             projection.nf = len(rows)
         else:
             projection.weight = nn.Parameter(projection.weight[rows].clone(), projection.weight.requires_grad)
@@ -54,7 +51,7 @@ def take_outputs(projection: nn.Module, rows: list[int]) -> None:
             projection.bias = nn.Parameter(projection.bias[rows].clone(), projection.bias.requires_grad)
 
 
-def take_inputs(projection: nn.Module, columns: list[int]) -> None:
+def take_inputs(projection: nn.Linear | Conv1D, columns: list[int]) -> None:
     """Put the inputs of a projection in this order, in place."""
     with torch.no_grad():
         weight = projection.weight

@@ -8,7 +8,6 @@ refuses, with the reason, every class that does not, one whose forward has chang
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 from dataclasses import dataclass
@@ -55,7 +54,6 @@ class AttentionForm:
     dropout: str | None
 
 
-@functools.cache
 def read_attention(cls: type[nn.Module]) -> AttentionForm:
     """The form of an attention class. Raises `Unsupported` where its forward does not follow the pattern."""
     statements, hidden_states = _forward(cls)
@@ -155,9 +153,7 @@ def _slice(before: list[ast.stmt], wanted: ast.expr) -> list[ast.expr]:
         if isinstance(target, ast.Tuple):
             if isinstance(value, ast.Call) and "rotary" in ast.unparse(value.func):
                 # Rotary embedding turns queries and keys side by side: each output comes from its own argument.
-                made_from = [
-                    arg for arg, t in zip(value.args, target.elts, strict=False) if _names(t) & names
-                ]
+                made_from = [arg for arg, t in zip(value.args, target.elts, strict=False) if _names(t) & names]
         else:
             names -= targets
         expressions += made_from

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mapreuse.maps import AttentionMap, DenseMap, HeadPairs, RecomputedMap, Scores, SharedMaps, attend
 from mapreuse.models._layout import LayerLayout
+from mapreuse.models._reading import AttentionForm
 
 ARGUMENT = "attention_maps"
 """The keyword argument in which the maps of a forward pass travel from layer to layer."""
@@ -73,17 +74,13 @@ def share(
         if source_map is None:
             contexts.append(_dropped_context(module, layout, source, values, pairs))
         else:
-            contexts.append(
-                source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p)
-            )
+            contexts.append(source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p))
             if output_attentions:
                 weights.append(source_map.dense()[:, [pair[0] for pair in pairs]])
     for source in layout.releases:
         maps.release(source)
     context = (
-        contexts[0]
-        if len(contexts) == 1
-        else torch.cat([c.transpose(1, 2) for c in contexts], 2).transpose(1, 2)
+        contexts[0] if len(contexts) == 1 else torch.cat([c.transpose(1, 2) for c in contexts], 2).transpose(1, 2)
     )
     in_order = None
     if output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
@@ -95,9 +92,7 @@ def share(
 def _compute(
     layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
 ) -> tuple[Tensor, AttentionMap | None]:
-    own_values = (
-        values if layout.own_values == tuple(range(values.shape[1])) else values[:, list(layout.own_values)]
-    )
+    own_values = values if layout.own_values == tuple(range(values.shape[1])) else values[:, list(layout.own_values)]
     keep = layout.is_read and layout.strategy == "dense"
     buffer = maps.buffer(scores.query, scores.shape) if keep else None
     context, weights = attend(scores, own_values, keep=keep, dropout_p=dropout_p, buffer=buffer)
@@ -110,20 +105,14 @@ def _compute(
 
 def _unless_one_to_one(pairs: HeadPairs, values: Tensor, source_map: AttentionMap) -> HeadPairs | None:
     heads = source_map.num_heads
-    one_to_one = len(pairs) == values.shape[1] == heads and all(
-        pair == (i, i) for i, pair in enumerate(pairs)
-    )
+    one_to_one = len(pairs) == values.shape[1] == heads and all(pair == (i, i) for i, pair in enumerate(pairs))
     return None if one_to_one else pairs
 
 
-def _dropped_context(
-    module: nn.Module, layout: LayerLayout, source: int, values: Tensor, pairs: HeadPairs
-) -> Tensor:
+def _dropped_context(module: nn.Module, layout: LayerLayout, source: int, values: Tensor, pairs: HeadPairs) -> Tensor:
     """LayerDrop skipped the source layer in this training step: its readers' heads attend nothing."""
     if not module.training:
-        raise RuntimeError(
-            f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run"
-        )
+        raise RuntimeError(f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run")
     batch, _, num_queries, dim = values.shape
     return values.new_zeros(batch, len(pairs), num_queries, dim)
 
@@ -137,7 +126,11 @@ class SharingAttention(nn.Module):
 
     _layout: LayerLayout
     _num_value_heads: int
-    _form: Any
+    _form: AttentionForm
+
+    if TYPE_CHECKING:  # the attributes of the class it is mixed into
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _values(self, hidden_states: Tensor) -> Tensor:
         """(batch, positions, width) to (batch, value heads, positions, value_dim)."""
@@ -147,7 +140,7 @@ class SharingAttention(nn.Module):
     def _dropout_p(self) -> float:
         if not self.training or self._form.dropout is None:
             return 0.0
-        return functools.reduce(getattr, self._form.dropout.split("."), self)  # type: ignore[arg-type, return-value]
+        return functools.reduce(getattr, self._form.dropout.split("."), self)  # type: ignore[return-value]
 
     def _share(
         self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]
@@ -167,7 +160,7 @@ class SharingAttention(nn.Module):
 
 
 class ComputingAttention(SharingAttention):
-    """An attention module some of whose heads compute, with a projection of its own instead of the original forward."""
+    """An attention module that computes some heads with a projection of its own, not the original forward."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         refuse_cache(self, kwargs)
@@ -297,15 +290,13 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 def dispatch_here(module: nn.Module) -> None:
     """Make one module call `_attention_function`, through a configuration of its own."""
-    config = copy.copy(module.config)
-    config._attn_implementation_internal = (
-        IMPLEMENTATION  # the public setter would reach shared sub-configurations
-    )
+    config: Any = copy.copy(module.config)
+    config._attn_implementation_internal = IMPLEMENTATION  # the public setter would reach shared sub-configurations
     module.config = config
 
 
 @functools.cache
-def sharing_class(mixin: type[SharingAttention], base: type[nn.Module]) -> type[nn.Module]:
+def sharing_class(mixin: type, base: type) -> type:
     """The class of `base`'s modules under a plan, with `mixin`'s methods before its own."""
 
     def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -315,6 +306,6 @@ def sharing_class(mixin: type[SharingAttention], base: type[nn.Module]) -> type[
     return type(base.__name__, (mixin, base), names)
 
 
-def _rebuild(mixin: type[SharingAttention], base: type[nn.Module]) -> nn.Module:
+def _rebuild(mixin: type, base: type) -> nn.Module:
     cls = sharing_class(mixin, base)
     return cls.__new__(cls)

@@ -53,17 +53,13 @@ def find_stack(model: nn.Module) -> Stack:
         if isinstance(module, nn.ModuleList) and len(module) and all(_attentions(layer) for layer in module)
     ]
     # A list inside a layer of another list is a stack; the outer one is its stages.
-    innermost = [
-        (name, layers) for name, layers in lists if not any(n.startswith(f"{name}.") for n, _ in lists)
-    ]
+    innermost = [(name, layers) for name, layers in lists if not any(n.startswith(f"{name}.") for n, _ in lists)]
     if len(innermost) != 1:
         paths = ", ".join(repr(name.rpartition(".")[0] or "the model itself") for name, _ in innermost)
         name = type(model).__name__
         if not innermost:
             raise Unsupported(f"{name} holds no list of layers with attention in every layer")
-        raise Unsupported(
-            f"{name} holds several stacks of layers: {paths}; pass the module that holds one of them"
-        )
+        raise Unsupported(f"{name} holds several stacks of layers: {paths}; pass the module that holds one of them")
     name, layers = innermost[0]
     path = name.rpartition(".")[0]
     stack = Stack(path, model.get_submodule(path), tuple(_layer(layer, i) for i, layer in enumerate(layers)))
