@@ -1,12 +1,13 @@
 """Attention map reuse: groups of a Transformer's layers share one attention map.
 
-    import mapreuse as mr
+import mapreuse as mr
 
-    plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
-    model = mr.apply(model, plan)
+plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
+model = mr.apply(model, plan)
 """
 
+from mapreuse.convert import align, convert
 from mapreuse.models import Unsupported, apply, load, plan_of, save
 from mapreuse.plan import ReusePlan
 
-__all__ = ["ReusePlan", "Unsupported", "apply", "load", "plan_of", "save"]
+__all__ = ["ReusePlan", "Unsupported", "align", "apply", "convert", "load", "plan_of", "save"]

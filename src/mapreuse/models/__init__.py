@@ -4,5 +4,8 @@ from mapreuse.models import _fused, _parakeet, _wav2vec2_conformer  # noqa: F401
 from mapreuse.models._apply import apply, plan_of
 from mapreuse.models._files import load, save
 from mapreuse.models._reading import Unsupported
+from mapreuse.models._recording import MapRecorder
+from mapreuse.models._sharing import ARGUMENT
+from mapreuse.models._stack import find_stack
 
-__all__ = ["Unsupported", "apply", "load", "plan_of", "save"]
+__all__ = ["ARGUMENT", "MapRecorder", "Unsupported", "apply", "find_stack", "load", "plan_of", "save"]

@@ -1,0 +1,36 @@
+"""From a trained model to one that reuses maps, the original untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from mapreuse.convert._align import align
+from mapreuse.models import apply
+from mapreuse.plan import ReusePlan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(
+    original: Model,
+    plan: ReusePlan,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    strategy: str = "dense",
+) -> Model:
+    """A copy of `original` whose layers share maps as `plan` says; the original stays as it is.
+
+    Args:
+        original: a trained model that `apply` accepts.
+        plan: which layers share.
+        batches: calibration batches; with them, heads are assigned by `align` first. Without, each head applies the
+            heads that the plan names.
+        strategy: as for `apply`.
+    """
+    if batches is not None:
+        plan = align(original, plan, batches)
+    return apply(copy.deepcopy(original), plan, strategy=strategy)

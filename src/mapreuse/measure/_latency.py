@@ -1,0 +1,79 @@
+"""What does a forward pass cost? Contestants take turns, so that no one of them has the quieter machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that one call took, over interleaved repeats.
+
+    Attributes:
+        seconds: each repeat.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the repeats, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the range between the quartiles, relative to the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+
+def time_interleaved(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    device: str = "cpu",
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Latency]:
+    """Time the contestants in turn: each is called once per round, for `warmup` + `repeats` rounds.
+
+    Args:
+        contestants: calls to time, by name.
+        repeats: rounds that count.
+        warmup: rounds before them that do not.
+        device: "cpu", timed by the clock, or "cuda", timed by events, synchronised.
+        advance: called after every timed call, to show progress.
+    """
+    timer = _cuda_seconds if device == "cuda" else _cpu_seconds
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    with torch.inference_mode():
+        for round_number in range(warmup + repeats):
+            for name, call in contestants.items():
+                taken = timer(call)
+                if round_number >= warmup:
+                    seconds[name].append(taken)
+                advance()
+    return {name: Latency(tuple(taken)) for name, taken in seconds.items()}
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000

@@ -1,0 +1,58 @@
+"""Finished work is never repeated: every step of a study leaves a small JSON file named after its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mapreuse
+
+
+class Steps:
+    """Results of a study's steps, kept in a directory under the digest of what they depend on.
+
+    A step's file is named after its name, its inputs and the package's source code, so that a changed input or a
+    changed program runs it again, and nothing else does.
+
+    Args:
+        directory: where the files live; made if need be.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._source = source_digest()
+
+    def do(self, name: str, inputs: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of this step: read where it is there already, else made by `run` and written whole."""
+        file = self.directory / f"{self.key(name, inputs)}.json"
+        if file.is_file():
+            return json.loads(file.read_text())
+        result = run()
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, file)
+        return json.loads(file.read_text())
+
+    def is_done(self, name: str, inputs: dict[str, Any]) -> bool:
+        """True where the step's result is there."""
+        return (self.directory / f"{self.key(name, inputs)}.json").is_file()
+
+    def key(self, name: str, inputs: dict[str, Any]) -> str:
+        """Name and digest of a step, also used for its directory of checkpoints."""
+        text = json.dumps([name, inputs, self._source], sort_keys=True)
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def source_digest() -> str:
+    """Digest of the package's Python files."""
+    root = Path(mapreuse.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
