@@ -1,1 +1,38 @@
+"""A speech recogniser to reuse maps in: corpora, features, model, training, decoding, error rates."""
 
+from mapreuse.speech._corpora import Corpus, open_corpus, split_by_transcript
+from mapreuse.speech._decoding import beam_search, greedy
+from mapreuse.speech._errors import CorpusError
+from mapreuse.speech._evaluation import Scores, evaluate, score
+from mapreuse.speech._features import FeatureConfig, features
+from mapreuse.speech._language_model import NgramModel
+from mapreuse.speech._recogniser import DECODERS, Fusion, Recogniser
+from mapreuse.speech._synthesis import synthesise
+from mapreuse.speech._text import LANGUAGES, alphabet, normalise
+from mapreuse.speech._texts import generate_texts
+from mapreuse.speech._training import TrainConfig, train
+
+__all__ = [
+    "DECODERS",
+    "LANGUAGES",
+    "Corpus",
+    "CorpusError",
+    "FeatureConfig",
+    "Fusion",
+    "NgramModel",
+    "Recogniser",
+    "Scores",
+    "TrainConfig",
+    "alphabet",
+    "beam_search",
+    "evaluate",
+    "features",
+    "generate_texts",
+    "greedy",
+    "normalise",
+    "open_corpus",
+    "score",
+    "split_by_transcript",
+    "synthesise",
+    "train",
+]

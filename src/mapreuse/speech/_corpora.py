@@ -1,0 +1,209 @@
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment, load_manifest
+from lhotse.recipes.librispeech import prepare_librispeech
+from lhotse.utils import fastcopy
+
+from mapreuse.speech._errors import CorpusError
+from mapreuse.speech._prompts import ATTRIBUTIONS, cache_dir, read_prompts
+from mapreuse.speech._synthesis import synthesise
+from mapreuse.speech._text import LANGUAGES, normalise
+from mapreuse.speech._texts import generate_texts
+
+_FORMS = "prompts:<language>, synthetic:<language>, librispeech:<directory>, cuts:<manifest> or kaldi:<directory>"
+_SYNTHETIC_UTTERANCES = 1500
+_LANGUAGE_NAMES = {
+    **{code: code for code in LANGUAGES},
+    **{"english": "en", "french": "fr", "spanish": "es", "italian": "it", "russian": "ru"},
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Speech with its transcripts, split so that no transcript of `dev` or `test` occurs in `train`.
+
+    Every cut is one utterance, mono at `sampling_rate` Hz, whose `supervisions[0].text` is normalised
+    (see `normalise`); `attribution` names the recordings' authors and licence, or says that it is unknown.
+    """
+
+    name: str
+    language: str
+    sampling_rate: int
+    attribution: str
+    train: CutSet
+    dev: CutSet
+    test: CutSet
+
+    @property
+    def held_out(self) -> list[str]:
+        """The transcripts of dev and test, sorted; nothing that trains may contain them."""
+        return sorted({cut.supervisions[0].text for cut in (*self.dev, *self.test)})
+
+
+def open_corpus(name: str, *, seed: int = 0) -> Corpus:
+    """Opens a corpus by name, fetching or making what is missing.
+
+    - `prompts:en` (or fr, es, it, ru): recorded telephone prompts, one voice per language, 8 kHz.
+    - `synthetic:en` (or ...): generated sentences in synthetic voices, 8 kHz.
+    - `librispeech:<directory>`: the official layout (`train-*`, `dev-*`, `test-*` below `<directory>`), 16 kHz.
+    - `cuts:<manifest>`: any lhotse CutSet, `.jsonl` or `.jsonl.gz`.
+    - `kaldi:<directory>`: a Kaldi data directory (`wav.scp`, `text`, perhaps `segments`).
+
+    Manifests and Kaldi directories are taken to be English unless their supervisions name another language of the
+    five. All but LibriSpeech, which has official splits (a training utterance whose transcript occurs in dev or test
+    is left out), are split by transcript: of the different transcripts of three
+    words and more, in an order fixed by `seed`, the first 20 % are the test set, the next 10 % dev.
+
+    Raises `CorpusError` with one line for a bad name, a missing directory or an unreadable manifest.
+    """
+    kind, separator, where = name.partition(":")
+    openers = {
+        "prompts": _open_prompts,
+        "synthetic": _open_synthetic,
+        "librispeech": _open_librispeech,
+        "cuts": _open_cuts,
+        "kaldi": _open_kaldi,
+    }
+    if not separator or not where or kind not in openers:
+        raise CorpusError(f"no corpus {name!r}; a corpus is {_FORMS}")
+    if kind in ("prompts", "synthetic"):
+        if where not in LANGUAGES:
+            raise CorpusError(f"{name}: no such language; choose one of {', '.join(LANGUAGES)}")
+    elif not Path(where).exists():
+        raise CorpusError(f"{name}: {where} does not exist")
+    return openers[kind](name, where, seed)
+
+
+def split_by_transcript(
+    cuts: Iterable[MonoCut], *, seed: int, test: float = 0.2, dev: float = 0.1
+) -> tuple[CutSet, CutSet, CutSet]:
+    """(train, dev, test): whole transcripts of three words and more, in an order fixed by SHA-256 of seed and text.
+
+    Transcripts of one or two words only ever train. The split of a transcript does not depend on the order of
+    `cuts`.
+    """
+    cuts = list(cuts)
+    texts = {cut.supervisions[0].text for cut in cuts}
+    long = [text for text in texts if len(text.split()) >= 3]
+    long.sort(key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest())
+    num_test, num_dev = round(test * len(long)), round(dev * len(long))
+    in_test, in_dev = set(long[:num_test]), set(long[num_test : num_test + num_dev])
+    parts: tuple[list[MonoCut], list[MonoCut], list[MonoCut]] = ([], [], [])
+    for cut in cuts:
+        text = cut.supervisions[0].text
+        parts[2 if text in in_test else 1 if text in in_dev else 0].append(cut)
+    train, dev_cuts, test_cuts = (CutSet.from_cuts(part) for part in parts)
+    return train, dev_cuts, test_cuts
+
+
+def _open_prompts(name: str, language: str, seed: int) -> Corpus:
+    cuts = []
+    for prompt, path, written in read_prompts(language):
+        text = normalise(written, language)
+        if text:
+            recording = Recording.from_file(path, recording_id=f"{language}-{prompt.replace('/', '-')}")
+            supervision = SupervisionSegment(
+                recording.id, recording.id, 0.0, recording.duration, text=text, language=language
+            )
+            cuts.append(
+                MonoCut(recording.id, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording)
+            )
+    return Corpus(name, language, 8000, ATTRIBUTIONS[language], *split_by_transcript(cuts, seed=seed))
+
+
+def _open_synthetic(name: str, language: str, seed: int) -> Corpus:
+    texts = generate_texts(_SYNTHETIC_UTTERANCES, language, seed=seed)
+    cuts = synthesise(texts, language, cache_dir() / "synthetic", seed=seed)
+    return Corpus(name, language, 8000, "synthetic speech by espeak-ng", *split_by_transcript(cuts, seed=seed))
+
+
+def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
+    parts = {part: sorted(Path(where).glob(f"{part}-*")) for part in ("train", "dev", "test")}
+    if not any(parts.values()):
+        raise CorpusError(f"{name}: no directory train-*, dev-* or test-* in {where}; give LibriSpeech's own root")
+    cuts: dict[str, list[MonoCut]] = {"train": [], "dev": [], "test": []}
+    for part, directories in parts.items():
+        for directory in directories:
+            found = prepare_librispeech(where, dataset_parts=directory.name)[directory.name]
+            manifest = CutSet.from_manifests(recordings=found["recordings"], supervisions=found["supervisions"])
+            cuts[part] += _normalised(name, manifest, language="en")
+    held_out = {cut.supervisions[0].text for cut in cuts["dev"] + cuts["test"]}
+    cuts["train"] = [cut for cut in cuts["train"] if cut.supervisions[0].text not in held_out]
+    rate = next(cut.sampling_rate for part in cuts.values() for cut in part)
+    train, dev, test = (CutSet.from_cuts(cuts[part]) for part in ("train", "dev", "test"))
+    return Corpus(name, "en", rate, "LibriSpeech (Panayotov et al., 2015), CC-BY 4.0", train, dev, test)
+
+
+def _open_cuts(name: str, where: str, seed: int) -> Corpus:
+    try:
+        manifest = load_manifest(where)
+    except Exception as problem:  # lhotse's readers raise whatever their parsers do
+        raise CorpusError(f"{name}: not a lhotse manifest ({' '.join(str(problem).split())[:150]})") from None
+    if not isinstance(manifest, CutSet):
+        raise CorpusError(f"{name}: holds a {type(manifest).__name__}; a CutSet is wanted")
+    cuts = _normalised(name, manifest)
+    return _split_corpus(name, cuts, seed)
+
+
+def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
+    directory = Path(where)
+    audio = dict(_kaldi_lines(name, directory / "wav.scp"))
+    texts = dict(_kaldi_lines(name, directory / "text"))
+    recordings = {}
+    for recording_id, path in audio.items():
+        if path.rstrip().endswith("|"):
+            raise CorpusError(f"{name}: wav.scp gives a command for {recording_id}; write the audio to a file first")
+        if not (directory / path).is_file():
+            raise CorpusError(f"{name}: wav.scp gives {path} for {recording_id}, which does not exist")
+        recordings[recording_id] = Recording.from_file(directory / path, recording_id=recording_id)
+    segments = {key: (key, 0.0, -1.0) for key in recordings}
+    if (directory / "segments").exists():
+        segments = {}
+        for key, rest in _kaldi_lines(name, directory / "segments"):
+            recording_id, first, last = rest.split()
+            segments[key] = (recording_id, float(first), float(last))
+    cuts = []
+    for key, (recording_id, start, end) in segments.items():
+        if key in texts and recording_id in recordings:
+            recording = recordings[recording_id]
+            duration = (recording.duration if end < 0 else min(end, recording.duration)) - start
+            supervision = SupervisionSegment(key, recording_id, 0.0, duration, text=texts[key])
+            cuts.append(MonoCut(key, start, duration, 0, supervisions=[supervision], recording=recording))
+    return _split_corpus(name, _normalised(name, cuts), seed)
+
+
+def _kaldi_lines(name: str, path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        raise CorpusError(f"{name}: {path} is missing; a Kaldi data directory has wav.scp and text")
+    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
+
+
+def _normalised(name: str, cuts: Iterable[MonoCut], language: str | None = None) -> list[MonoCut]:
+    """One cut per utterance that has words, its transcript normalised in `language`, or in its own."""
+    manifest = CutSet.from_cuts(cuts).trim_to_supervisions(keep_overlapping=False)
+    normalised = []
+    for cut in manifest:
+        spoken = language or _LANGUAGE_NAMES.get((cut.supervisions[0].language or "en").lower())
+        if spoken is None:
+            raise CorpusError(
+                f"{name}: {cut.id} is in language {cut.supervisions[0].language!r}; known are {', '.join(LANGUAGES)}"
+            )
+        text = normalise(cut.supervisions[0].text or "", spoken)
+        if text:
+            normalised.append(cut.map_supervisions(lambda s, t=text, lang=spoken: fastcopy(s, text=t, language=lang)))
+    if not normalised:
+        raise CorpusError(f"{name}: no utterance with a transcript")
+    return normalised
+
+
+def _split_corpus(name: str, cuts: list[MonoCut], seed: int) -> Corpus:
+    languages = {cut.supervisions[0].language for cut in cuts}
+    if len(languages) > 1:
+        raise CorpusError(f"{name}: holds several languages ({', '.join(sorted(languages))}); give one at a time")
+    attribution = "unknown: see where the recordings come from"
+    train, dev, test = split_by_transcript(cuts, seed=seed)
+    return Corpus(name, languages.pop(), cuts[0].sampling_rate, attribution, train, dev, test)

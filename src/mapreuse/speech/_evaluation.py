@@ -1,0 +1,103 @@
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jiwer
+import numpy as np
+from lhotse.cut import Cut
+
+from mapreuse.speech._features import resample
+from mapreuse.speech._recogniser import Recogniser
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Error rates over a set of utterances, as fractions, with 95 % bootstrap intervals over utterances.
+
+    WER = (substitutions + deletions + insertions) / reference words, pooled over the set; CER likewise over
+    characters, spaces included. `references` and `hypotheses` are in the order of the cuts.
+    """
+
+    wer: float
+    cer: float
+    wer_interval: tuple[float, float]
+    cer_interval: tuple[float, float]
+    num_utterances: int
+    num_words: int
+    references: list[str]
+    hypotheses: list[str]
+
+    def __str__(self) -> str:
+        rates = (("WER", self.wer, self.wer_interval), ("CER", self.cer, self.cer_interval))
+        shown = [f"{name} {rate:.1%} [{low:.1%}, {high:.1%}]" for name, rate, (low, high) in rates]
+        return ", ".join([*shown, f"{self.num_utterances} utterances", f"{self.num_words} words"])
+
+
+def score(references: Sequence[str], hypotheses: Sequence[str], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """Error rates of `hypotheses` against `references`; the interval resamples utterances `resamples` times.
+
+    Raises `ValueError` where there is nothing to score.
+    """
+    if not references or len(references) != len(hypotheses):
+        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
+    words = np.array([_errors(jiwer.process_words, *pair) for pair in zip(references, hypotheses, strict=True)])
+    characters = np.array(
+        [_errors(jiwer.process_characters, *pair) for pair in zip(references, hypotheses, strict=True)]
+    )
+    draws = np.random.default_rng(seed).integers(len(references), size=(resamples, len(references)))
+
+    def rate_and_interval(counts: np.ndarray) -> tuple[float, tuple[float, float]]:
+        drawn = counts[draws].sum(1)
+        low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+        return counts[:, 0].sum() / counts[:, 1].sum(), (float(low), float(high))
+
+    wer, wer_interval = rate_and_interval(words)
+    cer, cer_interval = rate_and_interval(characters)
+    return Scores(
+        float(wer),
+        float(cer),
+        wer_interval,
+        cer_interval,
+        len(references),
+        int(words[:, 1].sum()),
+        list(references),
+        list(hypotheses),
+    )
+
+
+def evaluate(
+    recogniser: Recogniser, cuts: Iterable[Cut], *, decoder: str = "greedy", batch_seconds: float = 60.0
+) -> Scores:
+    """Error rates of the recogniser on cuts with normalised transcripts.
+
+    Cuts are read, resampled, sorted by length and batched to at most `batch_seconds` of padded audio; the order of
+    the returned hypotheses is that of `cuts`.
+    """
+    cuts = list(cuts)
+    rate = recogniser.feature_config.sampling_rate
+    audio = [resample(cut.load_audio()[0], cut.sampling_rate, rate) for cut in cuts]
+    hypotheses = [""] * len(cuts)
+    recogniser.model.eval()
+    for batch in batches_by_length([len(samples) for samples in audio], round(batch_seconds * rate)):
+        logits, lengths = recogniser.logits([audio[index] for index in batch])
+        for index, text in zip(batch, recogniser.texts(logits, lengths, decoder=decoder), strict=True):
+            hypotheses[index] = text
+    return score([cut.supervisions[0].text for cut in cuts], hypotheses)
+
+
+def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices sorted by length and cut into batches of at most `budget` padded units (one item may exceed it)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _errors(process: Callable, reference: str, hypothesis: str) -> tuple[int, int]:
+    found = process(reference, hypothesis)
+    return (
+        found.substitutions + found.deletions + found.insertions,
+        found.hits + found.substitutions + found.deletions,
+    )

@@ -1,0 +1,211 @@
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCTC
+
+from mapreuse import models
+from mapreuse.speech._audio import PIECE, file_pieces, waveform_pieces
+from mapreuse.speech._decoding import beam_search, greedy
+from mapreuse.speech._features import FeatureConfig, features
+from mapreuse.speech._language_model import NgramModel
+
+DECODERS = ("greedy", "beam", "beam+lm")
+
+_FRAME = 0.04  # seconds: features every 10 ms, subsampled four times
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What the beam search adds for every character: `weight` · log p_lm + `bonus`. Tuned on dev."""
+
+    weight: float = 0.4
+    bonus: float = 0.6
+
+
+class Recogniser:
+    """A character CTC speech recogniser: a `ParakeetForCTC`, the characters it writes and the features it reads.
+
+    `vocabulary` lists the characters of outputs 1, 2, ...; output 0 is CTC's blank. The model's frames are 40 ms
+    (features every 10 ms, subsampled four times).
+    """
+
+    def __init__(self, model: ParakeetForCTC, vocabulary: Sequence[str], feature_config: FeatureConfig):
+        if model.config.vocab_size != len(vocabulary) + 1:
+            raise ValueError(
+                f"the model has {model.config.vocab_size} outputs, but blank and the vocabulary make "
+                f"{len(vocabulary) + 1}"
+            )
+        self.model = model
+        self.vocabulary = list(vocabulary)
+        self.feature_config = feature_config
+        self.language_model: NgramModel | None = None
+        self.fusion = Fusion()
+
+    @classmethod
+    def create(
+        cls,
+        vocabulary: Iterable[str],
+        *,
+        num_layers: int = 8,
+        hidden_size: int = 144,
+        num_heads: int = 4,
+        intermediate_size: int = 432,
+        conv_kernel_size: int = 15,
+        subsampling_channels: int = 64,
+        dropout: float = 0.1,
+        feature_config: FeatureConfig | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """An untrained recogniser; the defaults are the shipped baseline's size, 3.6 million parameters.
+
+        `vocabulary` is any iterable of characters (a corpus's text, say); it is sorted and made unique. Weights
+        are drawn with deviation 0.08: with transformers' default 0.02 so small a model never leaves the plateau
+        where it writes only blanks. LayerDrop is off, since a dropped layer would have no map to hand on.
+        """
+        characters = sorted(set(vocabulary))
+        feature_config = feature_config or FeatureConfig()
+        encoder_config = ParakeetEncoderConfig(
+            num_hidden_layers=num_layers,
+            hidden_size=hidden_size,
+            num_attention_heads=num_heads,
+            intermediate_size=intermediate_size,
+            conv_kernel_size=conv_kernel_size,
+            subsampling_factor=4,
+            subsampling_conv_channels=subsampling_channels,
+            num_mel_bins=feature_config.num_mel_bins,
+            dropout=dropout,
+            activation_dropout=dropout,
+            attention_dropout=dropout,
+            layerdrop=0.0,
+            scale_input=False,
+            initializer_range=0.08,
+        )
+        config = ParakeetCTCConfig(vocab_size=len(characters) + 1, pad_token_id=0, encoder_config=encoder_config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = ParakeetForCTC(config)
+        return cls(model.eval(), characters, feature_config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def encode(self, text: str) -> list[int]:
+        """Output numbers of a normalised text's characters; raises `ValueError` naming one the model lacks."""
+        index = {character: number for number, character in enumerate(self.vocabulary, start=1)}
+        try:
+            return [index[character] for character in text]
+        except KeyError as missing:
+            raise ValueError(f"the recogniser has no character {missing} (in {text!r})") from None
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """The text of output numbers, blanks left out, spaces single."""
+        return " ".join("".join(self.vocabulary[number - 1] for number in numbers if number).split())
+
+    @torch.no_grad()
+    def logits(
+        self, audio: Sequence[np.ndarray]
+    ) -> tuple[Float[Tensor, "batch frames outputs"], Int[Tensor, "batch"]]:
+        """Logits of a batch of waveforms (in [−1, 1], at the features' sampling rate) and their frame counts."""
+        batch, mask = features(audio, self.feature_config)
+        batch, mask = batch.to(self.device), mask.to(self.device)
+        logits = self.model(input_features=batch, attention_mask=mask).logits
+        return logits.float(), self.model._get_subsampling_output_length(mask.sum(1))
+
+    def texts(
+        self,
+        logits: Float[Tensor, "batch frames outputs"],
+        lengths: Int[Tensor, "batch"],
+        *,
+        decoder: str = "greedy",
+    ) -> list[str]:
+        """What a batch of logits says: by best path (`greedy`), prefix beam search (`beam`), or that with the
+        recogniser's language model (`beam+lm`).
+
+        Raises `ValueError` for another decoder, or `beam+lm` without a language model.
+        """
+        if decoder not in DECODERS:
+            raise ValueError(f"no decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
+        if decoder == "beam+lm" and self.language_model is None:
+            raise ValueError("this recogniser has no language model; choose the decoder greedy or beam")
+        if decoder == "greedy":
+            return [self.decode(numbers) for numbers in greedy(logits, lengths)]
+        fused: dict[str, Any] = {}
+        if decoder == "beam+lm":
+            fused = {"language_model": self.language_model, **asdict(self.fusion)}
+        log_probabilities = logits.log_softmax(-1).cpu().numpy()
+        return [
+            self.decode(beam_search(rows[:length], **fused))
+            for rows, length in zip(log_probabilities, lengths.tolist(), strict=True)
+        ]
+
+    def transcribe(
+        self, audio: str | Path | np.ndarray, *, decoder: str = "greedy", sampling_rate: int | None = None
+    ) -> str:
+        """The text of a wav or flac file of any sampling rate, or of a mono waveform at `sampling_rate` Hz.
+
+        Channels are averaged, and the waveform is resampled to the recogniser's rate (`sampling_rate` defaults to
+        it). Audio above 60 s is recognised in pieces of 32 s that also hear 4 s on either side, whose logits are
+        joined before decoding, so that memory does not grow with its length beyond the logits' 100 bytes a frame.
+
+        Raises `ValueError` with one line for a file that cannot be read as audio, audio below 0.05 s, a waveform
+        that is not one-dimensional or not finite.
+        """
+        rate = self.feature_config.sampling_rate
+        if isinstance(audio, str | Path):
+            pieces = file_pieces(audio, rate)
+        else:
+            pieces = waveform_pieces(audio, sampling_rate or rate, rate)
+        self.model.eval()
+        joined = []
+        for samples, before, more in pieces:
+            logits, lengths = self.logits([samples])
+            first = round(before / _FRAME)
+            last = first + round(PIECE / _FRAME) if more else int(lengths[0])
+            joined.append(logits[0, first:last])
+        whole = torch.cat(joined)
+        return self.texts(whole[None], torch.tensor([len(whole)]), decoder=decoder)[0]
+
+    def save(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes the model as `mapreuse.save` does (weights stored as `dtype`, its own where None), `recogniser.json`,
+        and `language_model.safetensors` where there is one."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        models.save(self.model, directory, dtype=dtype)
+        description = {
+            "vocabulary": self.vocabulary,
+            "features": asdict(self.feature_config),
+            "fusion": asdict(self.fusion),
+        }
+        if self.language_model is not None:
+            self.language_model.save(directory / "language_model.safetensors")
+        (directory / "recogniser.json").write_text(json.dumps(description, ensure_ascii=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """The recogniser of a directory that `save` wrote, in float32, ready to evaluate.
+
+        Raises `ValueError` with one line where the directory is not one, or is damaged.
+        """
+        directory = Path(directory)
+        if not (directory / "recogniser.json").is_file():
+            raise ValueError(f"{directory} holds no recogniser: recogniser.json is missing")
+        model = models.load(directory)
+        try:
+            description = json.loads((directory / "recogniser.json").read_text(encoding="utf-8"))
+            recogniser = cls(model, description["vocabulary"], FeatureConfig(**description["features"]))
+            recogniser.fusion = Fusion(**description["fusion"])
+            if (directory / "language_model.safetensors").exists():
+                recogniser.language_model = NgramModel.load(directory / "language_model.safetensors")
+        except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as damage:
+            reason = " ".join(str(damage).split())[:200]
+            raise ValueError(f"{directory} holds a damaged or foreign recogniser: {reason}") from None
+        return recogniser

@@ -1,0 +1,152 @@
+"""Speech from text with the espeak-ng library that `espeakng-loader` bundles; no system package."""
+
+import ctypes
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from scipy.signal import resample_poly
+
+_ACCENTS = {
+    "en": (*["en-us"] * 6, "en-us-nyc", "en", "en-gb-scotland", "en-029"),
+    "fr": ("fr", "fr-be", "fr-ch"),
+    "es": ("es", "es-419"),
+    "it": ("it",),
+    "ru": ("ru",),
+}
+_VARIANTS = (
+    *("f1", "f2", "f3", "f4", "f5", "linda", "belinda", "steph", "steph2", "steph3", "Alicia", "Annie", "Andrea"),
+    *("anika", "aunty", "grandma", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "klatt", "klatt2", "klatt3"),
+    *("klatt4", "adam", "Alex", "Andy", "Denis", "Gene", "Lee", "Marco", "Michael", "Mike", "max", "michel", "paul"),
+    *("quincy", "rob", "robert", "travis", "victor", "zac", "boris", "david", "ed", "edward", "ian", "john"),
+)
+_SYNCHRONOUS, _UTF8, _RATE, _PITCH, _RANGE = 2, 1, 1, 3, 4
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+
+def synthesise(
+    texts: Sequence[str],
+    language: str,
+    out_dir: str | Path,
+    *,
+    seed: int,
+    sampling_rate: int = 8000,
+) -> CutSet:
+    """Speaks every text once, in a voice, accent, speed and pitch drawn from `seed` and the text, into wav files.
+
+    Returns a CutSet in the order of `texts`, mono at `sampling_rate` Hz, 16 bits, with the text as supervision.
+    Files are named after what they hold and written in one move, so that a second call, or one after an
+    interruption, speaks only what is missing; the result does not depend on what was there before.
+
+    Raises `ValueError` for a language without voices, `RuntimeError` if the bundled library does not load.
+    """
+    if language not in _ACCENTS:
+        raise ValueError(f"no synthetic voices for language {language!r}; choose one of {', '.join(_ACCENTS)}")
+    directory = Path(out_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    cuts = []
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        for text in progress.track(texts, description=f"Synthesising speech ({language})"):
+            key = hashlib.sha256(json.dumps([text, language, seed, sampling_rate]).encode()).hexdigest()[:20]
+            path = directory / key[:2] / f"{key}.wav"
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                samples = _speak(text, language, random.Random(key), sampling_rate)
+                partial = path.with_suffix(".partial")
+                soundfile.write(partial, samples, sampling_rate, subtype="PCM_16", format="WAV")
+                partial.replace(path)
+            cuts.append(_cut(path, key, text, language))
+    return CutSet.from_cuts(cuts)
+
+
+def _cut(path: Path, key: str, text: str, language: str) -> MonoCut:
+    recording = Recording.from_file(path, recording_id=f"synthetic-{key}")
+    supervision = SupervisionSegment(
+        id=recording.id,
+        recording_id=recording.id,
+        start=0.0,
+        duration=recording.duration,
+        text=text,
+        language=language,
+    )
+    return MonoCut(
+        id=recording.id,
+        start=0.0,
+        duration=recording.duration,
+        channel=0,
+        recording=recording,
+        supervisions=[supervision],
+    )
+
+
+def _speak(text: str, language: str, generator: random.Random, sampling_rate: int) -> np.ndarray:
+    engine = _engine()
+    library, rate, chunks = engine.library, engine.rate, engine.chunks
+    chunks.clear()
+    voice = f"{generator.choice(_ACCENTS[language])}+{generator.choice(_VARIANTS)}"
+    if library.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise RuntimeError(f"espeak-ng has no voice {voice!r}; reinstall espeakng-loader")
+    library.espeak_SetParameter(_RATE, generator.randrange(130, 195), 0)
+    library.espeak_SetParameter(_PITCH, generator.randrange(25, 75), 0)
+    library.espeak_SetParameter(_RANGE, generator.randrange(25, 80), 0)
+    data = text.encode() + b"\0"
+    library.espeak_Synth(data, len(data), 0, 0, 0, _UTF8, None, None)
+    library.espeak_Synchronize()
+    if not chunks:
+        raise RuntimeError(f"espeak-ng said nothing for {text!r} with voice {voice!r}")
+    samples = np.concatenate(chunks).astype(np.float32) / 32768
+    divisor = gcd(sampling_rate, rate)
+    return resample_poly(samples, sampling_rate // divisor, rate // divisor).clip(-1, 1)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """The library, its sampling rate in Hz, the list its callback appends samples to, and that callback.
+
+    The callback is held here because C holds it without Python's knowledge.
+    """
+
+    library: ctypes.CDLL
+    rate: int
+    chunks: list[np.ndarray]
+    callback: object
+
+
+@cache
+def _engine() -> _Engine:
+    """The engine of this process; the library has one state, so there cannot be two."""
+    import espeakng_loader
+
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
+    library.espeak_Synth.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
+        *(ctypes.c_void_p, ctypes.c_void_p),
+    ]
+    chunks: list[np.ndarray] = []
+
+    def receive(samples, count, _events):
+        if samples and count > 0:
+            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    if rate <= 0:
+        raise RuntimeError("espeak-ng did not start; reinstall espeakng-loader")
+    callback = _CALLBACK(receive)
+    library.espeak_SetSynthCallback(callback)
+    return _Engine(library, rate, chunks, callback)

@@ -1,0 +1,125 @@
+"""Sentences for synthetic speech: always other sentences than those the error rates are measured on."""
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from mapreuse.speech._text import normalise, spell_number
+
+Source = Callable[[random.Random], str]
+
+# Telephone sentences with slots, and the words that fill them; the slot {number} is filled by a spoken number.
+_TEMPLATES = json.loads((Path(__file__).parent / "templates.json").read_text(encoding="utf-8"))
+
+
+def generate_texts(
+    count: int, language: str, *, seed: int, transcripts: Sequence[str] = (), exclude: Iterable[str] = ()
+) -> list[str]:
+    """`count` different normalised sentences to synthesise, the same for the same arguments.
+
+    A third recombines the given training `transcripts` (a Markov chain of order two over their words); the others
+    are telephone templates, numbers, and, in English, sentences of Python's own documentation. A sentence that
+    contains any of `exclude` (the dev and test transcripts) as a run of whole words is dropped.
+
+    Raises `ValueError` if so many different sentences cannot be made.
+    """
+    generator = random.Random(f"{language}:{seed}")
+    banned = [f" {text} " for text in exclude if text]
+    sources = [_templated(language), _numbers(language)]
+    if language == "en":
+        sources += [_documentation(), _word_lists(language)]
+    if transcripts:
+        chain = _recombined(transcripts)
+        sources += [chain] * max(2, len(sources) // 2)
+    texts: dict[str, None] = {}
+    for _attempt in range(60 * count):
+        if len(texts) == count:
+            break
+        text = normalise(generator.choice(sources)(generator), language)
+        if text and not any(held_out in f" {text} " for held_out in banned):
+            texts.setdefault(text)
+    if len(texts) < count:
+        raise ValueError(f"only {len(texts)} different sentences could be made in {language!r}, {count} wanted")
+    return list(texts)
+
+
+def _recombined(transcripts: Sequence[str]) -> Source:
+    following = defaultdict(list)
+    for text in transcripts:
+        words = ["", "", *text.split(), ""]
+        for first, second, third in zip(words, words[1:], words[2:], strict=False):
+            following[first, second].append(third)
+
+    def sample(generator: random.Random) -> str:
+        words = ["", ""]
+        while len(words) < 40:
+            # Leaving the order-two context now and then joins phrases that never met.
+            context = (words[-2], words[-1])
+            if words[-1] and generator.random() < 0.15:
+                context = generator.choice([key for key in following if key[1] == words[-1]] or [context])
+            word = generator.choice(following[context])
+            if not word:
+                break
+            words.append(word)
+        return " ".join(words[2:])
+
+    return sample
+
+
+def _templated(language: str) -> Source:
+    def sample(generator: random.Random) -> str:
+        text = generator.choice(_TEMPLATES[language]["templates"])
+        while match := re.search(r"\{(\w+)\}", text):
+            kind = match.group(1)
+            filling = (
+                _number(generator, language)
+                if kind == "number"
+                else generator.choice(_TEMPLATES[language]["words"][kind])
+            )
+            text = text[: match.start()] + filling + text[match.end() :]
+        return text
+
+    return sample
+
+
+def _number(generator: random.Random, language: str) -> str:
+    kind = generator.random()
+    if kind < 0.5:
+        return spell_number(str(generator.randrange(10)), language)
+    if kind < 0.8:
+        return spell_number(str(generator.randrange(1000)), language)
+    return spell_number("".join(str(generator.randrange(10)) for _ in range(generator.randrange(4, 9))), language)
+
+
+def _numbers(language: str) -> Source:
+    def sample(generator: random.Random) -> str:
+        return " ".join(_number(generator, language) for _ in range(generator.randrange(1, 5)))
+
+    return sample
+
+
+def _word_lists(language: str) -> Source:
+    words = sorted({word for choices in _TEMPLATES[language]["words"].values() for word in choices})
+
+    def sample(generator: random.Random) -> str:
+        return " ".join(generator.choice(words) for _ in range(generator.randrange(2, 8)))
+
+    return sample
+
+
+def _documentation() -> Source:
+    from pydoc_data.topics import topics
+
+    prose = " ".join(re.sub(r"\n\n\n?[ ].*", " ", topics[name]) for name in sorted(topics))
+    sentences = re.split(r"(?<=[.:;,])\s+", prose)
+    plain = [
+        " ".join(sentence.split()) for sentence in sentences if re.fullmatch(r"[A-Za-z' \n-]{12,90}[.,:;]", sentence)
+    ]
+
+    def sample(generator: random.Random) -> str:
+        return generator.choice(plain)
+
+    return sample

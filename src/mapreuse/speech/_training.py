@@ -1,0 +1,313 @@
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from mapreuse.speech._batches import Item, RoundPlan, read_batch
+from mapreuse.speech._corpora import Corpus
+from mapreuse.speech._evaluation import Scores, evaluate
+from mapreuse.speech._prompts import cache_dir
+from mapreuse.speech._recogniser import Recogniser
+from mapreuse.speech._synthesis import synthesise
+from mapreuse.speech._texts import generate_texts
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every hyper-parameter of a training run.
+
+    The budget is `steps` or `seconds` (exactly one); the learning rate rises linearly over the first `warmup`
+    fraction of it and falls to zero along a cosine. `real_share` is the share of recorded speech (in seconds) at
+    the start and at the end, the rest being `synthetic_utterances` generated sentences in synthetic voices.
+    `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
+    divergence of every frame's distribution from the original's where `train` is given one.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    learning_rate: float = 1.5e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    batch_seconds: float = 40.0
+    synthetic_utterances: int = 0
+    real_share: tuple[float, float] = (1.0, 1.0)
+    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    noise_probability: float = 0.4
+    noise_decibels: tuple[float, float] = (10.0, 45.0)
+    mask_bands: int = 2
+    mask_band_width: int = 10
+    mask_spans_per_second: float = 0.7
+    mask_span: int = 15
+    distillation: float = 1.0
+    evaluate_every: int = 250
+    patience: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(
+                f"give the budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
+            )
+        if (self.steps or self.seconds or 0) <= 0:
+            raise ValueError(f"the budget must be positive: got steps={self.steps}, seconds={self.seconds}")
+        if not all(0 < share <= 1 for share in self.real_share):
+            raise ValueError(f"real_share must be two fractions above 0 and up to 1: got {self.real_share}")
+
+    @classmethod
+    def baseline(cls) -> Self:
+        """The run that made the shipped recogniser."""
+        return cls(steps=5000, synthetic_utterances=8000, real_share=(0.2, 0.7))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config `to_json` wrote; raises `ValueError` for a field it does not know."""
+        values: dict[str, Any] = json.loads(text)
+        if unknown := set(values) - {field.name for field in fields(cls)}:
+            raise ValueError(f"no such training setting: {', '.join(sorted(unknown))}")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**values)
+
+
+@dataclass
+class _State:
+    """Where a run stands between two steps; all that a checkpoint needs beside weights and moments."""
+
+    step: int = 0
+    round_number: int = 0
+    position: int = 0
+    progress_of_round: float = 0.0
+    elapsed: float = 0.0
+    best_wer: float = math.inf
+    best_cer: float = math.inf
+    best_step: int = 0
+    stale: int = 0
+    finished: bool = False
+
+
+def train(
+    recogniser: Recogniser,
+    corpus: Corpus,
+    config: TrainConfig,
+    out_dir: str | Path,
+    *,
+    original: Recogniser | None = None,
+) -> Scores | None:
+    """Trains the recogniser on `corpus.train`, keeps the weights of the best dev WER, and returns their dev scores.
+
+    Runs on every process of `accelerate launch`, or on the one there is. AdamW on the CTC loss, plus the divergence
+    from `original`, frame by frame, where given (gradient recovery of a converted model is this same function with
+    a short budget and a low learning rate). `out_dir` receives `best/` (the recogniser), `log.jsonl` and, while the
+    run goes on, `checkpoint-<step>/`; called again with the same arguments it goes on from there, under a budget in
+    steps bit for bit as if never interrupted, and at once where the run had ended. Without dev utterances the
+    last weights are kept, and None is returned.
+
+    Raises `ValueError` where `out_dir` holds a run with other settings.
+    """
+    run = _Run(recogniser, corpus, config, Path(out_dir), original)
+    run.resume()
+    run.go()
+    best = Recogniser.load(run.out_dir / "best")
+    recogniser.model.load_state_dict(best.model.state_dict())
+    recogniser.model.eval()
+    return evaluate(recogniser, corpus.dev) if len(corpus.dev) else None
+
+
+class _Run:
+    def __init__(self, recogniser, corpus, config, out_dir: Path, original):
+        self.accelerator = Accelerator()
+        self.recogniser: Recogniser = recogniser
+        self.original: Recogniser | None = original
+        self.corpus: Corpus = corpus
+        self.config: TrainConfig = config
+        self.out_dir = out_dir
+        self.state = _State()
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with self.accelerator.main_process_first():
+            synthetic = _synthetic_cuts(corpus, config, recogniser)
+        self.plan = RoundPlan(list(corpus.train), synthetic, config)
+        self.identity = {
+            "config": json.loads(config.to_json()),
+            "corpus": corpus.name,
+            "parameters": sum(parameter.numel() for parameter in recogniser.model.parameters()),
+        }
+        optimizer = torch.optim.AdamW(
+            recogniser.model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(recogniser.model, optimizer)
+        if original is not None:
+            original.model.to(self.accelerator.device).eval()
+
+    def go(self) -> None:
+        state, config = self.state, self.config
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        quiet = not self.accelerator.is_main_process
+        with Progress(*columns, disable=quiet) as bar:
+            task = bar.add_task("Training", total=1.0)
+            loss_sum, since, started = 0.0, 0, time.monotonic() - state.elapsed
+            for items in self._batches():
+                if state.finished:
+                    break
+                loss_sum, since = loss_sum + self._step(items), since + 1
+                state.step, state.position = state.step + 1, state.position + 1
+                state.elapsed = self._agreed(time.monotonic() - started)
+                ended = self._progress() >= 1
+                if ended or state.step % config.evaluate_every == 0:
+                    loss, loss_sum, since = loss_sum / since, 0.0, 0
+                    state.finished = ended
+                    if self.accelerator.is_main_process:
+                        bar.console.print(self._evaluate(loss))
+                    state.finished = bool(self._agreed(float(state.finished)))
+                    self._checkpoint()
+                description = f"Step {state.step}, best dev WER {state.best_wer:.1%}"
+                bar.update(task, completed=self._progress(), description=description)
+
+    def _batches(self) -> Iterator[list[Item]]:
+        """This process's batches, round after round, from the position the state is at."""
+        state, world = self.state, self.accelerator.num_processes
+        while True:
+            batches = self.plan.batches(state.round_number, state.progress_of_round, world)
+            mine = batches[self.accelerator.process_index :: world]
+            while state.position < len(mine):
+                yield mine[state.position]
+            state.round_number, state.position, state.progress_of_round = (
+                state.round_number + 1,
+                0,
+                min(self._progress(), 1.0),
+            )
+
+    def _progress(self) -> float:
+        """The fraction of the budget that is spent."""
+        if self.config.steps is not None:
+            return self.state.step / self.config.steps
+        assert self.config.seconds is not None
+        return self.state.elapsed / self.config.seconds
+
+    def _learning_rate(self) -> float:
+        progress, warmup = self._progress(), self.config.warmup
+        if self.config.steps is not None:
+            progress += 0.5 / self.config.steps  # the middle of the step, so that none has rate zero
+        if progress < warmup:
+            return self.config.learning_rate * progress / warmup
+        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+    def _step(self, items: list[Item]) -> float:
+        # Seeding every step, rather than storing generators, is what makes a resumed run equal to an unbroken one.
+        seed = hash((self.config.seed, self.state.step, self.accelerator.process_index)) & 0x7FFFFFFF
+        torch.manual_seed(seed)
+        batch = read_batch(items, self.recogniser, self.config, seed)
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        output = self.model(**batch)
+        loss = output.loss
+        if self.original is not None:
+            loss = loss + self.config.distillation * self._divergence(output.logits, batch)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def _divergence(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """KL(original ‖ trained) of the frame distributions, averaged over the frames that are not padding."""
+        assert self.original is not None
+        inputs = {name: batch[name] for name in ("input_features", "attention_mask")}
+        with torch.no_grad():
+            target = self.original.model(**inputs).logits.log_softmax(-1)
+        lengths = self.original.model._get_subsampling_output_length(batch["attention_mask"].sum(1))
+        real = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
+        return kl_div(logits.log_softmax(-1)[real], target[real], reduction="batchmean", log_target=True)
+
+    def _agreed(self, value: float) -> float:
+        """The main process's value, on every process."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return broadcast(torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)).item()
+
+    def _evaluate(self, loss: float) -> str:
+        state = self.state
+        line = {"step": state.step, "elapsed": round(state.elapsed, 1), "loss": round(loss, 4)}
+        if len(self.corpus.dev):
+            scores = evaluate(self.recogniser, self.corpus.dev)
+            better = (scores.wer, scores.cer) < (state.best_wer, state.best_cer)
+            state.stale = 0 if better else state.stale + 1
+            state.finished |= state.stale >= self.config.patience
+            line |= {"dev_wer": round(scores.wer, 4), "dev_cer": round(scores.cer, 4)}
+            if better:
+                state.best_wer, state.best_cer, state.best_step = scores.wer, scores.cer, state.step
+        if not len(self.corpus.dev) or better:
+            self.recogniser.save(self.out_dir / "best")
+        with (self.out_dir / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        return ", ".join(f"{name} {value}" for name, value in line.items())
+
+    def _checkpoint(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        partial, complete = self.out_dir / "checkpoint.partial", self.out_dir / f"checkpoint-{self.state.step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        model = self.recogniser.model.state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
+        moments = {
+            f"{number}.{name}": value.contiguous()
+            for number, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        save_file(moments, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps({"run": self.identity, "state": asdict(self.state)}))
+        partial.rename(complete)
+        for older in self.out_dir.glob("checkpoint-*"):
+            if older != complete:
+                shutil.rmtree(older)
+
+    def resume(self) -> None:
+        found = sorted(self.out_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        if not found:
+            return
+        saved = json.loads((found[-1] / "state.json").read_text())
+        if saved["run"] != self.identity:
+            raise ValueError(f"{self.out_dir} holds a run with other settings; choose another directory or delete it")
+        self.state = _State(**saved["state"])
+        self.recogniser.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(found[-1] / "optimizer.safetensors").items():
+            number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def _synthetic_cuts(corpus: Corpus, config: TrainConfig, recogniser: Recogniser) -> list:
+    if not config.synthetic_utterances:
+        return []
+    texts = generate_texts(
+        config.synthetic_utterances,
+        corpus.language,
+        seed=config.seed,
+        transcripts=sorted({cut.supervisions[0].text for cut in corpus.train}),
+        exclude=corpus.held_out,
+    )
+    directory = cache_dir() / "synthetic"
+    rate = recogniser.feature_config.sampling_rate
+    return list(synthesise(texts, corpus.language, directory, seed=config.seed, sampling_rate=rate))
