@@ -49,7 +49,7 @@ class MapRecorder:
         maps = [self._map(layer) for layer in range(self.num_layers)]
         self._maps = None
         diagonals = torch.stack([weights.diagonal(dim1=-2, dim2=-1).amax(1) for weights in maps])
-        return maps, diagonals.amax(0) > 0
+        return maps, diagonals.amax(0) != 0
 
     def _map(self, layer: int) -> Tensor:
         assert self._maps is not None

@@ -33,7 +33,8 @@ def report(results: Results) -> str:
         "# Attention map reuse in a speech recogniser",
         "",
         f"Made by `{results['command']}` (seed {config['seed']}) on {machine['processor']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}, commit {machine['commit']}.",
+        f"{machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"commit {machine['commit']}.",
         "",
         f"Corpus: {config['corpus']}, test set {baseline['greedy']['num_utterances']} utterances, "
         f"{baseline['greedy']['num_words']} words. {results['attribution']}",

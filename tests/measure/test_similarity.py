@@ -1,0 +1,73 @@
+"""Similarity of attention maps, against hooks on the original model."""
+
+import pytest
+import torch
+from families import build
+from torch import nn
+
+from mapreuse.measure import similarity
+
+
+def eager_maps(monkeypatch, family):
+    """The model's own maps: what `softmax` returns in the original, eager."""
+    model, batch = build(family, implementation="eager")
+    maps, softmax = [], nn.functional.softmax
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "softmax", lambda *a, **k: maps.append(softmax(*a, **k)) or maps[-1])
+        with torch.no_grad():
+            model(**batch)
+    return model, batch, maps
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_similarity_is_one_minus_the_total_variation_of_the_models_own_maps_without_padding(monkeypatch, family):
+    model, batch, maps = eager_maps(monkeypatch, family)
+    valid = batch["attention_mask"].bool()
+    expected = torch.zeros(4, 4, 4, 4, dtype=torch.float64)
+    for source in range(4):
+        for layer in range(4):
+            for head in range(4):
+                for other in range(4):
+                    rows = (maps[source][:, head] - maps[layer][:, other]).abs().sum(-1)
+                    expected[source, head, layer, other] = (1 - rows / 2)[valid].double().mean()
+
+    measured = similarity(model, [batch])
+
+    assert measured.num_queries == int(valid.sum())
+    torch.testing.assert_close(measured.heads.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_similarity_streams_over_batches():
+    model, batch = build("bert")
+    one_by_one = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(3)]
+
+    torch.testing.assert_close(similarity(model, one_by_one).heads, similarity(model, [batch]).heads)
+
+
+def test_every_map_is_most_like_itself_and_layers_take_the_best_head():
+    model, batch = build("parakeet")
+    measured = similarity(model, [batch])
+    flat = measured.heads.flatten(0, 1).flatten(1)
+
+    torch.testing.assert_close(flat.diagonal(), torch.ones(16))
+    torch.testing.assert_close(flat, flat.T)
+    assert (measured.layers.diagonal() > 0.999).all()
+    assert measured.layers[0, 1] == pytest.approx(measured.heads[0, :, 1].amax(0).mean().item())
+
+
+def test_the_model_is_left_as_it_was():
+    model, batch = build("vit")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    similarity(model, [batch])
+
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_no_batches_and_maps_that_are_not_finite_are_refused():
+    model, batch = build("bert")
+    with pytest.raises(ValueError, match="no calibration batches"):
+        similarity(model, [])
+    with torch.no_grad():
+        model.encoder.layer[2].attention.self.query.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        similarity(model, [batch])
