@@ -6,13 +6,14 @@ from mapreuse.speech._errors import CorpusError
 from mapreuse.speech._evaluation import Scores, evaluate, score
 from mapreuse.speech._features import FeatureConfig, features
 from mapreuse.speech._language_model import NgramModel
-from mapreuse.speech._recogniser import DECODERS, Fusion, Recogniser
+from mapreuse.speech._recogniser import BASELINE, DECODERS, Fusion, Recogniser
 from mapreuse.speech._synthesis import synthesise
 from mapreuse.speech._text import LANGUAGES, alphabet, normalise
 from mapreuse.speech._texts import generate_texts
 from mapreuse.speech._training import TrainConfig, train
 
 __all__ = [
+    "BASELINE",
     "DECODERS",
     "LANGUAGES",
     "Corpus",

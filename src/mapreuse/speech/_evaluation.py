@@ -3,7 +3,10 @@ from dataclasses import dataclass
 
 import jiwer
 import numpy as np
+import torch
+from jaxtyping import Float
 from lhotse.cut import Cut
+from torch import Tensor
 
 from mapreuse.speech._features import resample
 from mapreuse.speech._recogniser import Recogniser
@@ -73,15 +76,28 @@ def evaluate(
     the returned hypotheses is that of `cuts`.
     """
     cuts = list(cuts)
+    logits = logits_of(recogniser, cuts, batch_seconds=batch_seconds)
+    hypotheses = [text_of(recogniser, frames, decoder) for frames in logits]
+    return score([cut.supervisions[0].text for cut in cuts], hypotheses)
+
+
+def logits_of(
+    recogniser: Recogniser, cuts: Sequence[Cut], *, batch_seconds: float = 60.0
+) -> list[Float[Tensor, "frames outputs"]]:
+    """Every cut's logits, without padding, in the order of `cuts`."""
     rate = recogniser.feature_config.sampling_rate
     audio = [resample(cut.load_audio()[0], cut.sampling_rate, rate) for cut in cuts]
-    hypotheses = [""] * len(cuts)
     recogniser.model.eval()
+    found: dict[int, Tensor] = {}
     for batch in batches_by_length([len(samples) for samples in audio], round(batch_seconds * rate)):
         logits, lengths = recogniser.logits([audio[index] for index in batch])
-        for index, text in zip(batch, recogniser.texts(logits, lengths, decoder=decoder), strict=True):
-            hypotheses[index] = text
-    return score([cut.supervisions[0].text for cut in cuts], hypotheses)
+        found |= {i: rows[:length] for i, rows, length in zip(batch, logits, lengths.tolist(), strict=True)}
+    return [found[index] for index in range(len(cuts))]
+
+
+def text_of(recogniser: Recogniser, frames: Float[Tensor, "frames outputs"], decoder: str) -> str:
+    """What one utterance's logits say."""
+    return recogniser.texts(frames[None], torch.tensor([len(frames)]), decoder=decoder)[0]
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -34,11 +34,12 @@ def features(
 ) -> tuple[Float[Tensor, "batch frames mels"], Int[Tensor, "batch frames"]]:
     """Normalised log-mel features of a batch of waveforms, padded with zeros, and the mask of real frames.
 
-        x[t, m] = log(1e-5 + Σ_f  mel[m, f] |STFT(audio)[t, f]|²),   (x − mean_t x) / (std_t x + 1e-2)
+        x[t, m] = log(1e-5 + Σ_f  mel[m, f] |STFT(0.1 · audio / rms(audio))[t, f]|²)
+        features = (x − mean_t x) / (std_t x + 0.01)
 
-    Waveforms are float in [−1, 1] at `config.sampling_rate`, each of any length (padded to one window where
-    shorter). Mean and deviation are per utterance and band, over its own frames, so that level and channel drop
-    out and an utterance's features do not depend on its batch.
+    Waveforms are at `config.sampling_rate`, of any level and any length (padded to one window where shorter). Level,
+    mean and deviation are per utterance (and band), over its own frames, so that loudness and channel drop out and
+    an utterance's features do not depend on its batch.
 
     They are computed anew from cached waveforms whenever they are needed: 100 s of speech take 20 ms, less than
     reading them back would, and every epoch can perturb the waveform.
@@ -47,7 +48,8 @@ def features(
     num_samples = torch.tensor([max(len(samples), length) for samples in audio])
     batch = torch.zeros(len(audio), int(num_samples.max()))
     for row, samples in zip(batch, audio, strict=True):
-        row[: len(samples)] = torch.as_tensor(samples, dtype=torch.float32)
+        waveform = torch.as_tensor(samples, dtype=torch.float32)
+        row[: len(samples)] = 0.1 * waveform / waveform.square().mean().sqrt().clamp(min=1e-5)
     num_frames = 1 + (num_samples - length) // hop
     frames = batch.unfold(1, length, hop) * torch.hann_window(length, periodic=False)
     num_bins = 2 ** (length - 1).bit_length() * 2

@@ -26,6 +26,7 @@ ATTRIBUTIONS = {
     "it": "Asterisk core sounds, Italian: recorded by Carlo, translated by Silvia Petrin, CC-BY 3.0",
     "ru": "Asterisk core sounds, Russian: provided by Maxim Topal, © 2010 Maxim, CC-BY 3.0",
 }
+_SYSTEM = Path("/")
 _VERSION = "1.6.1-1"
 _SHA256 = {
     "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
@@ -60,7 +61,7 @@ def fetch_prompts(language: str) -> Path:
     """
     if language not in LANGUAGES:
         raise CorpusError(f"prompts:{language}: no such language; choose one of {', '.join(LANGUAGES)}")
-    for root in (Path("/"), cache_dir() / f"prompts-{language}"):
+    for root in (_SYSTEM, cache_dir() / f"prompts-{language}"):
         if _voice_dir(root, language).is_dir() and _transcript_file(root, language).is_file():
             return root
     packages = [f"asterisk-core-sounds-{language}", f"asterisk-core-sounds-{language}-wav"]

@@ -17,8 +17,10 @@ from mapreuse.speech._decoding import beam_search, greedy
 from mapreuse.speech._features import FeatureConfig, features
 from mapreuse.speech._language_model import NgramModel
 
+BASELINE = Path(__file__).parent / "baseline"
 DECODERS = ("greedy", "beam", "beam+lm")
 
+_DESCRIPTION, _LANGUAGE_MODEL = "recogniser.json", "language_model.safetensors"
 _FRAME = 0.04  # seconds: features every 10 ms, subsampled four times
 
 
@@ -175,8 +177,8 @@ class Recogniser:
         return self.texts(whole[None], torch.tensor([len(whole)]), decoder=decoder)[0]
 
     def save(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes the model as `mapreuse.save` does (weights stored as `dtype`, its own where None), `recogniser.json`,
-        and `language_model.safetensors` where there is one."""
+        """Writes the model as `mapreuse.save` does (weights stored as `dtype`, its own where None), with
+        `recogniser.json`, and `language_model.safetensors` where there is one, beside it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         models.save(self.model, directory, dtype=dtype)
@@ -186,8 +188,10 @@ class Recogniser:
             "fusion": asdict(self.fusion),
         }
         if self.language_model is not None:
-            self.language_model.save(directory / "language_model.safetensors")
-        (directory / "recogniser.json").write_text(json.dumps(description, ensure_ascii=False, indent=1) + "\n")
+            self.language_model.save(directory / _LANGUAGE_MODEL)
+        else:
+            (directory / _LANGUAGE_MODEL).unlink(missing_ok=True)
+        (directory / _DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
@@ -196,15 +200,15 @@ class Recogniser:
         Raises `ValueError` with one line where the directory is not one, or is damaged.
         """
         directory = Path(directory)
-        if not (directory / "recogniser.json").is_file():
-            raise ValueError(f"{directory} holds no recogniser: recogniser.json is missing")
+        if not (directory / _DESCRIPTION).is_file():
+            raise ValueError(f"{directory} holds no recogniser: {_DESCRIPTION} is missing")
         model = models.load(directory)
         try:
-            description = json.loads((directory / "recogniser.json").read_text(encoding="utf-8"))
+            description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
             recogniser = cls(model, description["vocabulary"], FeatureConfig(**description["features"]))
             recogniser.fusion = Fusion(**description["fusion"])
-            if (directory / "language_model.safetensors").exists():
-                recogniser.language_model = NgramModel.load(directory / "language_model.safetensors")
+            if (directory / _LANGUAGE_MODEL).exists():
+                recogniser.language_model = NgramModel.load(directory / _LANGUAGE_MODEL)
         except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as damage:
             reason = " ".join(str(damage).split())[:200]
             raise ValueError(f"{directory} holds a damaged or foreign recogniser: {reason}") from None

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from lhotse.cut import Cut
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn.functional import kl_div
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
 from mapreuse.speech._corpora import Corpus
 from mapreuse.speech._evaluation import Scores, evaluate
+from mapreuse.speech._fusion import add_language_model
 from mapreuse.speech._prompts import cache_dir
 from mapreuse.speech._recogniser import Recogniser
 from mapreuse.speech._synthesis import synthesise
@@ -33,6 +35,7 @@ class TrainConfig:
     the start and at the end, the rest being `synthetic_utterances` generated sentences in synthetic voices.
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
+    `language_model_order`, where not 0, adds a character n-gram model of the training texts for the beam search.
     """
 
     steps: int | None = None
@@ -52,6 +55,7 @@ class TrainConfig:
     mask_spans_per_second: float = 0.7
     mask_span: int = 15
     distillation: float = 1.0
+    language_model_order: int = 0
     evaluate_every: int = 250
     patience: int = 20
     seed: int = 0
@@ -69,7 +73,7 @@ class TrainConfig:
     @classmethod
     def baseline(cls) -> Self:
         """The run that made the shipped recogniser."""
-        return cls(steps=5000, synthetic_utterances=8000, real_share=(0.2, 0.7))
+        return cls(steps=3500, synthetic_utterances=8000, real_share=(0.25, 0.75), language_model_order=6)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -122,10 +126,7 @@ def train(
     run = _Run(recogniser, corpus, config, Path(out_dir), original)
     run.resume()
     run.go()
-    best = Recogniser.load(run.out_dir / "best")
-    recogniser.model.load_state_dict(best.model.state_dict())
-    recogniser.model.eval()
-    return evaluate(recogniser, corpus.dev) if len(corpus.dev) else None
+    return run.finish()
 
 
 class _Run:
@@ -138,8 +139,10 @@ class _Run:
         self.out_dir = out_dir
         self.state = _State()
         out_dir.mkdir(parents=True, exist_ok=True)
+        self.transcripts = sorted({cut.supervisions[0].text for cut in corpus.train})
+        self.sentences = self._sentences()
         with self.accelerator.main_process_first():
-            synthetic = _synthetic_cuts(corpus, config, recogniser)
+            synthetic = self._speech(self.sentences)
         self.plan = RoundPlan(list(corpus.train), synthetic, config)
         self.identity = {
             "config": json.loads(config.to_json()),
@@ -156,6 +159,34 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(recogniser.model, optimizer)
         if original is not None:
             original.model.to(self.accelerator.device).eval()
+
+    def _sentences(self) -> list[str]:
+        """What synthetic voices say; never a dev or test transcript."""
+        count, language = self.config.synthetic_utterances, self.corpus.language
+        if not count:
+            return []
+        held_out = self.corpus.held_out
+        return generate_texts(count, language, seed=self.config.seed, transcripts=self.transcripts, exclude=held_out)
+
+    def _speech(self, sentences: list[str]) -> list[Cut]:
+        rate = self.recogniser.feature_config.sampling_rate
+        directory, seed = cache_dir() / "synthetic", self.config.seed
+        return list(synthesise(sentences, self.corpus.language, directory, seed=seed, sampling_rate=rate))
+
+    def finish(self) -> Scores | None:
+        """The best weights in the recogniser, with its language model, and their scores on dev."""
+        self.accelerator.wait_for_everyone()
+        best = Recogniser.load(self.out_dir / "best")
+        self.accelerator.wait_for_everyone()
+        self.recogniser.model.load_state_dict(best.model.state_dict())
+        self.recogniser.model.eval()
+        dev = list(self.corpus.dev)
+        if self.config.language_model_order:
+            order = self.config.language_model_order
+            add_language_model(self.recogniser, self.transcripts, self.sentences, dev, order=order)
+            if self.accelerator.is_main_process:
+                self.recogniser.save(self.out_dir / "best")
+        return evaluate(self.recogniser, dev) if dev else None
 
     def go(self) -> None:
         state, config = self.state, self.config
@@ -296,18 +327,3 @@ class _Run:
             number, name = key.split(".")
             state.setdefault(int(number), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-
-
-def _synthetic_cuts(corpus: Corpus, config: TrainConfig, recogniser: Recogniser) -> list:
-    if not config.synthetic_utterances:
-        return []
-    texts = generate_texts(
-        config.synthetic_utterances,
-        corpus.language,
-        seed=config.seed,
-        transcripts=sorted({cut.supervisions[0].text for cut in corpus.train}),
-        exclude=corpus.held_out,
-    )
-    directory = cache_dir() / "synthetic"
-    rate = recogniser.feature_config.sampling_rate
-    return list(synthesise(texts, corpus.language, directory, seed=config.seed, sampling_rate=rate))

@@ -1,0 +1,54 @@
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lhotse import CutSet
+
+from mapreuse.speech import BASELINE, Corpus, FeatureConfig, Recogniser, alphabet, open_corpus
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Corpus:
+    """The English prompts, real speech, fetched as the study fetches them."""
+    return open_corpus("prompts:en")
+
+
+@pytest.fixture(scope="session")
+def baseline() -> Recogniser:
+    return Recogniser.load(BASELINE)
+
+
+@pytest.fixture(scope="session")
+def wav(prompts: Corpus) -> Path:
+    """A real recording of a few seconds, 8 kHz."""
+    cut = next(cut for cut in prompts.test if 3 < cut.duration < 5)
+    return Path(cut.recording.sources[0].source)
+
+
+@pytest.fixture(scope="session")
+def few(prompts: Corpus) -> Corpus:
+    """A dozen short real recordings, for training runs of seconds."""
+    short = [cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12]
+    dev = [cut for cut in prompts.dev if cut.duration < 2][:3]
+    parts = CutSet.from_cuts(short), CutSet.from_cuts(dev), CutSet.from_cuts([])
+    return Corpus("prompts:en", "en", 8000, "", *parts)
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., Recogniser]:
+    """Makes untrained recognisers of two narrow layers."""
+    size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "conv_kernel_size": 7}
+    config = FeatureConfig(num_mel_bins=32)
+    return partial(Recogniser.create, alphabet("en"), **size, subsampling_channels=8, feature_config=config)
+
+
+@pytest.fixture
+def tiny(make_tiny) -> Recogniser:
+    return make_tiny()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

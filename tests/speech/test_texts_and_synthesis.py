@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mapreuse.speech import LANGUAGES, evaluate, generate_texts, normalise, synthesise
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_generated_sentences_never_contain_a_held_out_transcript(prompts, seed):
+    transcripts = sorted({cut.supervisions[0].text for cut in prompts.train})
+    made = generate_texts(200, "en", seed=seed, transcripts=transcripts, exclude=prompts.held_out)
+    assert len(set(made)) == 200
+    assert not [text for text in made for held_out in prompts.held_out if f" {held_out} " in f" {text} "]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_sentences_are_normalised_and_the_same_for_the_same_seed(language):
+    made = generate_texts(100, language, seed=3)
+    assert made == generate_texts(100, language, seed=3)
+    assert made != generate_texts(100, language, seed=4)
+    assert all(normalise(text, language) == text for text in made)
+
+
+def test_asking_for_more_sentences_than_can_be_made_says_so():
+    words = {word for text in generate_texts(800, "ru", seed=0) for word in text.split()}
+    with pytest.raises(ValueError, match=r"only \d+ different sentences could be made in 'ru', 900 wanted"):
+        generate_texts(900, "ru", seed=0, exclude=words)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_language_is_spoken_at_eight_kilohertz(language, tmp_path):
+    (cut,) = synthesise(generate_texts(1, language, seed=1), language, tmp_path, seed=0)
+    samples = cut.load_audio()[0]
+    assert cut.sampling_rate == 8000
+    assert 0.2 < cut.duration < 20
+    assert 0.01 < samples.std() < 0.5
+
+
+def test_synthesis_resumes_where_it_stopped_and_repeats_itself_exactly(tmp_path):
+    texts = generate_texts(6, "en", seed=0)
+    synthesise(texts[:3], "en", tmp_path / "a", seed=0)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.wav")}
+    resumed = synthesise(texts, "en", tmp_path / "a", seed=0)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    whole = synthesise(texts, "en", tmp_path / "b", seed=0)
+    for one, other in zip(resumed, whole, strict=True):
+        assert np.array_equal(one.load_audio(), other.load_audio())
+    assert [cut.supervisions[0].text for cut in resumed] == texts
+
+
+def test_other_seeds_give_other_voices(tmp_path):
+    (one,) = synthesise(["hello world"], "en", tmp_path, seed=0)
+    (other,) = synthesise(["hello world"], "en", tmp_path, seed=1)
+    assert one.num_samples != other.num_samples
+
+
+def test_the_shipped_recogniser_understands_synthetic_speech_it_never_heard(baseline, tmp_path):
+    texts = ["press three to hear the next message", "your call cannot be answered at the moment"] * 4
+    texts = [
+        f"{text} {number}"
+        for text, number in zip(texts, ["one", "two", "three", "four", "five", "six", "seven", "nine"], strict=True)
+    ]
+    assert evaluate(baseline, synthesise(texts, "en", tmp_path, seed=5)).cer < 0.3
+
+
+def test_a_language_without_voices_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no synthetic voices for language 'de'"):
+        synthesise(["guten tag"], "de", tmp_path, seed=0)

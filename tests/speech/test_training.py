@@ -1,0 +1,195 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mapreuse import ReusePlan, apply
+from mapreuse.speech import BASELINE, Recogniser, TrainConfig, train
+from mapreuse.speech._batches import RoundPlan
+
+SHORT = TrainConfig(steps=6, batch_seconds=5, evaluate_every=2, learning_rate=3e-3)
+
+
+def weights(recogniser: Recogniser) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in recogniser.model.state_dict().items()}
+
+
+def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path):
+    class Stop(Exception):
+        pass
+
+    train(make_tiny(), few, SHORT, tmp_path / "whole")
+    interrupted = make_tiny()
+    from mapreuse.speech import _training
+
+    original, steps = _training._Run._step, []
+
+    def until_the_fourth(self, items):
+        if len(steps) == 3:
+            raise Stop
+        steps.append(items)
+        return original(self, items)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(_training._Run, "_step", until_the_fourth)
+        train(interrupted, few, SHORT, tmp_path / "broken")
+    train(make_tiny(seed=9), few, SHORT, tmp_path / "broken")
+    for file in ("checkpoint-6/model.safetensors", "checkpoint-6/optimizer.safetensors"):
+        whole, broken = (load_file(tmp_path / run / file) for run in ("whole", "broken"))
+        assert whole.keys() == broken.keys()
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_a_finished_run_is_not_repeated(make_tiny, few, tmp_path):
+    first = make_tiny()
+    scores = train(first, few, SHORT, tmp_path)
+    log = (tmp_path / "log.jsonl").read_text()
+    again = make_tiny(seed=5)
+    assert train(again, few, SHORT, tmp_path) == scores
+    assert (tmp_path / "log.jsonl").read_text() == log
+    assert all(torch.equal(weights(first)[name], tensor) for name, tensor in weights(again).items())
+
+
+def test_other_settings_in_the_same_directory_are_refused(make_tiny, few, tmp_path):
+    train(make_tiny(), few, SHORT, tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        train(make_tiny(), few, replace(SHORT, steps=8), tmp_path)
+
+
+def test_training_lowers_the_loss_on_real_speech(make_tiny, few, tmp_path):
+    config = replace(SHORT, steps=60, evaluate_every=20, noise_probability=0, mask_bands=0, mask_spans_per_second=0)
+    train(make_tiny(), few, config, tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_best_weights_on_dev_are_kept_and_patience_ends_the_run(make_tiny, few, tmp_path):
+    config = replace(SHORT, steps=40, evaluate_every=1, patience=2, learning_rate=1e-9)
+    scores = train(make_tiny(), few, config, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(log) < 40
+    best = min((line["dev_wer"], line["dev_cer"]) for line in log)
+    assert (round(scores.wer, 4), round(scores.cer, 4)) == best
+
+
+def test_a_budget_in_seconds_ends_the_run(make_tiny, few, tmp_path):
+    train(make_tiny(), few, TrainConfig(seconds=1.5, batch_seconds=5), tmp_path)
+    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert 1.5 <= line["elapsed"] < 6
+
+
+def test_recovery_trains_a_converted_recogniser_towards_the_original(few, baseline, tmp_path):
+    converted = copy.deepcopy(baseline)
+    apply(converted.model, ReusePlan.grouped(8, 2))
+    before = divergence(baseline, converted, few)
+    config = TrainConfig(steps=12, learning_rate=3e-4, batch_seconds=10, evaluate_every=100)
+    train(converted, few, config, tmp_path, original=baseline)
+    assert divergence(baseline, converted, few) < before
+    assert Recogniser.load(tmp_path / "best").model.state_dict().keys() == converted.model.state_dict().keys()
+
+
+def divergence(original: Recogniser, converted: Recogniser, corpus) -> float:
+    audio = [cut.load_audio()[0] for cut in corpus.train]
+    (target, lengths), (found, _) = original.logits(audio), converted.logits(audio)
+    real = torch.arange(target.shape[1]) < lengths[:, None]
+    kl = torch.nn.functional.kl_div(found.log_softmax(-1)[real], target.log_softmax(-1)[real], log_target=True)
+    return float(kl)
+
+
+def test_a_run_gives_the_recogniser_a_language_model_where_asked(make_tiny, few, tmp_path):
+    recogniser = make_tiny()
+    train(recogniser, few, replace(SHORT, steps=2, language_model_order=3), tmp_path)
+    assert recogniser.language_model.order == 3
+    assert Recogniser.load(tmp_path / "best").language_model.counts == recogniser.language_model.counts
+
+
+def test_every_recorded_utterance_is_in_every_round_and_shares_follow_the_plan(prompts):
+    config = TrainConfig(steps=1, real_share=(0.5, 1.0), batch_seconds=30)
+    real, synthetic = list(prompts.train)[:100], list(prompts.train)[100:]
+    plan = RoundPlan(real, synthetic, config)
+    for progress in (0.0, 1.0):
+        batches = plan.batches(3, progress, num_processes=2)
+        assert len(batches) % 2 == 0
+        heard = [cut for batch in batches for cut, _ in batch]
+        assert {cut.id for cut in real} <= {cut.id for cut in heard}
+        seconds = sum(cut.duration for cut in heard if cut.id in {c.id for c in real})
+        share = seconds / sum(cut.duration for cut in heard)
+        assert share == pytest.approx(config.real_share[round(progress)], abs=0.08)
+        for batch in batches:
+            lengths = [cut.duration / speed for cut, speed in batch]
+            assert len(batch) == 1 or len(batch) * max(lengths) <= 30
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+from lhotse import CutSet
+from safetensors.torch import save_file
+from mapreuse.speech import Corpus, FeatureConfig, Recogniser, TrainConfig, alphabet, open_corpus, train
+
+out = Path(sys.argv[1])
+prompts = open_corpus("prompts:en")
+short = CutSet.from_cuts([cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12])
+dev = CutSet.from_cuts([cut for cut in prompts.dev if cut.duration < 2][:3])
+corpus = Corpus("prompts:en", "en", 8000, "", short, dev, CutSet.from_cuts([]))
+size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "conv_kernel_size": 7}
+config = FeatureConfig(num_mel_bins=32)
+recogniser = Recogniser.create(alphabet("en"), **size, subsampling_channels=8, feature_config=config)
+train(recogniser, corpus, TrainConfig(steps=6, batch_seconds=3, evaluate_every=2), out / "out")
+save_file(recogniser.model.state_dict(), out / f"weights-{os.environ['RANK']}.safetensors")
+"""
+
+
+def test_two_processes_train_one_model(few, tmp_path):
+    """Under `torchrun`, which `accelerate launch` starts underneath, on two CPU processes."""
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(script),
+        str(tmp_path),
+    ]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = [load_file(tmp_path / f"weights-{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "steps or as seconds"),
+        ({"steps": 5, "seconds": 5}, "steps or as seconds"),
+        ({"seconds": -1}, "must be positive"),
+        ({"steps": 5, "real_share": (0.0, 1.0)}, "real_share"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        TrainConfig(**settings)
+
+
+def test_settings_come_back_from_json():
+    config = TrainConfig.baseline()
+    assert TrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="no such training setting: momentum"):
+        TrainConfig.from_json('{"steps": 1, "momentum": 0.9}')
+
+
+def test_the_shipped_recogniser_says_how_it_was_made():
+    readme = (Path(BASELINE) / "README.md").read_text()
+    assert "mapreuse train --preset baseline --corpus prompts:en" in readme
+    assert "Allison Smith" in readme
