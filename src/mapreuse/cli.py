@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 CorpusName = Annotated[str, typer.Option(help="prompts:en, synthetic:fr, librispeech:DIR, cuts:FILE or kaldi:DIR")]
@@ -27,14 +26,12 @@ def main() -> None:
     """Entry point: bad input is one line on standard error and exit status 2, never a traceback."""
     try:
         sys.exit(app(standalone_mode=False) or 0)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", 130)
-    except click.ClickException as error:
-        _fail(error.format_message())
+    except typer.TyperException as error:
+        _fail(f"{error}; see mapreuse --help")
     except (ValueError, OSError) as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", 130)
 
 
 def _fail(message: str, status: int = 2) -> None:
@@ -95,7 +92,7 @@ def train(
 ) -> None:
     """Train a recogniser, from scratch or from another; the same command again goes on where it stopped."""
     from mapreuse import ReusePlan, apply
-    from mapreuse.speech import Recogniser, TrainConfig, open_corpus
+    from mapreuse.speech import Recogniser, TrainConfig, alphabet, open_corpus
     from mapreuse.speech import train as run
 
     if preset not in (None, "baseline"):
@@ -104,8 +101,7 @@ def train(
         raise ValueError("give the budget as --steps or as --seconds, or choose --preset baseline")
     reuse = None if plan is None else ReusePlan.parse(plan)
     opened = open_corpus(corpus)
-    letters = (letter for cut in opened.train for letter in cut.supervisions[0].text)
-    recogniser = Recogniser.create(letters, seed=seed) if model is None else Recogniser.load(model)
+    recogniser = Recogniser.load(model) if model else Recogniser.create(alphabet(opened.language), seed=seed)
     if reuse is not None:
         apply(recogniser.model, reuse)
     config = TrainConfig.baseline() if preset else TrainConfig(steps=steps, seconds=seconds)
@@ -127,8 +123,8 @@ def evaluate(
 
     if split not in ("test", "dev"):
         raise ValueError(f"--split must be test or dev, got {split!r}")
-    recogniser = Recogniser.load(model or BASELINE)
-    console.print(f"{split} {run(recogniser, getattr(open_corpus(corpus), split), decoder=decoder)}")
+    cuts = getattr(open_corpus(corpus), split)
+    console.print(f"{split} {run(Recogniser.load(model or BASELINE), cuts, decoder=decoder)}")
 
 
 @app.command()
@@ -147,3 +143,7 @@ def transcribe(
             if len(files) > 1
             else recogniser.transcribe(file, decoder=decoder)
         )
+
+
+if __name__ == "__main__":
+    main()
