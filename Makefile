@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test check setup speech clean
+.PHONY: study test check readme setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -23,9 +23,13 @@ test: setup
 	$(BIN)/python -m pytest
 
 check: setup
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts
 	$(BIN)/mypy
+	$(BIN)/python scripts/readme.py --check
+
+readme: setup
+	$(BIN)/python scripts/readme.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
