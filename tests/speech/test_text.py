@@ -14,6 +14,8 @@ from mapreuse.speech import LANGUAGES, alphabet, normalise
         ("en", "press * or #", "press star or pound"),
         ("en", "your party's 'first' name", "your party's first name"),
         ("en", "A.M. on the USB Radio", "a m on the u s b radio"),
+        ("en", "THE CAT SAT IN LA", "the cat sat in la"),
+        ("en", "IAX", "i a x"),
         ("en", "visit www.asterisk.org.", "visit w w w dot asterisk dot org"),
         ("en", "dash [-]", "dash"),
         ("en", "Call-Forward", "call forward"),

@@ -25,8 +25,8 @@ def test_sentences_are_normalised_and_the_same_for_the_same_seed(language):
 
 def test_asking_for_more_sentences_than_can_be_made_says_so():
     words = {word for text in generate_texts(800, "ru", seed=0) for word in text.split()}
-    with pytest.raises(ValueError, match=r"only \d+ different sentences could be made in 'ru', 900 wanted"):
-        generate_texts(900, "ru", seed=0, exclude=words)
+    with pytest.raises(ValueError, match=r"only \d+ different sentences could be made in 'ru', 50 wanted"):
+        generate_texts(50, "ru", seed=0, exclude=words)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -57,11 +57,8 @@ def test_other_seeds_give_other_voices(tmp_path):
 
 
 def test_the_shipped_recogniser_understands_synthetic_speech_it_never_heard(baseline, tmp_path):
-    texts = ["press three to hear the next message", "your call cannot be answered at the moment"] * 4
-    texts = [
-        f"{text} {number}"
-        for text, number in zip(texts, ["one", "two", "three", "four", "five", "six", "seven", "nine"], strict=True)
-    ]
+    texts = ["press three to hear the next message", "your call cannot be answered at the moment"]
+    texts = [f"{text} {number}" for text in texts for number in ("one", "two", "seven", "nine")]
     assert evaluate(baseline, synthesise(texts, "en", tmp_path, seed=5)).cer < 0.3
 
 

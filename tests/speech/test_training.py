@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mapreuse import ReusePlan, apply
 from mapreuse.speech import BASELINE, Recogniser, TrainConfig, train
 from mapreuse.speech._batches import RoundPlan
+from mapreuse.speech._training import _Run
 
 SHORT = TrainConfig(steps=6, batch_seconds=5, evaluate_every=2, learning_rate=3e-3)
 
@@ -21,25 +22,24 @@ def weights(recogniser: Recogniser) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in recogniser.model.state_dict().items()}
 
 
-def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path):
-    class Stop(Exception):
-        pass
+class _Stop(Exception):
+    pass
 
+
+def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path, monkeypatch):
     train(make_tiny(), few, SHORT, tmp_path / "whole")
-    interrupted = make_tiny()
-    from mapreuse.speech import _training
-
-    original, steps = _training._Run._step, []
+    step, done = _Run._step, []
 
     def until_the_fourth(self, items):
-        if len(steps) == 3:
-            raise Stop
-        steps.append(items)
-        return original(self, items)
+        if len(done) == 3:
+            raise _Stop
+        done.append(items)
+        return step(self, items)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(_training._Run, "_step", until_the_fourth)
-        train(interrupted, few, SHORT, tmp_path / "broken")
+    monkeypatch.setattr(_Run, "_step", until_the_fourth)
+    with pytest.raises(_Stop):
+        train(make_tiny(), few, SHORT, tmp_path / "broken")
+    monkeypatch.undo()
     train(make_tiny(seed=9), few, SHORT, tmp_path / "broken")
     for file in ("checkpoint-6/model.safetensors", "checkpoint-6/optimizer.safetensors"):
         whole, broken = (load_file(tmp_path / run / file) for run in ("whole", "broken"))

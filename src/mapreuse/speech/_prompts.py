@@ -23,7 +23,7 @@ ATTRIBUTIONS = {
     "en": "Asterisk core sounds, English: recorded by Allison Smith, © 2003-2010 Allison Smith, CC-BY-SA 3.0",
     "fr": "Asterisk core sounds, French: recorded by June Wallack, © 2006-2008 June Wallack, CC-BY-SA 3.0",
     "es": "Asterisk core sounds, Spanish: recorded by Allison Smith, © 2003-2010 Allison Smith, CC-BY-SA 3.0",
-    "it": "Asterisk core sounds, Italian: recorded by Carlo, translated by Silvia Petrin, CC-BY 3.0",
+    "it": "Asterisk core sounds, Italian: recorded by Carlo Flora, © 2012 Carlo Flora, CC-BY 3.0",
     "ru": "Asterisk core sounds, Russian: provided by Maxim Topal, © 2010 Maxim, CC-BY 3.0",
 }
 _SYSTEM = Path("/")

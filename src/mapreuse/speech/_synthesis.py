@@ -1,20 +1,21 @@
 """Speech from text with the espeak-ng library that `espeakng-loader` bundles; no system package."""
 
+import _ctypes
 import ctypes
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from math import gcd
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import espeakng_loader
 import numpy as np
 import soundfile
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
-from scipy.signal import resample_poly
+
+from mapreuse.speech._features import resample
 
 _ACCENTS = {
     "en": (*["en-us"] * 6, "en-us-nyc", "en", "en-gb-scotland", "en-029"),
@@ -94,43 +95,28 @@ def _cut(path: Path, key: str, text: str, language: str) -> MonoCut:
 
 
 def _speak(text: str, language: str, generator: random.Random, sampling_rate: int) -> np.ndarray:
-    engine = _engine()
-    library, rate, chunks = engine.library, engine.rate, engine.chunks
-    chunks.clear()
     voice = f"{generator.choice(_ACCENTS[language])}+{generator.choice(_VARIANTS)}"
-    if library.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise RuntimeError(f"espeak-ng has no voice {voice!r}; reinstall espeakng-loader")
-    library.espeak_SetParameter(_RATE, generator.randrange(130, 195), 0)
-    library.espeak_SetParameter(_PITCH, generator.randrange(25, 75), 0)
-    library.espeak_SetParameter(_RANGE, generator.randrange(25, 80), 0)
     data = text.encode() + b"\0"
-    library.espeak_Synth(data, len(data), 0, 0, 0, _UTF8, None, None)
-    library.espeak_Synchronize()
+    with _engine() as (library, rate, chunks):
+        if library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise RuntimeError(f"espeak-ng has no voice {voice!r}; reinstall espeakng-loader")
+        library.espeak_SetParameter(_RATE, generator.randrange(130, 195), 0)
+        library.espeak_SetParameter(_PITCH, generator.randrange(25, 75), 0)
+        library.espeak_SetParameter(_RANGE, generator.randrange(25, 80), 0)
+        library.espeak_Synth(data, len(data), 0, 0, 0, _UTF8, None, None)
     if not chunks:
         raise RuntimeError(f"espeak-ng said nothing for {text!r} with voice {voice!r}")
     samples = np.concatenate(chunks).astype(np.float32) / 32768
-    divisor = gcd(sampling_rate, rate)
-    return resample_poly(samples, sampling_rate // divisor, rate // divisor).clip(-1, 1)
+    return resample(samples, rate, sampling_rate).clip(-1, 1)
 
 
-@dataclass(frozen=True)
-class _Engine:
-    """The library, its sampling rate in Hz, the list its callback appends samples to, and that callback.
+@contextmanager
+def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray]]]:
+    """A fresh engine: the library, its sampling rate in Hz, and the list that its callback appends samples to.
 
-    The callback is held here because C holds it without Python's knowledge.
+    The library carries state from one utterance to the next in its static variables, so that what it says depends
+    on what it said before. Unloading it after every utterance (a few milliseconds) takes that away.
     """
-
-    library: ctypes.CDLL
-    rate: int
-    chunks: list[np.ndarray]
-    callback: object
-
-
-@cache
-def _engine() -> _Engine:
-    """The engine of this process; the library has one state, so there cannot be two."""
-    import espeakng_loader
-
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
     library.espeak_Synth.argtypes = [
@@ -149,4 +135,8 @@ def _engine() -> _Engine:
         raise RuntimeError("espeak-ng did not start; reinstall espeakng-loader")
     callback = _CALLBACK(receive)
     library.espeak_SetSynthCallback(callback)
-    return _Engine(library, rate, chunks, callback)
+    try:
+        yield library, rate, chunks
+    finally:
+        library.espeak_Terminate()
+        _ctypes.dlclose(library._handle)

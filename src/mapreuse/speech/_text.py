@@ -67,7 +67,8 @@ def normalise(text: str, language: str = "en") -> str:
     text = _DOTTED.sub(f" {_DOT[language]} ", text)
     if language == "en":
         text = re.sub(r"\b[Ww]{3}\b", "w w w", text)
-        text = _ACRONYM.sub(lambda m: m.group() if m.group() in _READ_AS_WORDS else " ".join(m.group()), text)
+        if not text.isupper() or len(text.split()) == 1:  # else the whole text is in capitals
+            text = _ACRONYM.sub(lambda m: m.group() if m.group() in _READ_AS_WORDS else " ".join(m.group()), text)
     letters = "".join(_letter(character, _ALPHABETS[language]) for character in text.lower())
     return " ".join(re.sub(r"(?<![^\W\d_])'|'(?![^\W\d_])", " ", letters).split())
 
