@@ -130,12 +130,19 @@ def train(
 
 
 class _Run:
-    def __init__(self, recogniser, corpus, config, out_dir: Path, original):
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        corpus: Corpus,
+        config: TrainConfig,
+        out_dir: Path,
+        original: Recogniser | None,
+    ) -> None:
         self.accelerator = Accelerator()
-        self.recogniser: Recogniser = recogniser
-        self.original: Recogniser | None = original
-        self.corpus: Corpus = corpus
-        self.config: TrainConfig = config
+        self.recogniser = recogniser
+        self.original = original
+        self.corpus = corpus
+        self.config = config
         self.out_dir = out_dir
         self.state = _State()
         out_dir.mkdir(parents=True, exist_ok=True)
