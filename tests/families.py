@@ -25,9 +25,7 @@ def _tokens() -> dict[str, torch.Tensor]:
 
 
 def _image(config: type, model: type, **more: Any) -> Built:
-    return model(config(**SIZE, image_size=16, patch_size=4, **more)), {
-        "pixel_values": torch.randn(2, 3, 16, 16)
-    }
+    return model(config(**SIZE, image_size=16, patch_size=4, **more)), {"pixel_values": torch.randn(2, 3, 16, 16)}
 
 
 def _speech(config: type, model: type, **more: Any) -> Built:

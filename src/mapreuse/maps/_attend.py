@@ -35,15 +35,17 @@ def attend(
         dropout_p: probability with which a weight is dropped (training).
         buffer: memory for the map, of its shape and dtype, to be overwritten; used only where no gradient is needed.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        if not keep and scores.relative is None:
-            return _fused(scores, values, dropout_p), None
-        weights = softmax(scores)
-        dropped = functional.dropout(weights, dropout_p)
-        return dropped @ values, weights if keep else None
     if not keep and scores.relative is None:
         return _fused(scores, values, dropout_p), None
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        weights = softmax(scores)
+        return drop(weights, dropout_p) @ values, weights if keep else None
     return _blocked(scores, values, keep, dropout_p, buffer)
+
+
+def drop(weights: Tensor, probability: float) -> Tensor:
+    """Weights with dropout drawn anew; the weights themselves where the probability is zero."""
+    return functional.dropout(weights, probability) if probability > 0.0 else weights
 
 
 def softmax(scores: Scores) -> Float[Tensor, "batch heads query key"]:
@@ -60,9 +62,8 @@ def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
     if is_causal and (mask is not None or scores.bias is not None or scores.shape[-2] != scores.shape[-1]):
         mask, is_causal = scores.allowed(0, scores.shape[-2]), False
     if scores.bias is not None:
-        bias = scores.bias
-        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-    context = functional.scaled_dot_product_attention(
+        mask = scores.bias if mask is None else scores.bias.masked_fill(~mask, float("-inf"))
+    return functional.scaled_dot_product_attention(
         scores.query,
         scores.key,
         values,
@@ -71,9 +72,6 @@ def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
         is_causal=is_causal,
         scale=scores.scaling,
     )
-    if scores.bias is not None and mask is not None:
-        context = context.nan_to_num()
-    return context
 
 
 def _blocked(
@@ -90,6 +88,7 @@ def _blocked(
     distances = None
     if scores.relative is not None:
         distances = query.new_empty(heads * block * (num_keys + block - 1))
+    clear_empty = scores.mask is not None and (scores.is_causal or not bool(scores.mask.any(-1).all()))
     for item in range(batch):
         for start in range(0, num_queries, block):
             rows = slice(start, min(start + block, num_queries))
@@ -99,14 +98,16 @@ def _blocked(
                 assert scratch is not None
                 size = rows.stop - rows.start
                 out = scratch[: heads * size * num_keys].view(heads, size, num_keys)
-            _score_rows(scores, item, rows, distances, out)
-            dropped = out if dropout_p == 0.0 else functional.dropout(out, dropout_p)
+            _map_rows(scores, item, rows, distances, clear_empty, out)
+            dropped = drop(out, dropout_p)
             for head in range(heads):
                 torch.mm(dropped[head], values[item, head], out=context[item, head, rows])
     return context, weights
 
 
-def _score_rows(scores: Scores, item: int, rows: slice, distances: Tensor | None, out: Tensor) -> None:
+def _map_rows(
+    scores: Scores, item: int, rows: slice, distances: Tensor | None, clear_empty: bool, out: Tensor
+) -> None:
     """Write the map's rows of one batch item into `out` (heads, rows, keys)."""
     query, key = scores.query[item, :, rows], scores.key[item].mT
     if scores.relative is None:
@@ -119,13 +120,13 @@ def _score_rows(scores: Scores, item: int, rows: slice, distances: Tensor | None
         out += _item(scores.bias, item, rows)
     allowed = scores.allowed(rows.start, rows.stop)
     if allowed is not None:
-        allowed = _item(allowed, item, slice(None)) if allowed.dim() == 4 else allowed
+        allowed = _item(allowed, item, slice(None))
         out.masked_fill_(~allowed, torch.finfo(out.dtype).min)
     if _softmax_dtype(out) == out.dtype:
         torch.softmax(out, dim=-1, out=out)
     else:
         out.copy_(torch.softmax(out, dim=-1, dtype=_softmax_dtype(out)))
-    if allowed is not None:
+    if clear_empty and allowed is not None:
         out *= allowed.any(-1, keepdim=True)
 
 

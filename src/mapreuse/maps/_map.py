@@ -10,9 +10,8 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
-from mapreuse.maps._attend import attend, softmax
+from mapreuse.maps._attend import attend, drop, softmax
 from mapreuse.maps._scores import RelativePositions, Scores
 
 HeadPairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -75,7 +74,7 @@ class DenseMap(AttentionMap):
             if heads is not None:
                 weights = weights[:, [pair[0] for pair in heads]]
                 values = values[:, [pair[1] for pair in heads]]
-            return functional.dropout(weights, dropout_p) @ values
+            return drop(weights, dropout_p) @ values
         if heads is None:
             heads = tuple((head, head) for head in range(values.shape[1]))
         batch, _, num_queries, _ = self.weights.shape
@@ -87,7 +86,7 @@ class DenseMap(AttentionMap):
                 if dropout_p > 0.0:
                     # One draw for each head of the context, as if the heads did not share a product.
                     for slot, value_head in zip(range(run.start, run.stop), value_heads, strict=True):
-                        context[item, slot] = functional.dropout(weights, dropout_p) @ values[item, value_head]
+                        context[item, slot] = drop(weights, dropout_p) @ values[item, value_head]
                     continue
                 wide = values[item, value_heads[0] : value_heads[-1] + 1].transpose(0, 1).flatten(1)
                 torch.mm(weights, wide, out=context[item, run].transpose(0, 1).flatten(1))

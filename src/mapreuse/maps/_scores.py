@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,17 +34,17 @@ class Scores:
         query: queries, positions applied (rotary) or content bias added (relative).
         key: keys, positions applied; as many heads as the queries.
         scaling: factor of the products, usually 1/√dim.
-        mask: True where a query may attend a key; broadcast over batch, heads and queries.
-        bias: added to the scores; broadcast over batch and heads.
+        mask: True where a query may attend a key.
+        bias: added to the scores.
         is_causal: no query attends a later key.
-        relative: relative positions, or None.
+        relative: relative positions, or None; then there are as many queries as keys.
     """
 
     query: Float[Tensor, "batch heads query dim"]
     key: Float[Tensor, "batch heads key dim"]
     scaling: float
-    mask: Bool[Tensor, ...] | None = None
-    bias: Float[Tensor, ...] | None = None
+    mask: Bool[Tensor, "#batch #heads #query key"] | None = None
+    bias: Float[Tensor, "#batch #heads #query key"] | None = None
     is_causal: bool = False
     relative: RelativePositions | None = None
 
@@ -62,6 +62,17 @@ class Scores:
             tensors += [self.relative.query, self.relative.key]
         return sum(tensor.nbytes for tensor in tensors)
 
+    def to(self, dtype: torch.dtype) -> Scores:
+        """The same scores in another floating-point type; a bias beyond its range becomes the lowest number in it."""
+        if self.query.dtype == self.key.dtype == dtype:
+            return self
+        relative, bias = self.relative, self.bias
+        if relative is not None:
+            relative = RelativePositions(relative.query.to(dtype), relative.key.to(dtype))
+        if bias is not None:
+            bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), bias=bias, relative=relative)
+
     def dense(self) -> Float[Tensor, "batch heads query key"]:
         """All scores at once, differentiable; entries that may not be attended hold the most negative number."""
         scores = self.query @ self.key.mT
@@ -73,7 +84,7 @@ class Scores:
         allowed = self.allowed(0, scores.shape[-2])
         return scores if allowed is None else scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
-    def allowed(self, start: int, stop: int) -> Bool[Tensor, ...] | None:
+    def allowed(self, start: int, stop: int) -> Bool[Tensor, "#batch #heads #rows key"] | None:
         """Which keys query rows start … stop may attend, or None for all of them."""
         allowed = self.mask
         if allowed is not None and allowed.shape[-2] > 1:
@@ -81,7 +92,7 @@ class Scores:
         if self.is_causal:
             device, num_keys = self.query.device, self.key.shape[-2]
             rows = torch.arange(start, stop, device=device)[:, None]
-            causal = torch.arange(num_keys, device=device)[None, :] <= rows
+            causal = (torch.arange(num_keys, device=device)[None, :] <= rows)[None, None]
             allowed = causal if allowed is None else allowed & causal
         return allowed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mapreuse.maps._map import AttentionMap, DenseMap
@@ -15,16 +16,25 @@ class SharedMaps:
     computing layer.
 
     Args:
-        retain: keep every map until the end of the pass, for gradient checkpointing, which runs layers again.
+        retain: keep every map until the end of the pass. Autograd holds them that long anyway, and gradient
+            checkpointing runs layers again.
+        differentiable: the pass is one that gradients will flow through, so that no map may be published without.
     """
 
-    def __init__(self, *, retain: bool = False) -> None:
+    def __init__(self, *, retain: bool = False, differentiable: bool = False) -> None:
         self._maps: dict[int, AttentionMap] = {}
         self._retain = retain
+        self._differentiable = differentiable
         self._free: Tensor | None = None
 
     def publish(self, layer: int, attention_map: AttentionMap) -> None:
-        """Hand on the map of a computing layer."""
+        """Hand on the map of a computing layer. Raises `ValueError` where its gradient would be lost."""
+        if self._differentiable and not torch.is_grad_enabled():
+            raise ValueError(
+                f"layer {layer} computes its map without gradients inside a pass that needs them: reentrant gradient "
+                "checkpointing would cut the gradient of shared maps; use use_reentrant=False, as in "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
         self._maps[layer] = attention_map
 
     def read(self, layer: int) -> AttentionMap | None:
@@ -36,7 +46,7 @@ class SharedMaps:
         if self._retain:
             return
         attention_map = self._maps.pop(layer, None)
-        if isinstance(attention_map, DenseMap) and not attention_map.weights.requires_grad:
+        if isinstance(attention_map, DenseMap):
             self._free = attention_map.weights
 
     def buffer(self, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:

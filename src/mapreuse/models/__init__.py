@@ -1,11 +1,22 @@
 """Where does attention live in this model family, and how is it made to share maps?"""
 
 from mapreuse.models import _fused, _parakeet, _wav2vec2_conformer  # noqa: F401  registers their adapters
+from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import apply, plan_of
 from mapreuse.models._files import load, save
-from mapreuse.models._reading import Unsupported
 from mapreuse.models._recording import MapRecorder
 from mapreuse.models._sharing import ARGUMENT
+from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import find_stack
 
-__all__ = ["ARGUMENT", "MapRecorder", "Unsupported", "apply", "find_stack", "load", "plan_of", "save"]
+__all__ = [
+    "ARGUMENT",
+    "MapRecorder",
+    "Unsupported",
+    "apply",
+    "find_stack",
+    "load",
+    "output_projection",
+    "plan_of",
+    "save",
+]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from mapreuse.models._reading import AttentionForm, Unsupported, forward_uses_interface, read_attention
+from mapreuse.models._reading import AttentionForm, read_attention
 from mapreuse.models._sharing import SharingAttention
+from mapreuse.models._source import Unsupported, fingerprint_of
+from mapreuse.models._stack import Layer, feeds_output
 
 
 @dataclass(frozen=True)
@@ -54,24 +53,43 @@ def register_attention(class_name: str, *, fingerprint: str) -> Callable:
 def adapter_of(module: nn.Module) -> Adapter:
     """The adapter of an attention module. Raises `Unsupported`, naming its class and the reason."""
     cls = type(module)
-    if cls.__name__ in _ADAPTERS:
-        fingerprint, make = _ADAPTERS[cls.__name__]
-        found = fingerprint_of(cls)
-        if found != fingerprint:
-            raise Unsupported(
-                f"{cls.__name__}: its forward has changed (fingerprint {found}, expected {fingerprint}); "
-                "this version of transformers is not supported"
-            )
-        return make(module)
-    if not forward_uses_interface(cls):
-        raise Unsupported(f"{cls.__name__}: its forward does not go through transformers' attention interface")
-    return Adapter(read_attention(cls))
+    if "forward" in vars(module):
+        raise Unsupported(
+            f"{cls.__name__}: its forward was replaced on the module itself, by a device map or a patch"
+        )
+    if cls.__name__ not in _ADAPTERS:
+        return Adapter(read_attention(cls))
+    fingerprint, make = _ADAPTERS[cls.__name__]
+    found = fingerprint_of(cls)
+    if found != fingerprint:
+        raise Unsupported(
+            f"{cls.__name__}: its forward has changed (fingerprint {found}, expected {fingerprint}); "
+            "this version of transformers is not supported"
+        )
+    return make(module)
 
 
-def fingerprint_of(cls: type[nn.Module]) -> str:
-    """Twelve hexadecimal digits that change when the code of a class's forward changes (comments do not count)."""
-    function = ast.parse(textwrap.dedent(inspect.getsource(cls.forward))).body[0]
-    assert isinstance(function, ast.FunctionDef)
-    if ast.get_docstring(function) is not None:
-        function.body = function.body[1:]
-    return hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:12]
+def output_projection(layer: Layer) -> nn.Linear | Conv1D:
+    """The projection that a layer's context passes through, planned or not: in its attention, or beside it (BERT).
+
+    Raises `Unsupported` where there is no plain one directly after the context.
+    """
+    form = vars(layer.attention).get("_form") or adapter_of(layer.attention).form
+    projection = find_output_projection(layer, form)
+    if projection is None:
+        raise Unsupported(f"{type(layer.attention).__name__}: no plain output projection directly after its context")
+    return projection
+
+
+def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Conv1D | None:
+    """As `output_projection`, or None."""
+    for attribute in form.output:
+        module = layer.attention.get_submodule(attribute)
+        if isinstance(module, nn.Linear | Conv1D):
+            return module
+        if not isinstance(module, nn.Dropout | nn.Identity):
+            return None
+    if form.output or not feeds_output(layer):
+        return None
+    beside = layer.parent.get_submodule("output.dense")
+    return beside if type(beside) is nn.Linear else None

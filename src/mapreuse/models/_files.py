@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mapreuse.models._apply import applied_to, apply
@@ -24,16 +24,27 @@ from mapreuse.plan import ReusePlan
 
 _FORMAT = "mapreuse"
 _VERSION = 1
-_WEIGHTS = "mapreuse.safetensors"
 _CONFIG = "config.json"
+_WEIGHTS = "mapreuse.safetensors"
+_MODELS = "transformers.models."
+_FIELDS = {"class": str, "config": dict, "dtype": str, "sha256": str}
+_OPTIONAL = {
+    "attn_implementation": str,
+    "dtypes": dict,
+    "generation_config": dict,
+    "module": str,
+    "reuse": list,
+    "weights": str,
+}
 
 
 def save(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model, its plan included, to the directory `path`: `mapreuse.safetensors` and `config.json`.
+    """Write a model, its plans included, to the directory `path`: `config.json` and `mapreuse-….safetensors`.
 
-    The names keep a plain `from_pretrained` from opening the directory: it would find no weights that it knows, rather
+    The names keep a plain `from_pretrained` from opening the directory: it finds no weights that it knows, rather
     than fill the projections that were removed with random numbers. A directory that is there already keeps its other
-    files (a tokenizer, say); nothing is replaced until everything is written.
+    files (a tokenizer, say), and its old model until the new one is complete: the weights are named by their
+    checksum, and replacing `config.json`, which names them, is the one step that makes them the directory's model.
 
     Args:
         model: a `transformers` model, with or without a plan in force.
@@ -41,30 +52,22 @@ def save(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype | None 
         dtype: floating-point type on disk (`torch.float16` halves the file); the model's own if None.
             `load` restores the model's own type.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"only a transformers model can be saved, got {type(model).__name__}")
-    applied = applied_to(model)
+    cls = type(model)
+    if not isinstance(model, PreTrainedModel) or not cls.__module__.startswith(_MODELS):
+        raise ValueError(f"only a model that transformers defines can be saved, got {cls.__module__}.{cls.__name__}")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as directory:
-        weights = Path(directory) / _WEIGHTS
-        with _stored_as(model, dtype):
-            save_model(model, str(weights))
-        config = {
-            "model_type": _FORMAT,
-            "version": _VERSION,
-            "class": type(model).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "stack": None if applied is None else applied[0],
-            "strategy": None if applied is None else applied[1].strategy,
-            "plan": None if applied is None else json.loads(applied[1].plan.to_json()),
-            "sha256": _sha256(weights),
-            "transformers_version": transformers.__version__,
-            "config": model.config.to_dict(),
-        }
-        (Path(directory) / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        os.replace(weights, path / _WEIGHTS)
-        os.replace(Path(directory) / _CONFIG, path / _CONFIG)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as directory:
+        weights, config_file = Path(directory) / _WEIGHTS, Path(directory) / _CONFIG
+        save_file({name: _as_stored(tensor, dtype) for name, tensor in _stored_tensors(model)}, weights)
+        checksum = _sha256(weights)
+        named = f"mapreuse-{checksum[:12]}.safetensors"
+        config_file.write_text(json.dumps(_describe(model, named, checksum), indent=2, sort_keys=True) + "\n")
+        os.replace(weights, path / named)
+        os.replace(config_file, path / _CONFIG)
+    for other in (*path.glob("mapreuse-*.safetensors"), path / _WEIGHTS):
+        if other.name != named:
+            other.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> PreTrainedModel:
@@ -75,36 +78,115 @@ def load(path: str | Path) -> PreTrainedModel:
     """
     path = Path(path)
     config = _read_config(path)
-    weights = path / _WEIGHTS
+    weights = path / config.get("weights", _WEIGHTS)
     if not weights.is_file():
-        raise ValueError(f"{path}: {_WEIGHTS} is missing; copy the whole directory that save() wrote")
+        raise ValueError(f"{path}: {weights.name} is missing; copy the whole directory that save() wrote")
     if _sha256(weights) != config["sha256"]:
         raise ValueError(f"{weights} is truncated or damaged: its checksum is not the one in {_CONFIG}")
     model = _build(path, config)
-    if config["plan"] is not None:
-        plan = ReusePlan.from_json(json.dumps(config["plan"]))
-        apply(model.get_submodule(config["stack"]), plan, strategy=config["strategy"])
-    try:
-        load_model(model, str(weights), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{weights} does not hold the weights of {config['class']}: {reason}") from None
+    for reuse in config.get("reuse", []):
+        try:
+            plan = ReusePlan.from_json(json.dumps(reuse["plan"]))
+            apply(model.get_submodule(reuse["stack"]), plan, strategy=str(reuse["strategy"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
+    _fill(model, weights)
     return model.eval()
 
 
+def _describe(model: PreTrainedModel, weights: str, checksum: str) -> dict[str, Any]:
+    """What `config.json` says."""
+    reuse = [
+        {"stack": path, "strategy": applied.strategy, "plan": json.loads(applied.plan.to_json())}
+        for path, applied in applied_to(model).items()
+    ]
+    config = {
+        "model_type": _FORMAT,
+        "version": _VERSION,
+        "class": type(model).__name__,
+        "module": type(model).__module__,
+        "dtype": _name(model.dtype),
+        "dtypes": {name: _name(t.dtype) for name, t in _floating_tensors(model) if t.dtype != model.dtype},
+        "attn_implementation": model.config._attn_implementation,
+        "reuse": reuse,
+        "weights": weights,
+        "sha256": checksum,
+        "transformers_version": transformers.__version__,
+        "config": model.config.to_dict(),
+    }
+    generation = getattr(model, "generation_config", None)
+    return config if generation is None else config | {"generation_config": generation.to_dict()}
+
+
 def _build(path: Path, config: dict[str, Any]) -> PreTrainedModel:
-    """The model with the right shape and meaningless weights."""
-    cls = getattr(transformers, config["class"], None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {config['class']!r}")
+    """The model before any plan, in the right types, with meaningless weights."""
+    name, module = config["class"], config.get("module", "transformers")
+    if module != "transformers" and not module.startswith(_MODELS):
+        raise ValueError(f"{path}: {module}.{name} is not a model that transformers defines")
     try:
-        dtype = getattr(torch, config["dtype"])
-        settings = dict(config["config"])
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {name!r}")
+    cls: Any = found
+    try:
+        settings = cls.config_class.from_dict(dict(config["config"]))
+        settings._attn_implementation = config.get("attn_implementation", "sdpa")
         with no_init_weights():
-            model = cls(AutoConfig.for_model(settings.pop("model_type"), **settings))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {_CONFIG} does not describe a {config['class']}: {error}") from None
-    return model.to(dtype)
+            model = cls(settings)
+        if "generation_config" in config:
+            model.generation_config = GenerationConfig.from_dict(config["generation_config"])
+        types = {name: _dtype(value) for name, value in config.get("dtypes", {}).items()}
+        usual = _dtype(config["dtype"])
+    except Exception as error:
+        # What a model's constructor raises on settings that do not make sense is not documented anywhere.
+        raise ValueError(f"{path}: {_CONFIG} does not describe a {name}: {_one_line(error)}") from None
+    for name, tensor in _floating_tensors(model):
+        tensor.data = tensor.data.to(types.get(name, usual))
+    return model
+
+
+def _fill(model: PreTrainedModel, weights: Path) -> None:
+    """Give a model the weights of a file that holds these and no others."""
+    name = type(model).__name__
+    try:
+        stored = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a safetensors file: {_one_line(error)}") from None
+    wanted = dict(_stored_tensors(model))
+    if stored.keys() != wanted.keys():
+        odd = sorted(stored.keys() ^ wanted.keys())
+        raise ValueError(f"{weights} does not hold the weights of this {name}: {odd[0]} and {len(odd) - 1} others")
+    for key, tensor in wanted.items():
+        if tensor.shape != stored[key].shape:
+            shapes = f"{tuple(stored[key].shape)}, not {tuple(tensor.shape)}"
+            raise ValueError(f"{weights} does not hold the weights of this {name}: {key} is {shapes}")
+    for key, tensor in wanted.items():
+        tensor.data = stored[key].to(tensor.dtype, copy=True)  # the file's own pages would change with the file
+
+
+def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers; one that several modules share comes once, under its first name."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def _floating_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and all buffers that hold floating-point numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            yield name, tensor
+
+
+def _as_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach().cpu()
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -112,34 +194,37 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path} is not a saved model: it holds no {_CONFIG}")
     try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
         raise ValueError(f"{file} is not JSON: it is truncated or damaged") from None
     if not isinstance(config, dict) or config.get("model_type") != _FORMAT:
         raise ValueError(f"{path} was not written by mapreuse.save; open it with transformers' from_pretrained")
     if config.get("version") != _VERSION:
         raise ValueError(f"{path}: format version {config.get('version')!r} is not supported, only {_VERSION}")
-    wanted = {"class", "dtype", "stack", "strategy", "plan", "sha256", "config"}
-    if wanted - config.keys():
-        raise ValueError(f"{file} lacks {', '.join(sorted(wanted - config.keys()))}")
+    for name, kind in (_FIELDS | _OPTIONAL).items():
+        if name in _FIELDS and name not in config:
+            raise ValueError(f"{file} lacks {name!r}")
+        if name in config and not isinstance(config[name], kind):
+            raise ValueError(f"{file}: {name!r} is {config[name]!r}, not a {kind.__name__}")
+    weights = config.get("weights", _WEIGHTS)
+    if Path(weights).name != weights:
+        raise ValueError(f"{file}: 'weights' must name a file in the same directory, got {weights!r}")
     return config
 
 
-@contextmanager
-def _stored_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """For the duration, the model's floating-point tensors in this type."""
-    if dtype is None:
-        yield
-        return
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    kept = {key: tensor.data for key, tensor in tensors.items()}
-    try:
-        for tensor in tensors.values():
-            tensor.data = tensor.data.to(dtype)
-        yield
-    finally:
-        for key, tensor in tensors.items():
-            tensor.data = kept[key]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a tensor type")
+    return dtype
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _sha256(path: Path) -> str:

@@ -10,8 +10,9 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from mapreuse.maps import Scores
 from mapreuse.models._adapters import Adapter, register_attention
-from mapreuse.models._reading import AttentionForm, Unsupported
+from mapreuse.models._reading import AttentionForm
 from mapreuse.models._sharing import ComputingAttention, make_scores
+from mapreuse.models._source import Unsupported
 
 
 class _FusedComputing(ComputingAttention):
@@ -36,19 +37,19 @@ class _ModernBertComputing(_FusedComputing):
         assert position_embeddings is not None
         cos, sin = position_embeddings
         query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=1)
-        return make_scores(self, query, key, attention_mask, self.head_dim**-0.5), values
+        scores = make_scores(self, query, key, attention_mask, self.head_dim**-0.5, kwargs.get("is_causal"))
+        return scores, values
 
 
 class _GPT2Computing(_FusedComputing):
     def _project(
         self,
         hidden_states: Float[Tensor, "batch tokens width"],
-        past_key_values: None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Scores, Tensor]:
         query, key, values = self._split(hidden_states)
-        return make_scores(self, query, key, attention_mask, self.scaling), values
+        return make_scores(self, query, key, attention_mask, self.scaling, kwargs.get("is_causal")), values
 
 
 @register_attention("ModernBertAttention", fingerprint="5ab3dda290ea")

@@ -49,6 +49,11 @@ class LayerLayout:
         """True for a layer that computes the maps of all its heads."""
         return self.computing == self.num_heads
 
+    @property
+    def reorders(self) -> bool:
+        """True where the heads of the context are in another order than the original."""
+        return self.order != tuple(range(self.num_heads))
+
 
 def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, strategy: str) -> LayerLayout:
     """The layout of `layer` under `plan`, for queries of `num_heads` and keys and values of `num_value_heads`."""

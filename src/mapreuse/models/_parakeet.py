@@ -11,6 +11,7 @@ from mapreuse.maps import RelativePositions, Scores
 from mapreuse.models._adapters import Adapter, register_attention
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._sharing import ComputingAttention
+from mapreuse.models._source import Unsupported
 
 
 class _ParakeetComputing(ComputingAttention):
@@ -23,15 +24,13 @@ class _ParakeetComputing(ComputingAttention):
     ) -> tuple[Scores, Tensor]:
         query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
         assert position_embeddings is not None
-        if not (self.training and self.config.dropout_positions > 0):
-            position_embeddings = position_embeddings[:1]  # the same for the whole batch unless dropped
+        if self.config.dropout_positions == 0.0 or not self.training:
+            position_embeddings = position_embeddings[:1]  # one for the whole batch, unless dropout made them differ
         scores = Scores(
             query=query + self.bias_u[:, None],
             key=key,
             scaling=self.scaling,
-            # The encoder's mask is valid[i] & valid[j]: its diagonal says which frames are valid. Rows of padding
-            # then attend the valid frames too, and stay finite.
-            mask=None if attention_mask is None else attention_mask.diagonal(dim1=-2, dim2=-1)[:, :, None],
+            mask=attention_mask,
             relative=RelativePositions(
                 query=query + self.bias_v[:, None],
                 key=self._heads(self.relative_k_proj(position_embeddings)),
@@ -42,6 +41,8 @@ class _ParakeetComputing(ComputingAttention):
 
 @register_attention("ParakeetEncoderAttention", fingerprint="332d3b922a29")
 def _parakeet(module: nn.Module) -> Adapter:
+    if module.num_key_value_groups != 1:
+        raise Unsupported("ParakeetEncoderAttention: grouped keys and values (num_key_value_heads) are not served")
     form = AttentionForm(
         query=("q_proj", "bias_u", "bias_v"),
         key=("k_proj", "relative_k_proj"),

@@ -26,7 +26,7 @@ class HeadSubsetLinear(nn.Linear):
         self.padding = linear.out_features - len(rows)
         self.weight = nn.Parameter(linear.weight.detach()[rows].clone(), linear.weight.requires_grad)
         bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone(), bias.requires_grad)  # type: ignore[assignment]
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone(), bias.requires_grad)
         self.train(linear.training)
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch whole"]:

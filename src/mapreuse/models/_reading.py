@@ -10,9 +10,15 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
+
+from mapreuse.models._source import Unsupported, forward_of, self_attributes
+
+HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+"""Names under which attention modules keep the width of one head."""
 
 _CALL = "attention_interface"
 _ARGUMENTS = ("module", "query", "key", "value", "attention_mask")
@@ -27,12 +33,15 @@ _UNDERSTOOD = {
     "deterministic",
     "position_ids",
 }
-_ABSENT = ("past_key_values", "is_cross_attention")
-"""Names whose branches are read as not taken: caches and cross-attention are refused at run time."""
-
-
-class Unsupported(ValueError):
-    """This attention cannot reuse maps; the message names the class and the reason."""
+ABSENT = (
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "key_value_states",
+    "encoder_hidden_states",
+    "is_cross_attention",
+)
+"""Arguments that no planned layer is called with: caches and cross-attention are refused at run time."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,11 @@ class AttentionForm:
 
     Attributes:
         query: attributes that make queries, and not values: the projection, norms, biases.
-        key: attributes that make keys, and neither values nor queries.
+        key: attributes that make keys, positional keys and biases of the scores, and neither values nor queries.
         value: the module that projects values.
         output: the modules that the context passes through, in order.
         dropout: path of the attribute that holds the dropout probability of the weights, or None.
+        bias: those among `key` that enter the mask or the bias of the scores, for all heads at once.
     """
 
     query: tuple[str, ...]
@@ -52,74 +62,105 @@ class AttentionForm:
     value: str
     output: tuple[str, ...]
     dropout: str | None
+    bias: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One statement of a forward; `certain` unless it stands under a condition that is not known beforehand."""
+
+    statement: ast.stmt
+    certain: bool
 
 
 def read_attention(cls: type[nn.Module]) -> AttentionForm:
     """The form of an attention class. Raises `Unsupported` where its forward does not follow the pattern."""
-    statements, hidden_states = _forward(cls)
-    call, after = _split_at_call(cls, statements)
-    before = statements[: statements.index(call)]
-    arguments = _call_arguments(cls, call)
-    slices = {name: _slice(before, arguments[name]) for name in ("query", "key", "value")}
-    used = {name: _attributes(expressions) for name, expressions in slices.items()}
-    value_modules = [name for name in _called(slices["value"]) if name in used["value"]]
-    if len(value_modules) != 1:
-        raise Unsupported(f"{cls.__name__}: values pass through {value_modules}, expected one projection")
-    value = value_modules[0]
-    if value in used["query"] | used["key"]:
-        raise Unsupported(f"{cls.__name__}: {value} projects queries or keys together with values")
-    _check_value(cls, slices["value"], value, hidden_states)
-    output = _output(cls, call, after)
-    kept = used["value"] | set(output)
-    query = tuple(sorted(used["query"] - kept))
-    key = tuple(sorted(used["key"] - kept - set(query)))
-    return AttentionForm(query, key, value, output, _dropout(arguments.get("dropout")))
-
-
-def forward_uses_interface(cls: type[nn.Module]) -> bool:
-    """True for a module class whose own forward dispatches through `transformers`' attention interface."""
-    try:
-        return f"{_CALL}(" in inspect.getsource(cls.forward)
-    except (OSError, TypeError):
-        return False
-
-
-def _forward(cls: type[nn.Module]) -> tuple[list[ast.stmt], str]:
-    function = ast.parse(textwrap.dedent(inspect.getsource(cls.forward))).body[0]
-    assert isinstance(function, ast.FunctionDef)
+    function = forward_of(cls)
+    before, call, after = _split_at_call(cls, list(_straight_line(function.body, certain=True)))
     if function.args.kwarg is None:
         raise Unsupported(f"{cls.__name__}: its forward takes no **kwargs, so no map can be handed to it")
-    return _straight_line(function.body), function.args.args[1].arg
+    arguments = _call_arguments(cls, call)
+    values = _resolve(arguments["value"], before)
+    value = _value_projection(cls, values, hidden_states=function.args.args[1].arg)
+    output = _output(cls, call, after)
+    kept = self_attributes(values) | set(output)
+    made_from = {name: _with_methods(cls, _made_from(before, argument)) for name, argument in arguments.items()}
+    if value in made_from["query"] | made_from["key"]:
+        raise Unsupported(f"{cls.__name__}: {value} projects queries or keys together with values")
+    query = made_from["query"] - kept
+    bias = (made_from.get("attention_mask", set()) | made_from.get("position_bias", set())) - kept - query
+    key = made_from["key"] - kept - query | bias
+    return AttentionForm(
+        query=tuple(sorted(query)),
+        key=tuple(sorted(key)),
+        value=value,
+        output=output,
+        dropout=_dropout(arguments.get("dropout")),
+        bias=tuple(sorted(bias)),
+    )
 
 
-def _straight_line(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements that run without a cache and without cross-attention."""
-    statements: list[ast.stmt] = []
+def _straight_line(body: Iterable[ast.stmt], *, certain: bool) -> Iterator[_Step]:
+    """The statements that run without a cache and without cross-attention, in order."""
     for statement in body:
-        if isinstance(statement, ast.If):
-            test = ast.unparse(statement.test)
-            branch = statement.orelse if any(name in test for name in _ABSENT) else None
-            if branch is None:
-                statements += _straight_line(statement.body) + _straight_line(statement.orelse)
-            else:
-                statements += _straight_line(branch)
-        else:
-            statements.append(statement)
-    return statements
+        if not isinstance(statement, ast.If):
+            yield _Step(statement, certain)
+            continue
+        holds = _truth(statement.test)
+        if holds is not False:
+            yield from _straight_line(statement.body, certain=certain and holds is True)
+        if holds is not True:
+            yield from _straight_line(statement.orelse, certain=certain and holds is False)
 
 
-def _split_at_call(cls: type, statements: list[ast.stmt]) -> tuple[ast.Assign, list[ast.stmt]]:
+def _truth(test: ast.expr) -> bool | None:
+    """The value of a condition where every name in `ABSENT` is None or False; None where that does not decide it."""
+    if isinstance(test, ast.Name) and test.id in ABSENT:
+        return False
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        operand = _truth(test.operand)
+        return None if operand is None else not operand
+    if isinstance(test, ast.BoolOp):
+        decisive = isinstance(test.op, ast.Or)
+        operands = [_truth(value) for value in test.values]
+        if decisive in operands:
+            return decisive
+        return None if None in operands else not decisive
+    if (
+        isinstance(test, ast.Compare)
+        and isinstance(test.left, ast.Name)
+        and test.left.id in ABSENT
+        and ast.unparse(test.comparators[0]) == "None"
+    ):
+        return isinstance(test.ops[0], ast.Is)
+    return None
+
+
+def _split_at_call(cls: type, steps: list[_Step]) -> tuple[list[_Step], ast.Assign, list[_Step]]:
+    """The steps before the attention, the attention, and the steps after it."""
     calls = [
-        (index, statement)
-        for index, statement in enumerate(statements)
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.value, ast.Call)
-        and ast.unparse(statement.value.func) == _CALL
+        index
+        for index, step in enumerate(steps)
+        if any(isinstance(node, ast.Call) and ast.unparse(node.func) == _CALL for node in ast.walk(step.statement))
     ]
-    if len(calls) != 1:
+    if not calls:
+        raise Unsupported(f"{cls.__name__}: its forward does not go through transformers' attention interface")
+    if len(calls) > 1:
         raise Unsupported(f"{cls.__name__}: its forward calls {_CALL} {len(calls)} times, expected once")
-    index, call = calls[0]
-    return call, statements[index + 1 :]
+    index = calls[0]
+    call = steps[index].statement
+    if not (steps[index].certain and isinstance(call, ast.Assign) and isinstance(call.value, ast.Call)):
+        raise Unsupported(f"{cls.__name__}: it does not always call {_CALL}, or not as a step of its own")
+    before = steps[:index]
+    for step in before:
+        if isinstance(step.statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr | ast.Raise | ast.Assert):
+            continue
+        line = ast.unparse(step.statement).splitlines()[0]
+        raise Unsupported(f"{cls.__name__}: unexpected step before attention: {line}")
+    chosen = " ".join(ast.unparse(value) for names, value in map(_assignment, before) if _CALL in names and value)
+    if "self.config._attn_implementation" not in chosen:
+        raise Unsupported(f"{cls.__name__}: {_CALL} is not chosen by self.config._attn_implementation")
+    return before, call, steps[index + 1 :]
 
 
 def _call_arguments(cls: type, call: ast.Assign) -> dict[str, ast.expr]:
@@ -133,100 +174,169 @@ def _call_arguments(cls: type, call: ast.Assign) -> dict[str, ast.expr]:
             arguments[keyword.arg] = keyword.value
     unknown = sorted(set(arguments) - _UNDERSTOOD)
     if unknown:
-        raise Unsupported(f"{cls.__name__}: its attention takes {', '.join(unknown)}, which change the map")
+        raise Unsupported(f"{cls.__name__}: its attention takes {', '.join(unknown)}, which may change the map")
     if not passes_kwargs:
         raise Unsupported(f"{cls.__name__}: its forward does not pass **kwargs on to {_CALL}")
+    missing = [name for name in ("query", "key", "value") if name not in arguments]
+    if missing:
+        raise Unsupported(f"{cls.__name__}: {_CALL} is called without {', '.join(missing)}")
     return arguments
 
 
-def _slice(before: list[ast.stmt], wanted: ast.expr) -> list[ast.expr]:
-    """Every expression that the wanted one is made from, backwards through the assignments."""
-    expressions, names = [wanted], _names(wanted)
-    for statement in reversed(before):
-        if not isinstance(statement, ast.Assign):
-            continue
-        targets = {node.id for t in statement.targets for node in ast.walk(t) if isinstance(node, ast.Name)}
-        if not targets & names:
-            continue
-        target, value = statement.targets[0], statement.value
-        made_from: list[ast.expr] = [value]
-        if isinstance(target, ast.Tuple):
-            if isinstance(value, ast.Call) and "rotary" in ast.unparse(value.func):
-                # Rotary embedding turns queries and keys side by side: each output comes from its own argument.
-                made_from = [arg for arg, t in zip(value.args, target.elts, strict=False) if _names(t) & names]
-        else:
-            names -= targets
-        expressions += made_from
-        names |= set().union(*map(_names, made_from))
-    return expressions[::-1]
+def _assignment(step: _Step) -> tuple[set[str], ast.expr | None]:
+    """The names that a step gives a value, and that value; a method called on a name may change it in place."""
+    statement = step.statement
+    if isinstance(statement, ast.Assign):
+        return set().union(*map(_names, statement.targets)), statement.value
+    if isinstance(statement, ast.AnnAssign | ast.AugAssign):
+        return _names(statement.target), statement.value
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        return _names(statement.value.func), statement.value
+    return set(), None
 
 
 def _names(expression: ast.expr) -> set[str]:
-    return {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}
+    return {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)} - {"self"}
 
 
-def _attributes(expressions: list[ast.expr]) -> set[str]:
-    return {
-        node.attr
-        for expression in expressions
-        for node in ast.walk(expression)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    }
+def _made_from(before: list[_Step], wanted: ast.expr) -> set[str]:
+    """Every attribute of the module that the wanted expression may be made from, backwards through the steps."""
+    expressions, names = [wanted], _names(wanted)
+    for step in reversed(before):
+        targets, value = _assignment(step)
+        if value is None or not targets & names:
+            continue
+        made_from: list[ast.expr] = [value]
+        statement = step.statement
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
+            if isinstance(value, ast.Call) and "rotary" in ast.unparse(value.func):
+                # Rotary embedding turns queries and keys side by side: each output comes from its own argument.
+                elements = statement.targets[0].elts
+                made_from = [arg for arg, t in zip(value.args, elements, strict=False) if _names(t) & names]
+        elif step.certain and isinstance(statement, ast.Assign | ast.AnnAssign):
+            names -= targets
+        expressions += made_from
+        names |= set().union(*map(_names, made_from))
+    return set().union(*map(self_attributes, expressions))
 
 
-def _called(expressions: list[ast.expr]) -> list[str]:
-    return [
-        node.func.attr
-        for expression in expressions
-        for node in ast.walk(expression)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "self"
-    ]
+def _with_methods(cls: type, names: set[str]) -> set[str]:
+    """These attributes, and those that methods among them mention."""
+    found = set(names)
+    for name in names:
+        method = getattr(cls, name, None)
+        if inspect.isfunction(method):
+            found |= self_attributes(ast.parse(textwrap.dedent(inspect.getsource(method))))
+    return found
 
 
-def _check_value(cls: type, expressions: list[ast.expr], value: str, hidden_states: str) -> None:
-    """Values must be the projected hidden states, reshaped into heads and nothing else."""
-    shaping = {"view", "reshape", "transpose", "contiguous", "size", "tuple", value}
-    for expression in expressions:
-        for node in ast.walk(expression):
-            if isinstance(node, ast.BinOp) and "shape" not in ast.unparse(expression):
-                raise Unsupported(f"{cls.__name__}: values are computed as {ast.unparse(expression)}")
-            if isinstance(node, ast.Call):
-                name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
-                if name not in shaping:
-                    raise Unsupported(f"{cls.__name__}: values pass through {name}")
-    if not any(hidden_states in _names(expression) for expression in expressions):
-        raise Unsupported(f"{cls.__name__}: values are not made from {hidden_states}")
+class _Substitute(ast.NodeTransformer):
+    """Puts what each name stands for in its place."""
+
+    def __init__(self, known: dict[str, ast.expr]) -> None:
+        self.known = known
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.known.get(node.id, node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        holds = _truth(node.test)
+        if holds is None:
+            return node
+        return self.visit(node.body if holds else node.orelse)
 
 
-def _output(cls: type, call: ast.Assign, after: list[ast.stmt]) -> tuple[str, ...]:
+def _resolve(wanted: ast.expr, before: list[_Step]) -> ast.expr:
+    """The wanted expression in terms of the forward's arguments; what is uncertain becomes a name in angle brackets.
+
+    For example `values.transpose(1, 2)` becomes `self.v_proj(hidden_states).view(*shape, -1, 8).transpose(1, 2)`.
+    """
+    known: dict[str, ast.expr] = {}
+    for step in before:
+        statement = step.statement
+        names, value = _assignment(step)
+        certain = step.certain and value is not None and isinstance(statement, ast.Assign | ast.AnnAssign)
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
+        if certain and isinstance(target, ast.Name) and value is not None:
+            known[target.id] = _Substitute(known).visit(_copied(value))
+            continue
+        if names & set(ABSENT):
+            continue
+        known |= {name: ast.Name(f"<{name}, after {ast.unparse(statement).splitlines()[0]}>") for name in names}
+    return _Substitute(known).visit(_copied(wanted))
+
+
+def _copied(expression: ast.expr) -> ast.expr:
+    return ast.parse(ast.unparse(expression), mode="eval").body
+
+
+def _value_projection(cls: type, values: ast.expr, hidden_states: str) -> str:
+    """The module `v` of `self.v(hidden_states).view(batch, positions, heads, head_dim).transpose(1, 2)`."""
+    refusal = Unsupported(
+        f"{cls.__name__}: values are computed as {ast.unparse(values)}, not as one projection of {hidden_states}, "
+        "reshaped into heads"
+    )
+    expression = values
+    steps: list[tuple[str, list[ast.expr]]] = []
+    while isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
+        owner, name = expression.func.value, expression.func.attr
+        if isinstance(owner, ast.Name) and owner.id == "self":
+            if len(expression.args) != 1 or expression.keywords or ast.unparse(expression.args[0]) != hidden_states:
+                raise refusal
+            if [step for step, _ in steps if step != "contiguous"] != ["transpose", "view"]:
+                raise refusal
+            shapes = {step: arguments for step, arguments in steps}
+            if [ast.unparse(argument) for argument in shapes["transpose"]] != ["1", "2"]:
+                raise refusal
+            if not _splits_heads(shapes["view"]):
+                raise refusal
+            return name
+        steps.append((name.replace("reshape", "view"), expression.args))
+        expression = owner
+    raise refusal
+
+
+def _splits_heads(shape: list[ast.expr]) -> bool:
+    """True for the shape (…, heads, head_dim)."""
+    elements = list(shape)
+    while len(elements) == 1:
+        inner = elements[0].value if isinstance(elements[0], ast.Starred) else elements[0]
+        if not isinstance(inner, ast.Tuple):
+            return False
+        elements = inner.elts
+    heads, dim = (ast.unparse(element) for element in elements[-2:])
+    return dim.removeprefix("self.") in HEAD_DIM and (heads == "-1" or "heads" in heads)
+
+
+def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[str, ...]:
     """The modules between the context and the return, which must be `(output, weights)`."""
     target = call.targets[0]
     if not (isinstance(target, ast.Tuple) and len(target.elts) == 2):
         raise Unsupported(f"{cls.__name__}: {_CALL} is not unpacked into context and weights")
     context, weights = (ast.unparse(element) for element in target.elts)
     modules: list[str] = []
-    for statement in after:
-        text = ast.unparse(statement)
+    for step in after:
+        statement = step.statement
+        text = ast.unparse(statement).splitlines()[0]
+        if not step.certain:
+            raise Unsupported(f"{cls.__name__}: a step after attention is conditional: {text}")
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == context:
             modules += _chain(cls, statement.value, context)
         elif isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
             elements = statement.value.elts
             if len(elements) != 2 or ast.unparse(elements[1]) not in (weights, "None"):
                 raise Unsupported(f"{cls.__name__}: it returns {ast.unparse(statement.value)}")
-            modules += _chain(cls, elements[0], context)
+            return (*modules, *_chain(cls, elements[0], context))
         else:
             raise Unsupported(f"{cls.__name__}: unexpected step after attention: {text}")
-    return tuple(modules)
+    raise Unsupported(f"{cls.__name__}: it returns nothing after attention")
 
 
 def _chain(cls: type, expression: ast.expr, context: str) -> list[str]:
     """`self.b(self.a(context))` as [a, b]; reshaping is skipped."""
     if isinstance(expression, ast.Name) and expression.id == context:
         return []
-    if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
+    if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute) and not expression.keywords:
         owner, name = expression.func.value, expression.func.attr
         if isinstance(owner, ast.Name) and owner.id == "self" and len(expression.args) == 1:
             return [*_chain(cls, expression.args[0], context), name]

@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from mapreuse.maps import AttentionMap, DenseMap, HeadPairs, RecomputedMap, Scores, SharedMaps, attend
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import AttentionForm
+from mapreuse.models._source import parameter_names
 
 ARGUMENT = "attention_maps"
 """The keyword argument in which the maps of a forward pass travel from layer to layer."""
@@ -22,7 +23,17 @@ ARGUMENT = "attention_maps"
 IMPLEMENTATION = "mapreuse"
 """The name under which planned modules find `_attention_function` in `transformers`' attention interface."""
 
+_CACHES = (
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "key_value_states",
+    "encoder_hidden_states",
+)
+
 _INERT = {
+    ARGUMENT,
+    "is_causal",  # where the mask does not hold it, it is a parameter of the attention function
     "sliding_window",  # the mask holds it already
     "deterministic",
     "position_ids",
@@ -30,11 +41,10 @@ _INERT = {
     "output_hidden_states",
     "return_dict",
     "use_cache",
-    "encoder_hidden_states",
     "cache_position",
     "output_attention_mask",
     "token_type_ids",
-    "head_mask",
+    "num_items_in_batch",  # of the loss
 }
 
 
@@ -65,6 +75,7 @@ def share(
     contexts: list[Tensor] = []
     weights: list[Tensor] = []
     if scores is not None:
+        scores = scores.to(values.dtype)  # under autocast, sums and rotations are of another type than projections
         context, own = _compute(layout, maps, values, scores, dropout_p)
         contexts.append(context)
         if output_attentions:
@@ -124,6 +135,7 @@ class SharingAttention(nn.Module):
     recognises its modules, and remembers how to rebuild itself for `copy.deepcopy` and `pickle`.
     """
 
+    _parameter_names: tuple[str, ...]
     _layout: LayerLayout
     _num_value_heads: int
     _form: AttentionForm
@@ -142,6 +154,12 @@ class SharingAttention(nn.Module):
             return 0.0
         return functools.reduce(getattr, self._form.dropout.split("."), self)  # type: ignore[return-value]
 
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names that the original forward gives them. Raises where one is refused."""
+        arguments = dict(zip(self._parameter_names[1:], args, strict=False)) | kwargs
+        refuse_cache(self, arguments)
+        return arguments
+
     def _share(
         self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
@@ -151,7 +169,7 @@ class SharingAttention(nn.Module):
             values,
             scores,
             dropout_p=self._dropout_p(),
-            output_attentions=_wants_attentions(self, arguments),
+            output_attentions=bool(arguments.get("output_attentions")),
         )
         context = context.flatten(2)
         for name in self._form.output:
@@ -163,11 +181,12 @@ class ComputingAttention(SharingAttention):
     """An attention module that computes some heads with a projection of its own, not the original forward."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        refuse_cache(self, kwargs)
-        scores, values = self._project(hidden_states, *args, **kwargs)
-        return self._share(values, scores, kwargs)
+        arguments = self._arguments(args, kwargs)
+        _refuse_unknown(self, {name: arguments[name] for name in arguments.keys() - self._parameter_names})
+        scores, values = self._project(hidden_states, **arguments)
+        return self._share(values, scores, arguments)
 
-    def _project(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Scores, Tensor]:
+    def _project(self, hidden_states: Tensor, **arguments: Any) -> tuple[Scores, Tensor]:
         """Scores of the heads that compute, and values of all heads."""
         raise NotImplementedError
 
@@ -180,24 +199,28 @@ class ReusingAttention(SharingAttention):
     """An attention module that projects values only and applies maps of earlier layers."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        refuse_cache(self, kwargs)
-        return self._share(self._values(hidden_states), None, kwargs)
+        arguments = self._arguments(args, kwargs)
+        return self._share(self._values(hidden_states), None, arguments)
 
 
 def refuse_cache(module: nn.Module, arguments: dict[str, Any]) -> None:
-    """A reusing layer has no keys to cache and serves no cross-attention."""
-    for name in (
-        "past_key_values",
-        "past_key_value",
-        "layer_past",
-        "key_value_states",
-        "encoder_hidden_states",
-    ):
+    """A model that reuses maps keeps no keys to cache, and serves no cross-attention in its stack."""
+    for name in _CACHES:
         if arguments.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} reuses attention maps and cannot take {name}: "
-                "call the model with use_cache=False, without generate()"
+                f"{type(module).__name__} reuses attention maps and keeps no cache, so it cannot take {name}: "
+                "call it with use_cache=False, without generate()"
             )
+
+
+def _refuse_unknown(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """What an attention function does not know may change the map."""
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in _INERT)
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} was given {', '.join(unknown)}, which may change its attention map; "
+            "a model that reuses maps takes no such argument"
+        )
 
 
 def _attention_function(
@@ -218,12 +241,7 @@ def _attention_function(
     Masks mean what they mean to `transformers`' own `sdpa` and `eager`: boolean (True attends) or additive, and
     without a mask a module is causal if the argument, or else the module, says so.
     """
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _INERT)
-    if unknown:
-        raise ValueError(
-            f"{type(module).__name__} was given {', '.join(unknown)}, which may change its attention map; "
-            "a model that reuses maps takes no such argument"
-        )
+    _refuse_unknown(module, kwargs)
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     query = query[:, : layout.computing]
     if layout.keys != tuple(range(key.shape[1])):
@@ -235,7 +253,7 @@ def _attention_function(
         value,
         scores,
         dropout_p=dropout,
-        output_attentions=_wants_attentions(module, kwargs),
+        output_attentions=bool(kwargs.get("output_attentions")),
     )
 
 
@@ -275,12 +293,9 @@ def mask_and_bias(
         )
     if attention_mask.dtype == torch.bool:
         return attention_mask, position_bias
-    return None, attention_mask if position_bias is None else attention_mask + position_bias
-
-
-def _wants_attentions(module: nn.Module, arguments: dict[str, Any]) -> bool:
-    config = getattr(module, "config", None)
-    return bool(arguments.get("output_attentions", getattr(config, "output_attentions", False)))
+    # A row of −∞ only would have no softmax; the lowest finite number means the same elsewhere.
+    bias = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
+    return None, bias if position_bias is None else bias + position_bias
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_function)
@@ -296,16 +311,21 @@ def dispatch_here(module: nn.Module) -> None:
 
 
 @functools.cache
-def sharing_class(mixin: type, base: type) -> type:
+def sharing_class(mixin: type[Any], base: type[Any]) -> type:
     """The class of `base`'s modules under a plan, with `mixin`'s methods before its own."""
 
     def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         return _rebuild, (mixin, base), self.__getstate__()
 
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": reduce_ex}
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__reduce_ex__": reduce_ex,
+        "_parameter_names": parameter_names(base),
+    }
     return type(base.__name__, (mixin, base), names)
 
 
-def _rebuild(mixin: type, base: type) -> nn.Module:
-    cls = sharing_class(mixin, base)
+def _rebuild(mixin: type[Any], base: type[Any]) -> nn.Module:
+    cls: Any = sharing_class(mixin, base)  # type: ignore[arg-type]
     return cls.__new__(cls)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from mapreuse.models._reading import Unsupported
+from mapreuse.models._source import Unsupported, calls_with_kwargs, forward_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Stack:
     Attributes:
         path: path of that module inside the model ("" for the model itself).
         module: the module.
+        list_name: name under which the module keeps the layers.
         layers: its layers, in order.
     """
 
     path: str
     module: nn.Module
+    list_name: str
     layers: tuple[Layer, ...]
 
 
@@ -61,10 +64,14 @@ def find_stack(model: nn.Module) -> Stack:
             raise Unsupported(f"{name} holds no list of layers with attention in every layer")
         raise Unsupported(f"{name} holds several stacks of layers: {paths}; pass the module that holds one of them")
     name, layers = innermost[0]
-    path = name.rpartition(".")[0]
-    stack = Stack(path, model.get_submodule(path), tuple(_layer(layer, i) for i, layer in enumerate(layers)))
-    _check_arguments_travel(stack)
-    return stack
+    path, _, list_name = name.rpartition(".")
+    stages = [outer for outer, _ in lists if name.startswith(f"{outer}.")]
+    if stages:
+        raise Unsupported(
+            f"{type(model).__name__} runs the layers of {name!r} as a stage of {stages[0]!r}, perhaps more than once"
+        )
+    found = tuple(_layer(layer, index) for index, layer in enumerate(layers))
+    return Stack(path, model.get_submodule(path), list_name, found)
 
 
 def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -97,16 +104,93 @@ def _layer(layer: nn.Module, index: int) -> Layer:
     return Layer(layer, *found[0])
 
 
-def _check_arguments_travel(stack: Stack) -> None:
-    """The maps travel as a keyword argument from the stack through every module around an attention."""
-    modules = [stack.module]
-    for layer in stack.layers:
-        names = layer.path.split(".")
-        modules += [layer.layer.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
-    for cls in dict.fromkeys(type(module) for module in modules):
-        forward = inspect.unwrap(cls.forward)
-        kwargs = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.VAR_KEYWORD]
-        if not kwargs or inspect.getsource(forward).count(f"**{kwargs[0]}") < 2:
+def check_maps_travel(stack: Stack) -> None:
+    """Maps travel as a keyword argument, so every module from the stack down to an attention must pass it on.
+
+    Raises `Unsupported`, naming the class that does not, or that runs its layers in another way than once, in order.
+    """
+    cls = type(stack.module)
+    function = forward_of(cls)
+    loops = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.For) and _runs_over(node.iter) == f"self.{stack.list_name}"
+    ]
+    if len(loops) != 1 or _is_repeated(function, loops[0]):
+        raise Unsupported(
+            f"{cls.__name__}: its forward does not run its {stack.list_name} one after the other, once each"
+        )
+    targets = {node.id for node in ast.walk(loops[0].target) if isinstance(node, ast.Name)}
+    if not targets & set(calls_with_kwargs(loops[0], function)):
+        raise Unsupported(
+            f"{cls.__name__}: its forward does not pass **kwargs to its {stack.list_name}, so no map can travel"
+        )
+    for owner, called in dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside(layer)):
+        function = forward_of(owner)
+        if f"self.{called}" not in calls_with_kwargs(function, function):
             raise Unsupported(
-                f"{cls.__name__}: its forward does not pass **kwargs on, so no map can travel through it"
+                f"{owner.__name__}: its forward does not pass **kwargs to {called}, so no map can travel through it"
             )
+
+
+def _calls_inside(layer: Layer) -> Iterator[tuple[type[nn.Module], str]]:
+    """From a layer down to its attention: each class, and the attribute that it calls."""
+    module, owner, called = layer.layer, type(layer.layer), ""
+    for child in filter(None, layer.path.split(".")):
+        if isinstance(module, nn.ModuleList):
+            called = f"{called}[{child}]"
+        else:
+            owner, called = type(module), child
+        module = module.get_submodule(child)
+        if not isinstance(module, nn.ModuleList):
+            yield owner, called
+
+
+def _runs_over(iterated: ast.expr) -> str:
+    """`self.layers` for a loop over it, over its enumeration, or over its first so many."""
+    if isinstance(iterated, ast.Call) and ast.unparse(iterated.func) == "enumerate" and len(iterated.args) == 1:
+        return _runs_over(iterated.args[0])
+    part = iterated.slice if isinstance(iterated, ast.Subscript) else None
+    if isinstance(iterated, ast.Subscript) and isinstance(part, ast.Slice) and part.lower is part.step is None:
+        return _runs_over(iterated.value)
+    return ast.unparse(iterated)
+
+
+def _is_repeated(function: ast.FunctionDef, loop: ast.For) -> bool:
+    return any(
+        loop is not outer and loop in ast.walk(outer)
+        for outer in ast.walk(function)
+        if isinstance(outer, ast.For | ast.While)
+    )
+
+
+def feeds_output(layer: Layer) -> bool:
+    """True where the layer hands the context on to `output.dense`, beside its attention, as BERT's layers do.
+
+    attention, … = self.self(…)
+    … = self.output(attention, …)        and, in `output`:        … = self.dense(attention)
+    """
+    function = forward_of(type(layer.parent))
+    child = layer.path.rpartition(".")[2]
+    contexts = {
+        name.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == f"self.{child}"
+        for name in [node.targets[0].elts[0] if isinstance(node.targets[0], ast.Tuple) else node.targets[0]]
+        if isinstance(name, ast.Name)
+    }
+    into_output = [
+        ast.unparse(node.args[0]).removesuffix("[0]") in contexts
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.output" and node.args
+    ]
+    output = getattr(layer.parent, "output", None)
+    if into_output != [True] or not isinstance(output, nn.Module):
+        return False
+    inside = forward_of(type(output))
+    first = next(
+        step for step in inside.body if not (isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant))
+    )
+    return isinstance(first, ast.Assign) and ast.unparse(first.value) == f"self.dense({inside.args.args[1].arg})"

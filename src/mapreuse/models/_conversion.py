@@ -1,0 +1,124 @@
+"""The change of one attention module: projections cut down and reordered, and its forward replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from mapreuse.models._adapters import Adapter
+from mapreuse.models._layout import LayerLayout
+from mapreuse.models._projections import HeadSubsetLinear, head_rows, take_inputs, take_outputs
+from mapreuse.models._sharing import ReusingAttention, dispatch_here, sharing_class
+from mapreuse.models._stack import Layer
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Geometry of one attention module."""
+
+    num_heads: int
+    num_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """All that is needed to convert one attention module, checked.
+
+    Attributes:
+        layer: the layer and its attention module.
+        adapter: how modules of its class are converted.
+        heads: its geometry.
+        layout: its part of the plan.
+        output: the projection that its context passes through, whose columns follow the order of the heads.
+    """
+
+    layer: Layer
+    adapter: Adapter
+    heads: Heads
+    layout: LayerLayout
+    output: nn.Module | None
+
+
+def convert(conversion: Conversion) -> None:
+    """Make one attention module follow its layout, in place."""
+    attention, adapter, layout = conversion.layer.attention, conversion.adapter, conversion.layout
+    form, dim = adapter.form, conversion.heads.head_dim
+    own = layout.order[: layout.computing]
+    if adapter.fused is not None:
+        _take_fused(conversion, own)
+    else:
+        if layout.computing == 0:
+            for attribute in (*form.query, *form.key):
+                if attribute in attention._modules or attribute in attention._parameters:
+                    delattr(attention, attribute)
+        elif not layout.computes_all:
+            _keep_heads(conversion, own)
+        if layout.value_order != tuple(range(len(layout.value_order))):
+            take_outputs(attention.get_submodule(form.value), head_rows(layout.value_order, dim))
+    if layout.reorders:
+        assert conversion.output is not None
+        take_inputs(conversion.output, head_rows(layout.order, dim))
+    attention._layout = layout  # type: ignore[assignment]
+    attention._form = form  # type: ignore[assignment]
+    attention._num_value_heads = conversion.heads.num_value_heads  # type: ignore[assignment]
+    mixin = adapter.computing if layout.computing else ReusingAttention
+    if mixin is None:
+        dispatch_here(attention)
+    else:
+        attention.__class__ = sharing_class(mixin, type(attention))  # type: ignore[arg-type]
+
+
+def _take_fused(conversion: Conversion, own: Sequence[int]) -> None:
+    """Of queries, keys and values made by one projection, keep those of the heads that compute, and all values."""
+    layout, dim = conversion.layout, conversion.heads.head_dim
+    width = conversion.heads.num_heads * dim
+    own_rows = head_rows(own, dim)
+    value_rows = [2 * width + row for row in head_rows(layout.value_order, dim)]
+    rows = own_rows + [width + row for row in own_rows] + value_rows
+    if rows != list(range(3 * width)):
+        assert conversion.adapter.fused is not None
+        take_outputs(conversion.layer.attention.get_submodule(conversion.adapter.fused), rows)
+
+
+def _keep_heads(conversion: Conversion, own: Sequence[int]) -> None:
+    """Keep the query and key projections of the heads that compute."""
+    attention, adapter, layout = conversion.layer.attention, conversion.adapter, conversion.layout
+    dim = conversion.heads.head_dim
+    if adapter.computing is not None:
+        for attribute in adapter.per_head:
+            parameter = attention._parameters.get(attribute)
+            if parameter is None:
+                take_outputs(attention.get_submodule(attribute), head_rows(own, dim))
+            else:
+                kept = parameter.detach()[list(own)].clone()
+                setattr(attention, attribute, nn.Parameter(kept, parameter.requires_grad))
+        return
+    for attributes, heads in ((adapter.form.query, own), (adapter.form.key, layout.key_heads)):
+        for attribute in attributes:
+            module = attention._modules.get(attribute)
+            if isinstance(module, nn.Linear):
+                setattr(attention, attribute, HeadSubsetLinear(module, head_rows(heads, dim)))
+
+
+@contextmanager
+def unchanged_on_failure(conversions: Sequence[Conversion]) -> Iterator[None]:
+    """Put every module back as it was if converting one of them fails."""
+    modules = [m for c in conversions for m in (*c.layer.attention.modules(), c.output) if m is not None]
+    saved = [
+        (module, module.__class__, dict(module.__dict__), dict(module._parameters), dict(module._modules))
+        for module in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, parameters, children in saved:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module.__dict__["_parameters"] = parameters
+            module.__dict__["_modules"] = children
+        raise

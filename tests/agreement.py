@@ -1,0 +1,62 @@
+"""`python tests/agreement.py`: how closely every family agrees with the definition, as a table."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from families import FAMILIES, build
+from oracle import defined_output, disagreement, valid_rows
+
+import mapreuse as mr
+
+NUM_LAYERS, NUM_HEADS = 4, 4
+
+PLANS = {
+    "full": mr.ReusePlan.full(NUM_LAYERS),
+    "groups of 2": mr.ReusePlan.grouped(NUM_LAYERS, 2),
+    "all from one": mr.ReusePlan.grouped(NUM_LAYERS, NUM_LAYERS),
+    "other heads": mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [3, 1, 1, 0], 3: [2, 2, 2, 2]}),
+    "in part": mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [None, 2, None, 0], 3: [1, None, 1, 3]}),
+    "two sources": mr.ReusePlan((None, None, ((1, 0), (0, 3), (1, 2), (0, 0)), ((0, 1), None, (1, 1), (1, 1)))),
+}
+STRATEGIES = ("dense", "recompute")
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+@functools.cache
+def _built(family: str, implementation: str):
+    return build(family, implementation=implementation)
+
+
+@torch.no_grad()
+def errors(family: str, plan: mr.ReusePlan) -> tuple[dict[tuple[str, str], float], float]:
+    """Disagreement with the definition by (implementation, strategy), and how far the plan moves the output."""
+    eager, batch = _built(family, "eager")
+    untouched = eager(**batch)
+    rows = valid_rows(eager, batch, untouched)
+    reference = defined_output(eager, batch, plan)
+    found = {}
+    for implementation in IMPLEMENTATIONS:
+        for strategy in STRATEGIES:
+            model = mr.apply(copy.deepcopy(_built(family, implementation)[0]), plan, strategy=strategy)
+            ours = model(**batch).last_hidden_state
+            assert ours.isfinite().all(), "padding rows must be finite"
+            found[implementation, strategy] = disagreement(ours, reference, rows)
+    return found, disagreement(untouched.last_hidden_state, reference, rows)
+
+
+def table() -> str:
+    """Worst disagreement of each family under each plan; the last column is the least that reuse moved the output."""
+    lines = ["".join([f"{'family':30}", *(f"{name:>14}" for name in PLANS), f"{'moved':>14}"])]
+    for family in FAMILIES:
+        results = {name: errors(family, plan) for name, plan in PLANS.items()}
+        worst = [max(found.values()) for found, _ in results.values()]
+        moved = min(by for name, (_, by) in results.items() if name != "full")
+        lines.append("".join([f"{family:30}", *(f"{error:14.1e}" for error in worst), f"{moved:14.2f}"]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,66 @@
+"""The definition that converted models are measured against: the original model, its softmax replaced by the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mapreuse import ReusePlan
+
+
+@contextmanager
+def softmax_follows(plan: ReusePlan) -> Iterator[list[Tensor]]:
+    """While open, the n-th softmax of a forward is layer n's, and its reusing heads take their sources' weights.
+
+    Yields the weights in effect, layer by layer. Fails where a forward ran another number of softmaxes.
+    """
+    original = nn.functional.softmax
+    own: list[Tensor] = []
+    in_effect: list[Tensor] = []
+
+    def softmax(*args: Any, **kwargs: Any) -> Tensor:
+        weights = original(*args, **kwargs)
+        layer = len(own)
+        own.append(weights)
+        heads = [
+            weights[:, head] if source is None else own[source[0]][:, source[1]]
+            for head, source in enumerate(plan.heads(layer, weights.shape[1]))
+        ]
+        in_effect.append(torch.stack(heads, 1))
+        return in_effect[-1]
+
+    nn.functional.softmax = softmax
+    try:
+        yield in_effect
+    finally:
+        nn.functional.softmax = original
+    assert len(own) == plan.num_layers, f"{len(own)} softmaxes ran, for {plan.num_layers} layers"
+
+
+def defined_output(eager_model: nn.Module, batch: dict[str, Tensor], plan: ReusePlan) -> Tensor:
+    """Last hidden states of an untouched eager model under `plan`."""
+    with softmax_follows(plan):
+        return eager_model(**batch).last_hidden_state
+
+
+def valid_rows(model: nn.Module, batch: dict[str, Tensor], output: Any) -> Tensor:
+    """Which rows (batch, position) of the last hidden states are not padding."""
+    hidden = output.last_hidden_state
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool)
+    if "input_values" in batch:
+        mask = model._get_feature_vector_attention_mask(hidden.shape[1], mask)
+    elif "input_features" in batch:
+        mask = output.attention_mask
+    return mask.bool()
+
+
+def disagreement(ours: Tensor, reference: Tensor, rows: Tensor) -> float:
+    """max |ours − reference| / max |reference| over these rows."""
+    ours, reference = ours[rows], reference[rows]
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
