@@ -1,22 +1,35 @@
+"""Real speech and small recognisers for the tests.
+
+The speech room is imported inside the fixtures: pytest loads this file before the warning filters of the outer
+conftest are in force.
+"""
+
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from lhotse import CutSet
 
-from mapreuse.speech import BASELINE, Corpus, FeatureConfig, Recogniser, alphabet, open_corpus
+if TYPE_CHECKING:
+    from mapreuse.speech import Corpus, Recogniser
 
 
 @pytest.fixture(scope="session")
 def prompts() -> Corpus:
     """The English prompts, real speech, fetched as the study fetches them."""
+    from mapreuse.speech import open_corpus
+
     return open_corpus("prompts:en")
 
 
 @pytest.fixture(scope="session")
 def baseline() -> Recogniser:
+    from mapreuse.speech import BASELINE, Recogniser
+
     return Recogniser.load(BASELINE)
 
 
@@ -30,6 +43,10 @@ def wav(prompts: Corpus) -> Path:
 @pytest.fixture(scope="session")
 def few(prompts: Corpus) -> Corpus:
     """A dozen short real recordings, for training runs of seconds."""
+    from lhotse import CutSet
+
+    from mapreuse.speech import Corpus
+
     short = [cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12]
     dev = [cut for cut in prompts.dev if cut.duration < 2][:3]
     parts = CutSet.from_cuts(short), CutSet.from_cuts(dev), CutSet.from_cuts([])
@@ -39,6 +56,8 @@ def few(prompts: Corpus) -> Corpus:
 @pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., Recogniser]:
     """Makes untrained recognisers of two narrow layers."""
+    from mapreuse.speech import FeatureConfig, Recogniser, alphabet
+
     size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "conv_kernel_size": 7}
     config = FeatureConfig(num_mel_bins=32)
     return partial(Recogniser.create, alphabet("en"), **size, subsampling_channels=8, feature_config=config)

@@ -20,10 +20,10 @@ def add_language_model(
 ) -> None:
     """Gives the recogniser a character n-gram model of training texts, its weight and bonus tuned on `dev`.
 
-    Recorded `transcripts` count ten times, generated `sentences` once. The pair of weight and bonus with the least
+    Recorded `transcripts` count three times, generated `sentences` once. The pair of weight and bonus with the least
     (WER, CER) on dev is taken, the smallest of equals; without dev utterances the defaults of `Fusion` stay.
     """
-    texts = [*transcripts] * 10 + [*sentences]
+    texts = [*transcripts] * 3 + [*sentences]
     encoded = [recogniser.encode(text) for text in texts]
     recogniser.language_model = NgramModel.train(encoded, len(recogniser.vocabulary) + 1, order=order)
     if not dev:

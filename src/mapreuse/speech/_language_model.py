@@ -11,22 +11,25 @@ from safetensors.torch import load_file, save_file
 
 _BITS = 6
 _LENGTH_AT = 56  # above the nine outputs of the longest n-gram
+_DISCOUNT = 0.75
 
 
 class NgramModel:
-    """A character n-gram model with Witten–Bell smoothing, over the recogniser's outputs.
+    """A character n-gram model with interpolated Kneser–Ney smoothing, over the recogniser's outputs.
 
-        p(c | h) = (count(h c) + kinds(h) · p(c | h')) / (count(h) + kinds(h))
+        p(c | h) = (max(n(h c) − D, 0) + D · kinds(h) · p(c | h')) / n(h)
 
-    where h' is h without its first character, count(h) how often h was continued, kinds(h) in how many ways, and
-    p(c) below the empty history is uniform. Output 0 stands for both ends of a sentence. Witten and Bell, "The
-    zero-frequency problem", 1991.
+    where h' is h without its first character, n(h) the sum of n(h c) over c, kinds(h) how many c follow h, D = 0.75,
+    and p(c | h') below the empty history is uniform. For the longest histories, and those that begin a sentence,
+    n(h c) is how often h c occurs; for the others in how many contexts, that is after how many different
+    characters. Output 0 stands for both ends of a sentence. Kneser and Ney, "Improved backing-off for m-gram
+    language modeling", 1995.
     """
 
     def __init__(self, counts: dict[tuple[int, ...], int], num_outputs: int, order: int):
+        self.counts = counts
         self.num_outputs = num_outputs
         self.order = order
-        self.counts = counts
         self._continuations: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
         for ngram, count in counts.items():
             self._continuations[ngram[:-1]].append((ngram[-1], count))
@@ -34,7 +37,7 @@ class NgramModel:
 
     @classmethod
     def train(
-        cls, sentences: Iterable[Sequence[int]], num_outputs: int, *, order: int, max_entries: int = 80_000
+        cls, sentences: Iterable[Sequence[int]], num_outputs: int, *, order: int, max_entries: int = 60_000
     ) -> Self:
         """Counts the n-grams, n ≤ `order`, of sentences of output numbers; keeps the `max_entries` most frequent.
 
@@ -44,14 +47,19 @@ class NgramModel:
             raise ValueError(
                 f"order must be 1 to 9 and outputs at most {(1 << _BITS) - 1}: got {order}, {num_outputs}"
             )
-        counts: Counter[tuple[int, ...]] = Counter()
+        occurrences: Counter[tuple[int, ...]] = Counter()
         for sentence in sentences:
             padded = (0,) * (order - 1) + tuple(sentence) + (0,)
             for end in range(order, len(padded) + 1):
-                counts.update(padded[end - length : end] for length in range(1, order + 1))
-        # Shorter n-grams are at least as frequent as those that end in them, so backing off stays possible.
-        kept = sorted(counts.items(), key=lambda entry: (-entry[1], len(entry[0]), entry[0]))[:max_entries]
-        return cls(dict(kept), num_outputs, order)
+                occurrences.update(padded[end - length : end] for length in range(1, order + 1))
+        contexts = Counter(ngram[1:] for ngram in occurrences if len(ngram) > 1)
+        counts = {
+            ngram: count if len(ngram) == order or ngram[0] == 0 else contexts[ngram]
+            for ngram, count in occurrences.items()
+        }
+        # Ties go to shorter n-grams: what is dropped first are the longest that occurred once.
+        kept = sorted(counts, key=lambda ngram: (-occurrences[ngram], len(ngram), ngram))[:max_entries]
+        return cls({ngram: counts[ngram] for ngram in kept}, num_outputs, order)
 
     def log_probabilities(self, history: tuple[int, ...]) -> Float[ndarray, "outputs"]:
         """Log-probabilities of every output after `history` (output 0: the end), whose last `order` − 1 count."""
@@ -69,9 +77,9 @@ class NgramModel:
         if not continuations:
             return lower
         numbers, counts = (np.array(column) for column in zip(*continuations, strict=True))
-        probabilities = len(numbers) * lower
-        probabilities[numbers] += counts
-        return probabilities / (counts.sum() + len(numbers))
+        probabilities = _DISCOUNT * len(numbers) * lower
+        probabilities[numbers] += counts - _DISCOUNT
+        return probabilities / counts.sum()
 
     def save(self, path: str | Path) -> None:
         """Writes the counts as safetensors: every n-gram packed into one integer, six bits an output."""
@@ -79,14 +87,14 @@ class NgramModel:
         keys = [key | len(ngram) << _LENGTH_AT for key, ngram in zip(keys, self.counts, strict=True)]
         tensors = {
             "ngrams": torch.tensor(keys, dtype=torch.int64),
-            "counts": torch.tensor([min(count, 32767) for count in self.counts.values()], dtype=torch.int16),
+            "counts": torch.tensor(list(self.counts.values()), dtype=torch.int32),
             "shape": torch.tensor([self.num_outputs, self.order]),
         }
         save_file(tensors, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The model `save` wrote."""
+        """The model `save` wrote; raises `ValueError` or `SafetensorError` for another file."""
         tensors = load_file(path)
         num_outputs, order = tensors["shape"].tolist()
         mask = (1 << _BITS) - 1

@@ -70,11 +70,12 @@ def synthesise(
                 partial = path.with_suffix(".partial")
                 soundfile.write(partial, samples, sampling_rate, subtype="PCM_16", format="WAV")
                 partial.replace(path)
-            cuts.append(_cut(path, key, text, language))
+            cuts.append(cut_of(path, key, text, language))
     return CutSet.from_cuts(cuts)
 
 
-def _cut(path: Path, key: str, text: str, language: str) -> MonoCut:
+def cut_of(path: Path, key: str, text: str, language: str) -> MonoCut:
+    """One utterance: a whole file and what is said in it."""
     recording = Recording.from_file(path, recording_id=f"synthetic-{key}")
     supervision = SupervisionSegment(
         id=recording.id,

@@ -22,6 +22,7 @@ from mapreuse.speech._evaluation import Scores, evaluate
 from mapreuse.speech._fusion import add_language_model
 from mapreuse.speech._prompts import cache_dir
 from mapreuse.speech._recogniser import Recogniser
+from mapreuse.speech._splicing import cut_words, splice
 from mapreuse.speech._synthesis import synthesise
 from mapreuse.speech._texts import generate_texts
 
@@ -32,7 +33,9 @@ class TrainConfig:
 
     The budget is `steps` or `seconds` (exactly one); the learning rate rises linearly over the first `warmup`
     fraction of it and falls to zero along a cosine. `real_share` is the share of recorded speech (in seconds) at
-    the start and at the end, the rest being `synthetic_utterances` generated sentences in synthetic voices.
+    the start and at the end, the rest being `synthetic_utterances` generated sentences in synthetic voices and
+    `spliced_utterances` sentences put together from recorded words, which the recogniser that training starts from
+    cuts out.
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
     `language_model_order`, where not 0, adds a character n-gram model of the training texts for the beam search.
@@ -46,6 +49,7 @@ class TrainConfig:
     clip: float = 1.0
     batch_seconds: float = 40.0
     synthetic_utterances: int = 0
+    spliced_utterances: int = 0
     real_share: tuple[float, float] = (1.0, 1.0)
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     noise_probability: float = 0.4
@@ -73,7 +77,15 @@ class TrainConfig:
     @classmethod
     def baseline(cls) -> Self:
         """The run that made the shipped recogniser."""
-        return cls(steps=3500, synthetic_utterances=8000, real_share=(0.25, 0.75), language_model_order=6)
+        return cls(
+            steps=2500,
+            learning_rate=1e-3,
+            batch_seconds=30.0,
+            synthetic_utterances=8000,
+            real_share=(0.6, 0.95),
+            noise_probability=0.2,
+            language_model_order=6,
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -149,7 +161,7 @@ class _Run:
         self.transcripts = sorted({cut.supervisions[0].text for cut in corpus.train})
         self.sentences = self._sentences()
         with self.accelerator.main_process_first():
-            synthetic = self._speech(self.sentences)
+            synthetic = [*self._speech(self.sentences), *self._spliced()]
         self.plan = RoundPlan(list(corpus.train), synthetic, config)
         self.identity = {
             "config": json.loads(config.to_json()),
@@ -179,6 +191,22 @@ class _Run:
         rate = self.recogniser.feature_config.sampling_rate
         directory, seed = cache_dir() / "synthetic", self.config.seed
         return list(synthesise(sentences, self.corpus.language, directory, seed=seed, sampling_rate=rate))
+
+    def _spliced(self) -> list[Cut]:
+        if not self.config.spliced_utterances:
+            return []
+        return list(
+            splice(
+                cut_words(self.recogniser, list(self.corpus.train)),
+                self.config.spliced_utterances,
+                self.corpus.language,
+                cache_dir() / "spliced",
+                seed=self.config.seed,
+                sampling_rate=self.recogniser.feature_config.sampling_rate,
+                transcripts=self.transcripts,
+                exclude=self.corpus.held_out,
+            )
+        )
 
     def finish(self) -> Scores | None:
         """The best weights in the recogniser, with its language model, and their scores on dev."""
