@@ -85,14 +85,25 @@ def test_spliced_sentences_say_recorded_words_and_no_held_out_transcript(prompts
     assert not [text for text in texts for held_out in prompts.held_out if f" {held_out} " in f" {text} "]
 
 
-def test_splicing_repeats_itself_and_keeps_what_it_wrote(words, arguments, tmp_path):
-    first = splice(words, 10, "en", tmp_path, **arguments)
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.wav")}
-    again = splice(words, 20, "en", tmp_path, **arguments)
-    assert [cut.supervisions[0].text for cut in again[:10]] == [cut.supervisions[0].text for cut in first]
-    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    whole = splice(words, 20, "en", tmp_path / "elsewhere", **arguments)
-    assert all(np.array_equal(a.load_audio(), b.load_audio()) for a, b in zip(again, whole, strict=True))
+def test_splicing_resumes_where_it_stopped_and_repeats_itself_exactly(words, arguments, tmp_path):
+    whole = splice(words, 20, "en", tmp_path / "whole", **arguments)
+    first, *others = sorted((tmp_path / "whole").rglob("*.wav"))
+    kept = first.read_bytes()
+    for path in others[10:]:
+        path.unlink()
+    time = first.stat().st_mtime_ns
+    resumed = splice(words, 20, "en", tmp_path / "whole", **arguments)
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == (kept, time)
+    fresh = splice(words, 20, "en", tmp_path / "fresh", **arguments)
+    for one, other, another in zip(whole, resumed, fresh, strict=True):
+        assert one.supervisions[0].text == other.supervisions[0].text == another.supervisions[0].text
+        assert np.array_equal(other.load_audio(), another.load_audio())
+
+
+def test_another_number_of_sentences_is_another_set(words, arguments, tmp_path):
+    few = splice(words, 10, "en", tmp_path, **arguments)
+    many = splice(words, 20, "en", tmp_path, **arguments)
+    assert not {cut.recording.sources[0].source for cut in few} & {cut.recording.sources[0].source for cut in many}
 
 
 def test_spliced_speech_is_still_understood(baseline, words, arguments, tmp_path):

@@ -24,7 +24,7 @@ _RANDOM_SHARE = 0.5  # of the sentences are words in any order, so that no conte
 
 
 def align(logits: Float[Tensor, "frames outputs"], labels: Sequence[int]) -> list[tuple[int, int]]:
-    """First frame and frame after the last of every label on the most probable CTC path (Viterbi; Graves et al., 2006).
+    """First frame and frame after the last of every label on the likeliest CTC path (Viterbi; Graves et al., 2006).
 
     Output 0 is the blank. Raises `ValueError` where there are too few frames for the labels.
     """
@@ -98,15 +98,15 @@ def splice(
     """`count` sentences spoken with cut-out words, as wav files in `out_dir`; none contains an excluded transcript.
 
     Half recombine the transcripts as `generate_texts` does, as far as every word was recorded; half are two to eight
-    recorded words in any order.
+    recorded words in any order. A second call with the same arguments writes only what is missing.
     """
     generator = random.Random(f"splice:{language}:{seed}")
     recombined = generate_texts(3 * count, language, seed=seed + 1, transcripts=transcripts, exclude=exclude)
     sayable = [text for text in recombined if all(word in words for word in text.split())]
     vocabulary = sorted(words)
     lengths = [(word, [len(samples) for samples in words[word]]) for word in vocabulary]
-    digest = hashlib.sha256(json.dumps(lengths).encode()).hexdigest()[:8]
-    directory = out_dir / f"{language}-{digest}-{seed}"
+    inputs = [lengths, count, language, seed, sampling_rate, list(transcripts), list(exclude)]
+    directory = out_dir / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
     directory.mkdir(parents=True, exist_ok=True)
     banned = [f" {text} " for text in exclude]
     cuts: list[MonoCut] = []
