@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
 
@@ -62,6 +67,89 @@ def study(
         console.print(f"\n[bold]{name}[/]: how many times as fast as transformers (sdpa)")
         console.print(Markdown("\n".join(latency_table(measured))))
     console.print(f"\nReport: {out / 'report.md'}")
+
+
+@app.command()
+def bench(
+    encoder: Annotated[str, typer.Option(help="conformer-m, plain-conformer-m or bert-base")] = "conformer-m",
+    lengths: Annotated[str | None, typer.Option(help="frames or tokens: 1000,2000,3000")] = None,
+    plans: Annotated[str | None, typer.Option(help="plans of ours: full,4x4,1x4,4x3,16x1")] = None,
+    contestants: Annotated[
+        str | None, typer.Option(help="eager,sdpa,flex,ours, each also as eager+compile; all if left out")
+    ] = None,
+    strategies: Annotated[str, typer.Option(help="how ours carry shared maps: dense,recompute")] = "dense",
+    batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if left out")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    repeats: Annotated[int | None, typer.Option(help="rounds that count: 7, or 15 for --cores")] = None,
+    part: Annotated[str, typer.Option(help="layers, or whole with the front end")] = "layers",
+    memory: Annotated[bool, typer.Option("--memory", help="also peak memory, in fresh processes")] = False,
+    training: Annotated[bool, typer.Option("--training", help="time forward and backward")] = False,
+    cores: Annotated[bool, typer.Option("--cores", help="time single attention cores instead")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file to write all results to")] = None,
+) -> None:
+    """Time an encoder under transformers' attentions, FlexAttention and ours, interleaved; ratios first."""
+    from mapreuse import measure
+
+    settings: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": device}
+    if repeats is not None:
+        settings["repeats"] = repeats
+    if lengths is not None:
+        settings["lengths"] = _numbers("--lengths", lengths)
+    if cores:
+        if (encoder, batch, part, memory or training, plans or contestants) != (
+            "conformer-m",
+            1,
+            "layers",
+            False,
+            None,
+        ):
+            raise ValueError("--cores takes --lengths, --threads, --dtype, --device, --repeats and --json only")
+        cores_config = measure.CoresConfig(**settings)
+        with _progress() as progress:
+            results = measure.bench_cores(cores_config, progress)
+        tables = measure.cores_tables(results)
+    else:
+        settings |= {"encoder": encoder, "batch": batch, "part": part, "memory": memory, "training": training}
+        settings |= {"contestants": _words(contestants), "strategies": _words(strategies)}
+        config = measure.BenchConfig(plans=measure.plans_for(encoder, plans or ""), **settings)
+        with _progress() as progress:
+            results = measure.bench(config, progress)
+        tables = measure.bench_tables(results)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    for table in tables:
+        shown = Table(*table.header, title=table.title, title_justify="left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+        for note in table.notes:
+            console.print(note, markup=False, highlight=False)
+    console.print(f"Inputs: {results['signal']}.", highlight=False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float, float], object]]:
+    """A bar with the time left, on standard error; gives the function that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("building", total=None)
+        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError:
+        raise ValueError(
+            f"{option} must be whole numbers parted by commas, such as 1000,2000, got {text!r}"
+        ) from None
 
 
 @app.command()

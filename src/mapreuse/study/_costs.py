@@ -9,32 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import ParakeetEncoder, ParakeetEncoderConfig
+from transformers import ParakeetEncoder
 
 from mapreuse.maps import SharedMaps
 from mapreuse.measure import time_interleaved
 from mapreuse.models import ARGUMENT, apply, find_stack
 from mapreuse.plan import ReusePlan
-
-SUBSAMPLING = 4
-"""Feature frames for one encoder frame."""
-
-
-def conformer_m(num_mel_bins: int) -> ParakeetEncoder:
-    """The papers' Conformer-M: 16 layers of width 256, 4 heads, convolution kernel 31; random weights."""
-    config = ParakeetEncoderConfig(
-        num_hidden_layers=16,
-        hidden_size=256,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        conv_kernel_size=31,
-        subsampling_factor=SUBSAMPLING,
-        num_mel_bins=num_mel_bins,
-        layerdrop=0.0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return ParakeetEncoder(config).eval()
 
 
 def encoder_latency(

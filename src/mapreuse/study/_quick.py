@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mapreuse.convert import align_by, convert, group_by
-from mapreuse.measure import Similarity, machine, similarity
+from mapreuse.measure import SUBSAMPLING, Similarity, conformer_m, machine, similarity
 from mapreuse.plan import ReusePlan
 from mapreuse.speech import (
     BASELINE,
@@ -28,7 +28,7 @@ from mapreuse.speech import (
     open_corpus,
     train,
 )
-from mapreuse.study._costs import SUBSAMPLING, attention_latency, conformer_m, encoder_latency
+from mapreuse.study._costs import attention_latency, encoder_latency
 from mapreuse.study._report import write_report
 from mapreuse.study._steps import Steps
 
