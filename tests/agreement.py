@@ -30,6 +30,7 @@ def _built(family: str, implementation: str):
     return build(family, implementation=implementation)
 
 
+@functools.cache
 @torch.no_grad()
 def errors(family: str, plan: mr.ReusePlan) -> tuple[dict[tuple[str, str], float], float]:
     """Disagreement with the definition by (implementation, strategy), and how far the plan moves the output."""

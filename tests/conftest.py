@@ -1,0 +1,17 @@
+"""Shapes are checked while tests run: every jaxtyping annotation of the package becomes an assertion."""
+
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("mapreuse", "beartype.beartype")
+
+# The same examples every time, however loaded the machine.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # lhotse's CutSet derives from typing.Iterable, which beartype calls outdated wherever a signature names a CutSet.
+    category = "beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
+    config.addinivalue_line("filterwarnings", f"ignore::{category}")

@@ -6,8 +6,8 @@ plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
 model = mr.apply(model, plan)
 """
 
-from mapreuse.convert import align, convert
+from mapreuse.convert import align, convert, fit
 from mapreuse.models import Unsupported, apply, load, plan_of, save
 from mapreuse.plan import ReusePlan
 
-__all__ = ["ReusePlan", "Unsupported", "align", "apply", "convert", "load", "plan_of", "save"]
+__all__ = ["ReusePlan", "Unsupported", "align", "apply", "convert", "fit", "load", "plan_of", "save"]

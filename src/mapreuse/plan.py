@@ -48,6 +48,7 @@ class ReusePlan:
             raise ValueError("a plan needs at least one layer")
         layers = tuple(_normalised(source, layer) for layer, source in enumerate(self.layers))
         object.__setattr__(self, "layers", layers)
+        self._check_number_of_heads()
         for layer, source in enumerate(layers):
             if isinstance(source, int):
                 self._check_layer_source(layer, source)
@@ -148,7 +149,7 @@ class ReusePlan:
             raise ValueError(f"plan version {data.get('version')!r} is not supported, only {_VERSION}")
         if not isinstance(data.get("layers"), list):
             raise ValueError('a plan needs "layers", a list with one entry for each layer')
-        return cls(tuple(tuple(map(_pair, x)) if isinstance(x, list) else x for x in data["layers"]))
+        return cls(tuple(_normalised(source, layer) for layer, source in enumerate(data["layers"])))
 
     def to_json(self) -> str:
         """The plan as one line of JSON, read back by `from_json` and `parse`."""
@@ -208,6 +209,15 @@ class ReusePlan:
             lines.append(f"layer {layer:>{width}}  {_describe(source)}")
         return "\n".join(lines)
 
+    def _check_number_of_heads(self) -> None:
+        by_head = [(layer, len(source)) for layer, source in enumerate(self.layers) if isinstance(source, tuple)]
+        for layer, number in by_head:
+            if number != by_head[0][1]:
+                raise ValueError(
+                    f"layer {layer} speaks of {number} heads, but layer {by_head[0][0]} of {by_head[0][1]}; "
+                    "all layers of a plan have the same number"
+                )
+
     def _check_layer_source(self, layer: int, source: int) -> None:
         self._check_earlier(f"layer {layer}", layer, source)
         if self.layers[source] is not None:
@@ -221,9 +231,7 @@ class ReusePlan:
         source, source_head = head_source
         name = f"layer {layer}, head {head}"
         self._check_earlier(name, layer, source)
-        entry = self.layers[source]
-        own = self.layers[layer]
-        num_heads = len(entry) if isinstance(entry, tuple) else len(own) if isinstance(own, tuple) else 0
+        entry, num_heads = self.layers[source], self.num_heads or 0
         if not 0 <= source_head < num_heads:
             raise ValueError(
                 f"{name} reuses head {source_head} of layer {source}, but its heads are 0–{num_heads - 1}"
@@ -271,10 +279,6 @@ def _normalised(source: Any, layer: int) -> LayerSource:
 
 def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _pair(entry: Any) -> Any:
-    return tuple(entry) if isinstance(entry, list) else entry
 
 
 def _notation_error(text: str, position: int, problem: str) -> ValueError:

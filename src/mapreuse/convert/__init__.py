@@ -2,5 +2,6 @@
 
 from mapreuse.convert._align import align, align_by, group_by
 from mapreuse.convert._convert import convert
+from mapreuse.convert._fit import LayerFit, fit
 
-__all__ = ["align", "align_by", "convert", "group_by"]
+__all__ = ["LayerFit", "align", "align_by", "convert", "fit", "group_by"]

@@ -1,0 +1,180 @@
+"""The computing layer's core, against the definition in `maps/reference.py`."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from map_cases import cases, make_case, on_leaves, with_gradients
+
+from mapreuse.maps import attend
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@given(cases(), st.booleans(), st.booleans())
+def test_context_and_map_are_the_definitions(case, keep, grad_mode):
+    with torch.set_grad_enabled(grad_mode):
+        context, weights = attend(case.scores, case.values, keep=keep)
+    torch.testing.assert_close(context, case.context, **CLOSE)
+    if keep:
+        torch.testing.assert_close(weights, case.map, **CLOSE)
+    else:
+        assert weights is None
+
+
+@given(cases())
+def test_a_map_written_over_a_used_buffer_is_the_same(case):
+    used = torch.full(case.scores.shape, float("nan"))
+    with torch.no_grad():
+        context, weights = attend(case.scores, case.values, keep=True, buffer=used)
+    assert weights.data_ptr() == used.data_ptr()
+    torch.testing.assert_close(weights, case.map, **CLOSE)
+    torch.testing.assert_close(context, case.context, **CLOSE)
+
+
+@given(cases(dtype=torch.float64))
+def test_the_definition_is_a_distribution_over_what_may_be_attended(case):
+    """Of the oracle itself: rows sum to one over allowed keys, or to zero where there is none."""
+    allowed = torch.ones(case.scores.shape, dtype=torch.bool)
+    if case.scores.mask is not None:
+        allowed = allowed & case.scores.mask
+    if case.scores.is_causal:
+        allowed = allowed.tril()
+    assert (case.map[~allowed] == 0).all()
+    torch.testing.assert_close(case.map.sum(-1), allowed.any(-1).double())
+
+
+def test_relative_positions_follow_the_distance_between_query_and_key():
+    """Query i and key j meet encoding i − j, counted downwards from T − 1: written out, position by position."""
+    case = make_case(batch=1, heads=1, num_queries=5, relative=True, dtype=torch.float64)
+    scores, positions = case.scores, case.scores.relative
+    expected = torch.empty(5, 5, dtype=torch.float64)
+    for i in range(5):
+        for j in range(5):
+            encoding = positions.key[0, 0, (5 - 1) - (i - j)]
+            expected[i, j] = 0.7 * (scores.query[0, 0, i] @ scores.key[0, 0, j] + positions.query[0, 0, i] @ encoding)
+    torch.testing.assert_close(case.map[0, 0], expected.softmax(-1))
+    torch.testing.assert_close(scores.dense()[0, 0], expected)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("bias", [None, "heads"])
+def test_a_query_that_may_attend_nothing_has_no_map_and_no_context(keep, relative, grad_mode, bias):
+    case = make_case(num_queries=70, num_keys=70, mask="queries and keys", relative=relative, bias=bias)
+    case.scores.mask[0, 0, 3] = case.scores.mask[0, 0, 69] = False
+    with torch.set_grad_enabled(grad_mode):
+        context, weights = attend(case.scores, case.values, keep=keep)
+    for row in (3, 69):
+        assert (context[0, :, row] == 0).all()
+        assert weights is None or (weights[0, :, row] == 0).all()
+    assert context.isfinite().all()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_mask_and_causality_together_can_leave_a_query_nothing(keep):
+    """The first key is padding (on the left): causal query 0 may attend no key, though its mask has some."""
+    case = make_case(mask="keys", is_causal=True, num_queries=9, num_keys=9)
+    case.scores.mask[:] = True
+    case.scores.mask[:, :, :, 0] = False
+    with torch.no_grad():
+        context, weights = attend(case.scores, case.values, keep=keep)
+    assert (context[:, :, 0] == 0).all()
+    assert (context[:, :, 1] != 0).all()
+    assert weights is None or (weights[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("mask", [None, "heads"])
+@pytest.mark.parametrize("bias", [None, "shared"])
+def test_gradients_are_those_of_finite_differences(keep, relative, mask, bias):
+    case = make_case(
+        batch=2, heads=2, num_queries=4, num_keys=5, relative=relative, mask=mask, bias=bias, dtype=torch.float64
+    )
+    _, leaves = with_gradients(case)
+
+    def run(*tensors):
+        varied = on_leaves(case, list(tensors))
+        return [out for out in attend(varied.scores, varied.values, keep=keep) if out is not None]
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@given(cases(lengths=(1, 5, 65)))
+def test_gradients_are_the_definitions(case):
+    ours, leaves = with_gradients(case)
+    context, weights = attend(ours.scores, ours.values, keep=True)
+    (context.square().sum() + weights.square().sum()).backward()
+    theirs, same_leaves = with_gradients(case)
+    (theirs.context.square().sum() + theirs.map.square().sum()).backward()
+    for leaf, same in zip(leaves, same_leaves, strict=True):
+        expected = torch.zeros_like(same) if same.grad is None else same.grad
+        torch.testing.assert_close(leaf.grad, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("relative", [True, False])
+def test_half_precision_takes_its_softmax_in_float32(monkeypatch, grad_mode, dtype, relative):
+    case = make_case(num_queries=65, num_keys=65, relative=relative, dtype=dtype, mask="queries and keys")
+    softmax, precisions = torch.softmax, []
+
+    def recording(input, dim, dtype=None, **kwargs):
+        precisions.append(dtype)
+        return softmax(input, dim, dtype=dtype, **kwargs)
+
+    monkeypatch.setattr(torch, "softmax", recording)
+    with torch.set_grad_enabled(grad_mode):
+        context, weights = attend(case.scores, case.values, keep=True)
+    monkeypatch.undo()
+    assert precisions
+    assert set(precisions) == {torch.float32}
+    assert context.dtype == weights.dtype == dtype
+    exact = make_case(num_queries=65, num_keys=65, relative=relative, dtype=torch.float64, mask="queries and keys")
+    tolerance = 0.03 if dtype == torch.float16 else 0.15
+    torch.testing.assert_close(weights.double(), exact.map, atol=tolerance, rtol=0)
+
+
+def test_a_half_precision_row_of_many_equal_scores_sums_to_one():
+    """A softmax in bfloat16 would stop counting at 256 keys of weight one."""
+    case = make_case(batch=1, heads=1, num_queries=64, num_keys=2048, dtype=torch.bfloat16)
+    case.scores.query.zero_()
+    with torch.no_grad():
+        _, weights = attend(case.scores, case.values, keep=True)
+    torch.testing.assert_close(weights.float().sum(-1), torch.ones(1, 1, 64), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_the_map_handed_on_is_the_one_before_dropout(relative, grad_mode):
+    case = make_case(num_queries=70, num_keys=70, relative=relative)
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(grad_mode):
+        context, weights = attend(case.scores, case.values, keep=True, dropout_p=0.5)
+    torch.testing.assert_close(weights, case.map, **CLOSE)
+    assert (context - case.context).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_dropout_keeps_the_mean_and_drops_its_share(keep, relative, grad_mode):
+    """With the identity for values, the context is the dropped map itself."""
+    case = make_case(batch=1, heads=2, num_queries=40, num_keys=40, relative=relative)
+    identity = torch.eye(40).expand(1, 2, 40, 40)
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(grad_mode):
+        draws = [attend(case.scores, identity, keep=keep, dropout_p=0.25)[0] for _ in range(200)]
+    draws = torch.stack(draws)
+    torch.testing.assert_close(draws.mean(0), case.map, atol=0.12, rtol=0)
+    assert (draws - case.map).mean().abs() < 1e-3
+    assert (draws == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+
+
+@given(cases())
+def test_the_context_is_laid_out_as_an_output_projection_reads_it(case):
+    with torch.no_grad():
+        context, _ = attend(case.scores, case.values, keep=True)
+    assert context.transpose(1, 2).is_contiguous()

@@ -1,0 +1,124 @@
+"""Maps that are applied by other layers: both realisations mean the same."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from map_cases import cases, make_case, with_gradients
+
+from mapreuse.maps import DenseMap, RecomputedMap, Scores
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+KINDS = ["dense", "recompute"]
+
+
+def realise(kind, case):
+    return DenseMap(case.map) if kind == "dense" else RecomputedMap(case.scores)
+
+
+@given(cases(), st.sampled_from(KINDS), st.booleans(), st.data())
+def test_applied_to_other_values_a_map_is_a_matrix_product(case, kind, grad_mode, data):
+    """Any pairing of map heads and value heads: one to one, several of one map head, few value heads for many."""
+    batch, heads, _, num_keys = case.scores.shape
+    value_heads = data.draw(st.integers(1, 4))
+    values = torch.randn(batch, num_keys, value_heads, 3).transpose(1, 2)
+    pair = st.tuples(st.integers(0, heads - 1), st.integers(0, value_heads - 1))
+    pairs = tuple(data.draw(st.lists(pair, min_size=1, max_size=6)))
+    with torch.set_grad_enabled(grad_mode):
+        context = realise(kind, case).apply(values, pairs)
+    expected = torch.stack([case.map[:, m] @ values[:, v] for m, v in pairs], 1)
+    torch.testing.assert_close(context, expected, **CLOSE)
+
+
+@given(cases(), st.sampled_from(KINDS), st.booleans())
+def test_without_pairs_heads_meet_one_to_one(case, kind, grad_mode):
+    with torch.set_grad_enabled(grad_mode):
+        context = realise(kind, case).apply(case.values)
+    torch.testing.assert_close(context, case.context, **CLOSE)
+
+
+@given(cases())
+def test_the_weights_of_a_recomputed_map_are_the_definitions(case):
+    recomputed = RecomputedMap(case.scores)
+    torch.testing.assert_close(recomputed.dense(), case.map, **CLOSE)
+    assert recomputed.num_heads == DenseMap(case.map).num_heads == case.map.shape[1]
+
+
+@pytest.mark.parametrize("pairs", [((0, 0), (0, 1), (0, 2)), ((1, 1), (1, 2), (0, 0)), ((2, 0), (2, 2), (2, 1))])
+def test_heads_that_share_a_map_head_side_by_side_share_one_product(monkeypatch, pairs):
+    """As many matrix products as runs of neighbouring value heads under one map head."""
+    case = make_case(batch=1)
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: products.append(b.shape[1]) or mm(a, b, out=out))
+    with torch.no_grad():
+        context = DenseMap(case.map).apply(case.values, pairs)
+    monkeypatch.undo()
+    torch.testing.assert_close(context, torch.stack([case.map[:, m] @ case.values[:, v] for m, v in pairs], 1))
+    expected = {((0, 0), (0, 1), (0, 2)): [15], ((1, 1), (1, 2), (0, 0)): [10, 5]}
+    assert products == expected.get(pairs, [5, 5, 5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("relative", [True, False])
+def test_gradients_flow_through_a_map_into_its_source(kind, relative):
+    case = make_case(relative=relative, mask="queries and keys")
+    pairs = ((0, 1), (2, 2), (2, 0), (1, 1))
+    ours, leaves = with_gradients(case)
+    attention_map = DenseMap(ours.map) if kind == "dense" else RecomputedMap(ours.scores)
+    attention_map.apply(ours.values, pairs).square().sum().backward()
+    theirs, same_leaves = with_gradients(case)
+    torch.stack([theirs.map[:, m] @ theirs.values[:, v] for m, v in pairs], 1).square().sum().backward()
+    for leaf, same in zip(leaves, same_leaves, strict=True):
+        assert leaf.grad.abs().max() > 1e-3
+        torch.testing.assert_close(leaf.grad, same.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("pairs", [None, ((0, 0), (0, 1), (1, 2))])
+def test_every_application_draws_its_own_dropout(kind, grad_mode, pairs):
+    """Values of ones: every context is a row's surviving mass, which differs by query, head and call."""
+    case = make_case(batch=1, num_queries=40, num_keys=40)
+    ones = torch.ones(1, 3, 40, 1)
+    attention_map = realise(kind, case)
+    before = case.map.clone()
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(grad_mode):
+        first = attention_map.apply(ones, pairs, dropout_p=0.5)
+        second = attention_map.apply(ones, pairs, dropout_p=0.5)
+    assert (first - second).abs().mean() > 0.1
+    assert (first[:, 0] - first[:, 1]).abs().mean() > 0.1, "heads that share a product still draw apart"
+    assert first.mean() == pytest.approx(1.0, abs=0.1)
+    assert torch.equal(case.map, before), "the map handed on stays whole"
+
+
+def test_a_map_knows_what_it_keeps_alive():
+    case = make_case(batch=2, heads=3, num_queries=7, num_keys=7, relative=True)
+    assert DenseMap(case.map).nbytes == 2 * 3 * 7 * 7 * 4
+    relative = case.scores.relative
+    assert RecomputedMap(case.scores).nbytes == 4 * (
+        2 * 2 * 3 * 7 * 4 + relative.query.numel() + relative.key.numel()
+    )
+
+
+def test_a_recomputed_map_grows_with_the_length_and_a_dense_one_with_its_square():
+    def sizes(length):
+        case = make_case(num_queries=length, num_keys=length)
+        return DenseMap(case.map).nbytes, RecomputedMap(case.scores).nbytes
+
+    (dense, recomputed), (dense_twice, recomputed_twice) = sizes(32), sizes(64)
+    assert dense_twice == 4 * dense
+    assert recomputed_twice == 2 * recomputed
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_scores_change_type_as_a_whole_and_keep_a_bias_finite(relative):
+    case = make_case(relative=relative, bias="heads")
+    case.scores.bias[0, 0, 0] = torch.finfo(torch.float32).min
+    half = case.scores.to(torch.bfloat16)
+    tensors = [half.query, half.key, half.bias] + ([half.relative.query, half.relative.key] if relative else [])
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    assert all(tensor.isfinite().all() for tensor in tensors)
+    assert half.to(torch.bfloat16) is half
+    unbiased = Scores(case.scores.query, case.scores.key.bfloat16(), 1.0).to(torch.bfloat16)
+    assert unbiased.query.dtype == torch.bfloat16

@@ -1,0 +1,334 @@
+"""Training converted models: removed parameters, gradients, dropout, checkpointing, dropped layers."""
+
+import copy
+import functools
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from agreement import PLANS, STRATEGIES
+from families import FAMILIES, build
+from oracle import defined_output, disagreement, softmax_follows, valid_rows
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn import functional
+
+import mapreuse as mr
+from mapreuse.maps import DenseMap, SharedMaps
+
+GROUPS = PLANS["groups of 2"]
+SAMPLE = ["parakeet", "wav2vec2-conformer-relative", "bert", "modernbert", "gpt2", "llama"]
+"""One family for each way of computing."""
+
+QUERIES_AND_KEYS = {
+    "parakeet": {"q_proj", "k_proj", "relative_k_proj", "bias_u", "bias_v"},
+    "wav2vec2-conformer-relative": {"linear_q", "linear_k", "linear_pos", "pos_bias_u", "pos_bias_v"},
+    "wav2vec2-conformer-rotary": {"linear_q", "linear_k"},
+    "bert": {"query", "key"},
+    "roberta": {"query", "key"},
+    "electra": {"query", "key"},
+    "distilbert": {"q_lin", "k_lin"},
+}
+"""Names of what makes queries, keys and positional keys; `q_proj` and `k_proj` in the families not named."""
+
+
+def training(family, **settings):
+    """A family's model in training mode, without any dropout."""
+    model, batch = build(family, **settings)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train(), batch
+
+
+def backward(model, batch):
+    """Gradients by name, and the output."""
+    model.zero_grad()
+    output = model(**batch)
+    output.last_hidden_state[valid_rows(model, batch, output)].square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, output
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"modernbert", "gpt2"}))
+def test_a_reusing_layer_loses_its_queries_and_keys_and_nothing_else(family):
+    model, _ = build(family)
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
+    mr.apply(model, GROUPS)
+    after = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    parts = QUERIES_AND_KEYS.get(family, {"q_proj", "k_proj"})
+    gone = {
+        name
+        for name in before
+        if parts & set(name.split(".")) and next(part for part in name.split(".") if part.isdigit()) in ("1", "3")
+    }
+    assert len(gone) >= 4
+    assert after == {name: shape for name, shape in before.items() if name not in gone}
+
+
+@pytest.mark.parametrize(("family", "fused", "output_dim"), [("modernbert", "Wqkv", 0), ("gpt2", "c_attn", 1)])
+def test_a_fused_projection_of_a_reusing_layer_keeps_its_third_of_values(family, fused, output_dim):
+    model, _ = build(family)
+    mr.apply(model, GROUPS)
+    sizes = [p.shape[output_dim] for n, p in model.named_parameters() if n.endswith(f"{fused}.weight")]
+    assert sizes == [96, 32, 96, 32]
+
+
+def test_the_parameters_removed_are_reported(caplog):
+    model, _ = build("bert")
+    before = sum(parameter.numel() for parameter in model.parameters())
+    with caplog.at_level(logging.INFO, "mapreuse"):
+        mr.apply(model, GROUPS)
+    removed = 2 * 2 * (32 * 32 + 32)
+    assert before - sum(parameter.numel() for parameter in model.parameters()) == removed
+    assert caplog.messages == [f"2 of 4 layers reuse attention maps: {removed:,} of {before:,} parameters removed"]
+
+
+@pytest.mark.parametrize(("family", "projections"), [("parakeet", ("q_proj", "k_proj", "relative_k_proj")),
+                                                     ("whisper-encoder", ("q_proj", "k_proj"))])  # fmt: skip
+def test_a_layer_that_computes_in_part_keeps_just_those_heads(family, projections):
+    model, _ = build(family)
+    mr.apply(model, mr.ReusePlan.from_sources([0, 0, 2, 3], heads={1: [None, 2, None, 0]}))
+    attention = model.layers[1].self_attn
+    assert {getattr(attention, name).weight.shape for name in projections} == {(16, 32)}
+    assert attention.v_proj.weight.shape == (32, 32)
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_was_frozen_stays_frozen(family, frozen):
+    model, _ = build(family)
+    model.requires_grad_(not frozen)
+    mr.apply(model, PLANS["in part"])
+    assert {parameter.requires_grad for parameter in model.parameters()} == {not frozen}
+
+
+@pytest.mark.parametrize("plan", ["groups of 2", "all from one", "two sources", "in part"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", SAMPLE)
+def test_gradients_are_those_of_the_definition(family, plan, strategy):
+    """In float64, for every parameter that is neither removed nor reordered."""
+    model, batch = build(family)
+    eager, _ = build(family, implementation="eager")
+    batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    ours, output = backward(mr.apply(model.double(), PLANS[plan], strategy=strategy), batch)
+
+    rows = valid_rows(model, batch, output)
+    defined_output(eager.double(), batch, PLANS[plan])[rows].square().mean().backward()
+    reordered = {str(layer) for layer, source in enumerate(PLANS[plan].layers) if isinstance(source, tuple)}
+    compared = []
+    for name, parameter in eager.named_parameters():
+        if parameter.grad is None or name not in ours or ours[name].shape != parameter.shape:
+            continue
+        if reordered & set(name.split(".")) and "att" in name:
+            continue
+        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-9, rtol=1e-5)
+        compared.append(name)
+    assert sum("att" in name for name in compared) >= 4
+    assert len(compared) > 20
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", SAMPLE)
+def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypatch, family, strategy):
+    """Its gradient is another one when the map that the readers get is cut from it."""
+    model, batch = training(family)
+    mr.apply(model, PLANS["all from one"], strategy=strategy)
+    names = ("q_proj.weight", "linear_q.weight", "query.weight", "Wqkv.weight", "c_attn.weight")
+    whole, _ = backward(model, batch)
+    name = next(name for name in whole if name.endswith(names))
+
+    read = SharedMaps.read
+    monkeypatch.setattr(SharedMaps, "read", lambda maps, layer: DenseMap(read(maps, layer).dense().detach()))
+    own, _ = backward(model, batch)
+    assert (whole[name] - own[name]).abs().max() > 1e-2 * whole[name].abs().max()
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_every_layer_draws_its_own_attention_dropout_from_the_map_before_dropout(monkeypatch, family):
+    model, batch = training(family)
+    for module in model.modules():
+        if "attention" in type(module).__name__.lower():
+            for name in ("attention_dropout", "dropout", "attn_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.5)
+                elif isinstance(getattr(module, name, None), nn.Dropout):
+                    getattr(module, name).p = 0.5
+    mr.apply(model, GROUPS)
+    original, drawn = functional.dropout, []
+
+    def dropout(input, p=0.5, *args, **kwargs):
+        dropped = original(input, p, *args, **kwargs)
+        if p > 0 and input.dim() == 4 and input.shape[1] == 4 and input.shape[-1] == input.shape[-2]:
+            drawn.append((input, dropped))
+        return dropped
+
+    monkeypatch.setattr(functional, "dropout", dropout)
+    model(**batch)
+    assert len(drawn) == 4
+    for computed, reused in (drawn[:2], drawn[2:]):
+        torch.testing.assert_close(computed[0], reused[0], atol=0, rtol=0)
+        mass = computed[0].sum(-1)
+        torch.testing.assert_close(mass[mass > 0], torch.ones_like(mass[mass > 0]))
+        assert (computed[1] != reused[1]).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_fused_attention_draws_dropout_in_every_layer_too(monkeypatch, family):
+    model, batch = training(family)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.5
+        if "SelfAttention" in type(module).__name__:
+            module.dropout.p = 0.5
+        if "GPT2Attention" in type(module).__name__:
+            module.attn_dropout.p = 0.5
+    mr.apply(model, GROUPS, strategy="recompute")
+    original, drawn = functional.scaled_dot_product_attention, []
+
+    def fused(*args, **kwargs):
+        drawn.append(kwargs["dropout_p"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
+    model(**batch)
+    assert drawn == [0.5] * 4
+    drawn.clear()
+    model.eval()(**batch)
+    assert drawn == [0.0] * 4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", SAMPLE)
+def test_gradient_checkpointing_gives_the_same_gradients(family, strategy):
+    model, batch = training(family)
+    mr.apply(model, PLANS["in part"], strategy=strategy)
+    expected, _ = backward(copy.deepcopy(model), batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found, _ = backward(model, batch)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_layers_wrapped_for_checkpointing_after_applying_give_the_same_gradients(strategy):
+    model, batch = training("bert")
+    mr.apply(model, PLANS["in part"], strategy=strategy)
+    expected, _ = backward(copy.deepcopy(model), batch)
+    for index, layer in enumerate(model.encoder.layer):
+        model.encoder.layer[index] = checkpoint_wrapper(layer)
+    found, _ = backward(model, batch)
+    found = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_reentrant_checkpointing_is_refused(family):
+    model, batch = training(family)
+    mr.apply(model, GROUPS)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False") as error:
+        model(**batch)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize("with_backward", [True, False])
+def test_maps_are_freed_with_the_output(monkeypatch, checkpointed, with_backward):
+    """A pass whose maps outlived it would fill the memory, step by step."""
+    model, batch = training("bert")
+    mr.apply(model, GROUPS)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    published, publish = [], SharedMaps.publish
+
+    def recording(maps, layer, attention_map):
+        published.append(weakref.ref(attention_map.weights))
+        publish(maps, layer, attention_map)
+
+    monkeypatch.setattr(SharedMaps, "publish", recording)
+    output = model(**batch).last_hidden_state
+    if with_backward:
+        output.square().mean().backward()
+    assert published
+    del output
+    gc.collect()
+    assert [reference() for reference in published] == [None] * len(published)
+
+
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "hubert", "wav2vec2-conformer-relative"])
+@pytest.mark.parametrize("plan", ["groups of 2", "all from one", "two sources", "in part"])
+def test_layer_drop_never_crashes(family, plan):
+    model, batch = training(family)
+    mr.apply(model, PLANS[plan])
+    drop_layers(model, 0.5)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        gradients, output = backward(model, batch)
+        assert output.last_hidden_state.isfinite().all()
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "hubert", "wav2vec2-conformer-relative"])
+def test_the_reader_of_a_dropped_layer_attends_nothing_rather_than_an_old_map(monkeypatch, family):
+    """The definition with layer 0 skipped, and layer 1's softmax all zero: a map from the pass before would show."""
+    model, batch = training(family)
+    eager, _ = training(family, implementation="eager")
+    mr.apply(model, GROUPS)
+    with torch.no_grad():
+        model(**batch)
+    drop_layers(model, 0.5)
+    drop_layers(eager, 0.5)
+    rand = torch.rand
+
+    def dropping_layer_0():
+        draws = iter([0.0, 1.0, 1.0, 1.0])
+        return lambda *size, **kwargs: torch.tensor(next(draws)) if size == ([],) else rand(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "rand", dropping_layer_0())
+    with torch.no_grad():
+        ours = model(**batch)
+    monkeypatch.setattr(torch, "rand", dropping_layer_0())
+    with torch.no_grad(), first_softmax_is_zero(), softmax_follows(mr.ReusePlan.from_sources([0, 1, 1])):
+        theirs = eager(**batch)
+    monkeypatch.undo()
+    rows = valid_rows(model, batch, ours)
+    assert disagreement(ours.last_hidden_state, theirs.last_hidden_state, rows) <= 1e-4
+
+
+def drop_layers(model, probability):
+    for module in model.modules():
+        if isinstance(getattr(module, "layerdrop", None), float):
+            module.layerdrop = probability
+        if hasattr(getattr(module, "config", None), "layerdrop"):
+            module.config.layerdrop = probability
+
+
+class first_softmax_is_zero:
+    """While open, the first softmax of a forward returns zeros."""
+
+    def __enter__(self):
+        self.original = original = nn.functional.softmax
+        calls = iter([0.0])
+        nn.functional.softmax = lambda *args, **kwargs: original(*args, **kwargs) * next(calls, 1.0)
+
+    def __exit__(self, *error):
+        nn.functional.softmax = self.original
+
+
+def test_what_a_trainer_passes_to_a_loss_does_not_disturb():
+    import transformers as tf
+
+    model = tf.LlamaForCausalLM(build("llama")[0].config)
+    _, batch = build("llama")
+    mr.apply(model, GROUPS)
+    loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=torch.tensor(10)).loss
+    loss.backward()
+    assert functools.reduce(max, (p.grad.abs().max() for p in model.parameters())) > 0

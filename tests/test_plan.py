@@ -1,0 +1,233 @@
+"""Plans: notation, checks, and the questions that layers ask."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mapreuse import ReusePlan, plan
+
+
+@st.composite
+def sources(draw, max_layers=8, max_heads=4):
+    """Per layer a list of head sources, every one of them an earlier head that computes: valid by construction."""
+    num_heads = draw(st.integers(1, max_heads))
+    layers = []
+    for layer in range(draw(st.integers(1, max_layers))):
+        computed = [(s, h) for s in range(layer) for h in range(num_heads) if layers[s][h] is None]
+        layers.append([draw(st.sampled_from([None, *computed])) for _ in range(num_heads)])
+    return layers
+
+
+def test_full_reuses_nothing():
+    assert ReusePlan.full(5).layers == (None,) * 5
+    assert ReusePlan.full(5).is_full
+    assert not ReusePlan.grouped(5, 2).is_full
+
+
+def test_the_first_layer_of_each_group_computes_and_the_last_group_may_be_shorter():
+    assert ReusePlan.grouped(7, 3).layers == (None, 0, 0, None, 3, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("4x4", [4, 4, 4, 4]),
+        ("1x4,4x3", [1, 1, 1, 1, 4, 4, 4]),
+        ("12x1", [12]),
+        (" 2 × 1 , 3x2 ", [2, 3, 3]),
+    ],
+)
+def test_notation_is_group_size_times_number_of_groups(text, sizes):
+    layers = [offset for size in sizes for offset in range(size)]
+    expected = [layer - offset for layer, offset in enumerate(layers)]
+    assert ReusePlan.parse(text) == ReusePlan.from_sources(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "character"),
+    [
+        ("", 1),
+        ("x4", 1),
+        ("4", 1),
+        ("4y4", 1),
+        ("4x4,", 5),
+        ("4x4,,4x4", 5),
+        ("4x4;4x4", 4),
+        ("4x4 4x4", 5),
+        ("1x2,0x3", 5),
+        ("1x2,3x0", 5),
+        ("1x2,-1x3", 5),
+        ("[0, 0, 2", 9),
+        ("{'a': 1}", 2),
+    ],
+)
+def test_an_error_of_notation_points_at_the_character(text, character):
+    with pytest.raises(ValueError, match=rf"character {character}: ") as error:
+        ReusePlan.parse(text)
+    assert repr(text) in str(error.value)
+
+
+def test_a_json_list_names_the_source_of_each_layer():
+    assert ReusePlan.parse("[0, 0, 2, 2]") == ReusePlan.grouped(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[0, true]", "one source layer for each layer"),
+        ('[0, "0"]', "one source layer for each layer"),
+        ("[0, [0]]", "one source layer for each layer"),
+        ("{}", "not a plan"),
+        ('{"format": "other"}', "not a plan"),
+        ('{"format": "mapreuse-plan", "version": 2, "layers": [null]}', "version 2 is not supported"),
+        ('{"format": "mapreuse-plan", "version": 1}', 'needs "layers"'),
+        ('{"format": "mapreuse-plan", "version": 1, "layers": 3}', 'needs "layers"'),
+        ('{"format": "mapreuse-plan", "version": 1, "layers": [null, "0"]}', "layer 1: expected None"),
+        (
+            '{"format": "mapreuse-plan", "version": 1, "layers": [null, [[0, 0, 0], null]]}',
+            "layer 1, head 0: expected",
+        ),
+        (
+            '{"format": "mapreuse-plan", "version": 1, "layers": [null, [null, [0, 1.5]]]}',
+            "layer 1, head 1: expected",
+        ),
+        ('{"format": "mapreuse-plan", "version": 1, "layers": [null, []]}', "layer 1: expected"),
+    ],
+)
+def test_json_that_is_no_plan_is_refused(text, problem):
+    with pytest.raises(ValueError, match=problem):
+        ReusePlan.from_json(text)
+
+
+def test_heads_of_from_sources_choose_source_heads_or_compute():
+    reuse = ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]})
+    assert reuse.layers == (None, 0, None, ((2, 1), (2, 1), (2, 0), None))
+    assert reuse.num_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("heads", "problem"),
+    [
+        ({4: [0]}, "layer 4, but the plan has layers 0–3"),
+        ({-1: [0]}, "layer -1, but the plan has layers 0–3"),
+        ({2: [0]}, "layer 2, but it computes its own map"),
+        ({1: [0, 4, 0, 0]}, "layer 1, head 1 reuses head 4 of layer 0, but its heads are 0–3"),
+        ({1: [0, -1]}, "layer 1, head 1 reuses head -1 of layer 0"),
+    ],
+)
+def test_heads_of_from_sources_must_fit(heads, problem):
+    with pytest.raises(ValueError, match=problem):
+        ReusePlan.from_sources([0, 0, 2, 2], heads=heads)
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [
+        ((), "at least one layer"),
+        ((0,), "layer 0 reuses layer 0's map.*must compute its own"),
+        ((None, 1), "layer 1 reuses layer 1's map.*earlier layer"),
+        ((None, 7, None), r"layer 1 reuses layer 7's map.*earlier layer \(0–0\)"),
+        ((None, -1), "layer 1 reuses layer -1's map"),
+        ((None, 0, 1), "layer 2 reuses layer 1's map.*does not compute head 0.*reuses layer 0's"),
+        ((None, ((0, 0), None), 1), "layer 2 reuses layer 1's map.*does not compute head 0"),
+        ((None, (None, (0, 0)), 1), "layer 2 reuses layer 1's map.*does not compute head 1"),
+        ((None, ((1, 0), None)), "layer 1, head 0 reuses layer 1's map"),
+        ((None, (None, (0, 0)), (None, (1, 1))), "layer 2, head 1 reuses head 1 of layer 1.*does not compute"),
+        ((None, 0, (None, (1, 0))), "layer 2, head 1 reuses head 0 of layer 1.*does not compute"),
+        ((None, (None, (0, 0)), ((1, 2), None)), "layer 2, head 0 reuses head 2 of layer 1, but its heads are 0–1"),
+        ((None, ((0, 1), None), ((1, 1), None, None)), "layer 2 speaks of 3 heads, but layer 1 of 2"),
+        ((None, True), "layer 1: expected None"),
+    ],
+)
+def test_a_source_must_be_an_earlier_head_that_computes(layers, problem):
+    with pytest.raises(ValueError, match=problem):
+        ReusePlan(layers)
+
+
+@pytest.mark.parametrize(("num_layers", "group_size"), [(0, 1), (4, 0), (-1, 2), (4, -2)])
+def test_there_are_no_empty_groups(num_layers, group_size):
+    with pytest.raises(ValueError, match=f"at least 1, got {num_layers} and {group_size}"):
+        ReusePlan.grouped(num_layers, group_size)
+
+
+def test_plans_that_say_the_same_are_equal():
+    spelled_out = ReusePlan((None, ((0, 0), (0, 1)), (None, None)))
+    assert spelled_out == ReusePlan((None, 0, None))
+    assert hash(spelled_out) == hash(ReusePlan((None, 0, None)))
+    assert ReusePlan((None, ((0, 1), (0, 0)))) != ReusePlan((None, 0))
+
+
+def test_a_plan_prints_one_line_for_each_layer():
+    reuse = ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]})
+    assert str(reuse).splitlines() == [
+        "4 layers, 2 computing, 2 reusing",
+        "layer 0  computes",
+        "layer 1  reuses layer 0",
+        "layer 2  computes",
+        "layer 3  heads: layer 2 head 1, layer 2 head 1, layer 2 head 0, computes",
+    ]
+    assert str(ReusePlan.full(1)).startswith("1 layer, 1 computing")
+
+
+@given(sources())
+def test_json_and_parse_give_back_the_same_plan(layers):
+    reuse = ReusePlan(tuple(tuple(layer) for layer in layers))
+    assert ReusePlan.from_json(reuse.to_json()) == reuse
+    assert ReusePlan.parse(reuse.to_json()) == reuse
+    assert "\n" not in reuse.to_json()
+    json.loads(reuse.to_json())
+
+
+@given(sources())
+def test_a_plan_answers_as_its_heads_say(layers):
+    reuse = ReusePlan(tuple(tuple(layer) for layer in layers))
+    for layer, heads in enumerate(layers):
+        assert list(reuse.heads(layer, len(heads))) == heads
+        assert list(reuse.sources(layer)) == sorted({head[0] for head in heads if head is not None})
+        assert reuse.computes(layer) == (None in heads)
+        assert reuse.reuses(layer) == any(head is not None for head in heads)
+        readers = [other for other, entry in enumerate(layers) if any(head and head[0] == layer for head in entry)]
+        assert list(reuse.readers(layer)) == readers
+    assert reuse.num_layers == len(layers)
+    assert reuse.is_full == all(head is None for heads in layers for head in heads)
+
+
+@given(sources(), st.data())
+def test_a_plan_whose_source_reuses_is_refused(layers, data):
+    """Point any head at one that reuses, and the plan is no plan."""
+    reusing = [(s, h) for s, heads in enumerate(layers[:-1]) for h, source in enumerate(heads) if source is not None]
+    if not reusing:
+        return
+    layers[-1][-1] = data.draw(st.sampled_from(reusing))
+    with pytest.raises(ValueError, match=f"layer {len(layers) - 1}"):
+        ReusePlan(tuple(tuple(layer) for layer in layers))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4))
+def test_every_layer_of_a_parsed_plan_reads_the_nearest_computing_layer_below(groups):
+    reuse = ReusePlan.parse(",".join(f"{size}x{count}" for size, count in groups))
+    assert reuse.num_layers == sum(size * count for size, count in groups)
+    assert sum(source is None for source in reuse.layers) == sum(count for _, count in groups)
+    for layer, source in enumerate(reuse.layers):
+        below = max(other for other in range(layer + 1) if reuse.layers[other] is None)
+        assert source == (None if below == layer else below)
+
+
+def test_plans_need_no_torch():
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('plan', {plan.__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['plan'] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.ReusePlan.parse('2x2').layers)\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["(None, 0, None, 2)", "[]"]
+    assert Path(plan.__file__).name == "plan.py"
