@@ -23,6 +23,8 @@ def softmax_follows(plan: ReusePlan) -> Iterator[list[Tensor]]:
     in_effect: list[Tensor] = []
 
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
+        if args[0].dtype == torch.float64:
+            kwargs.pop("dtype", None)  # many families ask for float32, which is a loss here
         weights = original(*args, **kwargs)
         layer = len(own)
         own.append(weights)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from mapreuse import ReusePlan
+from mapreuse import ReusePlan, cli
 from mapreuse.measure import BenchConfig, CoresConfig, bench, bench_cores, bench_tables, cores_tables, plans_for
 from mapreuse.measure import _bench as internals
 from mapreuse.measure._contestants import BUILDERS, Contestant, build, build_definition, contestants, runner
@@ -339,10 +340,55 @@ def test_cores_are_set_against_their_products_and_their_growth_is_told():
     blocks = cores["sum of products"]["blocks"]
     rounds = zip(*(cores["cores"][name]["seconds"] for name in blocks), strict=True)
     assert cores["sum of products"]["seconds"] == pytest.approx([sum(times) for times in rounds])
-    assert set(results["growth"]["100 → 200"]) == {"reusing core", "map × values", "computing core"}
+    assert set(results["growth"]["100 → 200"]) == {
+        "reusing core",
+        "map × values",
+        "computing core",
+        "computing core, map kept",
+    }
     assert json.loads(json.dumps(results))["lengths"] == results["lengths"]
     for table in cores_tables(results):
         assert all(len(row) == len(table.header) for row in table.rows)
+
+
+def test_the_command_prints_ratios_and_writes_everything_to_json(tmp_path):
+    file = tmp_path / "speed" / "bench.json"
+    words = ["bench", "--lengths", str(LENGTH), "--repeats", "1", "--contestants", "sdpa,ours", "--plans", "full,4x1"]
+    ran = CliRunner().invoke(cli.app, [*words, "--json", str(file)], env={"COLUMNS": "120"})
+
+    assert ran.exit_code == 0, ran.output
+    assert "× sdpa" in ran.stdout
+    assert "Inputs: log-mel-like features" in ran.stdout
+    results = json.loads(file.read_text())
+    assert list(results["lengths"][str(LENGTH)]["contestants"]) == ["sdpa", "ours full", "ours 4x1"]
+    assert str(tmp_path) not in file.read_text()
+
+
+def test_the_command_times_cores(tmp_path):
+    file = tmp_path / "cores.json"
+    ran = CliRunner().invoke(
+        cli.app, ["bench", "--cores", "--lengths", "50,100", "--repeats", "1", "--json", str(file)]
+    )
+
+    assert ran.exit_code == 0, ran.output
+    assert "Growth" in ran.stdout
+    assert set(json.loads(file.read_text())["lengths"]) == {"50", "100"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", "ten"], "--lengths must be whole numbers parted by commas"),
+        (["--encoder", "gpt"], "--encoder must be one of"),
+        (["--plans", "4x4"], "speaks of 16 layers"),
+        (["--cores", "--plans", "4x1"], "--cores takes"),
+    ],
+)
+def test_bad_input_to_the_command_is_a_value_error(words, message):
+    ran = CliRunner().invoke(cli.app, ["bench", *words])
+
+    assert isinstance(ran.exception, ValueError)
+    assert message in str(ran.exception)
 
 
 def test_a_core_that_is_wrong_is_not_timed(monkeypatch):

@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_definition(family, plan, strategy):
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-9, rtol=1e-5)
         compared.append(name)
     assert sum("att" in name for name in compared) >= 4
-    assert len(compared) > 20
+    assert len(compared) >= 20
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -209,7 +209,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, strategy):
     model, batch = training(family)
     mr.apply(model, PLANS["in part"], strategy=strategy)
     expected, _ = backward(copy.deepcopy(model), batch)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     found, _ = backward(model, batch)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
@@ -233,20 +233,19 @@ def test_layers_wrapped_for_checkpointing_after_applying_give_the_same_gradients
 def test_reentrant_checkpointing_is_refused(family):
     model, batch = training(family)
     mr.apply(model, GROUPS)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=False") as error:
         model(**batch)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
-@pytest.mark.parametrize("with_backward", [True, False])
+@pytest.mark.parametrize(("checkpointed", "with_backward"), [(True, True), (False, True), (False, False)])
 def test_maps_are_freed_with_the_output(monkeypatch, checkpointed, with_backward):
     """A pass whose maps outlived it would fill the memory, step by step."""
     model, batch = training("bert")
     mr.apply(model, GROUPS)
     if checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     published, publish = [], SharedMaps.publish
 
     def recording(maps, layer, attention_map):

@@ -33,7 +33,7 @@ class SharedMaps:
             raise ValueError(
                 f"layer {layer} computes its map without gradients inside a pass that needs them: reentrant gradient "
                 "checkpointing would cut the gradient of shared maps; use use_reentrant=False, as in "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+                "activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})"
             )
         self._maps[layer] = attention_map
 

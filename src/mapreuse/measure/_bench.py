@@ -45,9 +45,10 @@ def bench(config: BenchConfig, progress: Progress = lambda doing, done, total: N
 
     Returns:
         What JSON can hold: `machine`, `config`, `command`, `signal` (what the inputs are) and, in `lengths`, for each
-        length the `contestants` (`median`, `spread` and all `seconds`, `agreement`, `memory_bytes`; or `not_measured`
-        with the reason), the `front` end by itself, and `ratios`: how many times as fast each of ours is as others,
-        the median over rounds of the quotient of two times of the same round, with its spread.
+        length the `contestants` (`median`, `spread` and all `seconds`, `agreement`, `memory_bytes`, `graph_breaks`
+        of compiled ones; or `not_measured` with the reason), the `front` end by itself, and `ratios`: how many times
+        as fast each of ours is as others, the median over rounds of the quotient of two times of the same round, with
+        its spread.
     """
     # Every contestant compiles code of its own; past the default limit PyTorch would run the next ones uncompiled.
     limits: dict[str, Any] = {
@@ -104,6 +105,7 @@ class _Bench:
         self.encoders: dict[Contestant, Encoder] = {}
         self.failures: dict[Contestant, str] = {}
         self.agreement: dict[Contestant, float] = {}
+        self.graph_breaks: dict[Contestant, int] = {}
         self.tolerance = TOLERANCE
         self._progress = progress
         self._done = 0.0
@@ -243,8 +245,10 @@ class _Bench:
         for entry in self._running():
             self._advance(f"first run of {entry.name}, length {length}", _first_seconds(entry, length))
             with self._reported(entry), torch.inference_mode():
+                breaks = _graph_breaks()
                 run, inputs = self.call(entry, length)
                 output = run(inputs)
+                self.graph_breaks[entry] = _graph_breaks() - breaks
                 if self.config.training:
                     encoder = self._encoder(entry)
                     layers = runner(encoder, "layers", compiled=entry.compiled)
@@ -257,7 +261,8 @@ class _Bench:
     def _cell(self, entry: Contestant, measured: dict[str, Latency]) -> dict[str, Any]:
         if entry.name not in measured:
             return asdict(entry) | {"not_measured": self.failures[entry]}
-        return asdict(entry) | described(measured[entry.name]) | {"agreement": self.agreement[entry]}
+        cell = asdict(entry) | described(measured[entry.name]) | {"agreement": self.agreement[entry]}
+        return cell | {"graph_breaks": self.graph_breaks[entry]} if entry.compiled else cell
 
     def _advance(self, doing: str, seconds: float) -> None:
         self._done += seconds
@@ -272,6 +277,11 @@ class _Bench:
             total += rounds * _rough_seconds(length) + sum(_first_seconds(entry, length) for entry in entries)
             total += config.memory * sum(_memory_seconds(entry, length) for entry in entries)
         return total
+
+
+def _graph_breaks() -> int:
+    """How often so far the compiler gave up a graph and left the code between two graphs to Python."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +28,7 @@ _COMPUTING = ("computing core", "computing core, map kept")
 _FUSED = "fused attention without relative positions"
 _PRODUCTS = ("content scores", "positional scores", "map × values in blocks")
 _SHORTEST_TURN = 2000
-_CHECKED_LENGTH = 500
+_CHECKED_LENGTH = 2000
 _TOLERANCE = 1e-4
 
 
@@ -78,20 +79,20 @@ def bench_cores(config: CoresConfig, progress: Progress = lambda doing, done, to
     """
     with threads_set(config.threads), torch.inference_mode():
         inputs = _Inputs(config)
-        agreement = inputs.check(min(_CHECKED_LENGTH, *config.lengths))
-        calls: dict[tuple[int, str], Callable[[], object]] = {}
-        for length in config.lengths:
-            turns = max(1, _SHORTEST_TURN // length) ** 2
-            calls |= {(length, name): partial(_repeat, call, turns) for name, call in inputs.calls(length).items()}
-        done, total = 0.0, sum(_rough_cost(length) for length, _ in calls) * (1 + config.repeats)
-
-        def advance() -> None:
-            nonlocal done
-            done += total / len(calls) / (1 + config.repeats)
-            progress("timing cores", done, total)
-
-        named = {f"{length} {name}": call for (length, name), call in calls.items()}
-        measured = time_interleaved(named, repeats=config.repeats, device=config.device, advance=advance)
+        agreement = inputs.check(min(_CHECKED_LENGTH, max(config.lengths)))
+        calls: dict[tuple[int, str], Callable[[], object]] = {
+            (length, name): partial(_repeat, call, _turns(length))
+            for length in config.lengths
+            for name, call in inputs.calls(length).items()
+        }
+        total = len(calls) * (1 + config.repeats)
+        done = itertools.count(1)
+        measured = time_interleaved(
+            {f"{length} {name}": call for (length, name), call in calls.items()},
+            repeats=config.repeats,
+            device=config.device,
+            advance=lambda: progress("timing cores", next(done), total),
+        )
         described_machine = machine()
     by_length = {
         length: {name: _per_call(measured[f"{length} {name}"], length) for (at, name) in calls if at == length}
@@ -107,9 +108,9 @@ def bench_cores(config: CoresConfig, progress: Progress = lambda doing, done, to
         "lengths": {str(length): _summary(cores) for length, cores in by_length.items()},
         "growth": {
             f"{length} → {2 * length}": {
-                name: by_length[2 * length][name].median / cores[name].median for name in (_REUSING, _PRODUCT)
+                name: by_length[2 * length][name].median / cores[name].median
+                for name in (_REUSING, _PRODUCT, *_COMPUTING)
             }
-            | {_COMPUTING[0]: by_length[2 * length][_COMPUTING[0]].median / cores[_COMPUTING[0]].median}
             for length, cores in by_length.items()
             if 2 * length in by_length
         },
@@ -236,10 +237,10 @@ def _repeat(call: Callable[[], object], times: int) -> None:
         call()
 
 
-def _per_call(turns: Latency, length: int) -> Latency:
-    times = max(1, _SHORTEST_TURN // length) ** 2
-    return Latency(tuple(seconds / times for seconds in turns.seconds))
+def _turns(length: int) -> int:
+    """Calls in one turn: short ones are over before the clock can tell."""
+    return max(1, _SHORTEST_TURN // length) ** 2
 
 
-def _rough_cost(length: int) -> float:
-    return (max(length, _SHORTEST_TURN) / 1000) ** 2
+def _per_call(measured: Latency, length: int) -> Latency:
+    return Latency(tuple(seconds / _turns(length) for seconds in measured.seconds))

@@ -44,11 +44,13 @@ def cores_tables(results: dict[str, Any]) -> list[Table]:
     times.append(["sum of products", *(_time(measured["sum of products"]) for measured in lengths.values())])
     where = f"one layer, 4 heads × 64, batch 1, {results['config']['dtype']}, {_place(results)}"
     note = f"cores agree with transformers' attention to {results['agreement']:.0e}"
-    return [
-        Table(f"Cores over their matrix products, {where}", header, ratios, [f"Inputs: {results['signal']}.", note]),
-        Table("Growth: time(2T) ÷ time(T)", ["", *growth], growth_rows, []),
-        Table("Times", header, times, []),
+    tables = [
+        Table(f"Cores over their matrix products, {where}", header, ratios, [note]),
+        Table("Times of one call", header, times, []),
     ]
+    if growth:
+        tables.insert(1, Table("Growth: time(2T) ÷ time(T)", ["", *growth], growth_rows, []))
+    return tables
 
 
 def _bench_table(title: str, measured: dict[str, Any]) -> Table:
@@ -56,7 +58,7 @@ def _bench_table(title: str, measured: dict[str, Any]) -> Table:
     others = [name for name in cells if any(name in row for row in ratios.values())]
     with_memory = any("memory_bytes" in cell or "memory_not_measured" in cell for cell in cells.values())
     header = ["", *(f"× {name}" for name in others), "time"]
-    header += ["memory", "of the least"] if with_memory else []
+    header += ["memory", "of transformers'"] if with_memory else []
     rows = []
     for name, cell in sorted(cells.items(), key=lambda item: item[1]["kind"] != "ours"):
         row = [name, *(_ratio(ratios.get(name, {}).get(other)) for other in others), _time(cell)]
@@ -71,6 +73,11 @@ def _bench_table(title: str, measured: dict[str, Any]) -> Table:
         f"{name}: memory not measured: {cell['memory_not_measured']}"
         for name, cell in cells.items()
         if "memory_not_measured" in cell
+    ]
+    notes += [
+        f"{name}: {cell['graph_breaks']} graph breaks: what lies between the graphs ran uncompiled"
+        for name, cell in cells.items()
+        if cell.get("graph_breaks")
     ]
     if "front" in measured:
         notes.append(f"{measured['front']['name']} by itself: {_time(measured['front'])}")

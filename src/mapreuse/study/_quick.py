@@ -53,7 +53,7 @@ class QuickConfig:
     recovery_seconds: float = 60.0
     recovery_rate: float = 3e-4
     lengths: tuple[int, ...] = (250, 1000, 2000, 3000)
-    repeats: int = 5
+    repeats: int = 3
     seed: int = 0
     device: str = "cpu"
 
