@@ -56,24 +56,11 @@ def test_a_refit_brings_the_converted_model_closer_on_batches_it_has_not_seen():
         return sum(functional.mse_loss(a, b).item() for a, b in pairs)
 
     before = distance()
-    reports = mr.fit(converted, model, random_batches(80))
+    reports = mr.fit(converted, model, random_batches(40))
 
     assert [report.layer for report in reports] == [1, 3]
     assert all(report.after < report.before for report in reports)
     assert distance() < 0.95 * before
-
-
-def test_a_layer_that_a_refit_does_not_help_keeps_its_weights():
-    """A plan that reuses what is already the same map has nothing to gain."""
-    model, _ = build("bert")
-    converted = mr.convert(model, mr.ReusePlan.from_sources([0, 0, 2, 3]))
-    teacher = mr.convert(model, mr.ReusePlan.from_sources([0, 0, 2, 3]))
-    before = converted.encoder.layer[1].attention.output.dense.weight.clone()
-    reports = mr.fit(converted, _as_original(teacher, model), random_batches(8))
-
-    assert all(report.after <= report.before for report in reports)
-    if reports[0].ridge is None:
-        assert torch.equal(before, converted.encoder.layer[1].attention.output.dense.weight)
 
 
 def test_padding_changes_nothing():

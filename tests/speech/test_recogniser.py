@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from mapreuse import ReusePlan, apply
-from mapreuse.speech import BASELINE, Recogniser
+from mapreuse.speech import BASELINE, Recogniser, evaluate
 from mapreuse.speech._features import resample
 
 
@@ -50,7 +50,7 @@ def test_a_recogniser_that_reuses_maps_is_saved_with_its_plan(tiny, tmp_path, rn
 
 
 def _damage_weights(directory):
-    (weights,) = directory.glob("mapreuse.safetensors")
+    (weights,) = directory.glob("mapreuse*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
@@ -129,8 +129,9 @@ def test_long_audio_is_recognised_in_pieces_much_as_its_utterances_are(baseline,
     assert len(samples) > 100 * 8000
     soundfile.write(tmp_path / "long.wav", samples, 8000)
     said = " ".join(cut.supervisions[0].text for cut in cuts)
+    apart = " ".join(evaluate(baseline, cuts).hypotheses)
     long = baseline.transcribe(tmp_path / "long.wav")
-    assert jiwer.cer(said, long) < 0.15
+    assert jiwer.cer(said, long) < jiwer.cer(said, apart) + 0.03
     assert long == baseline.transcribe(samples)
 
 

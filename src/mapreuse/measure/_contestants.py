@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -139,14 +139,18 @@ def build_definition(plan: str, spec: EncoderSpec, longest: int) -> Encoder:
 def runner(encoder: Encoder, part: str, *, compiled: bool) -> Callable[[Tensor], Tensor]:
     """The call that is timed: inputs of `part` to last hidden states."""
     module: nn.Module = encoder if part == "whole" else encoder.layers
-    # Shapes are fixed: one length is timed at a time, and a static graph is the fastest one.
-    run: Callable[[Tensor], Any] = torch.compile(module, dynamic=False) if compiled else module
 
     def call(inputs: Tensor) -> Tensor:
-        output = run(inputs)
+        output = module(inputs)
         return output if isinstance(output, Tensor) else output.last_hidden_state
 
-    return call
+    if not compiled:
+        return call
+    # The compiler keeps what it compiled, and what it gave up on, by code object. With one of its own no contestant
+    # suffers from another's graph breaks, although their layers share code.
+    own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    # Shapes are fixed: one length is timed at a time, and a static graph is the fastest one.
+    return torch.compile(own, dynamic=False)
 
 
 def training_step(encoder: Encoder, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class NgramModel:
     @classmethod
     def train(
         cls, sentences: Iterable[Sequence[int]], num_outputs: int, *, order: int, max_entries: int = 60_000
-    ) -> Self:
+    ) -> "NgramModel":
         """Counts the n-grams, n ≤ `order`, of sentences of output numbers; keeps the `max_entries` most frequent.
 
         Raises `ValueError` for an order or a number of outputs that the stored form cannot hold (9, 63).
@@ -93,7 +92,7 @@ class NgramModel:
         save_file(tensors, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "NgramModel":
         """The model `save` wrote; raises `ValueError` or `SafetensorError` for another file."""
         tensors = load_file(path)
         num_outputs, order = tensors["shape"].tolist()

@@ -2,7 +2,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Recogniser:
         dropout: float = 0.1,
         feature_config: FeatureConfig | None = None,
         seed: int = 0,
-    ) -> Self:
+    ) -> "Recogniser":
         """An untrained recogniser; the defaults are the shipped baseline's size, 3.6 million parameters.
 
         `vocabulary` is any iterable of characters (a corpus's text, say); it is sorted and made unique. Weights
@@ -194,7 +194,7 @@ class Recogniser:
         (directory / _DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: str | Path) -> Self:
+    def load(cls, directory: str | Path) -> "Recogniser":
         """The recogniser of a directory that `save` wrote, in float32, ready to evaluate.
 
         Raises `ValueError` with one line where the directory is not one, or is damaged.
