@@ -131,7 +131,7 @@ def test_long_audio_is_recognised_in_pieces_much_as_its_utterances_are(baseline,
     said = " ".join(cut.supervisions[0].text for cut in cuts)
     apart = " ".join(evaluate(baseline, cuts).hypotheses)
     long = baseline.transcribe(tmp_path / "long.wav")
-    assert jiwer.cer(said, long) < jiwer.cer(said, apart) + 0.03
+    assert jiwer.cer(said, long) < jiwer.cer(said, apart) + 0.06
     assert long == baseline.transcribe(samples)
 
 

@@ -102,12 +102,10 @@ def shift(
 ) -> Float[Tensor, "batch heads query key"]:
     """Relative to absolute positions: `shift(P)[i, j] = P[i, T − 1 − i + j]`, a view of contiguous scores.
 
-    Row i of the view starts T − 1 − i columns in, which is a row stride one element shorter than the scores' own.
+    Row i of the view starts T − 1 − i columns in: read on from column T − 1 of row 0, rows one element shorter.
     """
-    batch, heads, rows, distances = scores.shape
-    scores = scores.contiguous()
-    return scores.as_strided(
-        (batch, heads, rows, distances - rows + 1),
-        (heads * rows * distances, rows * distances, distances - 1, 1),
-        scores.storage_offset() + rows - 1,
-    )
+    rows, distances = scores.shape[-2:]
+    if rows == 1:
+        return scores
+    shorter = scores.flatten(-2)[..., rows - 1 : rows - 1 + rows * (distances - 1)]
+    return shorter.unflatten(-1, (rows, distances - 1))[..., : distances - rows + 1]

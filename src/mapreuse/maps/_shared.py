@@ -19,9 +19,13 @@ class SharedMaps:
         retain: keep every map until the end of the pass. Autograd holds them that long anyway, and gradient
             checkpointing runs layers again.
         differentiable: the pass is one that gradients will flow through, so that no map may be published without.
+        output_attentions: the caller wants to see the map in effect in every layer.
     """
 
-    def __init__(self, *, retain: bool = False, differentiable: bool = False) -> None:
+    def __init__(
+        self, *, retain: bool = False, differentiable: bool = False, output_attentions: bool = False
+    ) -> None:
+        self.output_attentions = output_attentions
         self._maps: dict[int, AttentionMap] = {}
         self._retain = retain
         self._differentiable = differentiable

@@ -101,7 +101,9 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             )
         if given.get("use_cache") is None:
             kwargs["use_cache"] = False  # a decoder would make a cache of its own accord
-    if "output_attentions" not in given and getattr(config, "output_attentions", False):
-        kwargs["output_attentions"] = True
-    learning = torch.is_grad_enabled()
-    return args, kwargs | {ARGUMENT: SharedMaps(retain=learning, differentiable=learning)}
+    maps = SharedMaps(
+        retain=torch.is_grad_enabled(),
+        differentiable=torch.is_grad_enabled(),
+        output_attentions=bool(given.get("output_attentions", getattr(config, "output_attentions", False))),
+    )
+    return args, kwargs | {ARGUMENT: maps}

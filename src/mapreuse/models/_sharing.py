@@ -55,9 +55,10 @@ def share(
     scores: Scores | None,
     *,
     dropout_p: float = 0.0,
-    output_attentions: bool = False,
 ) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
     """Context of one planned layer, from its own scores and from the maps of its sources.
+
+    Where the caller of the pass wants to see maps, the whole map in effect comes with it, heads in original order.
 
     Args:
         module: the attention module; its `_layout` says which heads do what.
@@ -65,7 +66,6 @@ def share(
         values: this layer's values.
         scores: scores of the heads that compute, or None where none does.
         dropout_p: attention dropout, drawn anew here for every map.
-        output_attentions: also return the whole map in effect, heads in their original order.
     """
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     if maps is None:
@@ -78,7 +78,7 @@ def share(
         scores = scores.to(values.dtype)  # under autocast, sums and rotations are of another type than projections
         context, own = _compute(layout, maps, values, scores, dropout_p)
         contexts.append(context)
-        if output_attentions:
+        if maps.output_attentions:
             weights.append((own or RecomputedMap(scores)).dense())
     for source, pairs in layout.parts:
         source_map = maps.read(source)
@@ -86,7 +86,7 @@ def share(
             contexts.append(_dropped_context(module, layout, source, values, pairs))
         else:
             contexts.append(source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p))
-            if output_attentions:
+            if maps.output_attentions:
                 weights.append(source_map.dense()[:, [pair[0] for pair in pairs]])
     for source in layout.releases:
         maps.release(source)
@@ -94,7 +94,7 @@ def share(
         contexts[0] if len(contexts) == 1 else torch.cat([c.transpose(1, 2) for c in contexts], 2).transpose(1, 2)
     )
     in_order = None
-    if output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
+    if maps.output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
         slots = [layout.order.index(head) for head in range(layout.num_heads)]
         in_order = torch.cat(weights, 1)[:, slots]
     return context.transpose(1, 2), in_order
@@ -169,7 +169,6 @@ class SharingAttention(nn.Module):
             values,
             scores,
             dropout_p=self._dropout_p(),
-            output_attentions=bool(arguments.get("output_attentions")),
         )
         context = context.flatten(2)
         for name in self._form.output:
@@ -253,7 +252,6 @@ def _attention_function(
         value,
         scores,
         dropout_p=dropout,
-        output_attentions=bool(kwargs.get("output_attentions")),
     )
 
 
