@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from mapreuse.speech import Recogniser, open_corpus
+from mapreuse.speech import NgramModel, Recogniser, open_corpus
 from mapreuse.study import QuickConfig, error_table, latency_table, run_quick
 
 
@@ -15,10 +15,12 @@ from mapreuse.study import QuickConfig, error_table, latency_table, run_quick
 def config(tmp_path_factory):
     corpus = open_corpus("prompts:en")
     directory = tmp_path_factory.mktemp("quick")
-    letters = (letter for cut in corpus.train for letter in cut.supervisions[0].text)
-    Recogniser.create(letters, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=32).save(
-        directory / "tiny"
-    )
+    texts = [cut.supervisions[0].text for cut in corpus.train]
+    letters = (letter for text in texts for letter in text)
+    tiny = Recogniser.create(letters, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=32)
+    numbers = [tiny.encode(text) for text in texts[:50]]
+    tiny.language_model = NgramModel.train(numbers, len(tiny.vocabulary) + 1, order=2)
+    tiny.save(directory / "tiny")
     return QuickConfig(
         corpus="prompts:en",
         baseline=str(directory / "tiny"),
