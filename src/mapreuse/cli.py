@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +18,11 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from mapreuse import measure
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -120,6 +125,46 @@ def bench(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(results, indent=1) + "\n")
+    _show(tables)
+    console.print(f"Inputs: {results['signal']}.", highlight=False)
+
+
+@app.command()
+def breakdown(
+    model: Annotated[
+        Path | None, typer.Option(help="saved model with a Parakeet encoder; else Conformer-M, random weights")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="encoder frames")] = "500,1000,2000,3000",
+    plans: Annotated[str, typer.Option(help="plans of ours; full and groups of 4 if left out")] = "",
+    contestants: Annotated[str, typer.Option(help="some of sdpa,eager,ours")] = "sdpa,eager,ours",
+    batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if left out")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="rounds that count")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file to write all results to")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file: time of every part by length")] = None,
+) -> None:
+    """Say where an encoder's forward pass spends its time, FLOPs and bytes, part by part."""
+    from mapreuse import load, measure
+
+    config = measure.BreakdownConfig(_numbers("--lengths", lengths), batch, threads, device, repeats)
+    if plot is not None and len(set(config.lengths)) < 2:
+        raise ValueError("--plot draws time by length and needs at least two lengths")
+    opened = measure.conformer_m() if model is None else load(model)
+    encoders = measure.encoders_to_compare(opened, _words(contestants), plans)
+    with _progress() as progress:
+        found = measure.breakdown(encoders, config, progress)
+    if json_file is not None:
+        results = measure.breakdown_data(found, config, shlex.join(["mapreuse", *sys.argv[1:]]))
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        measure.breakdown_plot(found).savefig(plot, dpi=110, format="png")
+    _show(measure.breakdown_tables(found))
+
+
+def _show(tables: list[measure.Table]) -> None:
     for table in tables:
         shown = Table(*table.header, title=table.title, title_justify="left")
         for row in table.rows:
@@ -127,7 +172,6 @@ def bench(
         console.print(shown)
         for note in table.notes:
             console.print(note, markup=False, highlight=False)
-    console.print(f"Inputs: {results['signal']}.", highlight=False)
 
 
 @contextlib.contextmanager

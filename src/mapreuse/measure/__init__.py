@@ -1,9 +1,19 @@
 """What does it cost, how alike are maps?"""
 
 from mapreuse.measure._bench import bench
+from mapreuse.measure._breakdown import (
+    Breakdown,
+    BreakdownConfig,
+    LayerBreakdown,
+    PartCost,
+    breakdown,
+    encoders_to_compare,
+)
+from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
 from mapreuse.measure._config import BenchConfig, plans_for
 from mapreuse.measure._cores import CoresConfig, bench_cores
 from mapreuse.measure._encoders import ENCODERS, SUBSAMPLING, conformer_m
+from mapreuse.measure._flops import PARTS
 from mapreuse.measure._latency import Latency, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._similarity import Similarity, similarity
@@ -11,17 +21,27 @@ from mapreuse.measure._tables import Table, bench_tables, cores_tables
 
 __all__ = [
     "ENCODERS",
+    "PARTS",
     "SUBSAMPLING",
     "BenchConfig",
+    "Breakdown",
+    "BreakdownConfig",
     "CoresConfig",
     "Latency",
+    "LayerBreakdown",
+    "PartCost",
     "Similarity",
     "Table",
     "bench",
     "bench_cores",
     "bench_tables",
+    "breakdown",
+    "breakdown_data",
+    "breakdown_plot",
+    "breakdown_tables",
     "conformer_m",
     "cores_tables",
+    "encoders_to_compare",
     "machine",
     "plans_for",
     "similarity",
