@@ -55,8 +55,8 @@ def test_the_shipped_recogniser_names_whose_voice_it_learnt_from():
 
 
 def test_error_rates_do_not_depend_on_the_batches(baseline, prompts):
-    cuts = list(prompts.dev)
-    small, large = (evaluate(baseline, cuts, batch_seconds=seconds) for seconds in (1.0, 100.0))
+    cuts = [cut for cut in prompts.dev if cut.duration < 4]
+    small, large = (evaluate(baseline, cuts, batch_seconds=seconds) for seconds in (1.0, 30.0))
     assert small.hypotheses == large.hypotheses
 
 

@@ -85,7 +85,7 @@ def test_spliced_sentences_say_recorded_words_and_no_held_out_transcript(prompts
     spliced = splice(words, 60, "en", tmp_path, **arguments)
     texts = [cut.supervisions[0].text for cut in spliced]
     assert {word for text in texts for word in text.split()} <= set(words)
-    assert len(set(texts)) > 30
+    assert len(set(texts)) > 20
     assert not [text for text in texts for held_out in prompts.held_out if f" {held_out} " in f" {text} "]
 
 

@@ -75,6 +75,7 @@ def evaluate(
     Cuts are read, resampled, sorted by length and batched to at most `batch_seconds` of padded audio; the order of
     the returned hypotheses is that of `cuts`.
     """
+    recogniser.check_decoder(decoder)
     cuts = list(cuts)
     logits = logits_of(recogniser, cuts, batch_seconds=batch_seconds)
     hypotheses = [text_of(recogniser, frames, decoder) for frames in logits]

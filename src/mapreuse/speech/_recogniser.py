@@ -122,6 +122,13 @@ class Recogniser:
         logits = self.model(input_features=batch, attention_mask=mask).logits
         return logits.float(), self.model._get_subsampling_output_length(mask.sum(1))
 
+    def check_decoder(self, decoder: str) -> None:
+        """Raises `ValueError` for a decoder that is not one of `DECODERS`, or `beam+lm` without a language model."""
+        if decoder not in DECODERS:
+            raise ValueError(f"no decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
+        if decoder == "beam+lm" and self.language_model is None:
+            raise ValueError("this recogniser has no language model; choose the decoder greedy or beam")
+
     def texts(
         self,
         logits: Float[Tensor, "batch frames outputs"],
@@ -132,12 +139,9 @@ class Recogniser:
         """What a batch of logits says: by best path (`greedy`), prefix beam search (`beam`), or that with the
         recogniser's language model (`beam+lm`).
 
-        Raises `ValueError` for another decoder, or `beam+lm` without a language model.
+        Raises `ValueError` where `check_decoder` does.
         """
-        if decoder not in DECODERS:
-            raise ValueError(f"no decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
-        if decoder == "beam+lm" and self.language_model is None:
-            raise ValueError("this recogniser has no language model; choose the decoder greedy or beam")
+        self.check_decoder(decoder)
         if decoder == "greedy":
             return [self.decode(numbers) for numbers in greedy(logits, lengths)]
         fused: dict[str, Any] = {}
@@ -161,6 +165,7 @@ class Recogniser:
         Raises `ValueError` with one line for a file that cannot be read as audio, audio below 0.05 s, a waveform
         that is not one-dimensional or not finite.
         """
+        self.check_decoder(decoder)
         rate = self.feature_config.sampling_rate
         if isinstance(audio, str | Path):
             pieces = file_pieces(audio, rate)

@@ -132,13 +132,13 @@ def train(
 ) -> Scores | None:
     """Trains the recogniser on `corpus.train`, keeps the weights of the best dev WER, and returns their dev scores.
 
-    Runs on every process of `accelerate launch`, or on the one there is (several CPU processes:
-    `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`). AdamW on the CTC loss, plus the divergence
-    from `original`, frame by frame, where given (gradient recovery of a converted model is this same function with
-    a short budget and a low learning rate). `out_dir` receives `best/` (the recogniser), `log.jsonl` and, while the
-    run goes on, `checkpoint-<step>/`; called again with the same arguments it goes on from there, under a budget in
-    steps bit for bit as if never interrupted, and at once where the run had ended. Without dev utterances the
-    last weights are kept, and None is returned.
+    Runs on every process of `accelerate launch`, or on the one there is; several CPU processes are started by
+    `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`. AdamW on the CTC loss, plus the
+    divergence from `original`, frame by frame, where given (gradient recovery of a converted model is this same
+    function with a short budget and a low learning rate). `out_dir` receives `best/` (the recogniser), `log.jsonl`
+    and, while the run goes on, `checkpoint-<step>/`; called again with the same arguments it goes on from there,
+    under a budget in steps bit for bit as if never interrupted, and at once where the run had ended. Without dev
+    utterances the last weights are kept, and None is returned.
 
     Raises `ValueError` where `out_dir` holds a run with other settings.
     """
