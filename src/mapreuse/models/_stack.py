@@ -79,7 +79,7 @@ def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     named = [
         (path, module)
         for path, module in layer.named_modules()
-        if "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
+        if "attention" in type(module).__name__.lower() and any(True for _ in module.children())
     ]
     return [
         (path, module)
