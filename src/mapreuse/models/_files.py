@@ -156,6 +156,9 @@ def _fill(model: PreTrainedModel, weights: Path) -> None:
         raise ValueError(f"{weights} is not a safetensors file: {_one_line(error)}") from None
     wanted = dict(_stored_tensors(model))
     if stored.keys() != wanted.keys():
+        model.tie_weights()  # a model that is built without initialisation has nothing tied yet
+        wanted = dict(_stored_tensors(model))
+    if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())
         raise ValueError(f"{weights} does not hold the weights of this {name}: {odd[0]} and {len(odd) - 1} others")
     for key, tensor in wanted.items():

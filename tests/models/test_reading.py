@@ -1,0 +1,225 @@
+"""The reader of forwards: it serves what follows the pattern, and refuses, with the reason, what does not."""
+
+import pytest
+import torch
+from agreement import PLANS
+from altered import (
+    ALTERATIONS,
+    AlteredModernBertAttention,
+    AlteredParakeetAttention,
+    FaithfulAttention,
+    NoSource,
+    rewritten,
+)
+from families import build
+from oracle import defined_output, disagreement
+from torch import nn
+from transformers.models.bart.modeling_bart import BartAttention
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertEncoder,
+    BertLayer,
+    BertSelfAttention,
+    BertSelfOutput,
+)
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
+from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.swin.modeling_swin import SwinAttention
+from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
+
+import mapreuse as mr
+from mapreuse.models import Unsupported
+from mapreuse.models._adapters import adapter_of
+from mapreuse.models._reading import AttentionForm, read_attention
+from mapreuse.models._source import fingerprint_of
+
+
+@pytest.mark.parametrize(
+    ("cls", "form"),
+    [
+        (LlamaAttention, AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout")),
+        (FaithfulAttention, AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout")),
+        (BertSelfAttention, AttentionForm(("query",), ("key",), "value", (), "dropout.p")),
+        (BartAttention, AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("out_proj",), "dropout")),
+        (
+            Qwen3Attention,
+            AttentionForm(("q_norm", "q_proj"), ("k_norm", "k_proj"), "v_proj", ("o_proj",), "attention_dropout"),
+        ),
+        (
+            SwinAttention,
+            AttentionForm(
+                ("q_proj",),
+                ("k_proj", "relative_position_bias"),
+                "v_proj",
+                ("o_proj",),
+                "attention_dropout",
+                ("relative_position_bias",),
+            ),
+        ),
+    ],
+)
+def test_a_form_says_which_attribute_plays_which_part(cls, form):
+    assert read_attention(cls) == form
+
+
+@pytest.mark.parametrize("alteration", ALTERATIONS)
+def test_a_forward_that_was_changed_is_refused_with_the_reason(monkeypatch, alteration):
+    old, new, problem = ALTERATIONS[alteration]
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, old, new))
+    with pytest.raises(Unsupported, match=f"^FaithfulAttention: .*{problem}") as error:
+        read_attention(FaithfulAttention)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # Queries and keys may be made in any way: a computing layer runs its own forward.
+        ("key_states = self.k_proj(hidden_states)", "key_states = 2 * self.k_proj(hidden_states)"),
+        ("cos, sin = position_embeddings", "cos, sin = position_embeddings\n    query_states *= 3"),
+        # A branch for a cache or cross-attention is never taken.
+        (
+            "if past_key_values is not None:\n        key_states",
+            "if past_key_values is not None and self.training:\n        key_states",
+        ),
+        # Other ways of saying the same.
+        (
+            "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+            "values = self.v_proj(hidden_states)\n"
+            "    value_states = values.reshape(*hidden_shape).transpose(1, 2).contiguous()",
+        ),
+    ],
+)
+def test_a_forward_changed_where_it_does_not_matter_is_served_and_agrees(monkeypatch, old, new):
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, old, new))
+    plan = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [3, 1, 1, 0]})
+
+    def llama(implementation):
+        model, batch = build("llama", implementation=implementation)
+        for layer in model.layers:
+            layer.self_attn.__class__ = FaithfulAttention
+        return model, batch
+
+    (eager, batch), (model, _) = llama("eager"), llama("sdpa")
+    with torch.no_grad():
+        reference = defined_output(eager, batch, plan)
+        ours = mr.apply(model, plan)(**batch).last_hidden_state
+    assert disagreement(ours, reference, batch["attention_mask"].bool()) <= 1e-4
+
+
+def test_a_forward_replaced_on_the_class_is_read_anew(monkeypatch):
+    changed = rewritten(LlamaAttention, "self.v_proj(hidden_states)", "2 * self.v_proj(hidden_states)")
+    monkeypatch.setattr(LlamaAttention, "forward", changed)
+    with pytest.raises(Unsupported, match="LlamaAttention: values are computed as"):
+        mr.apply(build("llama")[0], mr.ReusePlan.grouped(4, 2))
+
+
+def test_a_forward_replaced_on_one_module_is_refused():
+    model, _ = build("llama")
+    attention = model.layers[2].self_attn
+    attention.forward = attention.forward
+    with pytest.raises(Unsupported, match="LlamaAttention: its forward was replaced on the module itself"):
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("family", "cls", "old"),
+    [
+        ("parakeet", ParakeetEncoderAttention, "scaling=self.scaling"),
+        ("modernbert", ModernBertAttention, "self.head_dim**-0.5"),
+        ("gpt2", GPT2Attention, "scaling=self.scaling"),
+        ("wav2vec2-conformer-relative", Wav2Vec2ConformerSelfAttention, "self.scaling"),
+    ],
+)
+def test_a_family_with_an_adapter_is_refused_when_its_forward_changes(monkeypatch, family, cls, old):
+    model, _ = build(family)
+    monkeypatch.setattr(cls, "forward", rewritten(cls, old, f"{old} * 2"))
+    with pytest.raises(
+        Unsupported, match=rf"{cls.__name__}: its forward has changed \(fingerprint \w{{12}}, expected"
+    ):
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("family", "cls"), [("parakeet", AlteredParakeetAttention), ("modernbert", AlteredModernBertAttention)]
+)
+def test_a_subclass_that_calls_the_original_forward_is_refused(family, cls):
+    model, _ = build(family)
+    for module in model.modules():
+        if type(module) is cls.__mro__[1]:
+            module.__class__ = cls
+    with pytest.raises(Unsupported, match=f"{cls.__name__}: its forward does not go through"):
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+
+
+def test_comments_and_docstrings_do_not_change_a_fingerprint():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return self.layer(x)
+
+    class Commented(nn.Module):
+        def forward(self, x):
+            """Says what it does."""
+            return self.layer(x)  # and why
+
+    class Other(nn.Module):
+        def forward(self, x):
+            return self.layer(2 * x)
+
+    assert fingerprint_of(Plain) == fingerprint_of(Commented) != fingerprint_of(Other)
+
+
+def test_a_forward_without_source_is_refused():
+    with pytest.raises(Unsupported, match="NoSource: the source of its forward cannot be read"):
+        adapter_of(NoSource())
+
+
+LOOP = "for i, layer_module in enumerate(self.layer):"
+
+
+@pytest.mark.parametrize(
+    ("cls", "old", "new", "problem"),
+    [
+        (
+            BertEncoder,
+            LOOP,
+            LOOP.replace("self.layer", "self.layer[1:]"),
+            "does not run its layer one after the other",
+        ),
+        (BertEncoder, LOOP, LOOP.replace("self.layer", "reversed(self.layer)"), "does not run its layer one after"),
+        (BertEncoder, LOOP, f"for _ in range(2):\n      {LOOP}", "does not run its layer one after the other"),
+        (BertEncoder, LOOP, LOOP.replace("self.layer", "self.layer[: self.config.num_hidden_layers]"), None),
+        (BertEncoder, "**kwargs,", "", r"does not pass \*\*kwargs to its layer, so no map can travel"),
+        (BertLayer, "**kwargs,", "", r"does not pass \*\*kwargs to attention, so no map can travel"),
+        (BertAttention, "**kwargs,", "", r"does not pass \*\*kwargs to self, so no map can travel"),
+        (BertAttention, "**kwargs,", "**{},", r"does not pass \*\*kwargs to self, so no map can travel"),
+    ],
+)
+def test_maps_must_be_able_to_travel_from_the_stack_to_every_attention(monkeypatch, cls, old, new, problem):
+    model, _ = build("bert")
+    forward = rewritten(cls, old, new)
+    monkeypatch.setattr(cls, "forward", forward)
+    if problem is None:
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+        return
+    with pytest.raises(Unsupported, match=f"^{cls.__name__}: its forward {problem}"):
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("cls", "old", "new"),
+    [
+        (BertAttention, "self.output(attention_output, hidden", "self.output(2 * attention_output, hidden"),
+        (BertAttention, "(attention_output, hidden_states)", "(hidden_states, attention_output)"),
+        (BertSelfOutput, "self.dense(hidden_states)", "self.dense(self.LayerNorm(hidden_states))"),
+    ],
+)  # fmt: skip
+def test_heads_are_not_reordered_where_the_context_takes_another_way_out(monkeypatch, cls, old, new):
+    model, _ = build("bert")
+    monkeypatch.setattr(cls, "forward", rewritten(cls, old, new))
+    with pytest.raises(Unsupported, match=r"layer 1 .*no plain output projection directly after its context"):
+        mr.apply(model, PLANS["other heads"])
+    mr.apply(model, mr.ReusePlan.grouped(4, 2))
