@@ -48,7 +48,7 @@ def bench(config: BenchConfig, progress: Progress = lambda doing, done, total: N
         length the `contestants` (`median`, `spread` and all `seconds`, `agreement`, `memory_bytes`, `graph_breaks`
         of compiled ones; or `not_measured` with the reason), the `front` end by itself, and `ratios`: how many times
         as fast each of ours is as others, the median over rounds of the quotient of two times of the same round, with
-        its spread.
+        its spread. `compiled_while_timed`, graphs compiled after the first runs, should be 0.
     """
     # Every contestant compiles code of its own; past the default limit PyTorch would run the next ones uncompiled.
     limits: dict[str, Any] = {
@@ -216,9 +216,11 @@ class _Bench:
         if timed and not self.config.training:
             timed[self.spec.front] = partial(self._front, self._inputs(length, self.config.batch, "whole"))
         advance = partial(self._advance, f"timing, length {length}", _rough_seconds(length))
+        graphs = _graphs()
         measured = time_interleaved(timed, repeats=self.config.repeats, device=self.config.device, advance=advance)
         cells = {entry.name: self._cell(entry, measured) | memory.get(entry, {}) for entry in self.entries}
         result: dict[str, Any] = {"contestants": cells, "ratios": _ratios(list(calls), measured)}
+        result["compiled_while_timed"] = _graphs() - graphs
         if self.spec.front in measured:
             result["front"] = {"name": self.spec.front} | described(measured[self.spec.front])
         self.failures = failures
@@ -282,6 +284,11 @@ class _Bench:
 def _graph_breaks() -> int:
     """How often so far the compiler gave up a graph and left the code between two graphs to Python."""
     return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def _graphs() -> int:
+    """How many graphs the compiler has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _hidden_states(output: Any) -> Tensor:

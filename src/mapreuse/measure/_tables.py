@@ -79,6 +79,8 @@ def _bench_table(title: str, measured: dict[str, Any]) -> Table:
         for name, cell in cells.items()
         if cell.get("graph_breaks")
     ]
+    if measured["compiled_while_timed"]:
+        notes.append(f"{measured['compiled_while_timed']} graphs were compiled while contestants were being timed")
     if "front" in measured:
         notes.append(f"{measured['front']['name']} by itself: {_time(measured['front'])}")
     return Table(title, header, rows, notes)
