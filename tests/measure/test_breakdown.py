@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
@@ -515,7 +516,7 @@ def saved(tmp_path):
 def mapreuse(monkeypatch, capsys, *arguments):
     """Exit status, standard output and standard error of `mapreuse breakdown`."""
     monkeypatch.setattr(sys, "argv", ["mapreuse", "breakdown", *arguments])
-    monkeypatch.setattr(cli.console, "file", None)
+    monkeypatch.setattr(cli, "console", Console())  # one that writes to the standard output of this test
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     written = capsys.readouterr()
