@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from mapreuse import cli
 
@@ -46,7 +47,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkey
 
 
 def test_a_corpus_is_described_with_its_attribution(monkeypatch, capsys):
-    monkeypatch.setattr(cli.console, "file", None)
+    monkeypatch.setattr(cli, "console", Console())
     status, out, _ = mapreuse(monkeypatch, capsys, "corpus", "prompts:en")
 
     assert status == 0
