@@ -152,6 +152,32 @@ ALTERATIONS = {
         "self.o_proj(attn_output, scale=2)",
         "unexpected step after attention",
     ),
+    "no keyword arguments": (
+        "past_key_values=None, **kwargs):",
+        "past_key_values=None, kwargs={}):",
+        r"its forward takes no \*\*kwargs",
+    ),
+    "values not handed over": (
+        "value_states, attention_mask,",
+        "attention_mask=attention_mask,",
+        "attention_interface is called without value",
+    ),
+    "values not split into heads": (
+        "self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+        "self.v_proj(hidden_states).transpose(1, 2)",
+        "values are computed as",
+    ),
+    "values of an unknown shape": (
+        "self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+        "self.v_proj(hidden_states).view(position_embeddings).transpose(1, 2)",
+        "values are computed as",
+    ),
+    "context and weights in one": (
+        "attn_output, attn_weights = attention_interface(",
+        "attn_output = attention_interface(",
+        "attention_interface is not unpacked into context and weights",
+    ),
+    "no return": ("    return attn_output, attn_weights\n", "", "it returns nothing after attention"),
     "three things returned": (
         "return attn_output, attn_weights",
         "return attn_output, attn_weights, None",

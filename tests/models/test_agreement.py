@@ -1,10 +1,13 @@
 """Every family, under every kind of plan, against the original model with its softmax replaced."""
 
+import copy
+
 import agreement
 import pytest
 import torch
+import transformers as tf
 from agreement import PLANS
-from families import FAMILIES, build
+from families import FAMILIES, SIZE, build
 from oracle import defined_output, disagreement, valid_rows
 
 import mapreuse as mr
@@ -85,8 +88,6 @@ def test_a_longer_input_than_one_block_of_rows_agrees():
 
 @pytest.mark.parametrize("layer_types", [["full_attention"] * 4, ["sliding_attention"] * 4])
 def test_local_layers_share_with_local_layers(layer_types):
-    import transformers as tf
-
     def modernbert():
         torch.manual_seed(0)
         config = tf.ModernBertConfig(
@@ -141,6 +142,38 @@ def test_a_half_precision_model_stays_near_full_precision(family, strategy):
     rows = valid_rows(model, batch, exact)
     typical = (half - exact.last_hidden_state)[rows].abs().mean() / exact.last_hidden_state[rows].abs().mean()
     assert typical < 0.1
+
+
+TEXT = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDE = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+UNSEEN = {
+    "Qwen3": lambda: tf.Qwen3Model(tf.Qwen3Config(**SIZE | TEXT, num_key_value_heads=2, head_dim=8)),
+    "Bart": lambda: tf.BartModel(tf.BartConfig(**WIDE | TEXT, decoder_layers=1)).encoder,
+    "Esm": lambda: tf.EsmModel(tf.EsmConfig(**SIZE | TEXT, max_position_embeddings=40, mask_token_id=3)),
+    "UMT5": lambda: tf.UMT5EncoderModel(
+        tf.UMT5Config(d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4, vocab_size=50)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", UNSEEN)
+@pytest.mark.parametrize("plan", ["groups of 2", "other heads"])
+def test_families_that_nobody_wrote_a_line_for_agree_too(family, plan):
+    torch.manual_seed(0)
+    model = UNSEEN[family]().eval()
+    model.set_attn_implementation("eager")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.35 if "emb" in name else 0.45)
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    batch = {"input_ids": torch.randint(4, 50, (2, 9)) * mask, "attention_mask": mask}
+    with torch.no_grad():
+        untouched = model(**batch).last_hidden_state
+        reference = defined_output(model, batch, PLANS[plan])
+        assert disagreement(untouched, reference, mask.bool()) > 1e-1
+        for strategy in agreement.STRATEGIES:
+            ours = mr.apply(copy.deepcopy(model), PLANS[plan], strategy=strategy)(**batch).last_hidden_state
+            assert disagreement(ours, reference, mask.bool()) <= 1e-4
 
 
 def test_the_table_of_errors_names_every_family(capsys):

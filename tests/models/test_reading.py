@@ -85,6 +85,7 @@ def test_a_forward_that_was_changed_is_refused_with_the_reason(monkeypatch, alte
             "if past_key_values is not None:\n        key_states",
             "if past_key_values is not None and self.training:\n        key_states",
         ),
+        ("dropout=0.0 if not self.training else self.attention_dropout, ", ""),
         # Other ways of saying the same.
         (
             "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
@@ -108,6 +109,57 @@ def test_a_forward_changed_where_it_does_not_matter_is_served_and_agrees(monkeyp
         reference = defined_output(eager, batch, plan)
         ours = mr.apply(model, plan)(**batch).last_hidden_state
     assert disagreement(ours, reference, batch["attention_mask"].bool()) <= 1e-4
+
+
+def scaled(monkeypatch, width):
+    """Queries are scaled by a parameter of this width, inside a method."""
+    monkeypatch.setattr(FaithfulAttention, "scaled", lambda self, query: query * self.scale, raising=False)
+    new = "query_states = self.scaled(self.q_proj(hidden_states)).view"
+    forward = rewritten(FaithfulAttention, "query_states = self.q_proj(hidden_states).view", new)
+    monkeypatch.setattr(FaithfulAttention, "forward", forward)
+    model, batch = build("llama")
+    for layer in model.layers:
+        layer.self_attn.__class__ = FaithfulAttention
+        layer.self_attn.scale = nn.Parameter(torch.ones(width))
+    return model, batch
+
+
+def test_what_a_method_mentions_belongs_to_the_part_that_calls_it(monkeypatch):
+    model, batch = scaled(monkeypatch, 32)
+    assert read_attention(FaithfulAttention).query == ("q_proj", "scale", "scaled")
+    mr.apply(model, mr.ReusePlan.grouped(4, 2))
+    assert [hasattr(layer.self_attn, "scale") for layer in model.layers] == [True, False, True, False]
+    model(**batch)
+
+
+def test_a_parameter_that_spans_all_heads_cannot_compute_in_part(monkeypatch):
+    model, _ = scaled(monkeypatch, 32)
+    with pytest.raises(Unsupported, match=r"layer 1 \(FaithfulAttention\): scale spans all heads"):
+        mr.apply(model, PLANS["in part"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("self.q_proj(hidden_states)", "hidden_states", "no query projection was found"),
+        ("self.k_proj(hidden_states)", "self.k_proj(self.k_a_proj(hidden_states))", None),
+        ("self.v_proj(hidden_states)", "self.project_values(hidden_states)", "project_values is not a module"),
+    ],
+)
+def test_projections_must_be_found_among_the_modules(monkeypatch, old, new, problem):
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, old, new))
+    model, _ = build("llama")
+    for layer in model.layers:
+        layer.self_attn.__class__ = FaithfulAttention
+        layer.self_attn.k_a_proj = nn.Linear(32, 32)
+    if problem is None:
+        with pytest.raises(Unsupported, match=r"layer 1 .*: partial reuse needs one plain projection each"):
+            mr.apply(model, PLANS["in part"])
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+        assert not hasattr(model.layers[1].self_attn, "k_a_proj")
+        return
+    with pytest.raises(Unsupported, match=problem):
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
 
 
 def test_a_forward_replaced_on_the_class_is_read_anew(monkeypatch):

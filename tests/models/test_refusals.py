@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import mapreuse as mr
-from mapreuse.models import _conversion
+from mapreuse.models import _conversion, find_stack, output_projection
 
 GROUPS = PLANS["groups of 2"]
 TEXT = {"vocab_size": 50, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -148,6 +148,14 @@ def test_layers_of_other_heads_cannot_share():
     model, _ = build("llama")
     model.layers[1].self_attn.head_dim = 16
     assert_refused(model, GROUPS, "layer 1 cannot reuse layer 0's map: .*2 heads.*4")
+
+
+def test_widths_must_make_heads():
+    model, _ = build("llama")
+    model.layers[1].self_attn.head_dim = 7
+    assert_refused(model, GROUPS, "layer 1 .*: 32 queries and 16 values do not make heads of 7")
+    model.layers[1].self_attn.head_dim = None
+    assert_refused(model, GROUPS, "layer 1 .* names no head dimension")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -344,6 +352,8 @@ def test_partial_reuse_is_refused_where_a_norm_spans_all_heads():
 
 def test_heads_are_not_reordered_before_a_norm_of_the_context():
     model = tf.BitNetModel(tf.BitNetConfig(**SIZE | TEXT, num_key_value_heads=2))
+    with pytest.raises(ValueError, match="BitNetAttention: no plain output projection directly after its context"):
+        output_projection(find_stack(model).layers[0])
     assert_refused(model, PLANS["other heads"], r"layer 1 \(BitNetAttention\): no plain output projection directly")
     mr.apply(model, GROUPS)
 

@@ -260,8 +260,6 @@ def _resolve(wanted: ast.expr, before: list[_Step]) -> ast.expr:
         if certain and isinstance(target, ast.Name) and value is not None:
             known[target.id] = _Substitute(known).visit(_copied(value))
             continue
-        if names & set(ABSENT):
-            continue
         known |= {name: ast.Name(f"<{name}, after {ast.unparse(statement).splitlines()[0]}>") for name in names}
     return _Substitute(known).visit(_copied(wanted))
 
