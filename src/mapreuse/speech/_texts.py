@@ -1,13 +1,19 @@
 """Sentences for synthetic speech: always other sentences than those the error rates are measured on."""
 
 import json
+import math
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
-from mapreuse.speech._text import normalise, spell_number
+from wordfreq import top_n_list, word_frequency
+
+from mapreuse.speech._text import alphabet, normalise, spell_number
+
+_MOST_FREQUENT = 5000
 
 Source = Callable[[random.Random], str]
 
@@ -21,16 +27,17 @@ def generate_texts(
     """`count` different normalised sentences to synthesise, the same for the same arguments.
 
     A third recombines the given training `transcripts` (a Markov chain of order two over their words); the others
-    are telephone templates, numbers, and, in English, sentences of Python's own documentation. A sentence that
+    are telephone templates, numbers, frequent words in any order, and, in English, sentences of Python's own
+    documentation. A sentence that
     contains any of `exclude` (the dev and test transcripts) as a run of whole words is dropped.
 
     Raises `ValueError` if so many different sentences cannot be made.
     """
     generator = random.Random(f"{language}:{seed}")
     banned = [f" {text} " for text in exclude if text]
-    sources = [_templated(language), _numbers(language)]
+    sources = [_templated(language), _numbers(language), _frequent_words(language)]
     if language == "en":
-        sources += [_documentation(), _word_lists(language)]
+        sources.append(_documentation())
     if transcripts:
         chain = _recombined(transcripts)
         sources += [chain] * max(2, len(sources) // 2)
@@ -101,11 +108,14 @@ def _numbers(language: str) -> Source:
     return sample
 
 
-def _word_lists(language: str) -> Source:
-    words = sorted({word for choices in _TEMPLATES[language]["words"].values() for word in choices})
+def _frequent_words(language: str) -> Source:
+    """Words in any order, so that none is known by its neighbours; rare ones more often than they are used."""
+    letters = set(alphabet(language))
+    words = [word for word in top_n_list(language, _MOST_FREQUENT) if set(word) <= letters]
+    totals = list(accumulate(math.sqrt(word_frequency(word, language)) for word in words))
 
     def sample(generator: random.Random) -> str:
-        return " ".join(generator.choice(words) for _ in range(generator.randrange(2, 8)))
+        return " ".join(generator.choices(words, cum_weights=totals, k=generator.randrange(2, 9)))
 
     return sample
 

@@ -22,9 +22,9 @@ from mapreuse.speech._evaluation import Scores, evaluate
 from mapreuse.speech._fusion import add_language_model
 from mapreuse.speech._prompts import cache_dir
 from mapreuse.speech._recogniser import Recogniser
-from mapreuse.speech._splicing import cut_words, splice
 from mapreuse.speech._synthesis import synthesise
 from mapreuse.speech._texts import generate_texts
+from mapreuse.speech._unit_selection import concatenate
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class TrainConfig:
     The budget is `steps` or `seconds` (exactly one); the learning rate rises linearly over the first `warmup`
     fraction of it and falls to zero along a cosine. `real_share` is the share of recorded speech (in seconds) at
     the start and at the end, the rest being `synthetic_utterances` generated sentences in synthetic voices and
-    `spliced_utterances` sentences put together from recorded words, which the recogniser that training starts from
-    cuts out.
+    `concatenated_utterances` others put together from pieces of the recordings.
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
     `language_model_order`, where not 0, adds a character n-gram model of the training texts for the beam search.
@@ -49,7 +48,7 @@ class TrainConfig:
     clip: float = 1.0
     batch_seconds: float = 40.0
     synthetic_utterances: int = 0
-    spliced_utterances: int = 0
+    concatenated_utterances: int = 0
     real_share: tuple[float, float] = (1.0, 1.0)
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     noise_probability: float = 0.4
@@ -76,20 +75,15 @@ class TrainConfig:
 
     @classmethod
     def baseline(cls) -> "TrainConfig":
-        """The last of the three runs that made the shipped recogniser (see baseline/README.md).
-
-        It starts from a recogniser that already aligns well, which cuts the recordings into words.
-        """
+        """The run that made the shipped recogniser (see baseline/README.md)."""
         return cls(
-            steps=3200,
-            learning_rate=1e-3,
-            warmup=0.03,
-            spliced_utterances=6000,
+            steps=7500,
+            concatenated_utterances=16_000,
             synthetic_utterances=3000,
-            real_share=(0.15, 0.5),
+            real_share=(0.1, 0.25),
             noise_probability=0.2,
             language_model_order=6,
-            evaluate_every=400,
+            evaluate_every=500,
             patience=99,
         )
 
@@ -168,7 +162,7 @@ class _Run:
         self.transcripts = sorted({cut.supervisions[0].text for cut in corpus.train})
         self.sentences = self._sentences()
         with self.accelerator.main_process_first():
-            synthetic = [*self._speech(self.sentences), *self._spliced()]
+            synthetic = [*self._speech(self.sentences), *self._concatenated()]
         self.plan = RoundPlan(list(corpus.train), synthetic, config)
         self.identity = {
             "config": json.loads(config.to_json()),
@@ -199,21 +193,16 @@ class _Run:
         directory, seed = cache_dir() / "synthetic", self.config.seed
         return list(synthesise(sentences, self.corpus.language, directory, seed=seed, sampling_rate=rate))
 
-    def _spliced(self) -> list[Cut]:
-        if not self.config.spliced_utterances:
+    def _concatenated(self) -> list[Cut]:
+        """Sentences put together from pieces of the training recordings."""
+        count, language = self.config.concatenated_utterances, self.corpus.language
+        if not count:
             return []
-        return list(
-            splice(
-                cut_words(self.recogniser, list(self.corpus.train)),
-                self.config.spliced_utterances,
-                self.corpus.language,
-                cache_dir() / "spliced",
-                seed=self.config.seed,
-                sampling_rate=self.recogniser.feature_config.sampling_rate,
-                transcripts=self.transcripts,
-                exclude=self.corpus.held_out,
-            )
+        rate, seed = self.recogniser.feature_config.sampling_rate, self.config.seed
+        texts = generate_texts(
+            count, language, seed=seed + 1, transcripts=self.transcripts, exclude=self.corpus.held_out
         )
+        return concatenate(list(self.corpus.train), texts, language, cache_dir(), seed=seed, sampling_rate=rate)
 
     def finish(self) -> Scores | None:
         """The best weights in the recogniser, with its language model, and their scores on dev."""
