@@ -114,8 +114,7 @@ def divergence(original: Recogniser, converted: Recogniser, corpus) -> float:
 
 def test_a_run_gives_the_recogniser_a_language_model_where_asked(make_tiny, few, tmp_path):
     recogniser = make_tiny()
-    train(recogniser, few, replace(SHORT, steps=2, language_model_order=3), tmp_path)
-    assert recogniser.language_model.order == 3
+    train(recogniser, few, replace(SHORT, steps=2, language_model=True), tmp_path)
     assert Recogniser.load(tmp_path / "best").language_model.counts == recogniser.language_model.counts
 
 

@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from mapreuse.speech import NgramModel, Recogniser, open_corpus
+from mapreuse.speech import LanguageModel, Recogniser, open_corpus
 from mapreuse.study import QuickConfig, run_quick
 
 
@@ -17,8 +17,7 @@ def config(tmp_path_factory):
     texts = [cut.supervisions[0].text for cut in corpus.train]
     letters = (letter for text in texts for letter in text)
     tiny = Recogniser.create(letters, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=32)
-    numbers = [tiny.encode(text) for text in texts[:50]]
-    tiny.language_model = NgramModel.train(numbers, len(tiny.vocabulary) + 1, order=2)
+    tiny.language_model = LanguageModel.train(texts, tiny.vocabulary, "en", num_words=100)
     tiny.save(directory / "tiny")
     return QuickConfig(
         corpus="prompts:en",

@@ -5,7 +5,7 @@ from mapreuse.speech._decoding import beam_search, greedy
 from mapreuse.speech._errors import CorpusError
 from mapreuse.speech._evaluation import Scores, evaluate, score
 from mapreuse.speech._features import FeatureConfig, features
-from mapreuse.speech._language_model import NgramModel
+from mapreuse.speech._language_model import LanguageModel
 from mapreuse.speech._recogniser import BASELINE, DECODERS, Fusion, Recogniser
 from mapreuse.speech._synthesis import synthesise
 from mapreuse.speech._text import LANGUAGES, alphabet, normalise
@@ -20,7 +20,7 @@ __all__ = [
     "CorpusError",
     "FeatureConfig",
     "Fusion",
-    "NgramModel",
+    "LanguageModel",
     "Recogniser",
     "Scores",
     "TrainConfig",

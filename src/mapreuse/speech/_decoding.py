@@ -7,10 +7,10 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from mapreuse.speech._language_model import NgramModel
+from mapreuse.speech._language_model import LanguageModel
 
 _NONE = -math.inf
-_CONTEXT = 16  # outputs kept for the language model's history
+_CONTEXT = 64  # outputs kept for the language model's history
 
 
 def greedy(logits: Float[Tensor, "batch frames outputs"], lengths: Int[Tensor, "batch"]) -> list[list[int]]:
@@ -27,7 +27,7 @@ def beam_search(
     *,
     width: int = 16,
     threshold: float = 9.0,
-    language_model: NgramModel | None = None,
+    language_model: LanguageModel | None = None,
     weight: float = 0.0,
     bonus: float = 0.0,
 ) -> list[int]:

@@ -3,10 +3,10 @@ from collections.abc import Sequence
 from lhotse.cut import Cut
 
 from mapreuse.speech._evaluation import logits_of, score, text_of
-from mapreuse.speech._language_model import NgramModel
+from mapreuse.speech._language_model import LanguageModel
 from mapreuse.speech._recogniser import Fusion, Recogniser
 
-_WEIGHTS = (0.2, 0.35, 0.5, 0.7, 0.9)
+_WEIGHTS = (0.3, 0.5, 0.7, 0.9, 1.1)
 _BONUSES = (0.0, 0.5, 1.0, 1.5)
 
 
@@ -15,17 +15,15 @@ def add_language_model(
     transcripts: Sequence[str],
     sentences: Sequence[str],
     dev: Sequence[Cut],
-    *,
-    order: int,
+    language: str,
 ) -> None:
-    """Gives the recogniser a character n-gram model of training texts, its weight and bonus tuned on `dev`.
+    """Gives the recogniser a language model of training texts, its weight and bonus tuned on `dev`.
 
     Recorded `transcripts` count three times, generated `sentences` once. The pair of weight and bonus with the least
     (WER, CER) on dev is taken, the smallest of equals; without dev utterances the defaults of `Fusion` stay.
     """
     texts = [*transcripts] * 3 + [*sentences]
-    encoded = [recogniser.encode(text) for text in texts]
-    recogniser.language_model = NgramModel.train(encoded, len(recogniser.vocabulary) + 1, order=order)
+    recogniser.language_model = LanguageModel.train(texts, recogniser.vocabulary, language)
     if not dev:
         return
     references = [cut.supervisions[0].text for cut in dev]

@@ -15,7 +15,7 @@ from mapreuse import models
 from mapreuse.speech._audio import PIECE, file_pieces, waveform_pieces
 from mapreuse.speech._decoding import beam_search, greedy
 from mapreuse.speech._features import FeatureConfig, features
-from mapreuse.speech._language_model import NgramModel
+from mapreuse.speech._language_model import LanguageModel
 
 BASELINE = Path(__file__).parent / "baseline"
 DECODERS = ("greedy", "beam", "beam+lm")
@@ -48,7 +48,7 @@ class Recogniser:
         self.model = model
         self.vocabulary = list(vocabulary)
         self.feature_config = feature_config
-        self.language_model: NgramModel | None = None
+        self.language_model: LanguageModel | None = None
         self.fusion = Fusion()
 
     @classmethod
@@ -213,7 +213,7 @@ class Recogniser:
             recogniser = cls(model, description["vocabulary"], FeatureConfig(**description["features"]))
             recogniser.fusion = Fusion(**description["fusion"])
             if (directory / _LANGUAGE_MODEL).exists():
-                recogniser.language_model = NgramModel.load(directory / _LANGUAGE_MODEL)
+                recogniser.language_model = LanguageModel.load(directory / _LANGUAGE_MODEL)
         except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as damage:
             reason = " ".join(str(damage).split())[:200]
             raise ValueError(f"{directory} holds a damaged or foreign recogniser: {reason}") from None

@@ -37,7 +37,7 @@ class TrainConfig:
     `concatenated_utterances` others put together from pieces of the recordings.
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
-    `language_model_order`, where not 0, adds a character n-gram model of the training texts for the beam search.
+    `language_model` adds a language model of the training texts for the beam search.
     """
 
     steps: int | None = None
@@ -58,7 +58,7 @@ class TrainConfig:
     mask_spans_per_second: float = 0.7
     mask_span: int = 15
     distillation: float = 1.0
-    language_model_order: int = 0
+    language_model: bool = False
     evaluate_every: int = 250
     patience: int = 20
     seed: int = 0
@@ -82,7 +82,7 @@ class TrainConfig:
             synthetic_utterances=3000,
             real_share=(0.1, 0.25),
             noise_probability=0.2,
-            language_model_order=6,
+            language_model=True,
             evaluate_every=500,
             patience=99,
         )
@@ -160,10 +160,11 @@ class _Run:
         self.state = _State()
         out_dir.mkdir(parents=True, exist_ok=True)
         self.transcripts = sorted({cut.supervisions[0].text for cut in corpus.train})
-        self.sentences = self._sentences()
+        self.spoken = self._sentences(config.synthetic_utterances, config.seed)
+        self.concatenated = self._sentences(config.concatenated_utterances, config.seed + 1)
         with self.accelerator.main_process_first():
-            synthetic = [*self._speech(self.sentences), *self._concatenated()]
-        self.plan = RoundPlan(list(corpus.train), synthetic, config)
+            made = self._made()
+        self.plan = RoundPlan(list(corpus.train), made, config)
         self.identity = {
             "config": json.loads(config.to_json()),
             "corpus": corpus.name,
@@ -180,29 +181,22 @@ class _Run:
         if original is not None:
             original.model.to(self.accelerator.device).eval()
 
-    def _sentences(self) -> list[str]:
-        """What synthetic voices say; never a dev or test transcript."""
-        count, language = self.config.synthetic_utterances, self.corpus.language
+    def _sentences(self, count: int, seed: int) -> list[str]:
+        """New texts; never a dev or test transcript."""
+        language, held_out = self.corpus.language, self.corpus.held_out
         if not count:
             return []
-        held_out = self.corpus.held_out
-        return generate_texts(count, language, seed=self.config.seed, transcripts=self.transcripts, exclude=held_out)
+        return generate_texts(count, language, seed=seed, transcripts=self.transcripts, exclude=held_out)
 
-    def _speech(self, sentences: list[str]) -> list[Cut]:
-        rate = self.recogniser.feature_config.sampling_rate
-        directory, seed = cache_dir() / "synthetic", self.config.seed
-        return list(synthesise(sentences, self.corpus.language, directory, seed=seed, sampling_rate=rate))
-
-    def _concatenated(self) -> list[Cut]:
-        """Sentences put together from pieces of the training recordings."""
-        count, language = self.config.concatenated_utterances, self.corpus.language
-        if not count:
-            return []
+    def _made(self) -> list[Cut]:
+        """New texts spoken by synthetic voices, and others put together from pieces of the training recordings."""
         rate, seed = self.recogniser.feature_config.sampling_rate, self.config.seed
-        texts = generate_texts(
-            count, language, seed=seed + 1, transcripts=self.transcripts, exclude=self.corpus.held_out
-        )
-        return concatenate(list(self.corpus.train), texts, language, cache_dir(), seed=seed, sampling_rate=rate)
+        language, cache = self.corpus.language, cache_dir()
+        made = [*synthesise(self.spoken, language, cache / "synthetic", seed=seed, sampling_rate=rate)]
+        if self.concatenated:
+            recorded = list(self.corpus.train)
+            made += concatenate(recorded, self.concatenated, language, cache, seed=seed, sampling_rate=rate)
+        return made
 
     def finish(self) -> Scores | None:
         """The best weights in the recogniser, with its language model, and their scores on dev."""
@@ -212,9 +206,9 @@ class _Run:
         self.recogniser.model.load_state_dict(best.model.state_dict())
         self.recogniser.model.eval()
         dev = list(self.corpus.dev)
-        if self.config.language_model_order:
-            order = self.config.language_model_order
-            add_language_model(self.recogniser, self.transcripts, self.sentences, dev, order=order)
+        if self.config.language_model:
+            texts = [*self.spoken, *self.concatenated]
+            add_language_model(self.recogniser, self.transcripts, texts, dev, self.corpus.language)
             if self.accelerator.is_main_process:
                 self.recogniser.save(self.out_dir / "best")
         return evaluate(self.recogniser, dev) if dev else None
