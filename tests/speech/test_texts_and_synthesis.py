@@ -1,3 +1,8 @@
+import inspect
+import re
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,6 +10,10 @@ from hypothesis import strategies as st
 from wordfreq import top_n_list
 
 from mapreuse.speech import LANGUAGES, evaluate, generate_texts, normalise, synthesise
+from mapreuse.speech._documentation import documentation
+from mapreuse.speech._errors import CorpusError
+from mapreuse.speech._flite import speak_with_flite
+from mapreuse.speech._texts import further_texts
 
 
 @settings(max_examples=10, deadline=None)
@@ -66,3 +75,61 @@ def test_the_shipped_recogniser_understands_synthetic_speech_it_never_heard(base
 def test_a_language_without_voices_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no synthetic voices for language 'de'"):
         synthesise(["guten tag"], "de", tmp_path, seed=0)
+
+
+def test_the_documentation_is_that_of_the_installed_packages():
+    sentences = documentation()
+    first = inspect.getdoc(shutil.move).split(".")[0]
+
+    assert first == "Recursively move a file or directory to another location"
+    assert first.lower() in sentences
+    assert sentences == sorted(set(sentences))
+    assert all(len(sentence.split()) >= 4 and re.fullmatch("[a-z' -]+", sentence) for sentence in sentences)
+    assert len(sentences) > 30_000
+
+
+def test_the_language_model_never_reads_a_held_out_transcript():
+    said = further_texts("en")
+    banned = ["return code", said[0]]
+    left = further_texts("en", exclude=banned)
+
+    assert any(" return code " in f" {text} " for text in said)
+    assert left == [text for text in said if not any(f" {held_out} " in f" {text} " for held_out in banned)]
+    assert further_texts("fr") == []
+
+
+FLITE_TEXTS = ["press three to hear the next message one", "your call cannot be answered at the moment nine"]
+
+
+@pytest.fixture(scope="module")
+def flite(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("flite")
+    texts = [f"{text} {word}" for text in FLITE_TEXTS for word in ("now", "again", "please", "today")]
+    return directory, texts, speak_with_flite(texts, directory, seed=0)
+
+
+def test_flite_says_what_it_is_asked_to(baseline, flite):
+    _, texts, cuts = flite
+
+    assert [cut.supervisions[0].text for cut in cuts] == texts
+    assert {cut.sampling_rate for cut in cuts} == {8000}
+    assert evaluate(baseline, cuts).cer < 0.4
+
+
+def test_flite_speaks_only_what_is_missing_and_the_same_again(flite):
+    directory, texts, cuts = flite
+    files = [Path(cut.recording.sources[0].source) for cut in cuts]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    files[0].unlink()
+    speak_with_flite(texts, directory, seed=0)
+    after = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+
+    assert [samples for samples, _ in after] == [samples for samples, _ in before]
+    assert [a[1] == b[1] for a, b in zip(after, before, strict=True)] == [False] + [True] * (len(files) - 1)
+
+
+def test_without_flite_or_apt_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(CorpusError, match="speech by flite needs Debian's packages flite and libflite1"):
+        speak_with_flite(["hello world"], tmp_path, seed=0)

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mapreuse.maps._attend import attend, drop, softmax
+from mapreuse.maps._attend import attend
 from mapreuse.maps._scores import RelativePositions, Scores
+from mapreuse.maps._softmax import drop, softmax
 
 HeadPairs: TypeAlias = tuple[tuple[int, int], ...]
 """For each head of the context, the head of the map and the head of the values that make it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -53,6 +54,20 @@ class Scores:
         """(batch, heads, query, key)."""
         batch, heads, num_queries, _ = self.query.shape
         return batch, heads, num_queries, self.key.shape[-2]
+
+    @cached_property
+    def extents(self) -> tuple[tuple[int, int], ...]:
+        """For every item, how many leading queries and keys hold all that attends and is attended."""
+        batch, _, num_queries, num_keys = self.shape
+        if self.mask is None:
+            return ((num_queries, num_keys),) * batch
+        ends = []
+        for length, some in ((num_queries, self.mask.any(-1)), (num_keys, self.mask.any(-2))):
+            places = torch.arange(1, some.shape[-1] + 1, device=some.device)
+            last = (some.any(1) * places).amax(-1)  # of every item: the last that is in use, counted from 1
+            last = torch.where(last > 0, length, 0) if some.shape[-1] == 1 else last
+            ends.append((last.tolist() * batch)[:batch])
+        return tuple(zip(*ends, strict=True))
 
     @property
     def nbytes(self) -> int:

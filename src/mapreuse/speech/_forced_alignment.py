@@ -146,11 +146,12 @@ class _Mixtures:
     def trained(self, rows: ndarray, states: ndarray) -> "_Mixtures":
         """One step of expectation maximisation within every state, given which state every row is in."""
         weights, means, variances = self.weights.copy(), self.means.copy(), self.variances.copy()
+        factors, constants = self._quadratic()
         order = np.argsort(states, kind="stable")
         found, firsts = np.unique(states[order], return_index=True)
         for state, members in zip(found, np.split(order, firsts[1:]), strict=True):
             part = rows[members].astype(np.float64)
-            density = self._densities(part, state)
+            density = _powers(part) @ factors[state].T + constants[state]
             share = np.exp(density - np.logaddexp.reduce(density, axis=1)[:, None])
             mass = share.sum(0) + 1e-3
             mean = share.T @ part / mass[:, None]
@@ -163,25 +164,25 @@ class _Mixtures:
 
     def scores(self, rows: ndarray) -> ndarray:
         """Log-likelihood of every row in every state."""
-        powers = np.concatenate([rows**2, rows], axis=1)
-        inverse = 1 / self.variances
-        factors = np.concatenate([-0.5 * inverse, self.means * inverse], axis=2).astype(rows.dtype)
-        constants = np.log(self.weights) - 0.5 * (np.log(2 * np.pi * self.variances) + self.means**2 * inverse).sum(2)
-        states, size, width = factors.shape
+        states, size = self.weights.shape
         scores = np.empty((len(rows), states), dtype=rows.dtype)
+        factors, constants = (part.astype(rows.dtype) for part in self._quadratic())
         for start in range(0, len(rows), _ROWS):
-            part = powers[start : start + _ROWS] @ factors.reshape(-1, width).T + constants.reshape(-1).astype(
-                rows.dtype
-            )
-            scores[start : start + _ROWS] = logsumexp(part.reshape(-1, states, size), axis=2)
+            densities = _powers(rows[start : start + _ROWS]) @ factors.reshape(states * size, -1).T
+            densities = densities.reshape(-1, states, size) + constants
+            scores[start : start + _ROWS] = logsumexp(densities, axis=2)
         return scores
 
-    def _densities(self, rows: ndarray, state: int) -> ndarray:
-        """Log of weight × density of every row under every Gaussian of one state."""
-        means, inverse = self.means[state], 1 / self.variances[state]
-        square = rows**2 @ inverse.T - 2 * rows @ (means * inverse).T + (means**2 * inverse).sum(1)
-        constant = np.log(self.weights[state]) - 0.5 * np.log(2 * np.pi * self.variances[state]).sum(1)
-        return constant - 0.5 * square
+    def _quadratic(self) -> tuple[ndarray, ndarray]:
+        """The logarithm of weight × density under every Gaussian: `_powers(x) @ factors + constant`."""
+        inverse = 1 / self.variances
+        factors = np.concatenate([-0.5 * inverse, self.means * inverse], axis=2)
+        spread = np.log(2 * np.pi * self.variances) + self.means**2 * inverse
+        return factors, np.log(self.weights) - 0.5 * spread.sum(2)
+
+
+def _powers(rows: ndarray) -> ndarray:
+    return np.concatenate([rows**2, rows], axis=1)
 
 
 def _chain(words: Sequence[Sequence[str]], names: Sequence[str]) -> ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wordfreq import top_n_list, word_frequency
 
+from mapreuse.speech._documentation import documentation
 from mapreuse.speech._text import alphabet, normalise, spell_number
 
 _MOST_FREQUENT = 5000
@@ -27,9 +28,9 @@ def generate_texts(
     """`count` different normalised sentences to synthesise, the same for the same arguments.
 
     A third recombines the given training `transcripts` (a Markov chain of order two over their words); the others
-    are telephone templates, numbers, frequent words in any order, and, in English, sentences of Python's own
-    documentation. A sentence that
-    contains any of `exclude` (the dev and test transcripts) as a run of whole words is dropped.
+    are telephone templates, numbers, frequent words in any order, and, in English, sentences of the documentation
+    that is installed. A sentence that contains any of `exclude` (the dev and test transcripts) as a run of whole
+    words is dropped.
 
     Raises `ValueError` if so many different sentences cannot be made.
     """
@@ -37,7 +38,7 @@ def generate_texts(
     banned = [f" {text} " for text in exclude if text]
     sources = [_templated(language), _numbers(language), _frequent_words(language)]
     if language == "en":
-        sources.append(_documentation())
+        sources += [_documentation()] * 2
     if transcripts:
         chain = _recombined(transcripts)
         sources += [chain] * max(2, len(sources) // 2)
@@ -51,6 +52,18 @@ def generate_texts(
     if len(texts) < count:
         raise ValueError(f"only {len(texts)} different sentences could be made in {language!r}, {count} wanted")
     return list(texts)
+
+
+def further_texts(language: str, *, exclude: Iterable[str] = ()) -> list[str]:
+    """Normalised sentences for a language model alone: all of the installed documentation, in English; else none.
+
+    A sentence that contains any of `exclude` as a run of whole words is dropped.
+    """
+    if language != "en":
+        return []
+    banned = [f" {text} " for text in exclude if text]
+    texts = (normalise(sentence, language) for sentence in documentation())
+    return [text for text in texts if text and not any(held_out in f" {text} " for held_out in banned)]
 
 
 def _recombined(transcripts: Sequence[str]) -> Source:
@@ -121,15 +134,9 @@ def _frequent_words(language: str) -> Source:
 
 
 def _documentation() -> Source:
-    from pydoc_data.topics import topics
-
-    prose = " ".join(re.sub(r"\n\n\n?[ ].*", " ", topics[name]) for name in sorted(topics))
-    sentences = re.split(r"(?<=[.:;,])\s+", prose)
-    plain = [
-        " ".join(sentence.split()) for sentence in sentences if re.fullmatch(r"[A-Za-z' \n-]{12,90}[.,:;]", sentence)
-    ]
+    sentences = documentation()
 
     def sample(generator: random.Random) -> str:
-        return generator.choice(plain)
+        return generator.choice(sentences)
 
     return sample

@@ -19,11 +19,12 @@ from torch.nn.functional import kl_div
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
 from mapreuse.speech._corpora import Corpus
 from mapreuse.speech._evaluation import Scores, evaluate
+from mapreuse.speech._flite import speak_with_flite
 from mapreuse.speech._fusion import add_language_model
 from mapreuse.speech._prompts import cache_dir
 from mapreuse.speech._recogniser import Recogniser
 from mapreuse.speech._synthesis import synthesise
-from mapreuse.speech._texts import generate_texts
+from mapreuse.speech._texts import further_texts, generate_texts
 from mapreuse.speech._unit_selection import concatenate
 
 
@@ -33,8 +34,9 @@ class TrainConfig:
 
     The budget is `steps` or `seconds` (exactly one); the learning rate rises linearly over the first `warmup`
     fraction of it and falls to zero along a cosine. `real_share` is the share of recorded speech (in seconds) at
-    the start and at the end, the rest being `synthetic_utterances` generated sentences in synthetic voices and
-    `concatenated_utterances` others put together from pieces of the recordings.
+    the start and at the end, the rest being `synthetic_utterances` generated sentences in espeak-ng's voices,
+    `flite_utterances` others in flite's (English only) and `concatenated_utterances` others put together from pieces
+    of the recordings.
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
     `language_model` adds a language model of the training texts for the beam search.
@@ -48,6 +50,7 @@ class TrainConfig:
     clip: float = 1.0
     batch_seconds: float = 40.0
     synthetic_utterances: int = 0
+    flite_utterances: int = 0
     concatenated_utterances: int = 0
     real_share: tuple[float, float] = (1.0, 1.0)
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
@@ -77,9 +80,10 @@ class TrainConfig:
     def baseline(cls) -> "TrainConfig":
         """The run that made the shipped recogniser (see baseline/README.md)."""
         return cls(
-            steps=7500,
+            steps=10_000,
             concatenated_utterances=16_000,
-            synthetic_utterances=3000,
+            flite_utterances=8000,
+            synthetic_utterances=2000,
             real_share=(0.1, 0.25),
             noise_probability=0.2,
             language_model=True,
@@ -162,6 +166,7 @@ class _Run:
         self.transcripts = sorted({cut.supervisions[0].text for cut in corpus.train})
         self.spoken = self._sentences(config.synthetic_utterances, config.seed)
         self.concatenated = self._sentences(config.concatenated_utterances, config.seed + 1)
+        self.spoken_by_flite = self._sentences(config.flite_utterances, config.seed + 2)
         with self.accelerator.main_process_first():
             made = self._made()
         self.plan = RoundPlan(list(corpus.train), made, config)
@@ -193,6 +198,8 @@ class _Run:
         rate, seed = self.recogniser.feature_config.sampling_rate, self.config.seed
         language, cache = self.corpus.language, cache_dir()
         made = [*synthesise(self.spoken, language, cache / "synthetic", seed=seed, sampling_rate=rate)]
+        if self.spoken_by_flite:
+            made += speak_with_flite(self.spoken_by_flite, cache, seed=seed, sampling_rate=rate)
         if self.concatenated:
             recorded = list(self.corpus.train)
             made += concatenate(recorded, self.concatenated, language, cache, seed=seed, sampling_rate=rate)
@@ -207,7 +214,8 @@ class _Run:
         self.recogniser.model.eval()
         dev = list(self.corpus.dev)
         if self.config.language_model:
-            texts = [*self.spoken, *self.concatenated]
+            texts = [*self.spoken, *self.spoken_by_flite, *self.concatenated]
+            texts += further_texts(self.corpus.language, exclude=self.corpus.held_out)
             add_language_model(self.recogniser, self.transcripts, texts, dev, self.corpus.language)
             if self.accelerator.is_main_process:
                 self.recogniser.save(self.out_dir / "best")

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from mapreuse.maps._scores import Scores
+
+
+def softmax(scores: Scores) -> Float[Tensor, "batch heads query key"]:
+    """The whole map at once, differentiable. The softmax runs in float32 where the scores are in half precision."""
+    dense = scores.dense()
+    weights = torch.softmax(dense, dim=-1, dtype=softmax_dtype(dense)).to(dense.dtype)
+    allowed = scores.allowed(0, dense.shape[-2])
+    return weights if allowed is None else weights * allowed.any(-1, keepdim=True)
+
+
+def softmax_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def drop(weights: Tensor, probability: float) -> Tensor:
+    """Weights with dropout drawn anew; the weights themselves where the probability is zero."""
+    return functional.dropout(weights, probability) if probability > 0.0 else weights
