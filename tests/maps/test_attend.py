@@ -1,10 +1,12 @@
 """The computing layer's core, against the definition in `maps/reference.py`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from map_cases import cases, make_case, on_leaves, with_gradients
+from map_cases import cases, defined_map, make_case, on_leaves, with_gradients
 
 from mapreuse.maps import attend
 
@@ -102,13 +104,30 @@ def test_gradients_are_those_of_finite_differences(keep, relative, mask, bias):
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-@given(cases(lengths=(1, 5, 65)))
-def test_gradients_are_the_definitions(case):
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("relative", [True, False])
+def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept(keep, relative):
+    """With the same seed the same weights are dropped, so that finite differences have a function to differ."""
+    case = make_case(batch=2, heads=3, num_queries=5, num_keys=5, relative=relative, dtype=torch.float64)
+    _, leaves = with_gradients(case)
+
+    def run(*tensors):
+        varied = on_leaves(case, list(tensors))
+        torch.manual_seed(0)
+        return [out for out in attend(varied.scores, varied.values, keep=keep, dropout_p=0.4) if out is not None]
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@given(cases(lengths=(1, 5, 130)), st.booleans())
+def test_gradients_are_the_definitions(case, keep):
+    def loss(context, weights):
+        return context.square().sum() + (weights.square().sum() if keep else 0.0)
+
     ours, leaves = with_gradients(case)
-    context, weights = attend(ours.scores, ours.values, keep=True)
-    (context.square().sum() + weights.square().sum()).backward()
+    loss(*attend(ours.scores, ours.values, keep=keep)).backward()
     theirs, same_leaves = with_gradients(case)
-    (theirs.context.square().sum() + theirs.map.square().sum()).backward()
+    loss(theirs.context, theirs.map).backward()
     for leaf, same in zip(leaves, same_leaves, strict=True):
         expected = torch.zeros_like(same) if same.grad is None else same.grad
         torch.testing.assert_close(leaf.grad, expected, atol=2e-4, rtol=1e-3)
@@ -178,3 +197,41 @@ def test_the_context_is_laid_out_as_an_output_projection_reads_it(case):
     with torch.no_grad():
         context, _ = attend(case.scores, case.values, keep=True)
     assert context.transpose(1, 2).is_contiguous()
+
+
+def test_a_map_that_nobody_reads_is_not_kept_for_the_backward_pass():
+    case, _ = with_gradients(make_case(batch=1, heads=2, num_queries=130, relative=True))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        context, _ = attend(case.scores, case.values, keep=False)
+        assert sum(saved) < 130 * 130
+        context.sum().backward()
+    assert sum(saved) < 130 * 130
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("relative", [True, False])
+def test_nothing_is_computed_of_padding(monkeypatch, keep, is_causal, relative):
+    """Two items, 130 and 40 long: as many products of a query and a key as there are of real ones, by blocks."""
+    case = make_case(batch=2, heads=1, num_queries=130, num_keys=130, is_causal=is_causal, relative=relative)
+    real = torch.arange(130) < torch.tensor([[130], [40]])
+    masked = replace(case.scores, mask=(real[:, None, :, None] & real[:, None, None, :]))
+    products, bmm = [], torch.bmm
+
+    def counting(a, b, *, out):
+        products.append(a.shape[0] * a.shape[1] * b.shape[2] if b.shape[2] > 5 else 0)
+        return bmm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "bmm", counting)
+    monkeypatch.setattr(torch, "baddbmm", lambda c, a, b, *, out: out.copy_(c + a @ b))
+    with torch.no_grad():
+        context, weights = attend(masked, case.values, keep=True if not relative else keep)
+    monkeypatch.undo()
+    expected = defined_map(masked)
+    torch.testing.assert_close(context, expected @ case.values, **CLOSE)
+    assert weights is None or (weights[1, :, 40:] == 0).all()
+    wanted = {False: 130 * 130 + 40 * 40, True: 128 * 128 + 2 * 130 + 40 * 40}[is_causal]
+    if relative:  # positional products span the distances of a block, rows − 1 more than its keys
+        wanted += {False: 128 * 127 + 2 * 1 + 40 * 39, True: 128 * 127 + 2 * 1 + 40 * 39}[is_causal]
+    assert sum(products) == wanted

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mapreuse.maps._blocked import blocked
+from mapreuse.maps._gradients import blocked_with_gradients
 from mapreuse.maps._scores import Scores
-from mapreuse.maps._softmax import drop, softmax
+from mapreuse.maps._softmax import BlockDropout, drop, softmax
 
 
 def attend(
@@ -36,10 +37,13 @@ def attend(
     """
     if not keep and scores.relative is None:
         return _fused(scores, values, dropout_p), None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         weights = softmax(scores)
         return drop(weights, dropout_p) @ values, weights if keep else None
-    return blocked(scores, values, keep=keep, dropout_p=dropout_p, buffer=buffer)
+    dropout = BlockDropout.drawn(dropout_p)
+    if torch.is_grad_enabled():
+        return blocked_with_gradients(scores, values, keep=keep, dropout=dropout)
+    return blocked(scores, values, keep=keep, dropout=dropout, buffer=buffer)
 
 
 def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact attention without a tape, some heads and query rows at a time: the computing layer's core."""
+"""Exact attention, some heads and query rows at a time: the computing layer's core."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mapreuse.maps._scores import Scores
-from mapreuse.maps._softmax import drop, softmax_dtype
+from mapreuse.maps._softmax import BlockDropout, softmax_dtype
 
 _BLOCK_SCORES = 1 << 18
 """Scores of one head that are computed at a time: with their positional part, what the cache of one core holds."""
@@ -23,56 +23,147 @@ def blocked(
     values: Float[Tensor, "batch heads key value_dim"],
     *,
     keep: bool,
-    dropout_p: float,
-    buffer: Tensor | None,
+    dropout: BlockDropout | None = None,
+    buffer: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"] | None]:
-    """What `attend` promises, where no gradient is needed.
+    """What `attend` promises, without a tape.
 
-    A block is as many heads as there are threads, each by a few rows: positional scores of the T + rows − 1 distances
-    that those rows span, read as a slanted view while the content scores are added to them; softmax in place; product
-    with the values. Nothing is computed beyond the last query and key of an item that attend anything, nor, where the
-    scores are causal, for keys after a block's last row.
+    Positional scores of the T + rows − 1 distances that a block's rows span are read as a slanted view while the
+    content scores are added to them; the softmax is in place; the product with the values follows. Nothing is
+    computed beyond the last query and key of an item that attend anything, nor, where the scores are causal, for keys
+    after a block's last row.
     """
-    batch, heads, num_queries, num_keys = scores.shape
+    batch, heads, num_queries, _ = scores.shape
     context = values.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
     weights = None
     if keep:
         weights = values.new_empty(scores.shape) if buffer is None else buffer
-    at_once = min(heads, torch.get_num_threads()) if values.device.type == "cpu" else heads
-    size = min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, _BLOCK_SCORES // max(num_keys, 1) // 16 * 16)))
-    room = values.new_empty(at_once * size * num_keys)
-    positional_room = None
-    if scores.relative is not None:
-        positional_room = values.new_empty(at_once * size * (num_keys + size - 1))
     for item, (rows, keys) in enumerate(scores.extents):
-        part = _Part.of(scores, values, item, rows, keys)
         context[item, :, rows:] = 0
         if weights is not None:
             weights[item, :, rows:] = 0
             weights[item, :, :rows, keys:] = 0
-        for some in _slices(heads, at_once):
-            for block in _slices(rows, size):
-                used = min(keys, block.stop) if scores.is_causal else keys
-                shape = (some.stop - some.start, block.stop - block.start, used)
-                out = room[: shape[0] * shape[1] * shape[2]].view(shape)
-                part.write_scores(some, block, out, positional_room)
-                part.write_map(some, block, out)
-                torch.bmm(drop(out, dropout_p), part.values[some, :used], out=context[item, some, block])
-                if weights is not None:
-                    weights[item, some, block, :used] = out
-                    weights[item, some, block, used:keys] = 0
+    for block in blocks(scores, values):
+        out = block.compute_map()
+        dropped = out if dropout is None else out * dropout.factors(out, block.number)
+        torch.bmm(dropped, block.values, out=context[block.item, block.heads, block.rows])
+        if weights is not None:
+            place = weights[block.item, block.heads, block.rows]
+            place[..., : block.keys] = out
+            place[..., block.keys : scores.extents[block.item][1]] = 0
     return context, weights
+
+
+class Block:
+    """As many heads of one item as there are threads, each by as many rows as keep the cache of a core."""
+
+    def __init__(self, number: int, part: _Part, heads: slice, rows: slice, rooms: tuple[Tensor, Tensor]) -> None:
+        self.number = number
+        self.item = part.item
+        self.heads = heads
+        self.rows = rows
+        self.keys = min(part.key.shape[1], rows.stop) if part.is_causal else part.key.shape[1]
+        self._part = part
+        self._rooms = rooms
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(heads, rows, keys)."""
+        return self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, self.keys
+
+    @property
+    def query(self) -> Float[Tensor, "heads rows dim"]:
+        """Queries times the scores' scaling."""
+        return self._part.query[self.heads, self.rows]
+
+    @property
+    def key(self) -> Float[Tensor, "heads keys dim"]:
+        return self._part.key[self.heads, : self.keys]
+
+    @property
+    def values(self) -> Float[Tensor, "heads keys value_dim"]:
+        return self._part.values[self.heads, : self.keys]
+
+    @property
+    def distances(self) -> slice:
+        """Rows start … stop meet keys 0 … keys − 1 at the distances stop − 1 … start − keys + 1, a window of them."""
+        first = self._part.num_keys - self.rows.stop
+        return slice(first, first + self.keys + self.shape[1] - 1)
+
+    @property
+    def relative(self) -> tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads window dim"]] | None:
+        """The rows' queries of relative positions, times the scores' scaling, and the window's keys."""
+        if self._part.relative is None:
+            return None
+        query, key = self._part.relative
+        return query[self.heads, self.rows], key[self.heads, self.distances]
+
+    def positional(self) -> tuple[Float[Tensor, "heads rows window"], Float[Tensor, "heads rows keys"]]:
+        """Memory for a score of every row at every distance of the window, and the slanted view of it by key."""
+        heads, rows, keys = self.shape
+        width = keys + rows - 1
+        room = self._rooms[1][: heads * rows * width].view(heads, rows, width)
+        return room, room.as_strided(self.shape, (rows * width, width - 1, 1), rows - 1)
+
+    def compute_map(self) -> Float[Tensor, "heads rows keys"]:
+        """The block's weights, in memory that the next block overwrites."""
+        heads, rows, keys = self.shape
+        out = self._rooms[0][: heads * rows * keys].view(self.shape)
+        relative = self.relative
+        if relative is None:
+            torch.bmm(self.query, self.key.mT, out=out)
+        else:
+            positional, slanted = self.positional()
+            torch.bmm(relative[0], relative[1].mT, out=positional)
+            torch.baddbmm(slanted, self.query, self.key.mT, out=out)
+        if self._part.bias is not None:
+            out += _some(self._part.bias, self.heads, self.rows, keys)
+        allowed = self._allowed()
+        if allowed is not None:
+            out.masked_fill_(~allowed, torch.finfo(out.dtype).min)
+        if softmax_dtype(out) == out.dtype:
+            torch.softmax(out, dim=-1, out=out)
+        else:
+            out.copy_(torch.softmax(out, dim=-1, dtype=softmax_dtype(out)))
+        if allowed is not None and self._part.allowed is not None:
+            out *= allowed.any(-1, keepdim=True)
+        return out
+
+    def _allowed(self) -> Bool[Tensor, "#heads #rows keys"] | None:
+        mask = self._part.allowed
+        allowed = None if mask is None else _some(mask, self.heads, self.rows, self.keys)
+        if self._part.is_causal:
+            rows = torch.arange(self.rows.start, self.rows.stop, device=self._rooms[0].device)[:, None]
+            causal = (torch.arange(self.keys, device=rows.device) <= rows)[None]
+            allowed = causal if allowed is None else allowed & causal
+        return allowed
+
+
+def blocks(scores: Scores, values: Tensor) -> Iterator[Block]:
+    """All that is to be computed, block by block, without what nothing attends."""
+    _, heads, num_queries, num_keys = scores.shape
+    at_once = min(heads, torch.get_num_threads()) if values.device.type == "cpu" else heads
+    size = min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, _BLOCK_SCORES // max(num_keys, 1) // 16 * 16)))
+    width = 0 if scores.relative is None else num_keys + size - 1
+    rooms = values.new_empty(at_once * size * num_keys), values.new_empty(at_once * size * width)
+    number = 0
+    for item, (rows, keys) in enumerate(scores.extents):
+        part = _Part.of(scores, values, item, rows, keys)
+        for some in _slices(heads, at_once):
+            for few in _slices(rows, size):
+                yield Block(number, part, some, few, rooms)
+                number += 1
 
 
 @dataclass(frozen=True)
 class _Part:
     """One item's operands, contiguous, without what nothing attends; scaling is folded into the queries."""
 
+    item: int
     query: Float[Tensor, "heads rows dim"]
     key: Float[Tensor, "heads keys dim"]
     values: Float[Tensor, "heads keys value_dim"]
-    relative_query: Float[Tensor, "heads rows dim"] | None
-    relative_key: Float[Tensor, "heads distances dim"] | None
+    relative: tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads distances dim"]] | None
     num_keys: int  # with those that nothing attends: distances are counted from the last of them
     allowed: Bool[Tensor, "#heads #rows keys"] | None
     bias: Float[Tensor, "#heads #rows keys"] | None
@@ -80,56 +171,23 @@ class _Part:
 
     @classmethod
     def of(cls, scores: Scores, values: Tensor, item: int, rows: int, keys: int) -> _Part:
-        relative_query = relative_key = None
+        relative = None
         if scores.relative is not None:
-            relative_query = (scores.relative.query[item, :, :rows] * scores.scaling).contiguous()
-            relative_key = scores.relative.key[item if scores.relative.key.shape[0] > 1 else 0].contiguous()
+            relative_query = scores.relative.query[item, :, :rows] * scores.scaling
+            relative_key = scores.relative.key[item if scores.relative.key.shape[0] > 1 else 0]
+            relative = relative_query.contiguous(), relative_key.contiguous()
         allowed = _rows(_item(scores.mask, item), slice(0, rows), keys)
         return cls(
+            item=item,
             query=(scores.query[item, :, :rows] * scores.scaling).contiguous(),
             key=scores.key[item, :, :keys].contiguous(),
             values=values[item, :, :keys].contiguous(),
-            relative_query=relative_query,
-            relative_key=relative_key,
+            relative=relative,
             num_keys=scores.shape[-1],
             allowed=None if allowed is None or bool(allowed.all()) else allowed,
             bias=_rows(_item(scores.bias, item), slice(0, rows), keys),
             is_causal=scores.is_causal,
         )
-
-    def write_scores(self, some: slice, block: slice, out: Tensor, positional_room: Tensor | None) -> None:
-        """Content and positional scores, and the bias, of these heads and rows and the first keys."""
-        query, key = self.query[some, block], self.key[some, : out.shape[-1]].mT
-        if self.relative_query is None or self.relative_key is None or positional_room is None:
-            torch.bmm(query, key, out=out)
-        else:
-            heads, rows, keys = out.shape
-            # Rows start … stop meet keys 0 … keys − 1 at the distances stop − 1 … start − keys + 1, a window of them.
-            width = keys + rows - 1
-            first = self.num_keys - block.stop
-            positional = positional_room[: heads * rows * width].view(heads, rows, width)
-            window = self.relative_key[some, first : first + width].mT
-            torch.bmm(self.relative_query[some, block], window, out=positional)
-            slanted = positional.as_strided(out.shape, (rows * width, width - 1, 1), rows - 1)
-            torch.baddbmm(slanted, query, key, out=out)
-        if self.bias is not None:
-            out += _some(self.bias, some, block, out.shape[-1])
-
-    def write_map(self, some: slice, block: slice, out: Tensor) -> None:
-        """Scores to weights, in place."""
-        allowed = None if self.allowed is None else _some(self.allowed, some, block, out.shape[-1])
-        if self.is_causal:
-            rows = torch.arange(block.start, block.stop, device=out.device)[:, None]
-            causal = (torch.arange(out.shape[-1], device=out.device) <= rows)[None]
-            allowed = causal if allowed is None else allowed & causal
-        if allowed is not None:
-            out.masked_fill_(~allowed, torch.finfo(out.dtype).min)
-        if softmax_dtype(out) == out.dtype:
-            torch.softmax(out, dim=-1, out=out)
-        else:
-            out.copy_(torch.softmax(out, dim=-1, dtype=softmax_dtype(out)))
-        if self.allowed is not None and allowed is not None:
-            out *= allowed.any(-1, keepdim=True)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

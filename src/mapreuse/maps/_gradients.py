@@ -1,0 +1,103 @@
+"""The blocked core with a tape: its gradient, computed block by block as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mapreuse.maps._blocked import blocked, blocks
+from mapreuse.maps._scores import RelativePositions, Scores
+from mapreuse.maps._softmax import BlockDropout
+
+
+def blocked_with_gradients(
+    scores: Scores, values: Tensor, *, keep: bool, dropout: BlockDropout | None
+) -> tuple[Tensor, Tensor | None]:
+    """`blocked`, differentiable once in queries, keys, values, bias and relative positions.
+
+    With S the scores, P the map, C the context, and all gradients of a block of rows from the map's rows alone,
+
+        dV = Pᵀ dC,    dP = dC Vᵀ + (the readers' gradient of the map),    dS = P ∘ (dP − rowsum(P ∘ dP))
+
+    so that only the inputs are kept for the backward pass, and the map where other layers read it: its rows are
+    computed again otherwise (Dao et al. 2022), and never is there another tensor of T × T numbers.
+    """
+    relative = scores.relative
+    tensors = (scores.query, scores.key, values, scores.bias)
+    positions = (None, None) if relative is None else (relative.query, relative.key)
+    return _Blocked.apply(*tensors, *positions, scores, keep, dropout)
+
+
+class _Blocked(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        relative_query: Tensor | None,
+        relative_key: Tensor | None,
+        scores: Scores,
+        keep: bool,
+        dropout: BlockDropout | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = blocked(scores, values, keep=keep, dropout=dropout)
+        ctx.save_for_backward(query, key, values, bias, relative_query, relative_key, scores.mask, weights)
+        ctx.scaling, ctx.is_causal, ctx.dropout = scores.scaling, scores.is_causal, dropout
+        return context, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_context: Tensor, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, values, bias, *positions, mask, weights = ctx.saved_tensors
+        relative = None if positions[0] is None else RelativePositions(*positions)
+        scores = Scores(query, key, ctx.scaling, mask=mask, bias=bias, is_causal=ctx.is_causal, relative=relative)
+        d_query, d_key, d_values = (tensor.new_zeros(tensor.shape) for tensor in (query, key, values))
+        d_bias = None if bias is None else bias.new_zeros(bias.shape)
+        d_relative = None
+        if relative is not None:
+            d_relative = RelativePositions(*(t.new_zeros(t.shape) for t in (relative.query, relative.key)))
+        with torch.autocast(values.device.type, enabled=False):
+            for block in blocks(scores, values):
+                rows = block.item, block.heads, block.rows
+                keys = block.item, block.heads, slice(block.keys)
+                some = block.compute_map() if weights is None else weights[rows][..., : block.keys]
+                d_rows = d_context[rows]
+                d_some = d_rows @ block.values.mT
+                if ctx.dropout is None:
+                    d_values[keys] += some.mT @ d_rows
+                else:
+                    factors = ctx.dropout.factors(d_some, block.number)
+                    d_values[keys] += (some * factors).mT @ d_rows
+                    d_some *= factors
+                if d_weights is not None:
+                    d_some += d_weights[rows][..., : block.keys]
+                d_scores = some * (d_some - (some * d_some).sum(-1, keepdim=True))
+                d_query[rows] = d_scores @ block.key * ctx.scaling
+                d_key[keys] += d_scores.mT @ block.query
+                if d_bias is not None:
+                    _add_where_broadcast(d_bias, block.item, block.heads, block.rows, d_scores)
+                if d_relative is not None and block.relative is not None:
+                    positional, slanted = block.positional()
+                    positional.zero_()
+                    slanted.copy_(d_scores)
+                    relative_query, relative_key = block.relative
+                    d_relative.query[rows] = positional @ relative_key * ctx.scaling
+                    item = block.item if d_relative.key.shape[0] > 1 else 0
+                    d_relative.key[item, block.heads, block.distances] += positional.mT @ relative_query
+        d_positions = (None, None) if d_relative is None else (d_relative.query, d_relative.key)
+        return d_query, d_key, d_values, d_bias, *d_positions, None, None, None
+
+
+def _add_where_broadcast(total: Tensor, item: int, heads: slice, rows: slice, addend: Tensor) -> None:
+    """Add (heads, rows, keys) to its place in a tensor whose batch, heads or rows may be one for all."""
+    if total.shape[1] == 1:
+        heads, addend = slice(0, 1), addend.sum(0, keepdim=True)
+    if total.shape[2] == 1:
+        rows, addend = slice(0, 1), addend.sum(1, keepdim=True)
+    total[item if total.shape[0] > 1 else 0, heads, rows, : addend.shape[-1]] += addend
