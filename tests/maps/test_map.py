@@ -1,12 +1,14 @@
 """Maps that are applied by other layers: both realisations mean the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from map_cases import cases, make_case, with_gradients
+from map_cases import cases, defined_map, make_case, with_gradients
 
-from mapreuse.maps import DenseMap, RecomputedMap, Scores
+from mapreuse.maps import DenseMap, RecomputedMap, Scores, attend
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 KINDS = ["dense", "recompute"]
@@ -42,6 +44,23 @@ def test_the_weights_of_a_recomputed_map_are_the_definitions(case):
     recomputed = RecomputedMap(case.scores)
     torch.testing.assert_close(recomputed.dense(), case.map, **CLOSE)
     assert recomputed.num_heads == DenseMap(case.map).num_heads == case.map.shape[1]
+
+
+@pytest.mark.parametrize("pairs", [None, ((0, 0), (0, 1), (0, 2)), ((2, 0), (0, 2))])
+def test_a_map_is_applied_without_its_padding(pairs):
+    """Items of 9 and 4 positions: what stands beyond them in the values, even NaN, is never read."""
+    case = make_case(batch=2, num_queries=9, num_keys=9)
+    real = torch.arange(9) < torch.tensor([[9], [4]])
+    scores = replace(case.scores, mask=real[:, None, :, None] & real[:, None, None, :])
+    with torch.no_grad():
+        weights = attend(scores, case.values, keep=True)[1]
+        values = case.values.clone()
+        values[1, :, 4:] = float("nan")
+        context = DenseMap.of(scores, weights).apply(values, pairs)
+    expected = defined_map(scores)
+    heads = pairs or tuple((head, head) for head in range(3))
+    expected = torch.stack([expected[:, m] @ case.values[:, v] for m, v in heads], 1)
+    torch.testing.assert_close(context, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("pairs", [((0, 0), (0, 1), (0, 2)), ((1, 1), (1, 2), (0, 0)), ((2, 0), (2, 2), (2, 1))])

@@ -44,13 +44,14 @@ def blocked(
             weights[item, :, rows:] = 0
             weights[item, :, :rows, keys:] = 0
     for block in blocks(scores, values):
-        out = block.compute_map()
+        place = block.item, block.heads, block.rows
+        if weights is None:
+            out = block.compute_map()
+        else:
+            weights[place][..., block.keys : scores.extents[block.item][1]] = 0
+            out = block.compute_map(weights[place][..., : block.keys])
         dropped = out if dropout is None else out * dropout.factors(out, block.number)
-        torch.bmm(dropped, block.values, out=context[block.item, block.heads, block.rows])
-        if weights is not None:
-            place = weights[block.item, block.heads, block.rows]
-            place[..., : block.keys] = out
-            place[..., block.keys : scores.extents[block.item][1]] = 0
+        torch.bmm(dropped, block.values, out=context[place])
     return context, weights
 
 
@@ -105,28 +106,34 @@ class Block:
         room = self._rooms[1][: heads * rows * width].view(heads, rows, width)
         return room, room.as_strided(self.shape, (rows * width, width - 1, 1), rows - 1)
 
-    def compute_map(self) -> Float[Tensor, "heads rows keys"]:
-        """The block's weights, in memory that the next block overwrites."""
+    def compute_map(self, place: Tensor | None = None) -> Float[Tensor, "heads rows keys"]:
+        """The block's weights, in `place`, or in memory that the next block overwrites."""
+        scores = self._scores()
+        allowed = self._allowed()
+        if allowed is not None:
+            scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+        out = scores if place is None else place
+        if softmax_dtype(scores) != scores.dtype:
+            out.copy_(torch.softmax(scores, dim=-1, dtype=softmax_dtype(scores)))
+        else:
+            for head in range(len(scores)):  # whose rows lie side by side, also in a place between other rows
+                torch.softmax(scores[head], dim=-1, out=out[head])
+        if allowed is not None and self._part.allowed is not None:
+            out *= allowed.any(-1, keepdim=True)
+        return out
+
+    def _scores(self) -> Float[Tensor, "heads rows keys"]:
         heads, rows, keys = self.shape
         out = self._rooms[0][: heads * rows * keys].view(self.shape)
-        relative = self.relative
-        if relative is None:
+        if self.relative is None:
             torch.bmm(self.query, self.key.mT, out=out)
         else:
+            relative_query, relative_key = self.relative
             positional, slanted = self.positional()
-            torch.bmm(relative[0], relative[1].mT, out=positional)
+            torch.bmm(relative_query, relative_key.mT, out=positional)
             torch.baddbmm(slanted, self.query, self.key.mT, out=out)
         if self._part.bias is not None:
             out += _some(self._part.bias, self.heads, self.rows, keys)
-        allowed = self._allowed()
-        if allowed is not None:
-            out.masked_fill_(~allowed, torch.finfo(out.dtype).min)
-        if softmax_dtype(out) == out.dtype:
-            torch.softmax(out, dim=-1, out=out)
-        else:
-            out.copy_(torch.softmax(out, dim=-1, dtype=softmax_dtype(out)))
-        if allowed is not None and self._part.allowed is not None:
-            out *= allowed.any(-1, keepdim=True)
         return out
 
     def _allowed(self) -> Bool[Tensor, "#heads #rows keys"] | None:

@@ -60,9 +60,19 @@ class AttentionMap(ABC):
 
 @dataclass(frozen=True)
 class DenseMap(AttentionMap):
-    """The stored weights; one matrix product to apply."""
+    """The stored weights; one matrix product to apply.
+
+    `extents` says for every item how many leading queries and keys hold all weights that are not zero (see
+    `Scores.extents`), so that no product is made with the rest; None for all of them.
+    """
 
     weights: Float[Tensor, "batch heads query key"]
+    extents: tuple[tuple[int, int], ...] | None = None
+
+    @classmethod
+    def of(cls, scores: Scores, weights: Float[Tensor, "batch heads query key"]) -> DenseMap:
+        """The map of these scores, whose weights `attend` has computed."""
+        return cls(weights, None if torch.compiler.is_compiling() else scores.extents)
 
     def apply(
         self,
@@ -76,21 +86,16 @@ class DenseMap(AttentionMap):
                 weights = weights[:, [pair[0] for pair in heads]]
                 values = values[:, [pair[1] for pair in heads]]
             return drop(weights, dropout_p) @ values
-        if heads is None:
-            heads = tuple((head, head) for head in range(values.shape[1]))
-        batch, _, num_queries, _ = self.weights.shape
-        dim = values.shape[-1]
-        context = values.new_empty(batch, num_queries, len(heads), dim).transpose(1, 2)
-        for item in range(batch):
-            for run, map_head, value_heads in _wide_products(heads):
-                weights = self.weights[item, map_head]
-                if dropout_p > 0.0:
-                    # One draw for each head of the context, as if the heads did not share a product.
-                    for slot, value_head in zip(range(run.start, run.stop), value_heads, strict=True):
-                        context[item, slot] = drop(weights, dropout_p) @ values[item, value_head]
-                    continue
-                wide = values[item, value_heads[0] : value_heads[-1] + 1].transpose(0, 1).flatten(1)
-                torch.mm(weights, wide, out=context[item, run].transpose(0, 1).flatten(1))
+        batch, num_heads, num_queries, num_keys = self.weights.shape
+        num_heads = num_heads if heads is None else len(heads)
+        context = values.new_empty(batch, num_queries, num_heads, values.shape[-1]).transpose(1, 2)
+        for item, (rows, keys) in enumerate(self.extents or [(num_queries, num_keys)] * batch):
+            context[item, :, rows:] = 0
+            weights, own, out = self.weights[item, :, :rows, :keys], values[item, :, :keys], context[item, :, :rows]
+            if heads is None:
+                torch.bmm(drop(weights, dropout_p), own, out=out)
+            else:
+                _apply_in_pairs(weights, own, heads, dropout_p, out)
         return context
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:
@@ -137,6 +142,23 @@ class RecomputedMap(AttentionMap):
     @property
     def nbytes(self) -> int:
         return self.scores.nbytes
+
+
+def _apply_in_pairs(
+    weights: Float[Tensor, "heads query key"],
+    values: Float[Tensor, "value_heads key value_dim"],
+    heads: HeadPairs,
+    dropout_p: float,
+    out: Float[Tensor, "context_heads query value_dim"],
+) -> None:
+    for run, map_head, value_heads in _wide_products(heads):
+        if dropout_p > 0.0:
+            # One draw for each head of the context, as if the heads did not share a product.
+            for slot, value_head in zip(range(run.start, run.stop), value_heads, strict=True):
+                out[slot] = drop(weights[map_head], dropout_p) @ values[value_head]
+            continue
+        wide = values[value_heads[0] : value_heads[-1] + 1].transpose(0, 1).flatten(1)
+        torch.mm(weights[map_head], wide, out=out[run].transpose(0, 1).flatten(1))
 
 
 def _wide_products(heads: HeadPairs) -> Iterator[tuple[slice, int, tuple[int, ...]]]:

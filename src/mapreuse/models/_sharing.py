@@ -109,7 +109,7 @@ def _compute(
     context, weights = attend(scores, own_values, keep=keep, dropout_p=dropout_p, buffer=buffer)
     if not layout.is_read:
         return context, None
-    own: AttentionMap = RecomputedMap(scores) if weights is None else DenseMap(weights)
+    own: AttentionMap = RecomputedMap(scores) if weights is None else DenseMap.of(scores, weights)
     maps.publish(layout.layer, own)
     return context, own
 
