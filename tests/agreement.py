@@ -22,6 +22,7 @@ PLANS = {
     "two sources": mr.ReusePlan((None, None, ((1, 0), (0, 3), (1, 2), (0, 0)), ((0, 1), None, (1, 1), (1, 1)))),
 }
 STRATEGIES = ("dense", "recompute")
+"""Those that are exact."""
 IMPLEMENTATIONS = ("eager", "sdpa")
 
 

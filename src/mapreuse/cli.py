@@ -82,7 +82,9 @@ def bench(
     contestants: Annotated[
         str | None, typer.Option(help="eager,sdpa,flex,ours, each also as eager+compile; all if left out")
     ] = None,
-    strategies: Annotated[str, typer.Option(help="how ours carry shared maps: dense,recompute")] = "dense",
+    strategies: Annotated[
+        str, typer.Option(help="how ours carry shared maps: dense,dense16,dense8,recompute,auto")
+    ] = "dense",
     batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if left out")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",

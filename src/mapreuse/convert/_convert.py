@@ -21,6 +21,7 @@ def convert(
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
     strategy: str = "dense",
+    memory_budget: int | None = None,
 ) -> Model:
     """A copy of `original` whose layers share maps as `plan` says; the original stays as it is.
 
@@ -29,8 +30,8 @@ def convert(
         plan: which layers share.
         batches: calibration batches; with them, heads are assigned by `align` first. Without, each head applies the
             heads that the plan names.
-        strategy: as for `apply`.
+        strategy, memory_budget: as for `apply`.
     """
     if batches is not None:
         plan = align(original, plan, batches)
-    return apply(copy.deepcopy(original), plan, strategy=strategy)
+    return apply(copy.deepcopy(original), plan, strategy=strategy, memory_budget=memory_budget)

@@ -1,12 +1,17 @@
 """How is an attention map computed, carried, applied? Tensors only."""
 
 from mapreuse.maps._attend import attend
+from mapreuse.maps._carrying import STRATEGIES, compute
+from mapreuse.maps._choice import Choice, Demand, choose
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._shared import SharedMaps
 
 __all__ = [
+    "STRATEGIES",
     "AttentionMap",
+    "Choice",
+    "Demand",
     "DenseMap",
     "HeadPairs",
     "RecomputedMap",
@@ -14,4 +19,6 @@ __all__ = [
     "Scores",
     "SharedMaps",
     "attend",
+    "choose",
+    "compute",
 ]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from mapreuse.maps._blocked import blocked
+from mapreuse.maps._blocked import Block, blocked, keeping
 from mapreuse.maps._gradients import blocked_with_gradients
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
@@ -43,7 +43,10 @@ def attend(
     dropout = BlockDropout.drawn(dropout_p)
     if torch.is_grad_enabled():
         return blocked_with_gradients(scores, values, keep=keep, dropout=dropout)
-    return blocked(scores, values, keep=keep, dropout=dropout, buffer=buffer)
+    if not keep:
+        return blocked(scores, values, Block.compute_map, dropout), None
+    weights = values.new_empty(scores.shape) if buffer is None else buffer
+    return blocked(scores, values, keeping(scores, weights), dropout), weights
 
 
 def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:

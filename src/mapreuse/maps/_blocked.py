@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,10 @@ _FEWEST_ROWS, _MOST_ROWS = 32, 128
 def blocked(
     scores: Scores,
     values: Float[Tensor, "batch heads key value_dim"],
-    *,
-    keep: bool,
+    map_of: Callable[[Block], Tensor],
     dropout: BlockDropout | None = None,
-    buffer: Tensor | None = None,
-) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"] | None]:
-    """What `attend` promises, without a tape.
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """Context, block by block, without a tape; `map_of` computes a block's weights, and keeps them if it likes.
 
     Positional scores of the T + rows − 1 distances that a block's rows span are read as a slanted view while the
     content scores are added to them; the softmax is in place; the product with the values follows. Nothing is
@@ -35,24 +33,26 @@ def blocked(
     """
     batch, heads, num_queries, _ = scores.shape
     context = values.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
-    weights = None
-    if keep:
-        weights = values.new_empty(scores.shape) if buffer is None else buffer
-    for item, (rows, keys) in enumerate(scores.extents):
+    for item, (rows, _) in enumerate(scores.extents):
         context[item, :, rows:] = 0
-        if weights is not None:
-            weights[item, :, rows:] = 0
-            weights[item, :, :rows, keys:] = 0
     for block in blocks(scores, values):
-        place = block.item, block.heads, block.rows
-        if weights is None:
-            out = block.compute_map()
-        else:
-            weights[place][..., block.keys : scores.extents[block.item][1]] = 0
-            out = block.compute_map(weights[place][..., : block.keys])
-        dropped = out if dropout is None else out * dropout.factors(out, block.number)
-        torch.bmm(dropped, block.values, out=context[place])
-    return context, weights
+        weights = map_of(block)
+        dropped = weights if dropout is None else weights * dropout.factors(weights, block.number)
+        torch.bmm(dropped, block.values, out=context[block.place])
+    return context
+
+
+def keeping(scores: Scores, weights: Float[Tensor, "batch heads query key"]) -> Callable[[Block], Tensor]:
+    """For `blocked`: computes blocks where they belong in `weights`, whose padding is set to zero."""
+    for item, (rows, _) in enumerate(scores.extents):
+        weights[item, :, rows:] = 0
+
+    def map_of(block: Block) -> Tensor:
+        rows = weights[block.place]
+        rows[..., block.keys :] = 0
+        return block.compute_map(rows[..., : block.keys])
+
+    return map_of
 
 
 class Block:
@@ -66,6 +66,11 @@ class Block:
         self.keys = min(part.key.shape[1], rows.stop) if part.is_causal else part.key.shape[1]
         self._part = part
         self._rooms = rooms
+
+    @property
+    def place(self) -> tuple[int, slice, slice]:
+        """Where its rows are in a tensor of (batch, heads, query, …)."""
+        return self.item, self.heads, self.rows
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -150,14 +155,14 @@ def blocks(scores: Scores, values: Tensor) -> Iterator[Block]:
     """All that is to be computed, block by block, without what nothing attends."""
     _, heads, num_queries, num_keys = scores.shape
     at_once = min(heads, torch.get_num_threads()) if values.device.type == "cpu" else heads
-    size = min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, _BLOCK_SCORES // max(num_keys, 1) // 16 * 16)))
+    size = rows_at_a_time(num_queries, num_keys)
     width = 0 if scores.relative is None else num_keys + size - 1
     rooms = values.new_empty(at_once * size * num_keys), values.new_empty(at_once * size * width)
     number = 0
     for item, (rows, keys) in enumerate(scores.extents):
         part = _Part.of(scores, values, item, rows, keys)
-        for some in _slices(heads, at_once):
-            for few in _slices(rows, size):
+        for some in slices(heads, at_once):
+            for few in slices(rows, size):
                 yield Block(number, part, some, few, rooms)
                 number += 1
 
@@ -197,8 +202,14 @@ class _Part:
         )
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
+def rows_at_a_time(num_queries: int, num_keys: int) -> int:
+    """Rows of one head whose scores keep a core's cache, between the fewest and the most that products like."""
+    fitting = _BLOCK_SCORES // max(num_keys, 1) // 16 * 16
+    return max(1, min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, fitting))))
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, max(size, 1)):
         yield slice(start, min(start + size, length))
 
 

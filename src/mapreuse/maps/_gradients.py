@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mapreuse.maps._blocked import blocked, blocks
+from mapreuse.maps._blocked import Block, blocked, blocks, keeping
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._softmax import BlockDropout
 
@@ -46,7 +46,9 @@ class _Blocked(Function):
         keep: bool,
         dropout: BlockDropout | None,
     ) -> tuple[Tensor, Tensor | None]:
-        context, weights = blocked(scores, values, keep=keep, dropout=dropout)
+        weights = values.new_empty(scores.shape) if keep else None
+        map_of = Block.compute_map if weights is None else keeping(scores, weights)
+        context = blocked(scores, values, map_of, dropout)
         ctx.save_for_backward(query, key, values, bias, relative_query, relative_key, scores.mask, weights)
         ctx.scaling, ctx.is_causal, ctx.dropout = scores.scaling, scores.is_causal, dropout
         return context, weights
@@ -64,7 +66,7 @@ class _Blocked(Function):
             d_relative = RelativePositions(*(t.new_zeros(t.shape) for t in (relative.query, relative.key)))
         with torch.autocast(values.device.type, enabled=False):
             for block in blocks(scores, values):
-                rows = block.item, block.heads, block.rows
+                rows = block.place
                 keys = block.item, block.heads, slice(block.keys)
                 some = block.compute_map() if weights is None else weights[rows][..., : block.keys]
                 d_rows = d_context[rows]

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mapreuse.maps._attend import attend
+from mapreuse.maps._blocked import rows_at_a_time, slices
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._softmax import drop, softmax
 
@@ -62,17 +63,17 @@ class AttentionMap(ABC):
 class DenseMap(AttentionMap):
     """The stored weights; one matrix product to apply.
 
-    `extents` says for every item how many leading queries and keys hold all weights that are not zero (see
-    `Scores.extents`), so that no product is made with the rest; None for all of them.
+    Attributes:
+        weights: the weights, as they are, or compressed to `scales * weights`: float16 from 0 to 1, or uint8 from 0
+            to 255. Those are decompressed some rows at a time, and rows of the context take their scale.
+        scales: of every row, or None where the weights are as they are.
+        extents: for every item, how many leading queries and keys hold all weights that are not zero (see
+            `Scores.extents`), so that no product is made with the rest; None for all of them.
     """
 
-    weights: Float[Tensor, "batch heads query key"]
+    weights: Float[Tensor, "batch heads query key"] | UInt8[Tensor, "batch heads query key"]
+    scales: Float[Tensor, "batch heads query 1"] | None = None
     extents: tuple[tuple[int, int], ...] | None = None
-
-    @classmethod
-    def of(cls, scores: Scores, weights: Float[Tensor, "batch heads query key"]) -> DenseMap:
-        """The map of these scores, whose weights `attend` has computed."""
-        return cls(weights, None if torch.compiler.is_compiling() else scores.extents)
 
     def apply(
         self,
@@ -80,7 +81,7 @@ class DenseMap(AttentionMap):
         heads: HeadPairs | None = None,
         dropout_p: float = 0.0,
     ) -> Float[Tensor, "batch heads query value_dim"]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.scales is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             weights = self.weights
             if heads is not None:
                 weights = weights[:, [pair[0] for pair in heads]]
@@ -91,15 +92,22 @@ class DenseMap(AttentionMap):
         context = values.new_empty(batch, num_queries, num_heads, values.shape[-1]).transpose(1, 2)
         for item, (rows, keys) in enumerate(self.extents or [(num_queries, num_keys)] * batch):
             context[item, :, rows:] = 0
-            weights, own, out = self.weights[item, :, :rows, :keys], values[item, :, :keys], context[item, :, :rows]
-            if heads is None:
-                torch.bmm(drop(weights, dropout_p), own, out=out)
-            else:
-                _apply_in_pairs(weights, own, heads, dropout_p, out)
+            own = values[item, :, :keys]
+            for some in slices(rows, rows if self.scales is None else rows_at_a_time(rows, keys)):
+                weights, out = self.weights[item, :, some, :keys], context[item, :, some]
+                if self.scales is not None:
+                    weights = weights.to(values.dtype)
+                if heads is None:
+                    torch.bmm(drop(weights, dropout_p), own, out=out)
+                else:
+                    _apply_in_pairs(weights, own, heads, dropout_p, out)
+            if self.scales is not None:
+                scales = self.scales[item, :, :rows]
+                context[item, :, :rows] *= scales if heads is None else scales[[pair[0] for pair in heads]]
         return context
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:
-        return self.weights
+        return self.weights if self.scales is None else self.weights.to(self.scales.dtype) * self.scales
 
     @property
     def num_heads(self) -> int:
@@ -107,7 +115,7 @@ class DenseMap(AttentionMap):
 
     @property
     def nbytes(self) -> int:
-        return self.weights.nbytes
+        return self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
+from mapreuse.maps._carrying import STRATEGIES
+from mapreuse.maps._choice import Demand, choose
 from mapreuse.maps._map import AttentionMap, DenseMap
+from mapreuse.maps._scores import Scores
+
+logger = logging.getLogger("mapreuse")
+
+_DIFFERENTIABLE = ("dense", "recompute")
 
 
 class SharedMaps:
@@ -16,6 +25,9 @@ class SharedMaps:
     computing layer.
 
     Args:
+        strategy: how maps are carried, one of `STRATEGIES`, or "auto" for what `choose` finds for the first of them.
+        demand: what the plan asks of the maps; needed by "auto" and by a budget.
+        budget: bytes that the maps alive at once may take; None for no limit, or, under "auto", `choose`'s own.
         retain: keep every map until the end of the pass. Autograd holds them that long anyway, and gradient
             checkpointing runs layers again.
         differentiable: the pass is one that gradients will flow through, so that no map may be published without.
@@ -23,13 +35,41 @@ class SharedMaps:
     """
 
     def __init__(
-        self, *, retain: bool = False, differentiable: bool = False, output_attentions: bool = False
+        self,
+        *,
+        strategy: str = "dense",
+        demand: Demand | None = None,
+        budget: int | None = None,
+        retain: bool = False,
+        differentiable: bool = False,
+        output_attentions: bool = False,
     ) -> None:
+        self._strategy = strategy
+        self._demand = demand
+        self._budget = budget
+        self._is_settled = demand is None or (strategy != "auto" and budget is None)
         self.output_attentions = output_attentions
         self._maps: dict[int, AttentionMap] = {}
         self._retain = retain
         self._differentiable = differentiable
         self._free: Tensor | None = None
+
+    def strategy(self, scores: Scores, values: Tensor) -> str:
+        """How the maps of this pass are carried, settled when the first is about to be computed.
+
+        Raises `ValueError`, naming the budget that would do, where no map can be carried within the budget.
+        """
+        if not self._is_settled and torch.compiler.is_compiling():
+            self._strategy, self._is_settled = "dense" if self._strategy == "auto" else self._strategy, True
+        if not self._is_settled:
+            assert self._demand is not None
+            names: tuple[str, ...] = (self._strategy,)
+            if self._strategy == "auto":
+                names = _DIFFERENTIABLE if torch.is_grad_enabled() else STRATEGIES
+            choice = choose(scores, values, self._demand, strategies=names, budget=self._budget)
+            self._strategy, self._is_settled = choice.strategy, True
+            logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
+        return self._strategy
 
     def publish(self, layer: int, attention_map: AttentionMap) -> None:
         """Hand on the map of a computing layer. Raises `ValueError` where its gradient would be lost."""

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from transformers import ParakeetEncoder
 
-from mapreuse.models import find_stack, plan_of
+from mapreuse.models import applied_to, find_stack, plan_of
 
 PARTS = {
     "query": "query projection",
@@ -150,8 +150,8 @@ def _core(encoder: ParakeetEncoder, layer: int, size: _Size) -> dict[str, Work]:
     if plan is not None:
         heads = plan.heads(layer, size.heads)
         sources = [source for source in heads if source is not None]
-        attention: Any = find_stack(encoder).layers[layer].attention
-        strategy = attention._layout.strategy
+        (applied,) = applied_to(encoder).values()
+        strategy = applied.strategy
         if strategy not in ("dense", "recompute"):
             raise ValueError(f"breakdown has no formula for maps carried by strategy {strategy!r}")
         is_kept = bool(plan.readers(layer)) and strategy == "dense"

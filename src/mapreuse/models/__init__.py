@@ -2,7 +2,7 @@
 
 from mapreuse.models import _fused, _parakeet, _wav2vec2_conformer  # noqa: F401  registers their adapters
 from mapreuse.models._adapters import output_projection
-from mapreuse.models._apply import apply, plan_of
+from mapreuse.models._apply import applied_to, apply, plan_of
 from mapreuse.models._files import load, save
 from mapreuse.models._recording import MapRecorder
 from mapreuse.models._sharing import ARGUMENT
@@ -13,6 +13,7 @@ __all__ = [
     "ARGUMENT",
     "MapRecorder",
     "Unsupported",
+    "applied_to",
     "apply",
     "find_stack",
     "load",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mapreuse.maps import SharedMaps
+from mapreuse.maps import STRATEGIES, Demand, SharedMaps
 from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
@@ -28,10 +28,12 @@ class Applied:
 
     plan: ReusePlan
     strategy: str
+    memory_budget: int | None
+    demand: Demand
     parameter_names: tuple[str, ...]
 
 
-def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense") -> Model:
+def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budget: int | None = None) -> Model:
     """Make the layers of `model` share attention maps as `plan` says, in place; returns the model.
 
     A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
@@ -41,8 +43,14 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense") -> Model:
         model: a `transformers` model with one stack of layers, or the part of a larger model that holds one
             (`model.encoder`, `model.vision_model`). What is outside the stack is left as it is.
         plan: whose map each layer applies.
-        strategy: how a shared map is carried: "dense" stores its weights (fastest, T×T memory), "recompute" keeps the
-            source layer's queries and keys and applies fused attention (memory grows with T).
+        strategy: how a shared map is carried: "dense" stores its weights (fastest, T×T memory); "dense16" and
+            "dense8" compress them to 16 or 8 bits, with a scale for every row (inference; a compressed map has no
+            gradient, so training stores weights as they are); "recompute" keeps the source layer's queries and keys
+            and applies fused attention (memory grows with T). "auto" takes, for every pass, the fastest by
+            measurement on its device of those that fit the memory, and logs why (logger "mapreuse", level INFO).
+        memory_budget: bytes that the shared maps alive at once may take. A pass whose maps would take more is
+            refused before its first map, with the budget that would do. None for no limit; under "auto", for a
+            quarter of the device's memory.
 
     Raises:
         ValueError: naming the class, the layer and the reason, where the plan does not fit the model or the model
@@ -50,13 +58,17 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense") -> Model:
     """
     if applied_to(model):
         raise ValueError("the model reuses attention maps already; apply a plan to the original model instead")
+    if strategy not in (*STRATEGIES, "auto"):
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} and auto, got {strategy!r}")
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     stack = find_stack(model)
-    conversions = check(model, stack, plan, strategy)
+    conversions = check(model, stack, plan)
     before = sum(parameter.numel() for parameter in model.parameters())
     with unchanged_on_failure(conversions):
         for conversion in conversions:
             convert(conversion)
-    applied = Applied(plan, strategy, parameter_names(type(stack.module)))
+    applied = Applied(plan, strategy, memory_budget, _demand(plan), parameter_names(type(stack.module)))
     stack.module._map_reuse = applied  # type: ignore[assignment]
     stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -83,6 +95,14 @@ def applied_to(model: nn.Module) -> dict[str, Applied]:
     return {path: applied for path, applied in found.items() if applied is not None}
 
 
+def _demand(plan: ReusePlan) -> Demand:
+    spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
+    alive = [
+        sum(source <= layer <= readers[-1] for source, readers in spans.items()) for layer in range(plan.num_layers)
+    ]
+    return Demand(len(spans), sum(map(len, spans.values())), max(alive))
+
+
 def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the stack: every pass carries maps of its own."""
     applied: Applied = module._map_reuse  # type: ignore[assignment]
@@ -102,6 +122,9 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         if given.get("use_cache") is None:
             kwargs["use_cache"] = False  # a decoder would make a cache of its own accord
     maps = SharedMaps(
+        strategy=applied.strategy,
+        demand=applied.demand,
+        budget=applied.memory_budget,
         retain=torch.is_grad_enabled(),
         differentiable=torch.is_grad_enabled(),
         output_attentions=bool(given.get("output_attentions", getattr(config, "output_attentions", False))),

@@ -15,8 +15,6 @@ from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, Stack, check_maps_travel
 from mapreuse.plan import ReusePlan
 
-STRATEGIES = ("dense", "recompute")
-
 _KIND = (
     "is_causal",
     "sliding_window",
@@ -31,10 +29,8 @@ _KIND = (
 _PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
 
 
-def check(model: nn.Module, stack: Stack, plan: ReusePlan, strategy: str) -> list[Conversion]:
+def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
     """How each layer is to be converted. Raises `ValueError` where the plan or the model rules it out."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     adapters = []
     for index, layer in enumerate(stack.layers):
         adapters.append(adapter_of(layer.attention))
@@ -50,7 +46,7 @@ def check(model: nn.Module, stack: Stack, plan: ReusePlan, strategy: str) -> lis
         _check_implementation(name, layer.attention)
         heads = _heads_of(name, layer.attention, adapter)
         _check_heads(name, plan, index, heads)
-        layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads, strategy)
+        layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads)
         if 0 < layout.computing < layout.num_heads:
             _check_partial(name, layer.attention, adapter, heads)
         output = find_output_projection(layer, adapter.form)

@@ -87,7 +87,9 @@ def load(path: str | Path) -> PreTrainedModel:
     for reuse in config.get("reuse", []):
         try:
             plan = ReusePlan.from_json(json.dumps(reuse["plan"]))
-            apply(model.get_submodule(reuse["stack"]), plan, strategy=str(reuse["strategy"]))
+            budget = reuse.get("memory_budget")
+            stack = model.get_submodule(reuse["stack"])
+            apply(stack, plan, strategy=str(reuse["strategy"]), memory_budget=None if budget is None else int(budget))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
     _fill(model, weights)
@@ -97,7 +99,12 @@ def load(path: str | Path) -> PreTrainedModel:
 def _describe(model: PreTrainedModel, weights: str, checksum: str) -> dict[str, Any]:
     """What `config.json` says."""
     reuse = [
-        {"stack": path, "strategy": applied.strategy, "plan": json.loads(applied.plan.to_json())}
+        {
+            "stack": path,
+            "strategy": applied.strategy,
+            "memory_budget": applied.memory_budget,
+            "plan": json.loads(applied.plan.to_json()),
+        }
         for path, applied in applied_to(model).items()
     ]
     config = {

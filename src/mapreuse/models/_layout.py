@@ -28,7 +28,6 @@ class LayerLayout:
         parts: for each source layer, the pairs (head of the source's map, head of the values) of its slots.
         is_read: True when a later layer applies this layer's map.
         releases: the layers whose maps this layer is the last to read.
-        strategy: how the map is carried, "dense" or "recompute".
     """
 
     layer: int
@@ -42,7 +41,6 @@ class LayerLayout:
     parts: tuple[tuple[int, HeadPairs], ...]
     is_read: bool
     releases: tuple[int, ...]
-    strategy: str
 
     @property
     def computes_all(self) -> bool:
@@ -55,7 +53,7 @@ class LayerLayout:
         return self.order != tuple(range(self.num_heads))
 
 
-def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, strategy: str) -> LayerLayout:
+def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int) -> LayerLayout:
     """The layout of `layer` under `plan`, for queries of `num_heads` and keys and values of `num_value_heads`."""
     heads = plan.heads(layer, num_heads)
     own = [head for head in range(num_heads) if heads[head] is None]
@@ -84,5 +82,4 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, s
         parts=tuple((source, tuple(pairs)) for source, pairs in parts.items()),
         is_read=bool(plan.readers(layer)),
         releases=tuple(source for source in plan.sources(layer) if plan.readers(source)[-1] == layer),
-        strategy=strategy,
     )

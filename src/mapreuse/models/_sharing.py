@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from mapreuse.maps import AttentionMap, DenseMap, HeadPairs, RecomputedMap, Scores, SharedMaps, attend
+from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, attend, compute
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._source import parameter_names
@@ -104,12 +104,11 @@ def _compute(
     layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
 ) -> tuple[Tensor, AttentionMap | None]:
     own_values = values if layout.own_values == tuple(range(values.shape[1])) else values[:, list(layout.own_values)]
-    keep = layout.is_read and layout.strategy == "dense"
-    buffer = maps.buffer(scores.query, scores.shape) if keep else None
-    context, weights = attend(scores, own_values, keep=keep, dropout_p=dropout_p, buffer=buffer)
     if not layout.is_read:
-        return context, None
-    own: AttentionMap = RecomputedMap(scores) if weights is None else DenseMap.of(scores, weights)
+        return attend(scores, own_values, keep=False, dropout_p=dropout_p)[0], None
+    strategy = maps.strategy(scores, own_values)
+    buffer = maps.buffer(scores.query, scores.shape) if strategy == "dense" else None
+    context, own = compute(scores, own_values, strategy, dropout_p=dropout_p, buffer=buffer)
     maps.publish(layout.layer, own)
     return context, own
 

@@ -1,0 +1,79 @@
+"""How a computing layer's map is carried to its readers: the strategies."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mapreuse.maps._attend import attend
+from mapreuse.maps._blocked import Block, blocked
+from mapreuse.maps._map import AttentionMap, DenseMap, RecomputedMap
+from mapreuse.maps._scores import Scores
+from mapreuse.maps._softmax import BlockDropout
+
+STRATEGIES = ("dense", "dense16", "dense8", "recompute")
+"""Weights as they are; compressed to 16 or 8 bits with a scale per row; queries and keys instead of weights."""
+
+_LEVELS = {"dense16": (torch.float16, 1.0), "dense8": (torch.uint8, 255.0)}
+"""Type and greatest number of compressed weights."""
+
+
+def compute(
+    scores: Scores,
+    values: Float[Tensor, "batch heads key value_dim"],
+    strategy: str,
+    *,
+    dropout_p: float = 0.0,
+    buffer: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch heads query value_dim"], AttentionMap]:
+    """Context of a computing layer, and its map as `strategy` carries it.
+
+    Compressed weights are the exact ones, over the greatest of their row, rounded: to 11 significant bits for
+    "dense16"; to whole 255ths of the greatest, at most 1/510 of it away, for "dense8"; and scaled so that the row
+    sums to one again. The layer's own context is made of the exact ones. A compressed map has no gradient: where
+    gradients are on, and while `torch.compile` traces, weights are kept as they are.
+
+    Args:
+        scores, values, dropout_p, buffer: as for `attend`.
+        strategy: one of `STRATEGIES`.
+    """
+    if strategy == "recompute":
+        return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)
+    if strategy in _LEVELS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _compressed(scores, values, strategy, dropout_p)
+    context, weights = attend(scores, values, keep=True, dropout_p=dropout_p, buffer=buffer)
+    assert weights is not None
+    return context, DenseMap(weights, extents=None if torch.compiler.is_compiling() else scores.extents)
+
+
+def nbytes(strategy: str, scores: Scores) -> int:
+    """Bytes that a map of these scores keeps alive until its last reader."""
+    if strategy == "recompute":
+        return scores.nbytes
+    batch, heads, num_queries, num_keys = scores.shape
+    size = scores.query.element_size()
+    per_row = num_keys * _LEVELS[strategy][0].itemsize + size if strategy in _LEVELS else num_keys * size
+    return batch * heads * num_queries * per_row
+
+
+def _compressed(scores: Scores, values: Tensor, strategy: str, dropout_p: float) -> tuple[Tensor, DenseMap]:
+    dtype, greatest = _LEVELS[strategy]
+    levels = torch.empty(scores.shape, dtype=dtype, device=values.device)
+    scales = values.new_zeros(*scores.shape[:3], 1)
+    for item, (rows, _) in enumerate(scores.extents):
+        levels[item, :, rows:] = 0
+
+    def map_of(block: Block) -> Tensor:
+        weights = block.compute_map()
+        numbers = weights * (greatest / weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny))
+        numbers = (numbers if dtype.is_floating_point else numbers.round_()).to(dtype)
+        place = levels[block.place]
+        place[..., : block.keys] = numbers
+        place[..., block.keys :] = 0
+        total = numbers.sum(-1, keepdim=True, dtype=weights.dtype)
+        scales[block.place] = torch.where(total > 0, 1 / total, 0)
+        return weights
+
+    context = blocked(scores, values, map_of, BlockDropout.drawn(dropout_p))
+    return context, DenseMap(levels, scales, scores.extents)

@@ -1,0 +1,132 @@
+"""Every strategy carries the same map, exactly or to the bits it keeps; cost and memory choose among them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from map_cases import cases, defined_map, make_case
+
+from mapreuse.maps import STRATEGIES, Choice, Demand, RelativePositions, Scores, SharedMaps, choose, compute
+from mapreuse.maps._choice import Candidate
+
+TOLERANCE = {"dense": 1e-5, "recompute": 1e-5, "dense16": 2**-11, "dense8": 1 / 509}
+"""Of a weight, beside the greatest of its row."""
+
+
+@given(cases(), st.sampled_from(STRATEGIES), st.data())
+def test_a_carried_map_is_the_definitions_to_the_bits_it_keeps(case, strategy, data):
+    batch, heads, _, num_keys = case.scores.shape
+    with torch.no_grad():
+        context, carried = compute(case.scores, case.values, strategy)
+    torch.testing.assert_close(context, case.context, atol=1e-5, rtol=1e-5)
+    dense, exact = carried.dense(), case.map
+    torch.testing.assert_close(dense.sum(-1), exact.sum(-1), atol=1e-5, rtol=0)
+    off = dense / dense.amax(-1, keepdim=True).clamp(min=1e-9) - exact / exact.amax(-1, keepdim=True).clamp(min=1e-9)
+    assert off.abs().max() <= TOLERANCE[strategy]
+
+    pair = st.tuples(st.integers(0, heads - 1), st.integers(0, 1))
+    pairs = data.draw(st.none() | st.lists(pair, min_size=1, max_size=5).map(tuple))
+    values = torch.randn(batch, num_keys, 2 if pairs else heads, 3).transpose(1, 2)
+    with torch.no_grad():
+        applied = carried.apply(values, pairs)
+    met = pairs or tuple((head, head) for head in range(heads))
+    expected = torch.stack([carried.dense()[:, m] @ values[:, v] for m, v in met], 1)
+    torch.testing.assert_close(applied, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["dense16", "dense8"])
+def test_what_stands_in_padding_is_never_applied(strategy):
+    case = make_case(batch=2, num_queries=9, num_keys=9)
+    real = torch.arange(9) < torch.tensor([[9], [4]])
+    scores = replace(case.scores, mask=real[:, None, :, None] & real[:, None, None, :])
+    values = case.values.clone()
+    values[1, :, 4:] = float("nan")
+    with torch.no_grad():
+        applied = compute(scores, case.values, strategy)[1].apply(values)
+    torch.testing.assert_close(applied, defined_map(scores) @ case.values, atol=0.02, rtol=0)
+    assert (applied[1, :, 4:] == 0).all()
+
+
+def test_compressed_maps_take_a_half_and_a_quarter_of_the_memory():
+    case = make_case(batch=1, heads=2, num_queries=130, num_keys=130)
+    with torch.no_grad():
+        sizes = {strategy: compute(case.scores, case.values, strategy)[1].nbytes for strategy in STRATEGIES}
+    weights = 2 * 130 * 130
+    assert sizes["dense"] == 4 * weights
+    assert sizes["dense16"] == 2 * weights + 4 * 2 * 130
+    assert sizes["dense8"] == weights + 4 * 2 * 130
+    assert sizes["recompute"] == case.scores.nbytes
+
+
+@pytest.mark.parametrize("strategy", ["dense16", "dense8"])
+def test_where_gradients_flow_weights_are_kept_as_they_are(strategy):
+    case = make_case()
+    query = case.scores.query.clone().requires_grad_()
+    _, carried = compute(replace(case.scores, query=query), case.values, strategy)
+    assert carried.weights.dtype == torch.float32
+    carried.apply(case.values).sum().backward()
+    assert query.grad is not None
+
+
+@pytest.mark.parametrize("strategy", ["dense16", "dense8"])
+def test_compressed_maps_draw_dropout_anew(strategy):
+    case = make_case(batch=1, num_queries=40, num_keys=40)
+    ones = torch.ones(1, 3, 40, 1)
+    with torch.no_grad():
+        carried = compute(case.scores, case.values, strategy)[1]
+        first, second = (carried.apply(ones, dropout_p=0.5) for _ in range(2))
+    assert (first - second).abs().mean() > 0.1
+    assert first.mean() == pytest.approx(1.0, abs=0.1)
+
+
+def candidates(**costs):
+    return tuple(Candidate(name, seconds, nbytes) for name, (seconds, nbytes) in costs.items())
+
+
+def test_the_fastest_that_fits_is_chosen_and_says_why():
+    three = candidates(dense=(1.0, 1000), dense8=(2.0, 250), recompute=(3.0, 10))
+    assert Choice(three, 1000).strategy == "dense"
+    assert Choice(three, 999).strategy == "dense8"
+    assert Choice(three, 10).strategy == "recompute"
+    assert str(Choice(three, 999_999)).startswith("dense is the fastest that keeps shared maps within 1.0 MB")
+    assert "dense 1000.0 ms, 0.0 MB (too much)" in str(Choice(three, 999))
+
+
+def test_where_nothing_fits_the_budget_that_would_do_is_named():
+    with pytest.raises(ValueError, match="memory_budget=9: recompute needs the least, memory_budget=10"):
+        _ = Choice(candidates(dense=(1.0, 1000), recompute=(3.0, 10)), 9).strategy
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(relative):
+    case = make_case(batch=1, heads=2, num_queries=130, num_keys=130, relative=relative)
+    few, many = (choose(case.scores, case.values, Demand(1, 3, alive), budget=10**9) for alive in (1, 2))
+    with torch.no_grad():
+        for one, two in zip(few.candidates, many.candidates, strict=True):
+            used = compute(case.scores, case.values, one.strategy)[1].nbytes
+            assert (one.nbytes, two.nbytes) == (used, 2 * used)
+            assert one.seconds == two.seconds > 0
+    relative = case.scores.relative
+    if relative is not None:
+        relative = RelativePositions(relative.query.repeat(3, 1, 1, 1), relative.key)
+    tripled = Scores(*(t.repeat(3, 1, 1, 1) for t in (case.scores.query, case.scores.key)), 0.7, relative=relative)
+    thrice = choose(tripled, case.values.repeat(3, 1, 1, 1), Demand(1, 3, 1), budget=10**9)
+    for one, three in zip(few.candidates, thrice.candidates, strict=True):
+        assert three.seconds == pytest.approx(3 * one.seconds)
+
+
+def test_a_pass_settles_its_strategy_once_and_a_training_pass_on_one_with_gradients(monkeypatch):
+    case = make_case(num_queries=70, num_keys=70)
+    with torch.no_grad():
+        roomy = SharedMaps(strategy="auto", demand=Demand(1, 1, 1), budget=10**9)
+        settled = roomy.strategy(case.scores, case.values)
+        assert settled in STRATEGIES
+        short = SharedMaps(strategy="auto", demand=Demand(1, 1, 1), budget=case.scores.nbytes)
+        assert short.strategy(case.scores, case.values) == "recompute"
+    monkeypatch.setattr("mapreuse.maps._shared.choose", None)
+    assert roomy.strategy(case.scores, case.values) == settled
+    monkeypatch.undo()
+    training = SharedMaps(strategy="auto", demand=Demand(1, 1, 1), budget=2 * 3 * 70 * 70 * 4 - 1)
+    assert training.strategy(case.scores, case.values) == "recompute", "compressed maps would fit, without gradients"

@@ -1,0 +1,103 @@
+"""Strategies and memory budgets on whole models."""
+
+import logging
+
+import pytest
+import torch
+from agreement import PLANS
+from families import build
+from oracle import defined_output, disagreement, valid_rows
+
+import mapreuse as mr
+from mapreuse.maps import DenseMap, SharedMaps
+
+GROUPS = PLANS["groups of 2"]
+
+
+def bytes_alive(monkeypatch, model, batch):
+    """The most bytes that published maps kept alive at once in one pass."""
+    alive, most = {}, [0]
+    publish, release = SharedMaps.publish, SharedMaps.release
+
+    def publishing(self, layer, attention_map):
+        alive[layer] = attention_map.nbytes
+        most[0] = max(most[0], sum(alive.values()))
+        publish(self, layer, attention_map)
+
+    def releasing(self, layer):
+        alive.pop(layer)
+        release(self, layer)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    monkeypatch.setattr(SharedMaps, "release", releasing)
+    with torch.no_grad():
+        model(**batch)
+    monkeypatch.undo()
+    assert alive == {}
+    return most[0]
+
+
+@pytest.mark.parametrize("family", ["parakeet", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("strategy", "tolerance"), [("dense16", 2e-3), ("dense8", 3e-2), ("auto", 3e-2)])
+@pytest.mark.parametrize("plan", ["groups of 2", "in part"])
+def test_compressed_maps_stay_near_the_definition(family, strategy, tolerance, plan):
+    model, batch = build(family, implementation="eager")
+    reference = defined_output(model, batch, PLANS[plan])
+    rows = valid_rows(model, batch, model(**batch))
+    mr.apply(model, PLANS[plan], strategy=strategy)
+    with torch.no_grad():
+        assert disagreement(model(**batch).last_hidden_state, reference, rows) < tolerance
+
+
+@pytest.mark.parametrize("plan", ["groups of 2", "all from one"])
+@pytest.mark.parametrize("strategy", ["dense", "dense8", "recompute"])
+def test_a_budget_is_what_a_pass_would_use_and_a_byte_less_is_refused(monkeypatch, plan, strategy):
+    model, batch = build("bert")
+    used = bytes_alive(monkeypatch, mr.apply(model, PLANS[plan], strategy=strategy), batch)
+    model, batch = build("bert")
+    mr.apply(model, PLANS[plan], strategy=strategy, memory_budget=used)
+    with torch.no_grad():
+        model(**batch)
+    short, batch = build("bert")
+    mr.apply(short, PLANS[plan], strategy=strategy, memory_budget=used - 1)
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"memory_budget={used - 1}: {strategy} needs the least"):
+        short(**batch)
+
+
+def test_auto_stays_within_its_budget_and_says_why(monkeypatch, caplog):
+    dense = bytes_alive(monkeypatch, mr.apply(build("bert")[0], GROUPS), build("bert")[1])
+    model, batch = build("bert")
+    mr.apply(model, GROUPS, strategy="auto", memory_budget=dense // 2)
+    with caplog.at_level(logging.INFO, logger="mapreuse"):
+        used = bytes_alive(monkeypatch, model, batch)
+    assert used <= dense // 2
+    (line,) = [record.getMessage() for record in caplog.records if "is the fastest" in record.getMessage()]
+    assert "(too much)" in line
+
+
+def test_auto_trains_with_maps_that_have_gradients(monkeypatch):
+    model, batch = build("parakeet")
+    mr.apply(model, GROUPS, strategy="auto")
+    published = []
+    publish = SharedMaps.publish
+    monkeypatch.setattr(SharedMaps, "publish", lambda s, n, m: published.append(m) or publish(s, n, m))
+    model(**batch).last_hidden_state.square().mean().backward()
+    assert len(published) == 2
+    assert all(not isinstance(one, DenseMap) or one.scales is None for one in published)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "layers.0.self_attn.q_proj" in n)
+
+
+def test_strategy_and_budget_are_saved(tmp_path):
+    model, batch = build("bert")
+    mr.apply(model, GROUPS, strategy="auto", memory_budget=1)
+    mr.save(model, tmp_path)
+    with torch.no_grad(), pytest.raises(ValueError, match="memory_budget=1"):
+        mr.load(tmp_path)(**batch)
+
+
+@pytest.mark.parametrize("budget", [0, -5])
+def test_a_budget_that_is_none_is_refused(budget):
+    model, _ = build("bert")
+    with pytest.raises(ValueError, match="memory_budget must be a positive number of bytes"):
+        mr.apply(model, GROUPS, memory_budget=budget)
+    assert mr.plan_of(model) is None
