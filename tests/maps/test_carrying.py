@@ -76,9 +76,10 @@ def test_compressed_maps_draw_dropout_anew(strategy):
     ones = torch.ones(1, 3, 40, 1)
     with torch.no_grad():
         carried = compute(case.scores, case.values, strategy)[1]
-        first, second = (carried.apply(ones, dropout_p=0.5) for _ in range(2))
-    assert (first - second).abs().mean() > 0.1
-    assert first.mean() == pytest.approx(1.0, abs=0.1)
+        torch.manual_seed(0)
+        draws = torch.stack([carried.apply(ones, dropout_p=0.5) for _ in range(50)])
+    assert (draws[0] - draws[1]).abs().mean() > 0.1
+    assert draws.mean() == pytest.approx(1.0, abs=0.03)
 
 
 def candidates(**costs):
