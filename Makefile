@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test check readme setup speech clean
+.PHONY: study test check readme speed setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -27,9 +27,25 @@ check: setup
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/mypy
 	$(BIN)/python scripts/readme.py --check
+	$(BIN)/python scripts/speed.py --check
 
 readme: setup
 	$(BIN)/python scripts/readme.py
+	$(BIN)/python scripts/speed.py
+
+# An hour alone on the machine: everything in results/speed.
+BENCH := $(BIN)/mapreuse bench --threads 2
+speed: setup
+	$(BENCH) --cores --lengths 500,1000,2000,4000,8000 --json results/speed/cores.json
+	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,ours,sdpa+compile,ours+compile --repeats 5 --json results/speed/encoder.json
+	$(BENCH) --lengths 3000 --plans full,4x4 --contestants eager,sdpa,ours --repeats 1 --memory --json results/speed/memory.json
+	$(BENCH) --lengths 1000,3000 --plans 4x4 --contestants ours --strategies dense,dense16,dense8,recompute,auto --repeats 3 --memory --json results/speed/strategies.json
+	$(BENCH) --lengths 2000,3000,4000 --plans 8x2 --contestants sdpa,ours --repeats 3 --json results/speed/groups-of-8.json
+	$(BENCH) --encoder plain-conformer-m --lengths 2000,4000 --plans 4x4 --contestants sdpa,ours --repeats 3 --json results/speed/plain.json
+	$(BENCH) --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,sdpa,ours --json results/speed/bert.json
+	$(BENCH) --part whole --lengths 2000 --plans 4x4 --contestants sdpa,ours --repeats 3 --json results/speed/whole.json
+	$(BENCH) --training --lengths 1000 --plans full,4x4 --contestants sdpa,ours --repeats 3 --json results/speed/training.json
+	$(BENCH) --lengths 30000 --plans 4x4 --contestants ours --strategies auto --repeats 1 --memory --json results/speed/long.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,144 @@
+"""Write results/speed/README.md from the measurements beside it, or with --check fail when it differs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SPEED = Path(__file__).parent.parent / "results/speed"
+
+Results = dict[str, Any]
+
+
+def main() -> int:
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(SPEED.glob("*.json"))}
+    if not files:
+        print("results/speed holds no results")
+        return 0
+    text = "\n".join(report(files)) + "\n"
+    target = SPEED / "README.md"
+    if "--check" not in sys.argv:
+        target.write_text(text)
+    elif not target.is_file() or target.read_text() != text:
+        print("results/speed/README.md does not show the figures beside it; run make readme")
+        return 1
+    return 0
+
+
+def report(files: dict[str, Results]) -> list[str]:
+    """The page: figures beside their goals, then memory, strategies, and the command of every file."""
+    machine = next(iter(files.values()))["machine"]
+    lines = [
+        "# Speed",
+        "",
+        "Written by `make readme` from the JSON files in this directory, which `make speed` makes, alone on the machine.",
+        "Ratios are medians over rounds in which all contestants took turns; batch 1, float32, 2 CPU threads, random",
+        "weights, inputs like speech (or text).",
+        "",
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['instructions']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}.",
+        "",
+        "| figure | T | measured | goal |",
+        "|---|---|---|---|",
+    ]
+    for figure, name, values, goals in FIGURES:
+        if name not in files:
+            continue
+        measured = values(files[name])
+        shown = ", ".join(f"{value:.2f}" for value in measured.values())
+        lines.append(f"| {figure} | {', '.join(measured)} | {shown} | {goals} |")
+    for name, title in TABLES.items():
+        if name in files:
+            lines += ["", f"## {title}", "", *_costs(files[name])]
+    lines += ["", "## Commands", ""]
+    lines += [
+        f"- `{name}.json`: `{results['command']} --json results/speed/{name}.json`" for name, results in files.items()
+    ]
+    return lines
+
+
+def _ratio(ours: str, other: str) -> Callable[[Results], dict[str, float]]:
+    def values(results: Results) -> dict[str, float]:
+        found = {}
+        for length, at in results["lengths"].items():
+            if other in at["ratios"].get(ours, {}):
+                found[length] = at["ratios"][ours][other]["median"]
+        return found
+
+    return values
+
+
+def _best_ratio(ours: tuple[str, ...], other: str) -> Callable[[Results], dict[str, float]]:
+    """The fastest of several of ours, length by length."""
+
+    def values(results: Results) -> dict[str, float]:
+        ratios = [_ratio(one, other)(results) for one in ours]
+        return {length: max(r[length] for r in ratios if length in r) for length in results["lengths"]}
+
+    return values
+
+
+def _core(ratio: str) -> Callable[[Results], dict[str, float]]:
+    return lambda results: {length: at["ratios"][ratio]["median"] for length, at in results["lengths"].items()}
+
+
+def _growth(core: str) -> Callable[[Results], dict[str, float]]:
+    return lambda results: {span: grown[core] / grown["map × values"] for span, grown in results["growth"].items()}
+
+
+FIGURES: list[tuple[str, str, Callable[[Results], dict[str, float]], str]] = [
+    ("reusing core ÷ one product", "cores", _core("reusing core ÷ map × values"), "≤ 1.05"),
+    ("computing core ÷ sum of its products", "cores", _core("computing core ÷ sum of its products"), "≤ 1.25"),
+    (
+        "computing core that keeps its map ÷ sum of its products",
+        "cores",
+        _core("computing core, map kept ÷ sum of its products"),
+        "≤ 1.25",
+    ),
+    (
+        "growth of the reusing core, time(2T) ÷ time(T), ÷ that of the product",
+        "cores",
+        _growth("reusing core"),
+        "0.9–1.1",
+    ),
+    ("Conformer-M layers: sdpa ÷ ours full", "encoder", _ratio("ours full", "sdpa"), "≥ 1.6, 2.4, 3.0"),
+    ("… sdpa ÷ ours with groups of 4", "encoder", _ratio("ours 4x4", "sdpa"), "≥ 2.2, 3.8, 5.0"),
+    (
+        "… sdpa compiled ÷ ours with groups of 4, the faster of compiled and not",
+        "encoder",
+        _best_ratio(("ours 4x4", "ours 4x4+compile"), "sdpa+compile"),
+        "≥ 1.6, 2.6, 3.4",
+    ),
+    ("… sdpa ÷ ours with groups of 8", "groups-of-8", _ratio("ours 8x2", "sdpa"), "—"),
+    ("… without relative positions, sdpa ÷ ours with groups of 4", "plain", _ratio("ours 4x4", "sdpa"), "—"),
+    ("BERT-base, sdpa ÷ ours with groups of 3", "bert", _ratio("ours 4x3", "sdpa"), "—"),
+    ("Conformer-M with its front end, sdpa ÷ ours with groups of 4", "whole", _ratio("ours 4x4", "sdpa"), "—"),
+    ("a training step of Conformer-M, sdpa ÷ ours full", "training", _ratio("ours full", "sdpa"), "—"),
+    ("… sdpa ÷ ours with groups of 4", "training", _ratio("ours 4x4", "sdpa"), "—"),
+]
+
+TABLES = {
+    "memory": "Peak memory, T = 3000",
+    "strategies": "How shared maps are carried, groups of 4",
+    "long": "A 20-minute recording, T = 30,000",
+}
+
+
+def _costs(results: Results) -> list[str]:
+    """Time, peak memory where it was measured, and agreement with the definition, of every contestant."""
+    lines = ["| T | | time | peak memory | off the definition by |", "|---|---|---|---|---|"]
+    for length, at in results["lengths"].items():
+        for name, cell in at["contestants"].items():
+            if "median" not in cell:
+                lines.append(f"| {length} | {name} | {cell['not_measured']} | | |")
+                continue
+            memory = f"{cell['memory_bytes'] / 1e9:.2f} GB" if "memory_bytes" in cell else ""
+            lines.append(f"| {length} | {name} | {cell['median']:.2f} s | {memory} | {cell['agreement']:.0e} |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
