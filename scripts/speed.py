@@ -15,10 +15,11 @@ Results = dict[str, Any]
 
 def main() -> int:
     files = {path.stem: json.loads(path.read_text()) for path in sorted(SPEED.glob("*.json"))}
+    maps = files.pop("concentration", None)
     if not files:
         print("results/speed holds no results")
         return 0
-    text = "\n".join(report(files)) + "\n"
+    text = "\n".join([*report(files), *(concentrated(maps) if maps else [])]) + "\n"
     target = SPEED / "README.md"
     if "--check" not in sys.argv:
         target.write_text(text)
@@ -34,12 +35,12 @@ def report(files: dict[str, Results]) -> list[str]:
     lines = [
         "# Speed",
         "",
-        "Written by `make readme` from the JSON files in this directory, which `make speed` makes, alone on the machine.",
-        "Ratios are medians over rounds in which all contestants took turns; batch 1, float32, 2 CPU threads, random",
-        "weights, inputs like speech (or text).",
+        "Written by `make readme` from the JSON files in this directory, which `make speed` makes, alone on the",
+        "machine. Ratios are medians over rounds in which all contestants took turns; batch 1, float32, 2 CPU",
+        "threads, random weights, inputs like speech (or text).",
         "",
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['instructions']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}.",
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['instructions']}; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}.",
         "",
         "| figure | T | measured | goal |",
         "|---|---|---|---|",
@@ -57,6 +58,27 @@ def report(files: dict[str, Results]) -> list[str]:
     lines += [
         f"- `{name}.json`: `{results['command']} --json results/speed/{name}.json`" for name, results in files.items()
     ]
+    return lines
+
+
+def concentrated(results: Results) -> list[str]:
+    """How much of its maps a model needs, and what that means for carrying them sparse."""
+    lines = [
+        "",
+        "## How concentrated maps are",
+        "",
+        f"`{results['command']}`: the share of keys in the interval that is left when, of every row",
+        "of 64 neighbouring queries, at most ε/2 of the mass is cut off at either end. Products with maps so",
+        "restricted would cost that share of the whole ones.",
+        "",
+        "| model | ε | mean | by layer | least of any head |",
+        "|---|---|---|---|---|",
+    ]
+    for name, model in results["models"].items():
+        for epsilon, found in model.items():
+            layers = ", ".join(f"{share:.0%}" for share in found["layers"])
+            least = found["least of any head"]
+            lines.append(f"| {name} | {epsilon} | {found['mean']:.0%} | {layers} | {least:.0%} |")
     return lines
 
 

@@ -10,6 +10,7 @@ from mapreuse.measure._breakdown import (
     encoders_to_compare,
 )
 from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
+from mapreuse.measure._concentration import Concentration, concentration
 from mapreuse.measure._config import BenchConfig, plans_for
 from mapreuse.measure._cores import CoresConfig, bench_cores
 from mapreuse.measure._encoders import ENCODERS, SUBSAMPLING, conformer_m
@@ -26,6 +27,7 @@ __all__ = [
     "BenchConfig",
     "Breakdown",
     "BreakdownConfig",
+    "Concentration",
     "CoresConfig",
     "Latency",
     "LayerBreakdown",
@@ -39,6 +41,7 @@ __all__ = [
     "breakdown_data",
     "breakdown_plot",
     "breakdown_tables",
+    "concentration",
     "conformer_m",
     "cores_tables",
     "encoders_to_compare",

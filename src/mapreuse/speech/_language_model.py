@@ -14,7 +14,8 @@ from wordfreq import top_n_list, word_frequency
 
 _ORDER = 3
 _DISCOUNT = 0.75
-_FEWEST = 2  # occurrences of an n-gram of two words and more that is kept
+_FEWEST = 4  # occurrences of an n-gram of two words and more that is kept
+_MOST = 65_535  # occurrences that are told apart in a file
 _UNKNOWN = 0.01  # probability that a word is none of the vocabulary
 _END = 0.1  # probability, before any text was read, that a sentence is over
 _SPACES = -10.0  # log-probability of a space where no word has begun
@@ -162,7 +163,7 @@ class LanguageModel:
             "words": _bytes(" ".join(self.words)),
             "frequencies": torch.from_numpy(self.frequencies),
             "ngrams": torch.tensor(ngrams, dtype=torch.int32 if len(self.words) >= 1 << 15 else torch.int16),
-            "counts": torch.tensor(list(self.counts.values()), dtype=torch.int32),
+            "counts": torch.tensor(list(self.counts.values())).clamp(max=_MOST).to(torch.uint16),
         }
         save_file(tensors, path)
 
