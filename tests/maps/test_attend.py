@@ -231,7 +231,7 @@ def test_nothing_is_computed_of_padding(monkeypatch, keep, is_causal, relative):
     expected = defined_map(masked)
     torch.testing.assert_close(context, expected @ case.values, **CLOSE)
     assert weights is None or (weights[1, :, 40:] == 0).all()
-    wanted = {False: 130 * 130 + 40 * 40, True: 128 * 128 + 2 * 130 + 40 * 40}[is_causal]
+    wanted = 48 * 48 + 48 * 96 + 34 * 130 + 40 * 40 if is_causal else 130 * 130 + 40 * 40
     if relative:  # positional products span the distances of a block, rows − 1 more than its keys
-        wanted += {False: 128 * 127 + 2 * 1 + 40 * 39, True: 128 * 127 + 2 * 1 + 40 * 39}[is_causal]
+        wanted += 2 * 48 * 47 + 34 * 33 + 40 * 39
     assert sum(products) == wanted

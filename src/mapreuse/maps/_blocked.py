@@ -16,6 +16,8 @@ _BLOCK_SCORES = 1 << 18
 """Scores of one head that are computed at a time: with their positional part, what the cache of one core holds."""
 _FEWEST_ROWS, _MOST_ROWS = 32, 128
 """Between these, matrix products are near their peak and the rows' scores stay in cache."""
+_GPU_ROWS = 1024
+"""Not measured: enough to keep a GPU busy."""
 
 
 def blocked(
@@ -56,7 +58,7 @@ def keeping(scores: Scores, weights: Float[Tensor, "batch heads query key"]) -> 
 
 
 class Block:
-    """As many heads of one item as there are threads, each by as many rows as keep the cache of a core."""
+    """Some heads of one item, at least one for every thread, each by as many rows as keep the cache of a core."""
 
     def __init__(self, number: int, part: _Part, heads: slice, rows: slice, rooms: tuple[Tensor, Tensor]) -> None:
         self.number = number
@@ -154,8 +156,11 @@ class Block:
 def blocks(scores: Scores, values: Tensor) -> Iterator[Block]:
     """All that is to be computed, block by block, without what nothing attends."""
     _, heads, num_queries, num_keys = scores.shape
-    at_once = min(heads, torch.get_num_threads()) if values.device.type == "cpu" else heads
-    size = rows_at_a_time(num_queries, num_keys)
+    if values.device.type == "cpu":
+        size = rows_at_a_time(num_queries, num_keys)
+        at_once = _heads_at_a_time(heads, size, num_keys)
+    else:  # no cache to stay in, and every block is several launches
+        size, at_once = max(1, min(num_queries, _GPU_ROWS)), heads
     width = 0 if scores.relative is None else num_keys + size - 1
     rooms = values.new_empty(at_once * size * num_keys), values.new_empty(at_once * size * width)
     number = 0
@@ -203,9 +208,17 @@ class _Part:
 
 
 def rows_at_a_time(num_queries: int, num_keys: int) -> int:
-    """Rows of one head whose scores keep a core's cache, between the fewest and the most that products like."""
-    fitting = _BLOCK_SCORES // max(num_keys, 1) // 16 * 16
-    return max(1, min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, fitting))))
+    """Rows of one head whose scores keep a core's cache: all, or from the fewest to the most that products like."""
+    if num_queries * num_keys <= _BLOCK_SCORES // 2:
+        return max(1, num_queries)
+    fitting = _BLOCK_SCORES // num_keys // 16 * 16
+    return min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, fitting)))
+
+
+def _heads_at_a_time(heads: int, rows: int, num_keys: int) -> int:
+    """One for every thread, more where they are small."""
+    threads = torch.get_num_threads()
+    return max(1, min(heads, max(threads, threads * _BLOCK_SCORES // max(1, rows * num_keys))))
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

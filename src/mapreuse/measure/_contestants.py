@@ -188,6 +188,8 @@ def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
 def _ours(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
     encoder = spec.build("sdpa", spec.num_layers, longest)
     apply(encoder.layers, plan_of_notation(contestant.plan, spec.num_layers), strategy=contestant.strategy)
+    # The layout in which depthwise convolutions are fast.
+    nn.utils.convert_conv2d_weight_memory_format(encoder.front, torch.channels_last)
     return encoder
 
 
