@@ -6,8 +6,20 @@ plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
 model = mr.apply(model, plan)
 """
 
-from mapreuse.convert import align, convert, fit
+from mapreuse.convert import DistillConfig, align, convert, distill, fit
 from mapreuse.models import Unsupported, apply, load, plan_of, save
 from mapreuse.plan import ReusePlan
 
-__all__ = ["ReusePlan", "Unsupported", "align", "apply", "convert", "fit", "load", "plan_of", "save"]
+__all__ = [
+    "DistillConfig",
+    "ReusePlan",
+    "Unsupported",
+    "align",
+    "apply",
+    "convert",
+    "distill",
+    "fit",
+    "load",
+    "plan_of",
+    "save",
+]

@@ -2,6 +2,17 @@
 
 from mapreuse.convert._align import align, align_by, group_by
 from mapreuse.convert._convert import convert
+from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
 
-__all__ = ["LayerFit", "align", "align_by", "convert", "fit", "group_by"]
+__all__ = [
+    "DistillConfig",
+    "Distillation",
+    "LayerFit",
+    "align",
+    "align_by",
+    "convert",
+    "distill",
+    "fit",
+    "group_by",
+]

@@ -1,0 +1,375 @@
+"""Gradient recovery: a converted model learns from the original what its layers used to say."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from jaxtyping import Bool, Float
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from tqdm import tqdm
+
+from mapreuse.models import find_stack, plan_of
+
+_HELD_OUT = 8
+"""Every eighth batch judges instead of teaching, where no others are given to judge by."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How `distill` trains.
+
+    The budget is `steps` or `seconds` (exactly one); the learning rate rises linearly over the first `warmup`
+    fraction of it and falls to zero along a cosine. `hidden` and `logits` weigh the two parts of the loss. Every
+    `evaluate_every` steps the held-out error is measured; `patience` measurements without a better one end the run.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    learning_rate: float = 3e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    hidden: float = 1.0
+    logits: float = 1.0
+    evaluate_every: int = 50
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None) or (self.steps or self.seconds or 0) <= 0:
+            raise ValueError(
+                f"give a positive budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
+            )
+
+
+@dataclass
+class Distillation:
+    """What `distill` did: held-out errors, each the distance of the last layer's hidden states from the original's
+    relative to their size, by the step at which they were measured. The model has the weights of the least."""
+
+    errors: dict[int, float] = field(default_factory=dict)
+    step: int = 0
+    elapsed: float = 0.0
+    finished: bool = False
+
+    @property
+    def before(self) -> float:
+        """Held-out error of the model as it came."""
+        return self.errors[0]
+
+    @property
+    def best_step(self) -> int:
+        """Step of the weights that the model has now; 0 where training did not help."""
+        return min(self.errors, key=lambda step: (self.errors[step], step))
+
+    @property
+    def after(self) -> float:
+        """Held-out error of the model as it is now."""
+        return self.errors[self.best_step]
+
+
+def distill(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    config: DistillConfig,
+    *,
+    held_out: Iterable[Mapping[str, Any]] | None = None,
+    out_dir: str | Path | None = None,
+) -> Distillation:
+    """Train a converted model, in place, until its layers say what the original's do; the best weights stay.
+
+    With hₗ the hidden states after layer l over all positions but padding, and p the outputs' distributions where the
+    model has logits, AdamW on
+
+        hidden · meanₗ ‖hₗ − hₗ°‖² / ‖hₗ°‖²  +  logits · KL(p° ‖ p),        ° the original
+
+    without dropout, as it is for inference. Runs on every process of `accelerate launch`, each with the same model,
+    or on the one there is; on a GPU where there is one.
+
+    Args:
+        model: a converted model with a plan in force.
+        original: the model it was converted from; it stays as it is.
+        batches: any re-iterable of keyword dictionaries for both; read again and again in its own order.
+        config: budget and hyper-parameters.
+        held_out: batches to judge by; where None, every eighth of `batches`, which then does not teach.
+        out_dir: where checkpoints go; the same call again goes on from there, under a budget in steps bit for bit as
+            if never interrupted. Without it, nothing is written.
+
+    Raises:
+        ValueError: where no plan is in force, there are too few batches, an activation or the loss is not finite, or
+            `out_dir` holds a run with other settings.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        raise ValueError("distill needs a converted model: apply a plan to it first")
+    teaching, judging = batches, held_out
+    if judging is None:
+        teaching, judging = _EveryEighth(batches, of_them=False), _EveryEighth(batches, of_them=True)
+    for name, some in (("to learn from", teaching), ("held out", judging)):
+        if next(iter(some), None) is None:
+            raise ValueError(f"distill has no batches {name}: give at least {_HELD_OUT}, or some of each kind")
+    identity = {"config": asdict(config), "plan": json.loads(plan.to_json())}
+    modes = model.training, original.training
+    run = _Run(model, original, teaching, judging, config, None if out_dir is None else Path(out_dir), identity)
+    try:
+        return run.go()
+    finally:
+        model.train(modes[0]), original.train(modes[1])
+
+
+class _EveryEighth:
+    """Every eighth of some batches, or all the others."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]], *, of_them: bool) -> None:
+        self._batches, self._of_them = batches, of_them
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for index, batch in enumerate(self._batches):
+            if (index % _HELD_OUT == _HELD_OUT - 1) == self._of_them:
+                yield batch
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        teaching: Iterable[Mapping[str, Any]],
+        judging: Iterable[Mapping[str, Any]],
+        config: DistillConfig,
+        out_dir: Path | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self.accelerator = Accelerator()
+        self.model = model.eval().to(self.accelerator.device)
+        self.original = original.eval().to(self.accelerator.device)
+        self.teaching, self.judging, self.config = teaching, judging, config
+        self.out_dir, self.identity = out_dir, identity
+        self.state = Distillation()
+        self.best: dict[str, Tensor] = {}
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=config.weight_decay,
+        )
+        self.optimizer = self.accelerator.prepare(optimizer)
+
+    def go(self) -> Distillation:
+        self._resume()
+        if not self.state.errors:
+            self._judge()
+        started = time.monotonic() - self.state.elapsed
+        shown = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with tqdm(total=1.0, bar_format=shown, disable=not self.accelerator.is_main_process, leave=False) as bar:
+            batches = self._batches()
+            while not self.state.finished:
+                self._step(next(batches))
+                self.state.step += 1
+                self.state.elapsed = self._agreed(time.monotonic() - started)
+                ended = self._progress() >= 1
+                if ended or self.state.step % self.config.evaluate_every == 0:
+                    self._judge()
+                    stale = sum(step > self.state.best_step for step in self.state.errors)
+                    self.state.finished = ended or stale >= self.config.patience
+                    self._checkpoint()
+                bar.set_description(f"Step {self.state.step}, error {self.state.before:.4f} → {self.state.after:.4f}")
+                bar.update(min(1.0, self._progress()) - bar.n)
+        self.model.load_state_dict(self.best)
+        return self.state
+
+    def _batches(self) -> Iterator[Mapping[str, Any]]:
+        """This process's batches, over and over, from the one that the state is at."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        taken = 0
+        while True:
+            for index, batch in enumerate(self.teaching):
+                if index % world != rank:
+                    continue
+                if taken >= self.state.step:
+                    yield batch
+                taken += 1
+            if not taken:
+                raise ValueError(f"distill has fewer batches to learn from than its {world} processes")
+
+    def _progress(self) -> float:
+        if self.config.steps is not None:
+            return self.state.step / self.config.steps
+        assert self.config.seconds is not None
+        return self.state.elapsed / self.config.seconds
+
+    def _learning_rate(self) -> float:
+        progress, warmup = self._progress(), self.config.warmup
+        if self.config.steps is not None:
+            progress += 0.5 / self.config.steps  # the middle of the step, so that none has rate zero
+        if progress < warmup:
+            return self.config.learning_rate * progress / warmup
+        return (
+            self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+        )
+
+    def _step(self, batch: Mapping[str, Any]) -> None:
+        batch = send_to_device(dict(batch), self.accelerator.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        ours, theirs, rows, output, target = self._pair(batch)
+        distances = [_distance(a[rows], b[rows]) / _size(b[rows]) for a, b in zip(ours, theirs, strict=True)]
+        loss = self.config.hidden * torch.stack(distances).mean()
+        logits, wanted = getattr(output, "logits", None), getattr(target, "logits", None)
+        if logits is not None and wanted is not None:
+            if logits.shape[:2] == rows.shape:
+                logits, wanted = logits[rows], wanted[rows]
+            logits, wanted = logits.flatten(0, -2).float(), wanted.flatten(0, -2).float()
+            divergence = kl_div(
+                logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
+            )
+            loss = loss + self.config.logits * divergence
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"distill: the loss is not finite at step {self.state.step}; lower the learning rate, or check the "
+                "model and its batches"
+            )
+        self.accelerator.backward(loss)
+        self._average_gradients()
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _average_gradients(self) -> None:
+        """Over processes; of the parameters that have a part in the loss, which a pooler, say, has not."""
+        if self.accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            averaged = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            parts = averaged.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _pair(self, batch: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], Bool[Tensor, "b p"], Any, Any]:
+        """Hidden states of every layer in both models, which positions are not padding, and both outputs."""
+        with torch.no_grad(), _recorded(self.original) as (theirs, masks):
+            target = self.original(**batch)
+        with _recorded(self.model) as (ours, _):
+            output = self.model(**batch)
+        return ours, theirs, _not_padding(masks[0], theirs[0]), output, target
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        """Held-out error now; the weights are kept where it is the least so far."""
+        wrong = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for index, batch in enumerate(self.judging):
+            if index % world != rank:
+                continue
+            ours, theirs, rows, *_ = self._pair(send_to_device(dict(batch), self.accelerator.device))
+            wrong += torch.stack([_distance(ours[-1][rows], theirs[-1][rows]), _size(theirs[-1][rows])]).double()
+        wrong = self.accelerator.reduce(wrong, "sum")
+        error = (wrong[0] / wrong[1]).sqrt().item()
+        if not math.isfinite(error):
+            raise ValueError(
+                "distill: hidden states are not finite; check the models' weights and the held-out batches"
+            )
+        self.state.errors[self.state.step] = error
+        if self.state.best_step == self.state.step:
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def _agreed(self, value: float) -> float:
+        """The mean over processes, so that all stop together."""
+        if self.accelerator.num_processes == 1:
+            return value
+        agreed = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(agreed, "mean").item()
+
+    def _checkpoint(self) -> None:
+        if self.out_dir is None:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            partial, complete = self.out_dir / "checkpoint.partial", self.out_dir / f"checkpoint-{self.state.step}"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+            save_model(self.model, str(partial / "model.safetensors"))
+            current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.model.load_state_dict(self.best)
+            save_model(self.model, str(partial / "best.safetensors"))
+            self.model.load_state_dict(current)
+            (partial / "state.json").write_text(json.dumps({"run": self.identity, "state": asdict(self.state)}))
+            partial.rename(complete)
+            for older in self.out_dir.glob("checkpoint-*"):
+                if older != complete:
+                    shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        if self.out_dir is None:
+            return
+        found = sorted(self.out_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        if not found:
+            return
+        saved = json.loads((found[-1] / "state.json").read_text())
+        if saved["run"] != self.identity:
+            raise ValueError(f"{self.out_dir} holds a run with other settings; choose another directory or delete it")
+        saved["state"]["errors"] = {int(step): error for step, error in saved["state"]["errors"].items()}
+        self.state = Distillation(**saved["state"])
+        load_model(self.model, str(found[-1] / "best.safetensors"))
+        self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        load_model(self.model, str(found[-1] / "model.safetensors"))
+        self.optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", weights_only=True))
+
+
+def _distance(ours: Float[Tensor, "rows width"], theirs: Float[Tensor, "rows width"]) -> Tensor:
+    return (ours.float() - theirs.float()).square().sum()
+
+
+def _size(theirs: Float[Tensor, "rows width"]) -> Tensor:
+    return theirs.float().square().sum()
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
+    """Hidden states after every layer of a pass, and the attention mask that the first was given."""
+    states: list[Tensor] = []
+    masks: list[Tensor | None] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        masks.append(given.get("attention_mask", given.get("kwargs", {}).get("attention_mask")))
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    layers = [layer.layer for layer in find_stack(model).layers]
+    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        yield states, masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _not_padding(
+    mask: Tensor | None, states: Float[Tensor, "batch positions width"]
+) -> Bool[Tensor, "batch positions"]:
+    """Positions that may attend themselves; all of them where there is no mask."""
+    batch, positions, _ = states.shape
+    if mask is None:
+        return torch.ones(batch, positions, dtype=torch.bool, device=states.device)
+    if mask.dim() == 4:
+        mask = mask[:, 0].diagonal(dim1=-2, dim2=-1) if mask.shape[-2] > 1 else mask[:, 0, 0]
+    allowed = mask if mask.dtype == torch.bool else (mask > -1 if mask.is_floating_point() else mask > 0)
+    return allowed.expand(batch, positions)

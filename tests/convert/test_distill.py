@@ -1,0 +1,211 @@
+"""Distillation: closer to the original on batches it has not seen, never further, resumable to the bit."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from oracle import valid_rows
+from transformers import BertConfig, BertModel
+
+import mapreuse as mr
+from mapreuse.convert import DistillConfig
+from mapreuse.models import find_stack
+
+CONFIG = DistillConfig(steps=30, learning_rate=3e-3, evaluate_every=10)
+
+
+def random_batches(number, seed=0, size=4, length=9):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(number):
+        ids = torch.randint(3, 50, (size, length), generator=generator)
+        mask = torch.ones(size, length, dtype=torch.long)
+        mask[0, length // 2 :] = 0
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
+    return batches
+
+
+@pytest.fixture(scope="module")
+def original():
+    return make_original()
+
+
+def make_original():
+    """Of BERT's usual initial weights: its maps are alike, so that all that is lost can be learned back."""
+    config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**config)).eval()
+
+
+def converted(original):
+    """With groups of 2, and values spoilt by noise."""
+    model = mr.convert(original, mr.ReusePlan.grouped(4, 2))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in find_stack(model).layers:
+            weight = layer.attention.get_submodule("value").weight
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def distance(model, original, batches):
+    """Of the last hidden states, by the oracle's idea of padding."""
+    wrong = size = 0.0
+    for batch in batches:
+        theirs = original(**batch)
+        rows = valid_rows(original, batch, theirs)
+        wrong += (model(**batch).last_hidden_state - theirs.last_hidden_state)[rows].square().sum()
+        size += theirs.last_hidden_state[rows].square().sum()
+    return (wrong / size).sqrt().item()
+
+
+def test_the_model_comes_closer_to_the_original_on_batches_it_has_not_seen(original):
+    model, unseen = converted(original), random_batches(5, seed=1)
+    before = distance(model, original, unseen)
+    kept = copy.deepcopy(original.state_dict())
+    report = mr.distill(model, original, random_batches(24), CONFIG, held_out=unseen)
+
+    assert report.before == pytest.approx(before, rel=1e-4)
+    assert report.after == pytest.approx(distance(model, original, unseen), rel=1e-4)
+    assert report.after < 0.8 * report.before
+    assert all(torch.equal(kept[name], tensor) for name, tensor in original.state_dict().items())
+
+
+def test_every_eighth_batch_judges_where_no_others_are_given(original):
+    batches = random_batches(16)
+    report = mr.distill(converted(original), original, batches, CONFIG)
+    assert report.before == pytest.approx(distance(converted(original), original, batches[7::8]), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["parakeet", "gpt2", "vit", "distilbert"])
+def test_families_with_other_masks_and_outputs_are_judged_without_their_padding(family):
+    model, batch = build(family)
+    ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+    batches = [batch] * 8
+    report = mr.distill(copy.deepcopy(ours), model, batches, DistillConfig(steps=3, evaluate_every=3))
+    assert report.before > 0.05
+    assert report.after <= report.before
+    if "attention_mask" not in batch:
+        return
+    rows = valid_rows(model, batch, model(**batch))
+    assert not rows.all(), "the family's batch has padding"
+    layers = [layer.layer for layer in find_stack(model).layers]
+    seen = {}
+    for name, one in (("theirs", layers[-1]), ("ours", find_stack(ours).layers[-1].layer)):
+        one.register_forward_hook(
+            lambda m, a, out, name=name: seen.update({name: out[0] if isinstance(out, tuple) else out})
+        )
+    with torch.no_grad():
+        model(**batch), ours(**batch)
+    off = (seen["ours"] - seen["theirs"])[rows].square().sum() / seen["theirs"][rows].square().sum()
+    assert report.before == pytest.approx(off.sqrt().item(), rel=1e-3)
+
+
+def test_training_that_does_not_help_leaves_the_weights_as_they_were(original):
+    model = converted(original)
+    before = copy.deepcopy(model.state_dict())
+    wild = DistillConfig(steps=20, learning_rate=3.0, evaluate_every=5, patience=2)
+    report = mr.distill(model, original, random_batches(16), wild)
+    assert report.best_step == 0
+    assert report.after == report.before
+    assert report.step == 10, "two measurements without a better one"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Breaking:
+    """Batches that break off after so many were read."""
+
+    def __init__(self, batches, after):
+        self.batches, self.left = batches, after
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.left -= 1
+            if self.left < 0:
+                raise Interrupted
+            yield batch
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path):
+    batches, unseen = random_batches(7), random_batches(3, seed=1)
+    whole = converted(original)
+    expected = mr.distill(whole, original, batches, CONFIG, held_out=unseen)
+
+    broken = converted(original)
+    with pytest.raises(Interrupted):
+        mr.distill(broken, original, Breaking(batches, 18), CONFIG, held_out=unseen, out_dir=tmp_path)
+    resumed = converted(original)
+    report = mr.distill(resumed, original, batches, CONFIG, held_out=unseen, out_dir=tmp_path)
+
+    assert report.errors == expected.errors
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+    again = converted(original)
+    once_more = mr.distill(again, original, Breaking(batches, 1), CONFIG, held_out=unseen, out_dir=tmp_path)
+    assert once_more.errors == expected.errors, "a run that had ended is not run again"
+    assert torch.equal(next(again.parameters()), next(whole.parameters()))
+
+
+def test_a_directory_of_another_run_is_refused(original, tmp_path):
+    mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=1), out_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=2), out_dir=tmp_path)
+
+
+def test_bad_input_is_refused_in_one_line(original):
+    with pytest.raises(ValueError, match="apply a plan to it first"):
+        mr.distill(copy.deepcopy(original), original, random_batches(8), CONFIG)
+    with pytest.raises(ValueError, match="no batches held out: give at least 8"):
+        mr.distill(converted(original), original, random_batches(7), CONFIG)
+    with pytest.raises(ValueError, match="no batches to learn from"):
+        mr.distill(converted(original), original, [], CONFIG)
+    broken = converted(original)
+    with torch.no_grad():
+        broken.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="hidden states are not finite"):
+        mr.distill(broken, original, random_batches(8), CONFIG)
+    for budget in ({}, {"steps": 1, "seconds": 1.0}, {"steps": 0}):
+        with pytest.raises(ValueError, match="give a positive budget as steps or as seconds"):
+            DistillConfig(**budget)
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = {paths!r}
+import mapreuse as mr
+from test_distill import CONFIG, converted, make_original, random_batches
+original = make_original()
+model = converted(original)
+report = mr.distill(model, original, random_batches(8), CONFIG, held_out=random_batches(4, seed=1))
+import accelerate
+torch.save((report.errors, model.state_dict()), {out!r} + str(accelerate.PartialState().process_index))
+"""
+
+
+def test_two_processes_learn_one_model(tmp_path, original):
+    tests = Path(__file__).parent
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent)], out=str(tmp_path / "rank")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+    (errors, weights), (other_errors, other_weights) = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert errors == other_errors
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    unseen = random_batches(4, seed=1)
+    assert errors[0] == pytest.approx(distance(converted(original), original, unseen), rel=1e-4)
+    assert min(errors.values()) < 0.9 * errors[0]
+    assert sorted(errors) == [0, 10, 20, 30]
