@@ -8,7 +8,7 @@ from mapreuse.speech._recogniser import Fusion, Recogniser
 
 _TIMES = 5  # each transcript counts
 _WEIGHTS = (0.3, 0.5, 0.7, 0.9, 1.1)
-_BONUSES = (0.0, 0.5, 1.0, 1.5)
+_BONUSES = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 def add_language_model(
