@@ -119,7 +119,7 @@ def test_a_plan_of_another_size_is_refused(plan, problem):
 
 
 def test_a_strategy_must_be_known():
-    assert_refused(build("bert")[0], GROUPS, "one of dense, recompute, got 'sparse'", strategy="sparse")
+    assert_refused(build("bert")[0], GROUPS, "recompute and auto, got 'sparse'", strategy="sparse")
 
 
 def modernbert(**settings):
