@@ -37,7 +37,7 @@ readme: setup
 BENCH := $(BIN)/mapreuse bench --threads 2
 speed: setup
 	$(BENCH) --cores --lengths 500,1000,2000,4000,8000 --json results/speed/cores.json
-	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,ours,sdpa+compile,ours+compile --repeats 5 --json results/speed/encoder.json
+	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,ours,sdpa+compile,ours+compile --repeats 3 --json results/speed/encoder.json
 	$(BENCH) --lengths 3000 --plans full,4x4 --contestants eager,sdpa,ours --repeats 1 --memory --json results/speed/memory.json
 	$(BENCH) --lengths 1000,3000 --plans 4x4 --contestants ours --strategies dense,dense16,dense8,recompute,auto --repeats 3 --memory --json results/speed/strategies.json
 	$(BENCH) --lengths 2000,3000,4000 --plans 8x2 --contestants sdpa,ours --repeats 3 --json results/speed/groups-of-8.json

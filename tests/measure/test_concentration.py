@@ -54,7 +54,7 @@ def test_padding_is_left_out_and_every_layer_and_head_is_measured():
 
 def test_bad_input_is_refused():
     model, batch = build("bert")
-    with pytest.raises(ValueError, match="epsilon must be between 0 and 1, got 1.0"):
+    with pytest.raises(ValueError, match=r"epsilon must be between 0 and 1, got 1\.0"):
         concentration(model, [batch], epsilon=1.0)
     with pytest.raises(ValueError, match="no calibration batches"):
         concentration(model, [], epsilon=0.1)
