@@ -8,5 +8,6 @@ def small_blocks():
     """Blocks so small that short attentions are computed in several: of 130 rows, 48, 48 and 34."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_blocked, "_BLOCK_SCORES", 1 << 13)
-        patch.setattr(_blocked, "_MOST_ROWS", 64)
+        patch.setattr(_blocked, "_FEWEST_ROWS", 48)
+        patch.setattr(_blocked, "_MOST_ROWS", 48)
         yield

@@ -13,9 +13,9 @@ from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, softmax_dtype
 
 _BLOCK_SCORES = 1 << 18
-"""Scores of one head that are computed at a time: with their positional part, what the cache of one core holds."""
-_FEWEST_ROWS, _MOST_ROWS = 32, 128
-"""Between these, matrix products are near their peak and the rows' scores stay in cache."""
+"""Scores for every thread that are computed at a time where maps are so small that all their rows are."""
+_FEWEST_ROWS, _MOST_ROWS, _KEYS_PER_ROW = 128, 256, 20
+"""Rows at a time of greater maps: fewer, and products are far from their peak; more, and scores leave the caches."""
 _GPU_ROWS = 1024
 """Not measured: enough to keep a GPU busy."""
 
@@ -58,7 +58,7 @@ def keeping(scores: Scores, weights: Float[Tensor, "batch heads query key"]) -> 
 
 
 class Block:
-    """Some heads of one item, at least one for every thread, each by as many rows as keep the cache of a core."""
+    """Some heads of one item, at least one for every thread, each by some rows."""
 
     def __init__(self, number: int, part: _Part, heads: slice, rows: slice, rooms: tuple[Tensor, Tensor]) -> None:
         self.number = number
@@ -208,11 +208,10 @@ class _Part:
 
 
 def rows_at_a_time(num_queries: int, num_keys: int) -> int:
-    """Rows of one head whose scores keep a core's cache: all, or from the fewest to the most that products like."""
+    """Rows of one head that are computed at a time: all of a small map, more the longer those of a great one are."""
     if num_queries * num_keys <= _BLOCK_SCORES // 2:
         return max(1, num_queries)
-    fitting = _BLOCK_SCORES // num_keys // 16 * 16
-    return min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, fitting)))
+    return min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, num_keys // _KEYS_PER_ROW // 16 * 16)))
 
 
 def _heads_at_a_time(heads: int, rows: int, num_keys: int) -> int:
