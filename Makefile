@@ -33,19 +33,18 @@ readme: setup
 	$(BIN)/python scripts/readme.py
 	$(BIN)/python scripts/speed.py
 
-# An hour alone on the machine: everything in results/speed.
+# Half an hour alone on the machine: everything in results/speed.
 BENCH := $(BIN)/mapreuse bench --threads 2
 speed: setup
 	$(BENCH) --cores --lengths 500,1000,2000,4000,8000 --json results/speed/cores.json
-	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,ours,sdpa+compile,ours+compile --repeats 3 --json results/speed/encoder.json
-	$(BENCH) --lengths 3000 --plans full,4x4 --contestants eager,sdpa,ours --repeats 1 --memory --json results/speed/memory.json
-	$(BENCH) --lengths 1000,3000 --plans 4x4 --contestants ours --strategies dense,dense16,dense8,recompute,auto --repeats 3 --memory --json results/speed/strategies.json
-	$(BENCH) --lengths 2000,3000,4000 --plans 8x2 --contestants sdpa,ours --repeats 3 --json results/speed/groups-of-8.json
-	$(BENCH) --encoder plain-conformer-m --lengths 2000,4000 --plans 4x4 --contestants sdpa,ours --repeats 3 --json results/speed/plain.json
-	$(BENCH) --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,sdpa,ours --json results/speed/bert.json
+	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,ours --repeats 3 --json results/speed/encoder.json
+	$(BENCH) --lengths 2000 --plans 4x4 --contestants sdpa+compile,ours,ours+compile --repeats 3 --json results/speed/compiled.json
 	$(BENCH) --part whole --lengths 2000 --plans 4x4 --contestants sdpa,ours --repeats 3 --json results/speed/whole.json
 	$(BENCH) --training --lengths 1000 --plans full,4x4 --contestants sdpa,ours --repeats 3 --json results/speed/training.json
+	$(BENCH) --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,sdpa,ours --json results/speed/bert.json
+	$(BENCH) --lengths 1000 --plans 4x4 --contestants ours --strategies dense,dense16,dense8,recompute,auto --repeats 3 --memory --json results/speed/strategies.json
 	$(BENCH) --lengths 30000 --plans 4x4 --contestants ours --strategies auto --repeats 1 --memory --json results/speed/long.json
+	$(BIN)/python scripts/concentration.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

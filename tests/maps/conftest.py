@@ -7,7 +7,7 @@ from mapreuse.maps import _blocked
 def small_blocks():
     """Blocks so small that short attentions are computed in several: of 130 rows, 48, 48 and 34."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_blocked, "_BLOCK_SCORES", 1 << 13)
+        patch.setattr(_blocked, "_BLOCK_SCORES", 1 << 12)
         patch.setattr(_blocked, "_FEWEST_ROWS", 48)
         patch.setattr(_blocked, "_MOST_ROWS", 48)
         yield

@@ -12,7 +12,7 @@ from torch import Tensor
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, softmax_dtype
 
-_BLOCK_SCORES = 1 << 18
+_BLOCK_SCORES = 1 << 17
 """Scores for every thread that are computed at a time where maps are so small that all their rows are."""
 _FEWEST_ROWS, _MOST_ROWS, _KEYS_PER_ROW = 128, 256, 20
 """Rows at a time of greater maps: fewer, and products are far from their peak; more, and scores leave the caches."""
@@ -209,7 +209,7 @@ class _Part:
 
 def rows_at_a_time(num_queries: int, num_keys: int) -> int:
     """Rows of one head that are computed at a time: all of a small map, more the longer those of a great one are."""
-    if num_queries * num_keys <= _BLOCK_SCORES // 2:
+    if num_queries * num_keys <= _BLOCK_SCORES:
         return max(1, num_queries)
     return min(num_queries, max(_FEWEST_ROWS, min(_MOST_ROWS, num_keys // _KEYS_PER_ROW // 16 * 16)))
 
