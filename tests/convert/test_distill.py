@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import build
 from oracle import valid_rows
+from text_batches import random_batches
 from transformers import BertConfig, BertModel
 
 import mapreuse as mr
@@ -17,17 +18,6 @@ from mapreuse.convert import DistillConfig
 from mapreuse.models import find_stack
 
 CONFIG = DistillConfig(steps=30, learning_rate=3e-3, evaluate_every=10)
-
-
-def random_batches(number, seed=0, size=4, length=9):
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(number):
-        ids = torch.randint(3, 50, (size, length), generator=generator)
-        mask = torch.ones(size, length, dtype=torch.long)
-        mask[0, length // 2 :] = 0
-        batches.append({"input_ids": ids * mask, "attention_mask": mask})
-    return batches
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +175,8 @@ SCRIPT = """
 import sys, torch
 sys.path[:0] = {paths!r}
 import mapreuse as mr
-from test_distill import CONFIG, converted, make_original, random_batches
+from test_distill import CONFIG, converted, make_original
+from text_batches import random_batches
 original = make_original()
 model = converted(original)
 report = mr.distill(model, original, random_batches(8), CONFIG, held_out=random_batches(4, seed=1))

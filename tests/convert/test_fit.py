@@ -3,21 +3,11 @@
 import pytest
 import torch
 from families import build
+from text_batches import random_batches
 from torch.nn import functional
 
 import mapreuse as mr
 from mapreuse.convert._fit import _Sums
-
-
-def random_batches(number, seed=0, size=4, length=9):
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(number):
-        ids = torch.randint(3, 50, (size, length), generator=generator)
-        mask = torch.ones(size, length, dtype=torch.long)
-        mask[0, length // 2 :] = 0
-        batches.append({"input_ids": ids * mask, "attention_mask": mask})
-    return batches
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -4,6 +4,7 @@ from mapreuse.convert._align import align, align_by, group_by
 from mapreuse.convert._convert import convert
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
+from mapreuse.convert._schedule import learning_rate, spent
 
 __all__ = [
     "DistillConfig",
@@ -15,4 +16,6 @@ __all__ = [
     "distill",
     "fit",
     "group_by",
+    "learning_rate",
+    "spent",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
+from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.models import find_stack, plan_of
 
 _HELD_OUT = 8
@@ -207,25 +208,12 @@ class _Run:
                 raise ValueError(f"distill has fewer batches to learn from than its {world} processes")
 
     def _progress(self) -> float:
-        if self.config.steps is not None:
-            return self.state.step / self.config.steps
-        assert self.config.seconds is not None
-        return self.state.elapsed / self.config.seconds
-
-    def _learning_rate(self) -> float:
-        progress, warmup = self._progress(), self.config.warmup
-        if self.config.steps is not None:
-            progress += 0.5 / self.config.steps  # the middle of the step, so that none has rate zero
-        if progress < warmup:
-            return self.config.learning_rate * progress / warmup
-        return (
-            self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
-        )
+        return spent(self.config, self.state.step, self.state.elapsed)
 
     def _step(self, batch: Mapping[str, Any]) -> None:
         batch = send_to_device(dict(batch), self.accelerator.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = learning_rate(self.config, self.state.step, self.state.elapsed)
         ours, theirs, rows, output, target = self._pair(batch)
         distances = [_distance(a[rows], b[rows]) / _size(b[rows]) for a, b in zip(ours, theirs, strict=True)]
         loss = self.config.hidden * torch.stack(distances).mean()

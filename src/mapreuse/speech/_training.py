@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from mapreuse.convert import learning_rate, spent
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
 from mapreuse.speech._corpora import Corpus
 from mapreuse.speech._evaluation import Scores, evaluate
@@ -260,19 +261,7 @@ class _Run:
             )
 
     def _progress(self) -> float:
-        """The fraction of the budget that is spent."""
-        if self.config.steps is not None:
-            return self.state.step / self.config.steps
-        assert self.config.seconds is not None
-        return self.state.elapsed / self.config.seconds
-
-    def _learning_rate(self) -> float:
-        progress, warmup = self._progress(), self.config.warmup
-        if self.config.steps is not None:
-            progress += 0.5 / self.config.steps  # the middle of the step, so that none has rate zero
-        if progress < warmup:
-            return self.config.learning_rate * progress / warmup
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+        return spent(self.config, self.state.step, self.state.elapsed)
 
     def _step(self, items: list[Item]) -> float:
         # Seeding every step, rather than storing generators, is what makes a resumed run equal to an unbroken one.
@@ -282,7 +271,7 @@ class _Run:
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = learning_rate(self.config, self.state.step, self.state.elapsed)
         output = self.model(**batch)
         loss = output.loss
         if self.original is not None:
