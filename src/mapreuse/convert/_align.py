@@ -5,39 +5,119 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mapreuse.measure import Similarity, similarity
+from mapreuse.models import MapRecorder, Unsupported, find_stack, output_projection
 from mapreuse.plan import LayerSource, ReusePlan
+
+Mode = Literal["error", "best", "one-to-one"]
 
 
 def align(
-    original: nn.Module,
-    plan: ReusePlan,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    mode: Literal["best", "one-to-one"] = "best",
+    original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], *, mode: Mode = "error"
 ) -> ReusePlan:
-    """The plan with the heads of every wholly reusing layer assigned by the similarity of their maps.
+    """The plan with the heads of every wholly reusing layer assigned anew.
 
-        assignment[l] = argmax Σ_h similarity(source(l), assignment[l][h]; l, h)
+    With A the maps, V the values and O the output projection's part of a head, by default head h of layer l takes the
+    head of its source whose map changes the layer's output least,
+
+        assignment[l][h] = argmin_g Σ ‖(A[source(l), g] − A[l, h]) V[l, h] O[l, h]‖²
+
+    over the calibration batches, padding left out; the alternatives go by the maps alone (see `align_by`).
 
     Args:
         original: the model before `apply`; it is left as it is.
         plan: which layers share. Layers that are planned head by head already keep their heads.
         batches: calibration batches, keyword dictionaries for the model's forward.
-        mode: "best" takes the most similar source head for each head, so several may share one; "one-to-one" uses
-            every source head once (the Hungarian assignment).
+        mode: "error" as above; "best" takes the most similar source head for each head, so several may share one, as
+            with "error"; "one-to-one" uses every source head once (the Hungarian assignment).
 
     Raises:
         ValueError: where there are no batches, or the plan does not fit the model.
     """
-    return align_by(similarity(original, batches), plan, mode=mode)
+    if mode != "error":
+        return align_by(similarity(original, batches), plan, mode=mode)
+    layers = list(plan.layers)
+    sources = {layer: (source,) for layer, source in enumerate(plan.layers) if isinstance(source, int)}
+    for layer, errors in output_errors(original, sources, batches).items():
+        (source,) = sources[layer]
+        layers[layer] = tuple((source, head) for head in errors[0].argmin(dim=0).tolist())
+    return ReusePlan(tuple(layers))
+
+
+def output_errors(
+    original: nn.Module, sources: Mapping[int, tuple[int, ...]], batches: Iterable[Mapping[str, Any]]
+) -> dict[int, Float[Tensor, "sources source_heads heads"]]:
+    """What it costs each head of a layer to apply each head of some earlier layers.
+
+        errors[l][s, g, h] = Σ ‖(A[s, g] − A[l, h]) V[l, h] O[l, h]‖² / Σ ‖A[l] V[l] O[l]‖²
+
+    summed over the queries of `batches` that are not padding, one batch at a time; `sources` names the candidates of
+    each layer.
+
+    Raises `ValueError` where there are no batches, a layer is not the model's, or a map is not finite.
+    """
+    recorder = MapRecorder(original)
+    if unknown := [layer for layer in (*sources, *sum(sources.values(), ())) if layer >= recorder.num_layers]:
+        raise ValueError(f"layer {unknown[0]} is planned, but the model has {recorder.num_layers} layers")
+    stack = find_stack(original)
+    summed: dict[int, Tensor] = {}
+    sizes: dict[int, Tensor] = {}
+    seen = False
+    for batch in batches:
+        seen = True
+        maps, valid, values = recorder(batch)
+        rows = valid[:, None, :, None].double()
+        for layer, candidates in sources.items():
+            num_heads = maps[layer].shape[1]
+            own_values = values[layer].repeat_interleave(num_heads // values[layer].shape[1], 1)
+            roots = _roots(stack.layers[layer], num_heads, own_values)
+            weighted = own_values.double() @ roots
+            own = maps[layer].double() @ weighted
+            if not bool(torch.isfinite(own).all()):
+                raise ValueError(
+                    f"layer {layer}: its output is not finite; check the weights and the calibration batches"
+                )
+            found = torch.stack(
+                [
+                    ((maps[source][:, head, None].double() @ weighted - own) * rows).square().sum((0, 2, 3))
+                    for source in candidates
+                    for head in range(num_heads)
+                ]
+            ).view(len(candidates), num_heads, num_heads)
+            size = (own * rows).square().sum()
+            summed[layer] = summed.get(layer, 0) + found.cpu()
+            sizes[layer] = sizes.get(layer, 0) + size.cpu()
+    if not seen:
+        raise ValueError("no calibration batches: give at least one, such as [{'input_ids': …}]")
+    return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
+
+
+def _roots(layer: Any, num_heads: int, values: Tensor) -> Float[Tensor, "heads head_dim head_dim"]:
+    """Square roots R of O Oᵀ for every head, so that ‖x R‖ = ‖x O‖ at the width of a head."""
+    dim = values.shape[-1]
+    try:
+        projection = output_projection(layer)
+    except Unsupported:  # no plain projection: the context itself is compared
+        return torch.eye(dim, dtype=torch.float64, device=values.device).expand(num_heads, dim, dim)
+    weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
+    heads = weight.detach().double().unflatten(0, (num_heads, dim))
+    eigenvalues, vectors = torch.linalg.eigh(heads @ heads.mT)
+    return vectors * eigenvalues.clamp(min=0).sqrt()[:, None]
 
 
 def align_by(measured: Similarity, plan: ReusePlan, *, mode: Literal["best", "one-to-one"] = "best") -> ReusePlan:
-    """As `align`, from similarities measured before."""
+    """The plan with the heads of every wholly reusing layer assigned by the similarity of their maps.
+
+        assignment[l] = argmax Σ_h similarity(source(l), assignment[l][h]; l, h)
+
+    over all assignments ("best"), or over those that use every source head once ("one-to-one").
+    """
     if plan.num_layers != len(measured.heads):
         raise ValueError(f"the plan speaks of {plan.num_layers} layers, but the model has {len(measured.heads)}")
     layers: list[LayerSource] = []

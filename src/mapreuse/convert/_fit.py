@@ -1,27 +1,38 @@
-"""Closed-form refit of a converted model's output projections."""
+"""Closed-form refit of a converted model's value and output projections."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.models import MapRecorder, find_stack, output_projection, plan_of
+from mapreuse.convert._batches import calibration_batches, check_precision
+from mapreuse.models import Layer, MapRecorder, find_stack, output_projection, plan_of, value_projection
+
+logger = logging.getLogger("mapreuse")
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths tried, relative to the mean square of the contexts."""
+"""Strengths tried, relative to the mean square of what is regressed on."""
 
 _DRIFT = (0.0, 1.0)
 """Shares of the drift of earlier layers that the refit is asked to undo."""
 
 _HELD_OUT = 4
 """Every fourth batch chooses between the candidates instead of fitting them."""
+
+_SWEEPS = 3
+"""Times that values and output are solved in turn."""
+
+_MOST_INPUTS = 12_288
+"""Heads · width up to which values are refitted: their normal equations take 16 · (heads · width)² bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +44,30 @@ class LayerFit:
         before: held-out error of the attention's output with the weights it had, relative to the output's own size.
         after: the same with the weights it has now; equal to `before` where the refit did not help.
         ridge: the ridge chosen, or None where the layer kept its weights.
+        values: whether the value projection was refitted too.
     """
 
     layer: int
     before: float
     after: float
     ridge: float | None
+    values: bool
 
 
 def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[LayerFit]:
-    """Refit, in place, the output projection of every reusing layer so that its output matches the original's.
+    """Refit, in place, the value and output projections of every reusing layer so that its output is the original's.
 
-    Layer by layer from below, with X the contexts in the converted model as it is by then, and Y the outputs of the
-    same projection in the original, plus what the input of the layer has lost by then (its drift):
+    Layer by layer from below, with X the input of the attention in the converted model as it is by then, A the maps
+    it applies, and Y the attention's output in the original, plus what the input of the layer has lost by then (its
+    drift):
 
-        W, b = argmin ‖X Wᵀ + b − Y‖² + λ ‖W − W₀‖²
+        V, O, b = argmin ‖Σ_h A_h X V_h O_h + b − Y‖² + λ ‖V − V₀‖² + λ ‖O − O₀‖²
 
-    solved by normal equations summed over batches in float64. λ, and whether the drift is added, are chosen on
-    held-out batches by the error of the layer's residual stream; a layer that no candidate improves keeps its
-    weights. Padding is left out.
+    solved for O and b, then for V one head after the other, in turn, each exactly, from normal equations summed over
+    the batches in float64. λ, whether the drift is added, and whether V moves at all, are chosen on held-out batches
+    by the error of the layer's residual stream; a layer that no candidate improves keeps its weights. Padding is left
+    out. Values stay as they are where heads share them, where some heads of the layer compute, and where heads ·
+    width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.
@@ -62,125 +78,234 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
         One report for each reusing layer, in order.
 
     Raises:
-        ValueError: where no plan is in force, there are too few batches, or activations are not finite.
+        ValueError: where no plan is in force, there are too few batches, the model is in half precision on a CPU, or
+            activations are not finite.
     """
     plan = plan_of(model)
     if plan is None:
         raise ValueError("fit needs a converted model: apply a plan to it first")
-    batches = list(batches)
-    if len(batches) < _HELD_OUT:
-        raise ValueError(
-            f"fit needs at least {_HELD_OUT} calibration batches, got {len(batches)}: split them smaller"
-        )
+    check_precision(model)
+    batches = calibration_batches(batches, _HELD_OUT, "fit")
     recorder = MapRecorder(original)
-    valid = [recorder(batch)[1] for batch in batches]
-    reports = []
+    valid = [recorder(batch).valid for batch in batches]
+    reports: list[LayerFit] = []
     modes = model.training, original.training
     model.eval(), original.eval()
     try:
         for layer in filter(plan.reuses, range(plan.num_layers)):
-            reports.append(_fit_layer(layer, model, original, batches, valid))  # noqa: PERF401  each needs the last
+            report = _fit_layer(layer, model, original, batches, valid)
+            logger.info("layer %d: held-out error %.4f, before %.4f", layer, report.after, report.before)
+            reports.append(report)
     finally:
         model.train(modes[0]), original.train(modes[1])
     return reports
 
 
-def _fit_layer(layer: int, model: nn.Module, original: nn.Module, batches: list, valid: list[Tensor]) -> LayerFit:
-    projection = output_projection(find_stack(model).layers[layer])
-    reference = output_projection(find_stack(original).layers[layer])
-    sums: list[_Sums] = [_Sums() for _ in _DRIFT]
-    held_out: list[tuple[Tensor, Tensor, Tensor]] = []
-    for index, (batch, rows) in enumerate(zip(batches, valid, strict=True)):
-        context, _, inputs = _activations(model, layer, projection, batch)
-        _, target, original_inputs = _activations(original, layer, reference, batch)
-        observed = [tensor[rows].double() for tensor in (context, target, original_inputs - inputs)]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in observed):
-            raise ValueError(f"layer {layer}: activations are not finite; check the calibration batches")
-        context, target, drift = observed
-        if index % _HELD_OUT == _HELD_OUT - 1:
-            held_out.append((context, target, drift))
-        else:
-            for share, accumulated in zip(_DRIFT, sums, strict=True):
-                accumulated.add(context, target + share * drift)
-    weight, bias = _weights(projection)
-    before = _error(weight, bias, held_out)
+def _fit_layer(
+    index: int, model: nn.Module, original: nn.Module, batches: list, valid: list[Bool[Tensor, "batch positions"]]
+) -> LayerFit:
+    layer, reference = find_stack(model).layers[index], find_stack(original).layers[index]
+    projection, original_projection = output_projection(layer), output_projection(reference)
+    moves_values = _values_can_move(layer)
+    start = _read(layer, projection, moves_values)
+    fitted, held_out = _Sums(start), _Sums(start)
+    for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)):
+        with _inputs_for_values(layer.attention) if moves_values else nullcontext():
+            observed, inputs = _until(projection, model, layer, batch)
+        context, original_inputs = _until(original_projection, original, reference, batch)
+        target = original_projection(context).detach()
+        triple = [tensor[rows].double() for tensor in (observed, target, original_inputs - inputs)]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
+            raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
+        (held_out if number % _HELD_OUT == _HELD_OUT - 1 else fitted).add(*triple)
+    before = held_out.error(start)
     best, chosen = before, None
-    for accumulated, ridge in itertools.product(sums, _RIDGES):
-        candidate = accumulated.solve(weight, bias, ridge)
-        error = _error(*candidate, held_out)
+    for share, ridge, moved in itertools.product(_DRIFT, _RIDGES, (False, True) if moves_values else (False,)):
+        candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS if moved else 0)
+        error = held_out.error(candidate)
         if error < best:
-            best, chosen = error, (ridge, candidate)
+            best, chosen = error, (ridge, moved, candidate)
     if chosen is None:
-        return LayerFit(layer, before, before, None)
-    _set_weights(projection, *chosen[1])
-    return LayerFit(layer, before, best, chosen[0])
+        return LayerFit(index, before, before, None, False)
+    ridge, moved, weights = chosen
+    _write(layer, projection, weights, moved)
+    return LayerFit(index, before, best, ridge, moved)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The projections of a reusing layer, head by head, in float64.
+
+        output = Σ_h (inputs[h] values[h] + value_bias[h]) output[h] + bias
+
+    where inputs[h] = A_h X; or the contexts themselves, `values` being the identity, where values do not move.
+    """
+
+    values: Float[Tensor, "heads inputs head_dim"]
+    value_bias: Float[Tensor, "heads head_dim"]
+    output: Float[Tensor, "heads head_dim width"]
+    bias: Float[Tensor, "width"] | None
+
+    def onto(self, matrix: Float[Tensor, "inputs_and_one columns"]) -> Float[Tensor, "context_and_one columns"]:
+        """Bᵀ matrix, where B makes contexts (and a one) of inputs (and a one)."""
+        heads, inputs, _ = self.values.shape
+        context = self.values.mT @ matrix[:-1].view(heads, inputs, -1) + self.value_bias[..., None] * matrix[-1]
+        return torch.cat([context.flatten(0, 1), matrix[-1:]])
+
+    @property
+    def stacked(self) -> Float[Tensor, "context_and_one width"]:
+        """Output projection and bias, one above the other."""
+        bias = self.output.new_zeros(self.output.shape[-1]) if self.bias is None else self.bias
+        return torch.cat([self.output.flatten(0, 1), bias[None]])
 
 
 class _Sums:
-    """Normal equations of a regression with intercept, summed over batches."""
+    """Normal equations of a layer's output, summed over batches: inputs and a one against targets and drift."""
 
-    def __init__(self) -> None:
-        self._gram: Tensor | float = 0.0
-        self._moment: Tensor | float = 0.0
-        self._rows = 0
+    def __init__(self, weights: _Weights) -> None:
+        heads, inputs, _ = weights.values.shape
+        width = weights.output.shape[-1]
+        self._gram = weights.values.new_zeros(heads * inputs + 1, heads * inputs + 1)
+        self._target = weights.values.new_zeros(heads * inputs + 1, width)
+        self._drift = torch.zeros_like(self._target)
+        self._size, self._whole = 0.0, 0.0
+        self._eigen: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, inputs: Float[Tensor, "rows context"], targets: Float[Tensor, "rows width"]) -> None:
+    def add(
+        self,
+        inputs: Float[Tensor, "rows inputs"],
+        target: Float[Tensor, "rows width"],
+        drift: Float[Tensor, "rows width"],
+    ) -> None:
         extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        self._gram = self._gram + extended.mT @ extended
-        self._moment = self._moment + extended.mT @ targets
-        self._rows += len(inputs)
+        self._gram.addmm_(extended.mT, extended)
+        self._target.addmm_(extended.mT, target)
+        self._drift.addmm_(extended.mT, drift)
+        self._size += float(target.square().sum())
+        self._whole += float((target + drift).square().sum())
 
-    def solve(
-        self, weight: Float[Tensor, "width context"], bias: Tensor | None, ridge: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Weights and bias of the regression shrunk towards these; no bias where there was none."""
-        gram, moment = torch.as_tensor(self._gram), torch.as_tensor(self._moment)
+    def error(self, weights: _Weights) -> float:
+        """√(Σ ‖output − target − drift‖² / Σ ‖target‖²): the residual stream's error, by the output's size."""
+        stacked = weights.stacked
+        wrong = (stacked * (self._reduced(weights) @ stacked)).sum()
+        wrong -= 2 * (stacked * weights.onto(self._target + self._drift)).sum()
+        return (max(float(wrong) + self._whole, 0.0) / self._size) ** 0.5
+
+    def solve(self, start: _Weights, ridge: float, share: float, *, sweeps: int) -> _Weights:
+        """Output, then `sweeps` times values and output, each solved exactly and held to `start` by the ridge."""
+        moment = self._target + share * self._drift
+        weights = self._solve_output(start, start, moment, ridge)
+        for _ in range(sweeps):
+            weights = self._solve_values(start, weights, moment, ridge)
+            weights = self._solve_output(start, weights, moment, ridge)
+        return weights
+
+    def _reduced(self, weights: _Weights) -> Float[Tensor, "context_and_one context_and_one"]:
+        return weights.onto(weights.onto(self._gram).mT)
+
+    def _solve_output(self, start: _Weights, weights: _Weights, moment: Tensor, ridge: float) -> _Weights:
+        gram, moment, anchor = self._reduced(weights), weights.onto(moment), start.stacked
         size = len(gram) - 1
-        start = torch.cat([weight.mT, torch.zeros_like(weight[:, :1]).mT if bias is None else bias[None]], 0)
-        if bias is None:
-            gram, moment, start = gram[:size, :size], moment[:size], start[:size]
-        strength = ridge * gram.diagonal()[:size].mean()
-        penalty = torch.full_like(gram.diagonal(), float(strength))
-        penalty[size:] = 0.0
-        change = torch.linalg.solve(gram + penalty.diag(), moment - gram @ start)
-        solved = start + change
-        return solved[:size].mT, None if bias is None else solved[size]
+        if start.bias is None:
+            gram, moment, anchor = gram[:size, :size], moment[:size], anchor[:size]
+        penalty = torch.zeros_like(gram.diagonal())
+        penalty[:size] = ridge * gram.diagonal()[:size].mean()
+        solved = anchor + torch.linalg.solve(gram + penalty.diag(), moment - gram @ anchor)
+        return replace(
+            weights,
+            output=solved[:size].view_as(start.output),
+            bias=None if start.bias is None else solved[size],
+        )
+
+    def _solve_values(self, start: _Weights, weights: _Weights, moment: Tensor, ridge: float) -> _Weights:
+        """Head by head: the minimum over X of ‖inputs[h] X output[h] − what the other heads leave‖² + λ ‖X − X₀‖².
+
+        Its normal equations G X P + λ X = R are diagonal in the eigenvectors of G and of P = output[h] output[h]ᵀ.
+        """
+        heads, inputs, _ = weights.values.shape
+        values, output = weights.values.clone(), weights.output
+        constant = torch.einsum("hd,hdw->w", weights.value_bias, output)
+        constant = constant if weights.bias is None else constant + weights.bias
+        if not self._eigen:
+            blocks = [slice(head * inputs, (head + 1) * inputs) for head in range(heads)]
+            self._eigen = [torch.linalg.eigh(self._gram[block, block]) for block in blocks]
+        for head in range(heads):
+            rows = slice(head * inputs, (head + 1) * inputs)
+            met = torch.einsum("wgv,gvd->wgd", self._gram[rows, :-1].view(inputs, heads, inputs), values)
+            met[:, head] = 0
+            left = moment[rows] - met.flatten(1) @ output.flatten(0, 1)
+            left -= self._gram[rows, -1:] * constant
+            sizes, vectors = self._eigen[head]
+            widths, turned = torch.linalg.eigh(output[head] @ output[head].mT)
+            strength = ridge * sizes.mean() * widths.mean()
+            wanted = vectors.mT @ (left @ output[head].mT + strength * start.values[head]) @ turned
+            values[head] = vectors @ (wanted / (sizes[:, None] * widths + strength)) @ turned.mT
+        return replace(weights, values=values)
 
 
-def _error(weight: Tensor, bias: Tensor | None, held_out: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Relative error of the residual stream: the output's own error and the drift it meets."""
-    wrong, size = 0.0, 0.0
-    for context, target, drift in held_out:
-        output = context @ weight.mT
-        if bias is not None:
-            output = output + bias
-        wrong += float((output - target - drift).square().sum())
-        size += float(target.square().sum())
-    return (wrong / size) ** 0.5
+def _values_can_move(layer: Layer) -> bool:
+    layout: Any = layer.attention._layout
+    values = value_projection(layer)
+    inputs = values.num_heads * values.weight.shape[-1]
+    return layout.computing == 0 and values.num_heads == layout.num_heads and inputs <= _MOST_INPUTS
 
 
-class _Seen(Exception):
-    """The layer has run; the rest of the forward pass is not needed."""
+def _read(layer: Layer, projection: nn.Linear | Conv1D, moves_values: bool) -> _Weights:
+    weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
+    num_heads = layer.attention._layout.num_heads  # type: ignore[union-attr]
+    output = weight.detach().double().unflatten(0, (num_heads, -1))  # type: ignore[arg-type]
+    bias = None if projection.bias is None else projection.bias.detach().double()
+    if moves_values:
+        values = value_projection(layer)
+        value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
+        return _Weights(values.weight.double().mT, value_bias, output, bias)
+    dim = output.shape[1]
+    identity = torch.eye(dim, dtype=torch.float64, device=output.device).expand(len(output), dim, dim)
+    return _Weights(identity, torch.zeros_like(output[..., 0]), output, bias)
 
 
 @torch.no_grad()
-def _activations(
-    model: nn.Module, layer: int, projection: nn.Module, batch: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs and outputs of the projection, and the input of its layer."""
-    module = find_stack(model).layers[layer].layer
+def _write(layer: Layer, projection: nn.Linear | Conv1D, weights: _Weights, moved: bool) -> None:
+    output = weights.output.flatten(0, 1)
+    projection.weight.copy_(output if isinstance(projection, Conv1D) else output.mT)
+    if weights.bias is not None:
+        projection.bias.copy_(weights.bias)
+    if moved:
+        value_projection(layer).assign(weights.values.mT)
+
+
+@contextmanager
+def _inputs_for_values(attention: nn.Module) -> Iterator[None]:
+    """Meanwhile the attention applies its maps to its whole input, once for every head."""
+    num_heads: int = attention._num_value_heads  # type: ignore[assignment]
+    attention._values = lambda states: states[:, None].expand(-1, num_heads, -1, -1)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del attention._values
+
+
+class _Seen(Exception):
+    """The context has been made; the rest of the forward pass is not needed."""
+
+
+@torch.no_grad()
+def _until(
+    projection: nn.Module, model: nn.Module, layer: Layer, batch: Mapping[str, Any]
+) -> tuple[Float[Tensor, "batch positions inputs"], Float[Tensor, "batch positions width"]]:
+    """What reaches an output projection, and the input of its layer."""
     seen: dict[str, Tensor] = {}
 
     def on_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen["hidden_states"] = args[0] if args else kwargs["hidden_states"]
+        seen["inputs"] = args[0] if args else kwargs["hidden_states"]
 
-    def on_projection(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen["context"], seen["output"] = args[0], output
+    def on_projection(module: nn.Module, args: tuple) -> None:
+        seen["context"] = args[0]
         raise _Seen
 
     handles = [
-        module.register_forward_pre_hook(on_layer, with_kwargs=True),
-        projection.register_forward_hook(on_projection),
+        layer.layer.register_forward_pre_hook(on_layer, with_kwargs=True),
+        projection.register_forward_pre_hook(on_projection),
     ]
     try:
         model(**batch)
@@ -189,16 +314,4 @@ def _activations(
     finally:
         for handle in handles:
             handle.remove()
-    return seen["context"], seen["output"], seen["hidden_states"]
-
-
-def _weights(projection: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
-    weight = projection.weight.mT if isinstance(projection, Conv1D) else projection.weight
-    return weight.detach().double(), None if projection.bias is None else projection.bias.detach().double()
-
-
-@torch.no_grad()
-def _set_weights(projection: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
-    projection.weight.copy_(weight.mT if isinstance(projection, Conv1D) else weight)
-    if bias is not None:
-        projection.bias.copy_(bias)
+    return seen["context"], seen["inputs"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mapreuse.models import MapRecorder
+from mapreuse.measure._over_queries import mean_over_queries
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,24 @@ def concentration(
 ) -> Concentration:
     """Concentration of all maps of `model` over `batches`, padding left out.
 
-    Raises `ValueError` where there are no batches, or epsilon is not between 0 and 1.
+    Raises `ValueError` where there are no batches, a map is not finite, or epsilon is not between 0 and 1.
     """
+    check_epsilon(epsilon)
+    shares = partial(summed_shares, epsilon=epsilon, block_rows=block_rows)
+    (heads,), _ = mean_over_queries(model, batches, shares)
+    return Concentration(heads, epsilon, block_rows)
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raises `ValueError` for an epsilon that is not between 0 and 1."""
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
-    recorder = MapRecorder(model)
-    total, num_queries = None, 0
-    for batch in batches:
-        maps, valid = recorder(batch)
-        for item, rows in enumerate(valid):
-            stacked = torch.stack([weights[item][:, rows][:, :, rows] for weights in maps])
-            summed = _summed_shares(stacked, epsilon, block_rows)
-            total = summed if total is None else total + summed
-            num_queries += int(rows.sum())
-    if total is None or num_queries == 0:
-        raise ValueError("no calibration batches: give at least one, such as [{'input_ids': …}]")
-    return Concentration((total / num_queries).float(), epsilon, block_rows)
 
 
-def _summed_shares(
+def summed_shares(
     maps: Float[Tensor, "layers heads query key"], epsilon: float, block_rows: int
 ) -> Float[Tensor, "layers heads"]:
+    """The share of keys that each map of one sequence needs, summed over its queries."""
     num_keys = maps.shape[-1]
     cumulated = maps.double().cumsum(-1)
     first = (cumulated <= epsilon / 2).sum(-1)  # keys before which at most ε/2 of the row lies
@@ -65,4 +63,4 @@ def _summed_shares(
         rows = slice(start, start + block_rows)
         kept = last[..., rows].amax(-1) + 1 - first[..., rows].amin(-1)
         summed += kept.clamp(max=num_keys) / num_keys * first[..., rows].shape[-1]
-    return summed.cpu()
+    return summed

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mapreuse.models import MapRecorder
+from mapreuse.measure._over_queries import mean_over_queries
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,13 @@ def similarity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Simila
 
     Raises `ValueError` where there are no batches, or a map is not finite.
     """
-    recorder = MapRecorder(model)
-    total, num_queries = None, 0
-    for batch in batches:
-        maps, valid = recorder(batch)
-        summed = _summed_similarity(maps, valid)
-        if not bool(torch.isfinite(summed).all()):
-            raise ValueError("an attention map is not finite: check the model's weights and the calibration batches")
-        total = summed if total is None else total + summed
-        num_queries += int(valid.sum())
-    if total is None or num_queries == 0:
-        raise ValueError("no calibration batches: give at least one, such as [{'input_ids': …}]")
-    return Similarity((total / num_queries).float(), num_queries)
+    (heads,), num_queries = mean_over_queries(model, batches, summed_similarity)
+    return Similarity(heads, num_queries)
 
 
-def _summed_similarity(
-    maps: list[Float[Tensor, "batch heads query key"]], valid: Bool[Tensor, "batch query"]
-) -> Float[Tensor, "layers heads layers heads"]:
-    layers, heads = len(maps), maps[0].shape[1]
-    summed = torch.zeros(layers, heads, layers, heads, dtype=torch.float64)
-    for item, rows in enumerate(valid):
-        stacked = torch.stack([weights[item][:, rows][:, :, rows] for weights in maps]).flatten(0, 1)
-        flat = stacked.flatten(1)
-        distance = torch.cdist(flat, flat, p=1) / 2
-        alike = int(rows.sum()) - distance
-        summed += alike.double().cpu().view(layers, heads, layers, heads)
-    return summed
+def summed_similarity(maps: Float[Tensor, "layers heads query key"]) -> Float[Tensor, "layers heads layers heads"]:
+    """The similarity of every pair of maps of one sequence, summed over its queries."""
+    layers, heads, queries, _ = maps.shape
+    flat = maps.flatten(0, 1).flatten(1)
+    alike = queries - torch.cdist(flat, flat, p=1) / 2
+    return alike.double().view(layers, heads, layers, heads)

@@ -4,15 +4,19 @@ from mapreuse.models import _fused, _parakeet, _wav2vec2_conformer  # noqa: F401
 from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of
 from mapreuse.models._files import load, save
-from mapreuse.models._recording import MapRecorder
+from mapreuse.models._recording import MapRecorder, Recording
 from mapreuse.models._sharing import ARGUMENT
 from mapreuse.models._source import Unsupported
-from mapreuse.models._stack import find_stack
+from mapreuse.models._stack import Layer, find_stack
+from mapreuse.models._values import ValueProjection, value_projection
 
 __all__ = [
     "ARGUMENT",
+    "Layer",
     "MapRecorder",
+    "Recording",
     "Unsupported",
+    "ValueProjection",
     "applied_to",
     "apply",
     "find_stack",
@@ -20,4 +24,5 @@ __all__ = [
     "output_projection",
     "plan_of",
     "save",
+    "value_projection",
 ]

@@ -44,7 +44,7 @@ def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
     for index, (layer, adapter) in enumerate(zip(stack.layers, adapters, strict=True)):
         name = f"layer {index} ({type(layer.attention).__name__})"
         _check_implementation(name, layer.attention)
-        heads = _heads_of(name, layer.attention, adapter)
+        heads = heads_of(name, layer.attention, adapter)
         _check_heads(name, plan, index, heads)
         layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads)
         if 0 < layout.computing < layout.num_heads:
@@ -102,7 +102,8 @@ def _check_implementation(name: str, attention: nn.Module) -> None:
         )
 
 
-def _heads_of(name: str, attention: nn.Module, adapter: Adapter) -> Heads:
+def heads_of(name: str, attention: nn.Module, adapter: Adapter) -> Heads:
+    """The geometry of an attention module that is not planned yet. Raises `Unsupported` where it shows none."""
     head_dim = next((getattr(attention, a) for a in HEAD_DIM if isinstance(getattr(attention, a, None), int)), None)
     if head_dim is None:
         raise Unsupported(f"{name} names no head dimension ({', '.join(HEAD_DIM)})")

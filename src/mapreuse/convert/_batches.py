@@ -1,0 +1,32 @@
+"""What a conversion is calibrated on, checked before anything is computed or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def calibration_batches(
+    batches: Iterable[Mapping[str, Any]], fewest: int, reader: str
+) -> list[Mapping[str, Any]]:
+    """The batches as a list. Raises `ValueError` where there are fewer than `reader` needs."""
+    found = list(batches)
+    if len(found) < fewest:
+        raise ValueError(
+            f"{reader} needs at least {fewest} calibration batches, got {len(found)}: "
+            "give more samples, or split them into smaller batches"
+        )
+    return found
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raises `ValueError` for a model in half precision on a CPU, whose products are slow and too coarse there."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is in {str(parameter.dtype).removeprefix('torch.')} on the CPU; "
+                "convert the model in float32: model.float(), or load it with dtype=torch.float32"
+            )
