@@ -5,13 +5,13 @@ import torch
 from families import build
 
 from mapreuse.measure import concentration
-from mapreuse.measure._concentration import _summed_shares
+from mapreuse.measure._concentration import summed_shares
 from mapreuse.models import MapRecorder
 
 
 def shares(rows, epsilon, block_rows):
     maps = torch.as_tensor(rows)[None, None]
-    return (_summed_shares(maps, epsilon, block_rows) / maps.shape[2]).item()
+    return (summed_shares(maps, epsilon, block_rows) / maps.shape[2]).item()
 
 
 def test_a_uniform_map_needs_all_but_what_may_be_left_out():
@@ -41,9 +41,10 @@ def test_the_brute_force_interval_is_no_shorter():
 def test_padding_is_left_out_and_every_layer_and_head_is_measured():
     model, batch = build("bert")
     found = concentration(model, [batch], epsilon=0.1, block_rows=3)
-    maps, valid = MapRecorder(model)(batch)
+    recording = MapRecorder(model)(batch)
+    maps, valid = recording[0], recording[1]
     total = sum(
-        _summed_shares(torch.stack([m[item][:, rows][:, :, rows] for m in maps]), 0.1, 3)
+        summed_shares(torch.stack([m[item][:, rows][:, :, rows] for m in maps]), 0.1, 3)
         for item, rows in enumerate(valid)
     )
     torch.testing.assert_close(found.heads, (total / valid.sum()).float())

@@ -1,5 +1,6 @@
 """What does it cost, how alike are maps?"""
 
+from mapreuse.measure._analysis import Analysis, analyze
 from mapreuse.measure._bench import bench
 from mapreuse.measure._breakdown import (
     Breakdown,
@@ -13,7 +14,9 @@ from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, b
 from mapreuse.measure._concentration import Concentration, concentration
 from mapreuse.measure._config import BenchConfig, plans_for
 from mapreuse.measure._cores import CoresConfig, bench_cores
+from mapreuse.measure._diagonality import Diagonality, diagonality
 from mapreuse.measure._encoders import ENCODERS, SUBSAMPLING, conformer_m
+from mapreuse.measure._entropy import Entropy, entropy
 from mapreuse.measure._flops import PARTS
 from mapreuse.measure._latency import Latency, time_interleaved
 from mapreuse.measure._machine import machine
@@ -24,16 +27,20 @@ __all__ = [
     "ENCODERS",
     "PARTS",
     "SUBSAMPLING",
+    "Analysis",
     "BenchConfig",
     "Breakdown",
     "BreakdownConfig",
     "Concentration",
     "CoresConfig",
+    "Diagonality",
+    "Entropy",
     "Latency",
     "LayerBreakdown",
     "PartCost",
     "Similarity",
     "Table",
+    "analyze",
     "bench",
     "bench_cores",
     "bench_tables",
@@ -44,7 +51,9 @@ __all__ = [
     "concentration",
     "conformer_m",
     "cores_tables",
+    "diagonality",
     "encoders_to_compare",
+    "entropy",
     "machine",
     "plans_for",
     "similarity",
