@@ -1,0 +1,28 @@
+"""Frames taken in steps of several: for techniques that group, stride or pool them."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+
+def in_steps(tensor: Float[Tensor, "*batch frames dim"], size: int) -> Float[Tensor, "*batch steps size dim"]:
+    """Frames by step; those that the last step lacks are zero."""
+    frames = tensor.shape[-2]
+    steps = -(-frames // size)
+    return functional.pad(tensor, (0, 0, 0, steps * size - frames)).unflatten(-2, (steps, size))
+
+
+def valid_steps(valid: Bool[Tensor, "batch frames"] | None, size: int) -> Bool[Tensor, "batch steps"] | None:
+    """Which steps hold a frame that is not padding: those whose first frame is not."""
+    return None if valid is None else valid[:, ::size]
+
+
+def step_distances(
+    position_embeddings: Float[Tensor, "positions distances width"], size: int
+) -> Float[Tensor, "positions step_distances width"]:
+    """Encodings of the distances between steps, (n − 1)·size down to −(n − 1)·size for n steps."""
+    frames = position_embeddings.shape[1] // 2 + 1
+    longest = (frames - 1) // size * size
+    return position_embeddings[:, frames - 1 - longest : frames + longest : size]
