@@ -1,6 +1,6 @@
 """ProbSparse attention: only the queries whose maps are far from uniform attend, the others take the mean.
 
-    u = ⌈F·ln T⌉ queries, those with the greatest  M(q) = max_j(q · k_j) − mean_j(q · k_j)  over u sampled keys j
+    u = ⌈F·ln T⌉ queries (from 2 to T), those with the greatest  M(q) = max_j(q · k_j) − mean_j(q · k_j)  over u sampled keys j
     context[i] = full attention's for those, mean(V) for the others
 
 Cost: 2·T·u·C FLOPs to choose, 4·u·T·C for scores and context, 4·u·T·C for positional scores; 2·(2T − 1)·C² to project
@@ -93,7 +93,7 @@ class ProbSparseAttention(RelativeAttention):
     ) -> tuple[Int[Tensor, "batch heads some"], Bool[Tensor, "batch some"]]:
         """The queries that attend, of every item and head, and which of them an item has by its own length."""
         lengths = valid.sum(1, keepdim=True).clamp(min=1)
-        numbers = (self.factor * lengths.log()).ceil().long().clamp(min=1).minimum(lengths)
+        numbers = (self.factor * lengths.log()).ceil().long().clamp(min=2).minimum(lengths)
         most = int(numbers.max())
         ranks = torch.arange(most, device=query.device)
         is_chosen = ranks < numbers
