@@ -19,6 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from mapreuse import measure
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
@@ -164,6 +166,43 @@ def breakdown(
         plot.parent.mkdir(parents=True, exist_ok=True)
         measure.breakdown_plot(found).savefig(plot, dpi=110, format="png")
     _show(measure.breakdown_tables(found))
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help="recogniser (the shipped one), or a directory of a model")],
+    calibration: Annotated[
+        str, typer.Option(help="text file, folder of wav or flac, datasets directory; of a recogniser, also a corpus")
+    ],
+    out: Annotated[Path, typer.Option(help="directory of tables, heat maps and the page")],
+    max_batches: Annotated[int, typer.Option(help="read no more than 8 sequences for each")] = 64,
+    epsilon: Annotated[float, typer.Option(help="mass of a row that concentration leaves out")] = 0.02,
+) -> None:
+    """Say what a model's attention maps are like: similarity, entropy, diagonality, concentration."""
+    from mapreuse import measure
+
+    opened, batches = _calibrated(model, calibration, max_batches)
+    with _progress() as progress:
+        found = measure.analyze(opened, batches, epsilon=epsilon, progress=progress)
+    command = shlex.join(["mapreuse", *sys.argv[1:]])
+    measure.write_analysis(found, out, model=model, calibration=calibration, command=command)
+    _show(measure.analysis_tables(found))
+    console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
+
+
+def _calibrated(model: str, calibration: str, max_batches: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The model that the command line names, and batches for it."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from mapreuse import speech
+    from mapreuse.convert import open_batches, open_model
+
+    disable_progress_bar()
+    if model == "recogniser" or speech.Recogniser.is_saved_in(model):
+        recogniser = speech.Recogniser.load(speech.BASELINE if model == "recogniser" else model)
+        return recogniser.model, speech.calibration_batches(recogniser, calibration, max_batches=max_batches)
+    opened = open_model(model)
+    return opened.model, open_batches(opened, calibration, max_batches=max_batches)
 
 
 def _show(tables: list[measure.Table]) -> None:

@@ -1,6 +1,14 @@
 """How does a trained model become one that reuses maps, and stays good?"""
 
 from mapreuse.convert._align import align, align_by, group_by
+from mapreuse.convert._calibration import (
+    OpenedModel,
+    batches_by_length,
+    check_enough,
+    open_batches,
+    open_model,
+    sound_files,
+)
 from mapreuse.convert._convert import convert
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
@@ -10,12 +18,18 @@ __all__ = [
     "DistillConfig",
     "Distillation",
     "LayerFit",
+    "OpenedModel",
     "align",
     "align_by",
+    "batches_by_length",
+    "check_enough",
     "convert",
     "distill",
     "fit",
     "group_by",
     "learning_rate",
+    "open_batches",
+    "open_model",
+    "sound_files",
     "spent",
 ]

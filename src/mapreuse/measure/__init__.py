@@ -1,6 +1,15 @@
 """What does it cost, how alike are maps?"""
 
 from mapreuse.measure._analysis import Analysis, analyze
+from mapreuse.measure._analysis_page import analysis_page
+from mapreuse.measure._analysis_report import (
+    HeatMap,
+    analysis_data,
+    analysis_tables,
+    heat_map_plot,
+    heat_maps,
+    write_analysis,
+)
 from mapreuse.measure._bench import bench
 from mapreuse.measure._breakdown import (
     Breakdown,
@@ -35,11 +44,15 @@ __all__ = [
     "CoresConfig",
     "Diagonality",
     "Entropy",
+    "HeatMap",
     "Latency",
     "LayerBreakdown",
     "PartCost",
     "Similarity",
     "Table",
+    "analysis_data",
+    "analysis_page",
+    "analysis_tables",
     "analyze",
     "bench",
     "bench_cores",
@@ -54,8 +67,11 @@ __all__ = [
     "diagonality",
     "encoders_to_compare",
     "entropy",
+    "heat_map_plot",
+    "heat_maps",
     "machine",
     "plans_for",
     "similarity",
     "time_interleaved",
+    "write_analysis",
 ]

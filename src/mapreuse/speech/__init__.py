@@ -1,5 +1,6 @@
 """A speech recogniser to reuse maps in: corpora, features, model, training, decoding, error rates."""
 
+from mapreuse.speech._calibration import calibration_batches
 from mapreuse.speech._corpora import Corpus, open_corpus, split_by_transcript
 from mapreuse.speech._decoding import beam_search, greedy
 from mapreuse.speech._errors import CorpusError
@@ -26,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "alphabet",
     "beam_search",
+    "calibration_batches",
     "evaluate",
     "features",
     "generate_texts",

@@ -199,6 +199,11 @@ class Recogniser:
             (directory / _LANGUAGE_MODEL).unlink(missing_ok=True)
         (directory / _DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    @staticmethod
+    def is_saved_in(directory: str | Path) -> bool:
+        """Whether a directory is one that `save` wrote."""
+        return (Path(directory) / _DESCRIPTION).is_file()
+
     @classmethod
     def load(cls, directory: str | Path) -> "Recogniser":
         """The recogniser of a directory that `save` wrote, in float32, ready to evaluate.
@@ -206,7 +211,7 @@ class Recogniser:
         Raises `ValueError` with one line where the directory is not one, or is damaged.
         """
         directory = Path(directory)
-        if not (directory / _DESCRIPTION).is_file():
+        if not cls.is_saved_in(directory):
             raise ValueError(f"{directory} holds no recogniser: {_DESCRIPTION} is missing")
         model = models.load(directory)
         try:
