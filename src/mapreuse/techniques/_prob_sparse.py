@@ -1,7 +1,7 @@
 """ProbSparse attention: only the queries whose maps are far from uniform attend, the others take the mean.
 
-    u = ⌈F·ln T⌉ queries (from 2 to T), those with the greatest  M(q) = max_j(q · k_j) − mean_j(q · k_j)  over u sampled keys j
-    context[i] = full attention's for those, mean(V) for the others
+    M(q) = max_j(q · k_j) − mean_j(q · k_j)  over u sampled keys j;  u = ⌈F·ln T⌉, at least 2, at most T
+    context[i] = full attention's for the u queries with the greatest M, mean(V) for the others
 
 Cost: 2·T·u·C FLOPs to choose, 4·u·T·C for scores and context, 4·u·T·C for positional scores; 2·(2T − 1)·C² to project
 the distances. Stored: T·u and 3·u·T numbers for each head. All are O(T log T).
