@@ -60,7 +60,7 @@ def open_model(path: str | Path) -> OpenedModel:
         raise ValueError(f"{path}: no such directory")
     try:
         if (directory / _MODULES).is_file():
-            directory /= json.loads((directory / _MODULES).read_text(encoding="utf-8"))[0]["path"]
+            directory /= _first_module(directory / _MODULES)
         if not (directory / _CONFIG).is_file():
             raise ValueError(f"it holds no model: {_CONFIG} is missing")
         model = _model(directory)
@@ -139,6 +139,14 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, budget: int) -> l
         else:
             batches.append([index])
     return batches
+
+
+def _first_module(file: Path) -> str:
+    """The folder of a sentence-transformers model's first module, its transformer."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))[0]["path"])
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"{_MODULES} does not say where its modules lie") from None
 
 
 def _model(directory: Path) -> PreTrainedModel:
@@ -272,8 +280,9 @@ def _column(path: Path, name: str) -> Iterator[Any]:
     }
     columns = audio if name == "audio" else texts
     if name not in columns and len(columns) != 1:
-        raise ValueError(f"{path}: has no column {name!r} of {name}; its columns are {', '.join(loaded.features)}")
+        raise ValueError(f"{path}: name the column that holds {name} {name!r}, among {', '.join(loaded.features)}")
     chosen = name if name in columns else columns.pop()
+    loaded = loaded.select_columns([chosen])  # a row would decode all its columns
     if name == "audio":
         loaded = loaded.cast_column(chosen, datasets.Audio(decode=False))
     return (row[chosen] for row in loaded)

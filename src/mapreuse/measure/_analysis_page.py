@@ -46,8 +46,8 @@ def analysis_page(analysis: Analysis, *, model: str, calibration: str, command: 
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<style>{_STYLE}{_colours()}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>",
-        f"<p>{num_layers} layers of {num_heads} heads, over {analysis.similarity.num_queries} queries of "
-        f"{escape(calibration)}; padding is left out. Layers and heads count from 0.</p>",
+        f"<p>Layers: {num_layers}; heads in each: {num_heads}; both count from 0. Measured over "
+        f"{analysis.similarity.num_queries} queries of {escape(calibration)}, padding left out.</p>",
         f"<p>Made by <code>{escape(command)}</code></p>",
         f"<h2>Layers</h2>\n{_text_table(layers)}",
         *(_section(shown) for shown in heat_maps(analysis)),
@@ -159,9 +159,9 @@ def _curves(ranges: Float[Tensor, " points"], curves: Float[Tensor, "layers poin
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, ranges.tolist(), curve))
         lines.append(f'<polyline class="s{level}" points="{points}"><title>layer {layer}</title></polyline>')
     ticks = "".join(
-        f'<text x="{at(share, 0)[0]:.0f}" y="{top + height + 18}" text-anchor="middle">{share:g}</text>'
-        f'<text x="{left - 6}" y="{at(0, share)[1] + 4:.0f}" text-anchor="end">{share:g}</text>'
-        for share in (0, 0.25, 0.5, 0.75, 1)
+        f'<text x="{at(share, 0.0)[0]:.0f}" y="{top + height + 18}" text-anchor="middle">{share:g}</text>'
+        f'<text x="{left - 6}" y="{at(0.0, share)[1] + 4:.0f}" text-anchor="end">{share:g}</text>'
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0)
     )
     said = ", ".join(f"layer {layer}: {curve[5]:.2f}" for layer, curve in enumerate(curves.tolist()))
     return (

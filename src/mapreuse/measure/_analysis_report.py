@@ -58,7 +58,7 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
             "the row's, averaged. Layers near 1 may share a map.",
             "layer that computes",
             "layer that reuses",
-            (0, 1),
+            (0.0, 1.0),
             {"": analysis.similarity.layers},
         ),
         HeatMap(
@@ -68,7 +68,7 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
             "1 where to all alike.",
             "layer",
             "head",
-            (0, 1),
+            (0.0, 1.0),
             {"": analysis.entropy.relative},
         ),
         HeatMap(
@@ -78,7 +78,7 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
             "spread evenly. Colours begin at 0.5.",
             "layer",
             "head",
-            (0.5, 1),
+            (0.5, 1.0),
             {"": analysis.diagonality.heads},
         ),
         HeatMap(
@@ -88,7 +88,7 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
             "mass: what a map stored sparsely would cost, beside the whole.",
             "layer",
             "head",
-            (0, 1),
+            (0.0, 1.0),
             {"": analysis.concentration.heads},
         ),
     ]
@@ -101,7 +101,7 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
                 "Similarity of every head of a layer to every head of the layer before it.",
                 "head of the layer before",
                 "head of the layer",
-                (0, 1),
+                (0.0, 1.0),
                 {f"layers {layer} and {layer + 1}": pair for layer, pair in enumerate(pairs)},
             )
         )
