@@ -163,3 +163,24 @@ def relative_map(attention: nn.Module, query, key, relative_key, scaling: float,
 def content_map(query: Tensor, key: Tensor) -> Tensor:
     """The map of attention without positions."""
     return torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
+
+
+def distances(frames: int) -> Tensor:
+    """j − i of query i and key j."""
+    places = torch.arange(frames)
+    return places[None, :] - places[:, None]
+
+
+def windowed_map(attention: nn.Module, hidden_states, positions, radius: int, num_global: int = 0) -> Tensor:
+    """The map of a band and of global frames, between which contents alone count."""
+    frames = len(hidden_states)
+    apart = distances(frames)
+    is_global = torch.zeros(frames, frames, dtype=torch.bool)
+    is_global[:num_global], is_global[:, :num_global] = True, True
+    query, key = by_head(attention.q_proj(hidden_states)), by_head(attention.k_proj(hidden_states))
+    relative_key = by_head(attention.relative_k_proj(positions))[:, frames - 1 + apart]
+    content = (query + attention.bias_u[:, None]) @ key.mT
+    positional = torch.einsum("hid,hijd->hij", query + attention.bias_v[:, None], relative_key)
+    scores = (content + positional.masked_fill(is_global, 0.0)) * HEAD_DIM**-0.5
+    allowed = (apart.abs() <= radius) | is_global
+    return torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)

@@ -5,7 +5,7 @@
 Q̃ and K̃ are means of M equal segments of an utterance's frames; the pseudo-inverse of A is approached by six steps of
 Z ← ¼ Z (13 I − A Z (15 I − A Z (7 I − A Z))) from Z = Aᵀ / (‖A‖₁ ‖A‖∞).
 
-Cost: 10·T·M·C FLOPs and, for every head, 48·M³ for the pseudo-inverse. Stored: 2·T·M·H numbers.
+Cost: 8·T·M·C FLOPs and, for every head, 48·M³ for the pseudo-inverse. Stored: 2·T·M·H numbers.
 
 Segments follow each utterance's own length, so nothing depends on padding; one with fewer than M frames has as many
 landmarks as frames, each a frame, and its context is that of full attention without positions. The paper adds a

@@ -4,8 +4,8 @@
 
 with context_full the context of full attention, of which only those rows are computed.
 
-Cost: 6·T²·C / S FLOPs, and a query projection of T / S frames; 2·(2T − 1)·C² to project the distances. Stored: the
-scores of a block of rows at a time.
+Cost: 6·T²·C / S + 128·T·C FLOPs, since a block of 64 rows spans 64·S distances more than each of them meets; a
+query projection of T / S frames; 2·(2T − 1)·C² to project the distances. Stored: the scores of a block at a time.
 
 In the paper strided attention stands where the encoder halves its frame rate, and frames between are dropped; here
 the rate stays, so they share what the S-th frame found.
@@ -26,7 +26,7 @@ from mapreuse.techniques._attention import RelativeAttention
 from mapreuse.techniques._encoder import replace_attention, untouched_encoder
 from mapreuse.techniques._technique import Model, register
 
-_ROWS = 128
+_ROWS = 64
 """Query rows that are computed at a time."""
 
 
