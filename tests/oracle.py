@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,16 +13,21 @@ from mapreuse import ReusePlan
 
 
 @contextmanager
-def softmax_follows(plan: ReusePlan) -> Iterator[list[Tensor]]:
+def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = None) -> Iterator[list[Tensor]]:
     """While open, the n-th softmax of a forward is layer n's, and its reusing heads take their sources' weights.
 
-    Yields the weights in effect, layer by layer. Fails where a forward ran another number of softmaxes.
+    Where the layers' attention modules are given, only what runs inside one of them counts (experts have a softmax
+    of their own, and so have other stacks). Yields the weights in effect, layer by layer. Fails where a forward ran
+    another number of softmaxes.
     """
     original = nn.functional.softmax
     own: list[Tensor] = []
     in_effect: list[Tensor] = []
+    inside: list[nn.Module] = []
 
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
+        if attentions is not None and not inside:
+            return original(*args, **kwargs)
         if args[0].dtype == torch.float64:
             kwargs.pop("dtype", None)  # many families ask for float32, which is a loss here
         weights = original(*args, **kwargs)
@@ -35,11 +40,18 @@ def softmax_follows(plan: ReusePlan) -> Iterator[list[Tensor]]:
         in_effect.append(torch.stack(heads, 1))
         return in_effect[-1]
 
-    nn.functional.softmax = softmax
-    try:
-        yield in_effect
-    finally:
-        nn.functional.softmax = original
+    def leave(*call: Any) -> None:
+        inside.pop()
+
+    with ExitStack() as hooks:
+        for attention in attentions or ():
+            hooks.enter_context(attention.register_forward_pre_hook(lambda module, _: inside.append(module)))
+            hooks.enter_context(attention.register_forward_hook(leave, always_call=True))
+        nn.functional.softmax = softmax
+        try:
+            yield in_effect
+        finally:
+            nn.functional.softmax = original
     assert len(own) == plan.num_layers, f"{len(own)} softmaxes ran, for {plan.num_layers} layers"
 
 

@@ -132,11 +132,6 @@ ALTERATIONS = {
         "scaling=self.scaling, s_aux=self.sinks,",
         "its attention takes s_aux",
     ),
-    "arguments not passed on": (
-        "scaling=self.scaling, **kwargs",
-        "scaling=self.scaling",
-        r"does not pass \*\*kwargs",
-    ),
     "the output gated": (
         "attn_output = self.o_proj(attn_output)",
         "attn_output = self.o_proj(attn_output) * self.gate",
@@ -152,10 +147,42 @@ ALTERATIONS = {
         "self.o_proj(attn_output, scale=2)",
         "unexpected step after attention",
     ),
-    "no keyword arguments": (
-        "past_key_values=None, **kwargs):",
-        "past_key_values=None, kwargs={}):",
-        r"its forward takes no \*\*kwargs",
+    "values of a grid": (
+        "input_shape = hidden_states.shape[:-1]",
+        "batch, height, width, _ = hidden_states.shape\n    input_shape = hidden_states.shape[:-1]",
+        r"its hidden states have 4 dimensions, not \(batch, positions, width\)",
+    ),
+    "an interface that other names do not reach": (
+        "ALL_ATTENTION_FUNCTIONS.get_interface(\n        self",
+        "getattr(\n        ALL_ATTENTION_FUNCTIONS, self",
+        "is not chosen by self.config._attn_implementation from ALL_ATTENTION_FUNCTIONS",
+    ),
+    "the output under another name, and the old one returned": (
+        "attn_output = self.o_proj(attn_output)",
+        "projected = self.o_proj(attn_output)",
+        "unexpected step after attention: attn_output",
+    ),
+    "the weights projected": (
+        "attn_output = self.o_proj(attn_output)",
+        "attn_weights = self.o_proj(attn_output)",
+        "unexpected step after attention: attn_weights = ",
+    ),
+    "a projection after dropout of the output": (
+        "attn_output = self.o_proj(attn_output)",
+        "attn_output = nn.functional.dropout(attn_output, p=self.dropout, training=self.training)\n"
+        "    attn_output = self.o_proj(attn_output)",
+        "unexpected step after dropout of the output",
+    ),
+    "dropout of the output that is not for training alone": (
+        "attn_output = self.o_proj(attn_output)",
+        "attn_output = self.o_proj(attn_output)\n"
+        "    attn_output = nn.functional.dropout(attn_output, p=self.dropout)",
+        "unexpected step after attention",
+    ),
+    "a shape that is not only a shape": (
+        "attn_output = self.o_proj(attn_output)",
+        "scale = attn_output.size() + self.norm(attn_output)\n    attn_output = self.o_proj(attn_output)",
+        "unexpected step after attention",
     ),
     "values not handed over": (
         "value_states, attention_mask,",

@@ -1,5 +1,7 @@
 """The reader of forwards: it serves what follows the pattern, and refuses, with the reason, what does not."""
 
+import copy
+
 import pytest
 import torch
 from agreement import PLANS
@@ -86,11 +88,26 @@ def test_a_forward_that_was_changed_is_refused_with_the_reason(monkeypatch, alte
             "if past_key_values is not None and self.training:\n        key_states",
         ),
         ("dropout=0.0 if not self.training else self.attention_dropout, ", ""),
+        # Maps that are not handed on as an argument are borne.
+        ("scaling=self.scaling, **kwargs", "scaling=self.scaling"),
         # Other ways of saying the same.
         (
             "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
             "values = self.v_proj(hidden_states)\n"
             "    value_states = values.reshape(*hidden_shape).transpose(1, 2).contiguous()",
+        ),
+        (
+            "attn_output = self.o_proj(attn_output)\n    return attn_output",
+            "projected = self.o_proj(attn_output)\n    return projected",
+        ),
+        (
+            "attn_output = attn_output.reshape(*input_shape, -1)",
+            "shape = attn_output.size()[:-2] + (-1,)\n    attn_output = attn_output.reshape(shape)",
+        ),
+        (
+            "attn_output = self.o_proj(attn_output)",
+            "attn_output = self.o_proj(attn_output)\n    attn_output = nn.functional.dropout(attn_output, "
+            "p=self.attention_dropout, training=self.training)",
         ),
     ],
 )
@@ -244,10 +261,7 @@ LOOP = "for i, layer_module in enumerate(self.layer):"
         (BertEncoder, LOOP, LOOP.replace("self.layer", "reversed(self.layer)"), "does not run its layer one after"),
         (BertEncoder, LOOP, f"for _ in range(2):\n      {LOOP}", "does not run its layer one after the other"),
         (BertEncoder, LOOP, LOOP.replace("self.layer", "self.layer[: self.config.num_hidden_layers]"), None),
-        (BertEncoder, "**kwargs,", "", r"does not pass \*\*kwargs to its layer, so no map can travel"),
-        (BertLayer, "**kwargs,", "", r"does not pass \*\*kwargs to attention, so no map can travel"),
-        (BertAttention, "**kwargs,", "", r"does not pass \*\*kwargs to self, so no map can travel"),
-        (BertAttention, "**kwargs,", "**{},", r"does not pass \*\*kwargs to self, so no map can travel"),
+        (BertEncoder, "layer_module(", "self.call(layer_module,", "does not call its layer in their loop"),
     ],
 )
 def test_maps_must_be_able_to_travel_from_the_stack_to_every_attention(monkeypatch, cls, old, new, problem):
@@ -258,6 +272,38 @@ def test_maps_must_be_able_to_travel_from_the_stack_to_every_attention(monkeypat
         mr.apply(model, mr.ReusePlan.grouped(4, 2))
         return
     with pytest.raises(Unsupported, match=f"^{cls.__name__}: its forward {problem}"):
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+
+
+def bert_that_passes_nothing_on(monkeypatch, cls, implementation="sdpa"):
+    """A BERT whose stack, layers or attentions do not hand their keyword arguments to the next."""
+    model, batch = build("bert", implementation=implementation)
+    monkeypatch.setattr(cls, "forward", rewritten(cls, "**kwargs,", ""))
+    return model, batch
+
+
+@pytest.mark.parametrize("cls", [BertEncoder, BertLayer, BertAttention])
+def test_where_no_keyword_arguments_are_passed_on_maps_are_borne(monkeypatch, cls):
+    with monkeypatch.context() as patched:
+        eager, batch = bert_that_passes_nothing_on(patched, cls, "eager")
+    with monkeypatch.context() as patched, torch.no_grad():
+        model, _ = bert_that_passes_nothing_on(patched, cls)
+        for plan in (PLANS["full"], PLANS["other heads"], PLANS["two sources"]):
+            ours = mr.apply(copy.deepcopy(model), plan)(**batch).last_hidden_state
+            reference = defined_output(eager, batch, plan)
+            assert disagreement(ours, reference, batch["attention_mask"].bool()) <= 1e-4
+
+
+def test_maps_are_not_borne_to_an_attention_that_is_called_twice(monkeypatch):
+    model, _ = build("bert")
+    once = "attention_output, attn_weights = self.self("
+    new = f"self.self(hidden_states)\n    kwargs = {{}}\n    {once}"
+    forward = rewritten(BertAttention, once, new)
+    monkeypatch.setattr(BertAttention, "forward", forward)
+    monkeypatch.setattr(BertAttention, "forward", rewritten(BertAttention, "**kwargs,", ""))
+    with pytest.raises(
+        Unsupported, match=r"BertAttention: .* to self, and calls it in 2 places, so no map can travel"
+    ):
         mr.apply(model, mr.ReusePlan.grouped(4, 2))
 
 

@@ -330,10 +330,6 @@ UNSUPPORTED = {
         lambda: tf.MobileBertModel(tf.MobileBertConfig(**SIZE | TEXT, embedding_size=32, intra_bottleneck_size=32)),
         "MobileBertSelfAttention: values are computed as self.value.value_tensor.",
     ),
-    "StableLM": (
-        lambda: tf.StableLmModel(tf.StableLmConfig(**SIZE | TEXT)),
-        r"StableLmDecoderLayer: its forward does not pass \*\*kwargs to self_attn",
-    ),
     "Falcon": (lambda: tf.FalconModel(tf.FalconConfig(**SIZE, vocab_size=50)), "FalconAttention: .*interface"),
 }
 

@@ -1,6 +1,6 @@
 """Where does attention live in this model family, and how is it made to share maps?"""
 
-from mapreuse.models import _fused, _parakeet, _wav2vec2_conformer  # noqa: F401  registers their adapters
+from mapreuse.models import _fused, _packed, _parakeet, _wav2vec2_conformer  # noqa: F401  registers their adapters
 from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of
 from mapreuse.models._files import load, save

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.models._reading import AttentionForm, read_attention
-from mapreuse.models._sharing import SharingAttention
+from mapreuse.models._sharing import ReusingAttention, SharingAttention
 from mapreuse.models._source import Unsupported, fingerprint_of
 from mapreuse.models._stack import Layer, feeds_output
 
@@ -21,17 +21,24 @@ class Adapter:
     Attributes:
         form: attribute names of the module, by the part they play.
         computing: mixin with a forward of its own for layers that compute; None where the original forward serves.
+        reusing: mixin for layers that reuse.
         per_head: the projections and parameters of `form.query` and `form.key` that `computing` expects to hold only
             the heads that compute.
         fused: the projection that makes queries, keys and values together, as three blocks in this order; else None.
+        interface: the original goes through `transformers`' attention interface.
+        head_dim: width of a head, where the module does not name it.
     """
 
     form: AttentionForm
     computing: type[SharingAttention] | None = None
+    reusing: type[SharingAttention] = ReusingAttention
     per_head: tuple[str, ...] = ()
     fused: str | None = None
+    interface: bool = True
+    head_dim: int | None = None
 
 
+_STYLES: list[Callable[[nn.Module], Adapter | None]] = []
 _ADAPTERS: dict[str, tuple[str, Callable[[nn.Module], Adapter]]] = {}
 
 
@@ -50,6 +57,12 @@ def register_attention(class_name: str, *, fingerprint: str) -> Callable:
     return register
 
 
+def register_style(make: Callable[[nn.Module], Adapter | None]) -> Callable[[nn.Module], Adapter | None]:
+    """Register a function that makes the adapter of every module written in one style, and None for others."""
+    _STYLES.append(make)
+    return make
+
+
 def adapter_of(module: nn.Module) -> Adapter:
     """The adapter of an attention module. Raises `Unsupported`, naming its class and the reason."""
     cls = type(module)
@@ -58,7 +71,8 @@ def adapter_of(module: nn.Module) -> Adapter:
             f"{cls.__name__}: its forward was replaced on the module itself, by a device map or a patch"
         )
     if cls.__name__ not in _ADAPTERS:
-        return Adapter(read_attention(cls))
+        in_style = next(filter(None, (style(module) for style in _STYLES)), None)
+        return in_style or Adapter(read_attention(cls))
     fingerprint, make = _ADAPTERS[cls.__name__]
     found = fingerprint_of(cls)
     if found != fingerprint:

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from mapreuse.maps import STRATEGIES, Demand, SharedMaps
+from mapreuse.models._bearing import bear_maps
 from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
+from mapreuse.models._packed import unpacked
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
 from mapreuse.models._source import Unsupported, parameter_names
-from mapreuse.models._stack import find_stack
+from mapreuse.models._stack import find_stack, maps_travel_by_keyword
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -62,14 +64,17 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} and auto, got {strategy!r}")
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
-    stack = find_stack(model)
-    conversions = check(model, stack, plan)
     before = sum(parameter.numel() for parameter in model.parameters())
-    with unchanged_on_failure(conversions):
-        for conversion in conversions:
-            convert(conversion)
+    with unpacked(find_stack(model)) as stack:
+        conversions = check(model, stack, plan)
+        by_keyword = maps_travel_by_keyword(stack) and all(c.adapter.form.takes_maps for c in conversions)
+        with unchanged_on_failure(conversions):
+            for conversion in conversions:
+                convert(conversion)
     applied = Applied(plan, strategy, memory_budget, _demand(plan), parameter_names(type(stack.module)))
     stack.module._map_reuse = applied  # type: ignore[assignment]
+    if not by_keyword:
+        bear_maps(stack.module, stack.attention_paths)
     stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
     reusing = sum(plan.reuses(layer) for layer in range(plan.num_layers))

@@ -12,7 +12,7 @@ from mapreuse.models._conversion import Conversion, Heads
 from mapreuse.models._layout import lay_out
 from mapreuse.models._reading import HEAD_DIM
 from mapreuse.models._source import Unsupported
-from mapreuse.models._stack import Layer, Stack, check_maps_travel
+from mapreuse.models._stack import Layer, Stack
 from mapreuse.plan import ReusePlan
 
 _KIND = (
@@ -23,6 +23,8 @@ _KIND = (
     "is_sliding",
     "use_rope",
     "is_local_attention",
+    "window_size",
+    "shift_size",
 )
 """Attributes that say which mask and which positions a layer's map is computed with."""
 
@@ -35,7 +37,6 @@ def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
     for index, layer in enumerate(stack.layers):
         adapters.append(adapter_of(layer.attention))
         _check_projections(f"layer {index}", layer, adapters[index])
-    check_maps_travel(stack)
     if plan.num_layers != len(stack.layers):
         raise ValueError(
             f"the plan speaks of {plan.num_layers} layers, but {type(stack.module).__name__} has {len(stack.layers)}"
@@ -43,7 +44,8 @@ def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
     conversions = []
     for index, (layer, adapter) in enumerate(zip(stack.layers, adapters, strict=True)):
         name = f"layer {index} ({type(layer.attention).__name__})"
-        _check_implementation(name, layer.attention)
+        if adapter.interface:
+            _check_implementation(name, layer.attention)
         heads = heads_of(name, layer.attention, adapter)
         _check_heads(name, plan, index, heads)
         layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads)
@@ -104,7 +106,8 @@ def _check_implementation(name: str, attention: nn.Module) -> None:
 
 def heads_of(name: str, attention: nn.Module, adapter: Adapter) -> Heads:
     """The geometry of an attention module that is not planned yet. Raises `Unsupported` where it shows none."""
-    head_dim = next((getattr(attention, a) for a in HEAD_DIM if isinstance(getattr(attention, a, None), int)), None)
+    named = (getattr(attention, name, None) for name in HEAD_DIM)
+    head_dim = adapter.head_dim or next((dim for dim in named if isinstance(dim, int)), None)
     if head_dim is None:
         raise Unsupported(f"{name} names no head dimension ({', '.join(HEAD_DIM)})")
     value = _outputs_of(attention.get_submodule(adapter.form.value))

@@ -11,7 +11,7 @@ from torch import nn
 from mapreuse.models._adapters import Adapter
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._projections import HeadSubsetLinear, head_rows, take_inputs, take_outputs
-from mapreuse.models._sharing import ReusingAttention, dispatch_here, sharing_class
+from mapreuse.models._sharing import SharingAttention, dispatch_here, sharing_class
 from mapreuse.models._stack import Layer
 
 
@@ -48,14 +48,14 @@ def convert(conversion: Conversion) -> None:
     attention, adapter, layout = conversion.layer.attention, conversion.adapter, conversion.layout
     form, dim = adapter.form, conversion.heads.head_dim
     own = layout.order[: layout.computing]
+    if layout.computing == 0:
+        for attribute in (*form.query, *form.key):
+            if attribute in attention._modules or attribute in attention._parameters:
+                delattr(attention, attribute)
     if adapter.fused is not None:
         _take_fused(conversion, own)
     else:
-        if layout.computing == 0:
-            for attribute in (*form.query, *form.key):
-                if attribute in attention._modules or attribute in attention._parameters:
-                    delattr(attention, attribute)
-        elif not layout.computes_all:
+        if 0 < layout.computing < layout.num_heads:
             _keep_heads(conversion, own)
         if layout.value_order != tuple(range(len(layout.value_order))):
             take_outputs(attention.get_submodule(form.value), head_rows(layout.value_order, dim))
@@ -65,7 +65,11 @@ def convert(conversion: Conversion) -> None:
     attention._layout = layout  # type: ignore[assignment]
     attention._form = form  # type: ignore[assignment]
     attention._num_value_heads = conversion.heads.num_value_heads  # type: ignore[assignment]
-    mixin = adapter.computing if layout.computing else ReusingAttention
+    if adapter.head_dim is not None:
+        attention.head_dim = dim  # type: ignore[assignment]
+    mixin = adapter.computing if layout.computing else adapter.reusing
+    if isinstance(attention, SharingAttention):
+        return
     if mixin is None:
         dispatch_here(attention)
     else:

@@ -15,7 +15,9 @@ from mapreuse.models._sharing import ComputingAttention, make_scores
 from mapreuse.models._source import Unsupported
 
 
-class _FusedComputing(ComputingAttention):
+class FusedComputing(ComputingAttention):
+    """Queries, keys and values from one projection, `_form.value`, as three blocks in this order."""
+
     def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of the heads that compute, values of all."""
         fused = getattr(self, self._form.value)(hidden_states)
@@ -25,7 +27,7 @@ class _FusedComputing(ComputingAttention):
         return self._heads(query), self._heads(key), values
 
 
-class _ModernBertComputing(_FusedComputing):
+class _ModernBertComputing(FusedComputing):
     def _project(
         self,
         hidden_states: Float[Tensor, "batch tokens width"],
@@ -41,7 +43,7 @@ class _ModernBertComputing(_FusedComputing):
         return scores, values
 
 
-class _GPT2Computing(_FusedComputing):
+class _GPT2Computing(FusedComputing):
     def _project(
         self,
         hidden_states: Float[Tensor, "batch tokens width"],

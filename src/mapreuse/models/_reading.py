@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from mapreuse.models._source import Unsupported, forward_of, self_attributes
+from mapreuse.models._source import Unsupported, calls_with_kwargs, forward_of, self_attributes
 
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 """Names under which attention modules keep the width of one head."""
 
 _CALL = "attention_interface"
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _ARGUMENTS = ("module", "query", "key", "value", "attention_mask")
 _UNDERSTOOD = {
     *_ARGUMENTS,
@@ -55,6 +57,8 @@ class AttentionForm:
         output: the modules that the context passes through, in order.
         dropout: path of the attribute that holds the dropout probability of the weights, or None.
         bias: those among `key` that enter the mask or the bias of the scores, for all heads at once.
+        output_dropout: attribute that holds the probability with which the output is dropped at the end, or None.
+        takes_maps: True where the forward hands its keyword arguments to the attention function, maps among them.
     """
 
     query: tuple[str, ...]
@@ -63,6 +67,8 @@ class AttentionForm:
     output: tuple[str, ...]
     dropout: str | None
     bias: tuple[str, ...] = ()
+    output_dropout: str | None = None
+    takes_maps: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,12 @@ def read_attention(cls: type[nn.Module]) -> AttentionForm:
     """The form of an attention class. Raises `Unsupported` where its forward does not follow the pattern."""
     function = forward_of(cls)
     before, call, after = _split_at_call(cls, list(_straight_line(function.body, certain=True)))
-    if function.args.kwarg is None:
-        raise Unsupported(f"{cls.__name__}: its forward takes no **kwargs, so no map can be handed to it")
     arguments = _call_arguments(cls, call)
-    values = _resolve(arguments["value"], before)
-    value = _value_projection(cls, values, hidden_states=function.args.args[1].arg)
-    output = _output(cls, call, after)
+    hidden_states = function.args.args[1].arg
+    _check_dimensions(cls, before, hidden_states)
+    values = _inlined(cls, _resolve(arguments["value"], before))
+    value = _value_projection(cls, values, hidden_states)
+    output, output_dropout = _output(cls, call, after)
     kept = self_attributes(values) | set(output)
     made_from = {name: _with_methods(cls, _made_from(before, argument)) for name, argument in arguments.items()}
     if value in made_from["query"] | made_from["key"]:
@@ -97,6 +103,8 @@ def read_attention(cls: type[nn.Module]) -> AttentionForm:
         output=output,
         dropout=_dropout(arguments.get("dropout")),
         bias=tuple(sorted(bias)),
+        output_dropout=output_dropout,
+        takes_maps=function.args.kwarg is not None and _CALL in calls_with_kwargs(call, function),
     )
 
 
@@ -158,25 +166,20 @@ def _split_at_call(cls: type, steps: list[_Step]) -> tuple[list[_Step], ast.Assi
         line = ast.unparse(step.statement).splitlines()[0]
         raise Unsupported(f"{cls.__name__}: unexpected step before attention: {line}")
     chosen = " ".join(ast.unparse(value) for names, value in map(_assignment, before) if _CALL in names and value)
-    if "self.config._attn_implementation" not in chosen:
-        raise Unsupported(f"{cls.__name__}: {_CALL} is not chosen by self.config._attn_implementation")
+    if not re.search(rf"{_REGISTRY}(\.get_interface\(|\[)self\.config\._attn_implementation", chosen):
+        raise Unsupported(
+            f"{cls.__name__}: {_CALL} is not chosen by self.config._attn_implementation from {_REGISTRY}"
+        )
     return before, call, steps[index + 1 :]
 
 
 def _call_arguments(cls: type, call: ast.Assign) -> dict[str, ast.expr]:
     assert isinstance(call.value, ast.Call)
     arguments = dict(zip(_ARGUMENTS, call.value.args, strict=False))
-    passes_kwargs = False
-    for keyword in call.value.keywords:
-        if keyword.arg is None:
-            passes_kwargs = True
-        else:
-            arguments[keyword.arg] = keyword.value
+    arguments |= {keyword.arg: keyword.value for keyword in call.value.keywords if keyword.arg is not None}
     unknown = sorted(set(arguments) - _UNDERSTOOD)
     if unknown:
         raise Unsupported(f"{cls.__name__}: its attention takes {', '.join(unknown)}, which may change the map")
-    if not passes_kwargs:
-        raise Unsupported(f"{cls.__name__}: its forward does not pass **kwargs on to {_CALL}")
     missing = [name for name in ("query", "key", "value") if name not in arguments]
     if missing:
         raise Unsupported(f"{cls.__name__}: {_CALL} is called without {', '.join(missing)}")
@@ -268,6 +271,36 @@ def _copied(expression: ast.expr) -> ast.expr:
     return ast.parse(ast.unparse(expression), mode="eval").body
 
 
+def _check_dimensions(cls: type, before: list[_Step], hidden_states: str) -> None:
+    """Hidden states must be (batch, positions, width), not a grid."""
+    for step in before:
+        targets, value = getattr(step.statement, "targets", []), getattr(step.statement, "value", None)
+        if value is not None and ast.unparse(value) in (f"{hidden_states}.shape", f"{hidden_states}.size()"):
+            for target in targets:
+                if isinstance(target, ast.Tuple) and len(target.elts) != 3:
+                    raise Unsupported(
+                        f"{cls.__name__}: its hidden states have {len(target.elts)} dimensions, not "
+                        "(batch, positions, width)"
+                    )
+
+
+def _inlined(cls: type, expression: ast.expr) -> ast.expr:
+    """A call of a method that only returns an expression, as that expression."""
+    if not (isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute)):
+        return expression
+    method = getattr(cls, expression.func.attr, None)
+    if ast.unparse(expression.func.value) != "self" or not inspect.isfunction(method) or expression.keywords:
+        return expression
+    function = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) != len(expression.args) + 1:
+        return expression
+    (statement,) = function.body if len(function.body) == 1 else (None,)
+    if not isinstance(statement, ast.Return) or statement.value is None:
+        return expression
+    names = [argument.arg for argument in function.args.args[1:]]
+    return _Substitute(dict(zip(names, expression.args, strict=True))).visit(_copied(statement.value))
+
+
 def _value_projection(cls: type, values: ast.expr, hidden_states: str) -> str:
     """The module `v` of `self.v(hidden_states).view(batch, positions, heads, head_dim).transpose(1, 2)`."""
     refusal = Unsupported(
@@ -306,28 +339,58 @@ def _splits_heads(shape: list[ast.expr]) -> bool:
     return dim.removeprefix("self.") in HEAD_DIM and (heads == "-1" or "heads" in heads)
 
 
-def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[str, ...]:
-    """The modules between the context and the return, which must be `(output, weights)`."""
+def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[tuple[str, ...], str | None]:
+    """The modules between the context and the return, which must be `(output, weights)`, and a dropout at its end."""
     target = call.targets[0]
     if not (isinstance(target, ast.Tuple) and len(target.elts) == 2):
         raise Unsupported(f"{cls.__name__}: {_CALL} is not unpacked into context and weights")
     context, weights = (ast.unparse(element) for element in target.elts)
     modules: list[str] = []
+    dropout: str | None = None
     for step in after:
         statement = step.statement
         text = ast.unparse(statement).splitlines()[0]
         if not step.certain:
             raise Unsupported(f"{cls.__name__}: a step after attention is conditional: {text}")
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == context:
-            modules += _chain(cls, statement.value, context)
+        name = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if isinstance(statement, ast.Assign) and isinstance(name, ast.Name) and name.id != weights:
+            if name.id != context and _is_shape(statement.value, context):
+                continue
+            found = None if dropout else _functional_dropout(statement.value, context)
+            chain = [] if found else _chain(cls, statement.value, context)
+            if dropout and chain:
+                raise Unsupported(f"{cls.__name__}: unexpected step after dropout of the output: {text}")
+            modules, dropout, context = modules + chain, dropout or found, name.id
         elif isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
             elements = statement.value.elts
             if len(elements) != 2 or ast.unparse(elements[1]) not in (weights, "None"):
                 raise Unsupported(f"{cls.__name__}: it returns {ast.unparse(statement.value)}")
-            return (*modules, *_chain(cls, elements[0], context))
+            chain = _chain(cls, elements[0], context)
+            if dropout and chain:
+                raise Unsupported(f"{cls.__name__}: unexpected step after dropout of the output: {text}")
+            return (*modules, *chain), dropout
         else:
             raise Unsupported(f"{cls.__name__}: unexpected step after attention: {text}")
     raise Unsupported(f"{cls.__name__}: it returns nothing after attention")
+
+
+def _is_shape(expression: ast.expr, context: str) -> bool:
+    """True for an expression that takes nothing from the context but its shape, and calls nothing else."""
+    shapes = (f"{context}.size()", f"{context}.shape")
+    text = ast.unparse(expression)
+    if not any(shape in text for shape in shapes):
+        return False
+    rest = ast.parse(text.replace(shapes[0], "()").replace(shapes[1], "()"), mode="eval")
+    return context not in _names(rest.body) and not any(isinstance(node, ast.Call) for node in ast.walk(rest))
+
+
+def _functional_dropout(expression: ast.expr, context: str) -> str | None:
+    """The attribute `a` in `nn.functional.dropout(context, p=self.a, training=self.training)`."""
+    found = re.fullmatch(
+        rf"(?:nn\.functional|functional|F)\.dropout\({context}, p=self\.(\w+), training=self\.training\)",
+        ast.unparse(expression),
+    )
+    return found[1] if found else None
 
 
 def _chain(cls: type, expression: ast.expr, context: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -19,6 +20,9 @@ from mapreuse.models._source import parameter_names
 
 ARGUMENT = "attention_maps"
 """The keyword argument in which the maps of a forward pass travel from layer to layer."""
+
+BORNE = "_borne_maps"
+"""The attribute in which a copy of an attention module, made for one call, holds the maps; see `Bearing`."""
 
 IMPLEMENTATION = "mapreuse"
 """The name under which planned modules find `_attention_function` in `transformers`' attention interface."""
@@ -68,6 +72,7 @@ def share(
         dropout_p: attention dropout, drawn anew here for every map.
     """
     layout: LayerLayout = module._layout  # type: ignore[assignment]
+    maps = maps or vars(module).get(BORNE)
     if maps is None:
         raise ValueError(
             f"layer {layout.layer} of a model that reuses maps was called outside its stack; call the model whole"
@@ -172,6 +177,8 @@ class SharingAttention(nn.Module):
         context = context.flatten(2)
         for name in self._form.output:
             context = getattr(self, name)(context)
+        if self._form.output_dropout is not None:
+            context = functional.dropout(context, getattr(self, self._form.output_dropout), self.training)
         return context, weights
 
 

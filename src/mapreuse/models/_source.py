@@ -28,10 +28,19 @@ def forward_of(cls: type[nn.Module]) -> ast.FunctionDef:
 
 def fingerprint_of(cls: type[nn.Module]) -> str:
     """Twelve hexadecimal digits that change when the code of a class's forward changes (comments do not count)."""
-    function = forward_of(cls)
+    function = _without_docstring(forward_of(cls))
+    return hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:12]
+
+
+def body_of(cls: type[nn.Module]) -> str:
+    """The statements of a class's forward, comments and layout left aside."""
+    return "\n".join(map(ast.unparse, _without_docstring(forward_of(cls)).body))
+
+
+def _without_docstring(function: ast.FunctionDef) -> ast.FunctionDef:
     if ast.get_docstring(function) is not None:
         function.body = function.body[1:]
-    return hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:12]
+    return function
 
 
 def self_attributes(tree: ast.AST) -> set[str]:
@@ -53,6 +62,18 @@ def calls_with_kwargs(tree: ast.AST, function: ast.FunctionDef) -> list[str]:
         and kwarg is not None
         and any(k.arg is None and ast.unparse(k.value) == kwarg.arg for k in node.keywords)
     ]
+
+
+def calls_of(cls: type[nn.Module], called: str) -> int:
+    """In how many places a class's forward calls `self.attention`, say; where nowhere, how many in its methods."""
+    functions = [forward_of(cls)]
+    methods = [method for name, method in vars(cls).items() if inspect.isfunction(method) and name != "forward"]
+    functions += [ast.parse(textwrap.dedent(inspect.getsource(method))).body[0] for method in methods]  # type: ignore[misc]
+    counts = [
+        sum(isinstance(node, ast.Call) and ast.unparse(node.func) == called for node in ast.walk(function))
+        for function in functions
+    ]
+    return counts[0] or sum(counts[1:])
 
 
 def parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:

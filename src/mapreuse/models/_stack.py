@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mapreuse.models._source import Unsupported, calls_with_kwargs, forward_of
+from mapreuse.models._source import Unsupported, calls_of, calls_with_kwargs, forward_of
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,20 @@ class Stack:
     list_name: str
     layers: tuple[Layer, ...]
 
+    @property
+    def attention_paths(self) -> list[str]:
+        """Where the attention of each layer is, inside the module that runs the layers."""
+        names = self.module.get_submodule(self.list_name)._modules
+        parts = ((self.list_name, name, layer.path) for name, layer in zip(names, self.layers, strict=True))
+        return [".".join(filter(None, one)) for one in parts]
+
 
 def find_stack(model: nn.Module) -> Stack:
     """The one stack of attention layers in `model`. Raises `Unsupported` where there is none, or more than one."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(_attentions(layer) for layer in module)
+        if _is_list(module) and all(map(_attentions, _elements(module)))
     ]
     # A list inside a layer of another list is a stack; the outer one is its stages.
     innermost = [(name, layers) for name, layers in lists if not any(n.startswith(f"{name}.") for n, _ in lists)]
@@ -64,14 +71,27 @@ def find_stack(model: nn.Module) -> Stack:
             raise Unsupported(f"{name} holds no list of layers with attention in every layer")
         raise Unsupported(f"{name} holds several stacks of layers: {paths}; pass the module that holds one of them")
     name, layers = innermost[0]
-    path, _, list_name = name.rpartition(".")
+    # A sequence runs its layers itself; a list is run by the module that holds it.
+    path, _, list_name = (name, "", "") if isinstance(layers, nn.Sequential) else name.rpartition(".")
     stages = [outer for outer, _ in lists if name.startswith(f"{outer}.")]
     if stages:
         raise Unsupported(
             f"{type(model).__name__} runs the layers of {name!r} as a stage of {stages[0]!r}, perhaps more than once"
         )
-    found = tuple(_layer(layer, index) for index, layer in enumerate(layers))
+    found = tuple(_layer(layer, index) for index, layer in enumerate(_elements(layers)))
     return Stack(path, model.get_submodule(path), list_name, found)
+
+
+def _is_list(module: nn.Module) -> bool:
+    """A list of layers, or a sequence of several of one class."""
+    if type(module) is nn.Sequential:
+        return len(module) > 1 and len({type(layer) for layer in module}) == 1
+    return isinstance(module, nn.ModuleList) and len(module) > 0
+
+
+def _elements(layers: nn.Module) -> list[nn.Module]:
+    """What a list holds, a module that it holds twice as often."""
+    return [layer for layer in layers._modules.values() if layer is not None]
 
 
 def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -104,11 +124,30 @@ def _layer(layer: nn.Module, index: int) -> Layer:
     return Layer(layer, *found[0])
 
 
-def check_maps_travel(stack: Stack) -> None:
-    """Maps travel as a keyword argument, so every module from the stack down to an attention must pass it on.
+def maps_travel_by_keyword(stack: Stack) -> bool:
+    """True where every module from the stack down to an attention passes its keyword arguments on.
 
-    Raises `Unsupported`, naming the class that does not, or that runs its layers in another way than once, in order.
+    Where one does not, maps can be borne (see `Bearing`) if each calls the next in one place.
+
+    Raises `Unsupported`, naming the class that does neither, or that runs its layers in another way than once, in
+    order.
     """
+    by_keyword = type(stack.module) is not nn.Sequential and _loop_passes_keywords(stack)
+    for owner, called in dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside(layer)):
+        function = forward_of(owner)
+        if f"self.{called}" in calls_with_kwargs(function, function):
+            continue
+        calls = calls_of(owner, f"self.{called}")
+        if calls != 1:
+            raise Unsupported(
+                f"{owner.__name__}: its forward does not pass **kwargs to {called}, and calls it in {calls} places, "
+                "so no map can travel through it"
+            )
+        by_keyword = False
+    return by_keyword
+
+
+def _loop_passes_keywords(stack: Stack) -> bool:
     cls = type(stack.module)
     function = forward_of(cls)
     loops = [
@@ -121,16 +160,10 @@ def check_maps_travel(stack: Stack) -> None:
             f"{cls.__name__}: its forward does not run its {stack.list_name} one after the other, once each"
         )
     targets = {node.id for node in ast.walk(loops[0].target) if isinstance(node, ast.Name)}
-    if not targets & set(calls_with_kwargs(loops[0], function)):
-        raise Unsupported(
-            f"{cls.__name__}: its forward does not pass **kwargs to its {stack.list_name}, so no map can travel"
-        )
-    for owner, called in dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside(layer)):
-        function = forward_of(owner)
-        if f"self.{called}" not in calls_with_kwargs(function, function):
-            raise Unsupported(
-                f"{owner.__name__}: its forward does not pass **kwargs to {called}, so no map can travel through it"
-            )
+    called = {ast.unparse(node.func) for node in ast.walk(loops[0]) if isinstance(node, ast.Call)}
+    if not targets & called:
+        raise Unsupported(f"{cls.__name__}: its forward does not call its {stack.list_name} in their loop")
+    return bool(targets & set(calls_with_kwargs(loops[0], function)))
 
 
 def _calls_inside(layer: Layer) -> Iterator[tuple[type[nn.Module], str]]:

@@ -1,0 +1,373 @@
+"""Tiny random models of every type that `transformers` knows, each measured against the definition, or refused.
+
+A type is built from its configuration with every size shrunk by the field's name; the stacks in it are found, each is
+run inside the smallest model around it that takes inputs we can make, and compared with the original.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import re
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from oracle import disagreement, softmax_follows
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging
+
+import mapreuse as mr
+from mapreuse.models import Unsupported, find_stack
+
+LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS = 4, 4, 32, 64, 9
+FULL_TOLERANCE, REUSE_TOLERANCE = 1e-5, 1e-4
+MAX_PARAMETERS = 40_000_000
+
+_SIZES: dict[str, int | float] = {
+    r"(.*_)?(num_hidden_layers|num_layers|n_layers?|num_blocks|depth)|(encoder|decoder)_layers|layers": LAYERS,
+    r"(.*_)?(attention_heads|num_heads|n_heads?)": HEADS,
+    r"(.*_)?(num_key_value_heads|num_kv_heads)": HEADS // 2,
+    r"(.*_)?hidden_size|d_model|embed_dim|n_embd|dim|emb_dim|embedding_size|hidden_dim|output_dim": WIDTH,
+    r"(.*_)?projection_dim|embedding_dim|out_hidden_size|d_embed": WIDTH,
+    r"(.*_)?(intermediate_size|ffn_dim|mlp_dim|d_ff|ffn_hidden_size|dff)|n_inner": 2 * WIDTH,
+    r"head_dim|d_kv|v_head_dim|attention_head_(dim|size)": WIDTH // HEADS,
+    r"(.*_)?vocab_size": VOCABULARY,
+    r"max_position_embeddings|n_positions|max_(source|target)_positions|max_seq_len|n_ctx": 64,
+    r"image_size": 16,
+    r"patch_size": 4,
+    r"num_mel_bins|feature_projection_input_dim": 16,
+    r"num_experts|num_local_experts|n_routed_experts|moe_num_experts": 4,
+    r"num_experts_per_tok|moe_k|top_k": 2,
+    r"n_group|topk_group": 1,
+    r"q_lora_rank|kv_lora_rank": 16,
+    r"qk_rope_head_dim|qk_nope_head_dim": 8,
+    r"(.*_)?layerdrop|mask_time_prob|apply_spec_augment": 0.0,
+}
+"""What a field of a configuration becomes, by its name."""
+
+_UNLESS_NONE = {HEADS // 2, WIDTH // HEADS}
+"""Sizes that a field takes even where its default is None: key/value heads and head dimensions are derived there."""
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "esmc": {"num_key_value_heads": HEADS},
+    "xmod": {"default_language": "en_XX"},
+    "granite_speech5_encoder": {"context_size": 16},
+    "informer": {"prediction_length": 4, "context_length": 8},
+    "autoformer": {"prediction_length": 4, "context_length": 8},
+    "time_series_transformer": {"prediction_length": 4, "context_length": 8},
+    "swin": {"embed_dim": 24, "depths": [4, 4], "num_heads": [3, 6], "window_size": 2},
+    "dots1": {"n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
+    "maskformer-swin": {"embed_dim": 24, "depths": [4, 4], "num_heads": [3, 6], "window_size": 2},
+    "donut-swin": {"embed_dim": 24, "depths": [4, 4], "num_heads": [3, 6], "window_size": 2},
+    "swinv2": {"embed_dim": 24, "depths": [4, 4], "num_heads": [3, 6], "window_size": 2},
+}
+"""What single types need beyond that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of one stack of one type of model.
+
+    Attributes:
+        status: "exact", "inexact", "refused" or "not built"; the latter where no tiny model, or no input for it,
+            could be made.
+        stack: path of the module that holds the layers ("" for the model itself).
+        attention: name of the attention class.
+        reason: why it is refused or was not built; what went wrong where it is inexact.
+        full: disagreement with the untouched model under a plan that reuses nothing.
+        reuse: disagreement with the definition under a plan that reuses.
+        moved: how far that plan moves the output.
+    """
+
+    status: str
+    stack: str = ""
+    attention: str = ""
+    reason: str = ""
+    full: float = 0.0
+    reuse: float = 0.0
+    moved: float = 0.0
+
+
+def sweep(model_type: str) -> list[Result]:
+    """Build a tiny model of this type, and measure every stack in it."""
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of families that are outdated, or of settings that are odd because tiny
+        try:
+            model = _built(model_type)
+        except Exception as error:  # whatever a constructor makes of a configuration is the reason
+            return [Result("not built", reason=_one_line(error))]
+        found = [_measured(model, path) for path in _stack_paths(model)]
+    return found or [Result("refused", reason=f"{type(model).__name__} holds no list of layers with attention in it")]
+
+
+def _built(model_type: str) -> PreTrainedModel:
+    config_class = CONFIG_MAPPING[model_type]
+    cls = _model_class(config_class)
+    if cls is None:
+        raise ValueError("it has no model of its own, only a part in others")
+    config = _tiny(config_class)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
+    if size > MAX_PARAMETERS:
+        raise ValueError("it stays large however its configuration is shrunk")
+    torch.manual_seed(0)
+    return cls(config).eval()
+
+
+def _tiny(config_class: type) -> Any:
+    settings = _tiny_settings(config_class) | _SETTINGS.get(config_class.model_type, {})
+    if config_class.sub_configs:
+        default = config_class()
+        for name in config_class.sub_configs:
+            if getattr(default, name, None) is not None:
+                settings[name] = _tiny(type(getattr(default, name)))
+    config = config_class(**settings)
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        pairs = int(getattr(config, "head_dim", WIDTH // HEADS) * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    return config
+
+
+def _tiny_settings(config_class: type) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        name, default = field.name, field.default
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        if re.fullmatch(r".*_token_(id|index)", name) and number and default >= VOCABULARY:
+            settings[name] = 3 + zlib.crc32(name.encode()) % 50
+            continue
+        if name == "image_size" and isinstance(default, list | tuple):
+            settings[name] = [16] * len(default)
+            continue
+        for pattern, size in _SIZES.items():
+            known = number or default is dataclasses.MISSING or (default is None and size in _UNLESS_NONE)
+            if known and re.fullmatch(pattern, name):
+                settings[name] = size
+    return settings
+
+
+def _model_class(config_class: type) -> type[PreTrainedModel] | None:
+    """The model that `transformers` maps to a configuration, or else the first in its module that uses it."""
+    if config_class in MODEL_MAPPING:
+        mapped = MODEL_MAPPING[config_class]
+        return mapped[0] if isinstance(mapped, tuple) else mapped
+    package = config_class.__module__.rpartition(".")[0]
+    try:
+        module = importlib.import_module(f"{package}.modeling_{package.rpartition('.')[2]}")
+    except ImportError:
+        return None
+    classes = [
+        one
+        for one in vars(module).values()
+        if inspect.isclass(one)
+        and issubclass(one, PreTrainedModel)
+        and getattr(one, "config_class", None) is config_class
+        and not one.__name__.endswith("PreTrainedModel")
+    ]
+    return min(classes, key=lambda c: not c.__name__.endswith(("Model", "Encoder", "Transformer")), default=None)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, Unsupported | ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _stack_paths(model: nn.Module) -> list[str]:
+    """Paths of the modules that hold a list of layers with something called attention in each."""
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and all(any("attention" in type(m).__name__.lower() for m in layer.modules()) for layer in module)
+    ]
+    innermost = [name for name in lists if not any(other.startswith(f"{name}.") for other in lists)]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in innermost))
+
+
+def _measured(model: PreTrainedModel, path: str) -> Result:
+    part = model.get_submodule(path)
+    attention = ""
+    try:
+        stack = find_stack(part)
+        attention = type(stack.layers[0].attention).__name__
+        mr.apply(copy.deepcopy(part), mr.ReusePlan.full(len(stack.layers)))
+    except ValueError as error:
+        return Result("refused", path, attention, _one_line(error))
+    found: list[Result] = []
+    obstacle = "no input could be made for it"
+    for owner, inner in _owners(model, path):
+        for batch in _batches(owner):
+            for stds in _STDS:
+                try:
+                    eager, sdpa = _original(owner, "eager", stds), _original(owner, "sdpa", stds)
+                    reference, other = _run(eager, inner, batch), _run(sdpa, inner, batch)
+                except Exception:  # whatever a forward makes of an input that it was not written for
+                    break
+                rows = _rows(reference, batch)
+                if not disagreement(other, reference, rows) <= FULL_TOLERANCE / 3:
+                    obstacle = "its own eager and sdpa outputs differ"
+                    continue
+                found.append(_compared(path, attention, eager, sdpa, inner, batch))
+                if found[-1].status != "exact" or found[-1].moved > 0.1:
+                    return found[-1]
+            if found:
+                return max(found, key=lambda result: result.moved)
+    return Result("not built", path, attention, obstacle)
+
+
+_STDS = ((0.45, 0.35, 0.35), (0.45, 0.35, 0.05), (0.22, 0.18, 0.05), (0.11, 0.09, 0.05))
+"""Of weights, embeddings and convolutions, tried in turn: peaked maps first, then milder ones."""
+
+
+def _owners(model: PreTrainedModel, path: str) -> Iterator[tuple[PreTrainedModel, str]]:
+    """The models around a stack, from the smallest to the whole, and the path of the stack inside each."""
+    names = path.split(".") if path else []
+    for length in range(len(names), -1, -1):
+        owner = model.get_submodule(".".join(names[:length]))
+        if isinstance(owner, PreTrainedModel):
+            yield owner, ".".join(names[length:])
+
+
+def _original(owner: PreTrainedModel, implementation: str, stds: tuple[float, float, float]) -> PreTrainedModel:
+    model = copy.deepcopy(owner)
+    if implementation == "eager" or model._supports_sdpa:
+        model.set_attn_implementation(implementation)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name.lower():
+                nn.init.normal_(parameter, std=stds[1 if "emb" in name else 2 if "conv" in name else 0])
+    return model
+
+
+def _batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Inputs of every kind that the model's forward names, some of which it will not take."""
+    parameters = inspect.signature(model.forward).parameters
+    size = _Sizes(model.config)
+    torch.manual_seed(0)
+    mask = torch.tensor([[1] * POSITIONS, [1] * 5 + [0] * (POSITIONS - 5)])
+    ids = torch.randint(3, 50, (2, POSITIONS)) * mask
+    more: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    masked = more | ({"attention_mask": mask} if "attention_mask" in parameters else {})
+    if "input_ids" in parameters:
+        beside = masked
+        if "bbox" in parameters:
+            beside = masked | {"bbox": torch.randint(0, 16, (2, POSITIONS, 4)).sort(-1).values}
+        if "decoder_input_ids" in parameters:
+            yield {"input_ids": ids, "decoder_input_ids": ids.clamp(min=3), **beside}
+        yield {"input_ids": ids, **beside}
+        yield {"input_ids": ids, **more}
+    channels, side = size("num_channels", "in_channels", default=3), size("image_size", "input_size", default=16)
+    frames = size("num_frames", "frames_per_clip", default=4)
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in parameters:
+            yield {name: torch.randn(2, channels, side, side), **more}
+            yield {name: torch.randn(2, frames, channels, side, side), **more}
+    mel = size("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", default=16)
+    length = size("max_length", default=80)
+    for name in ("input_features", "input_values", "features"):
+        if name in parameters:
+            shapes = [(length, mel), (mel, length), (128, mel), (mel, 128), (mel, 3000), (400,), (6400,), (1, 6400)]
+            yield from ({name: torch.randn(2, *shape), **more} for shape in shapes)
+    for name in ("inputs_embeds", "hidden_states"):
+        if name in parameters:
+            embedded = torch.randn(2, POSITIONS, size("hidden_size", "d_model", "embed_dim", default=WIDTH))
+            yield {name: embedded, **masked}
+            yield {name: embedded, **more}
+
+
+class _Sizes:
+    """Sizes that a configuration, or one inside it, gives under one of several names."""
+
+    def __init__(self, config: Any) -> None:
+        inner = [getattr(config, name, None) for name in config.sub_configs or ()]
+        self._configs = [config, *(one for one in inner if one is not None)]
+
+    def __call__(self, *names: str, default: int) -> int:
+        found = [getattr(config, name, None) for config in self._configs for name in names]
+        size = next((one for one in found if one is not None), default)
+        return size[0] if isinstance(size, list | tuple) else size
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, inner: str, batch: dict[str, Any]) -> Tensor:
+    """The output of the stack at `inner` in a forward of the whole model, which must run it once."""
+    outputs: list[Any] = []
+    torch.manual_seed(0)
+    with model.get_submodule(inner).register_forward_hook(lambda *call: outputs.append(call[-1])):
+        model(**batch)
+    (output,) = outputs
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
+
+
+def _rows(output: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Which rows of the output are not padding."""
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == output.shape[:2]:
+        return mask.bool()
+    return torch.ones(output.shape[:2], dtype=torch.bool)
+
+
+def _plans(num_layers: int, num_heads: int) -> Iterator[mr.ReusePlan]:
+    """Plans that reuse, the most telling first: other heads, the same heads, then whichever two layers are alike."""
+    pairs = [layer - layer % 2 for layer in range(num_layers)]
+    backwards = list(range(num_heads))[::-1]
+    yield mr.ReusePlan.from_sources(pairs, heads={layer: backwards for layer in range(1, num_layers, 2)})
+    yield mr.ReusePlan.from_sources(pairs)
+    for layer in range(1, num_layers):
+        for source in range(layer):
+            yield mr.ReusePlan.from_sources([*range(layer), source, *range(layer + 1, num_layers)])
+
+
+def _compared(
+    path: str, attention: str, eager: PreTrainedModel, sdpa: PreTrainedModel, inner: str, batch: dict[str, Any]
+) -> Result:
+    layers = find_stack(eager.get_submodule(inner)).layers
+    attentions = [layer.attention for layer in layers]
+    reference = _run(eager, inner, batch)
+    rows = _rows(reference, batch)
+
+    def converted(plan: mr.ReusePlan) -> Tensor:
+        model = copy.deepcopy(sdpa)
+        mr.apply(model.get_submodule(inner), plan)
+        return _run(model, inner, batch)
+
+    def defined(plan: mr.ReusePlan) -> tuple[Tensor, int]:
+        with softmax_follows(plan, attentions) as weights:
+            return _run(eager, inner, batch), weights[0].shape[1]
+
+    try:
+        nothing = mr.ReusePlan.full(len(layers))
+        full = disagreement(converted(nothing), reference, rows)
+        untouched, num_heads = defined(nothing)
+        assert torch.equal(untouched, reference), "the definition of a plan that reuses nothing is another output"
+        refusal = ""
+        for plan in _plans(len(layers), num_heads):
+            try:
+                ours = converted(plan)
+            except ValueError as error:
+                refusal = refusal or _one_line(error)
+                continue
+            definition, _ = defined(plan)
+            reuse, moved = disagreement(ours, definition, rows), disagreement(definition, reference, rows)
+            exact = full <= FULL_TOLERANCE and reuse <= REUSE_TOLERANCE and bool(ours.isfinite().all())
+            return Result("exact" if exact else "inexact", path, attention, "", full, reuse, moved)
+        return Result("refused", path, attention, refusal, full)
+    except Exception as error:  # a converted model that fails where the original runs: reported, never hidden
+        return Result("inexact", path, attention, _one_line(error))
