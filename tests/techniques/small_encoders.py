@@ -16,39 +16,29 @@ NUM_LAYERS, NUM_HEADS, WIDTH, HEAD_DIM = 4, 4, 32, 8
 VARIANTS = [
     "full",
     "reuse-2x2",
-    "reuse-4x1",
     "reuse-[0,1,0,1]",
     "reuse-2x2-partial-1",
     "heads-2",
-    "heads-1",
     "wide-heads-2",
     "heads-2+reuse-1x2,2x1",
     "qk-dim-3",
     "gqa-1",
-    "gqa-2",
     "cla-2",
-    "cla-3",
-    "window-1",
     "window-3",
     "window-40",
     "window-3-global-2",
     "window-3+reuse-2x2",
     "window-3-global-2+reuse-4x1",
-    "grouped-2",
     "grouped-3",
-    "strided-2",
     "strided-3",
-    "pool-2",
     "pool-3",
     "linformer-5",
     "linear",
     "performer-13",
     "nystrom-3",
     "nystrom-32",
-    "probsparse-1",
     "probsparse-3",
     "skip-2",
-    "gaussian-1",
     "gaussian-2",
     "diagonal",
     "layers-2",
@@ -83,6 +73,19 @@ def compressed(name: str, dropout: float = 0.0) -> tf.ParakeetEncoder:
     """The encoder under a technique."""
     torch.manual_seed(1)
     return parse(name).apply(encoder(dropout))
+
+
+@functools.cache
+def unchanged(name: str) -> tf.ParakeetEncoder:
+    """As `compressed`, one for all tests: for those that leave it as it is."""
+    return compressed(name)
+
+
+@functools.cache
+@torch.no_grad()
+def output(name: str) -> Tensor:
+    """What that encoder makes of `batch(21, 40)`."""
+    return unchanged(name)(**batch(21, 40)).last_hidden_state
 
 
 def batch(*frames: int, seed: int = 0) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_encoders import HEAD_DIM, NUM_HEADS, Case, by_head, compressed, joined, relative_map, windowed_map
 
@@ -45,6 +45,7 @@ def test_a_window_is_full_attention_under_a_band_mask(radius, num_global, frames
     )
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 80), st.integers(1, 90), st.integers(0, 3))
 def test_a_window_of_any_size_is_right_for_any_length(radius, frames, num_global):
     case = Case(f"window-{radius}" + (f"-global-{num_global}" if num_global else ""), frames)
