@@ -76,7 +76,7 @@ def test_gradients_enabled_or_not_outputs_agree(name):
 def test_mixed_precision_stays_near_full_precision(name):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         mixed = unchanged(name)(**batch(21, 40)).last_hidden_state
-    assert (mixed - output(name)).abs().max() <= 0.2 * output(name).abs().max()
+    assert (mixed - output(name)).abs().max() <= 0.3 * output(name).abs().max()
 
 
 @every_technique

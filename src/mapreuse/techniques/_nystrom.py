@@ -8,7 +8,7 @@ Z ← ¼ Z (13 I − A Z (15 I − A Z (7 I − A Z))) from Z = Aᵀ / (‖A‖�
 Cost: 8·T·M·C FLOPs and, for every head, 48·M³ for the pseudo-inverse. Stored: 2·T·M·H numbers.
 
 Segments follow each utterance's own length, so nothing depends on padding; one with fewer than M frames has as many
-landmarks as frames, each a frame, and its context is that of full attention without positions. The paper adds a
+landmarks as frames, and its context approaches that of full attention without positions. The paper adds a
 convolution of the values; the Conformer's own convolution follows here. Positions are dropped: landmarks have none.
 Attention dropout is not applied, as in the authors' code.
 """

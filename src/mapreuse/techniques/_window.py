@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.plan import ReusePlan
-from mapreuse.techniques._attention import RelativeAttention
+from mapreuse.techniques._attention import CompressedAttention, RelativeAttention
 from mapreuse.techniques._encoder import check_plan, replace_attention, untouched_encoder
 from mapreuse.techniques._handing import hand_on, handed_on
 from mapreuse.techniques._reuse import PLAN, describe, notation
@@ -125,13 +125,12 @@ class WindowAttention(RelativeAttention):
         return band_map.apply(self.split(self.v_proj(hidden_states)), self.dropout_p())
 
 
-class ReusingWindowAttention(RelativeAttention):
+class ReusingWindowAttention(CompressedAttention):
     """Attention of layer `layer` by the windowed map of layer `source`."""
 
     def __init__(self, original: ParakeetEncoderAttention, layer: int, source: int) -> None:
         super().__init__(original)
         self.layer, self.source = layer, source
-        del self.q_proj, self.k_proj, self.relative_k_proj, self.bias_u, self.bias_v
 
     def context(
         self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
