@@ -208,6 +208,7 @@ def _measured(model: PreTrainedModel, path: str) -> Result:
     except ValueError as error:
         return Result("refused", path, attention, _one_line(error))
     found: list[Result] = []
+    refused: Result | None = None
     obstacle = "no input could be made for it"
     for owner, inner in _owners(model, path):
         for batch in _batches(owner):
@@ -221,12 +222,16 @@ def _measured(model: PreTrainedModel, path: str) -> Result:
                 if not disagreement(other, reference, rows) <= FULL_TOLERANCE / 3:
                     obstacle = "its own eager and sdpa outputs differ"
                     continue
-                found.append(_compared(path, attention, eager, sdpa, inner, batch))
+                result = _compared(path, attention, eager, sdpa, inner, batch)
+                if result.status == "refused":
+                    refused = result  # this input, perhaps, and not the next
+                    break
+                found.append(result)
                 if found[-1].status != "exact" or found[-1].moved > 0.1:
                     return found[-1]
             if found:
                 return max(found, key=lambda result: result.moved)
-    return Result("not built", path, attention, obstacle)
+    return refused or Result("not built", path, attention, obstacle)
 
 
 _STDS = ((0.45, 0.35, 0.35), (0.45, 0.35, 0.05), (0.22, 0.18, 0.05), (0.11, 0.09, 0.05))
@@ -269,6 +274,9 @@ def _batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             beside = masked | {"bbox": torch.randint(0, 16, (2, POSITIONS, 4)).sort(-1).values}
         if "decoder_input_ids" in parameters:
             yield {"input_ids": ids, "decoder_input_ids": ids.clamp(min=3), **beside}
+        if "encoder_hidden_states" in parameters:
+            states = torch.randn(2, 7, size("hidden_size", "d_model", "embed_dim", default=WIDTH))
+            yield {"input_ids": ids, "encoder_hidden_states": states, **beside}
         yield {"input_ids": ids, **beside}
         yield {"input_ids": ids, **more}
     channels, side = size("num_channels", "in_channels", default=3), size("image_size", "input_size", default=16)
@@ -369,5 +377,7 @@ def _compared(
             exact = full <= FULL_TOLERANCE and reuse <= REUSE_TOLERANCE and bool(ours.isfinite().all())
             return Result("exact" if exact else "inexact", path, attention, "", full, reuse, moved)
         return Result("refused", path, attention, refusal, full)
+    except ValueError as error:
+        return Result("refused", path, attention, _one_line(error))
     except Exception as error:  # a converted model that fails where the original runs: reported, never hidden
         return Result("inexact", path, attention, _one_line(error))

@@ -16,7 +16,7 @@ from mapreuse.models._conversion import convert, unchanged_on_failure
 from mapreuse.models._packed import unpacked
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
 from mapreuse.models._source import Unsupported, parameter_names
-from mapreuse.models._stack import find_stack, maps_travel_by_keyword
+from mapreuse.models._stack import ENCODER_STATES, cross_attends_beside, find_stack, maps_travel_by_keyword
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -33,6 +33,7 @@ class Applied:
     memory_budget: int | None
     demand: Demand
     parameter_names: tuple[str, ...]
+    cross_attends: bool
 
 
 def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budget: int | None = None) -> Model:
@@ -67,11 +68,12 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
     before = sum(parameter.numel() for parameter in model.parameters())
     with unpacked(find_stack(model)) as stack:
         conversions = check(model, stack, plan)
+        names, crossing = parameter_names(type(stack.module)), cross_attends_beside(stack)
         by_keyword = maps_travel_by_keyword(stack) and all(c.adapter.form.takes_maps for c in conversions)
         with unchanged_on_failure(conversions):
             for conversion in conversions:
                 convert(conversion)
-    applied = Applied(plan, strategy, memory_budget, _demand(plan), parameter_names(type(stack.module)))
+    applied = Applied(plan, strategy, memory_budget, _demand(plan), names, crossing)
     stack.module._map_reuse = applied  # type: ignore[assignment]
     if not by_keyword:
         bear_maps(stack.module, stack.attention_paths)
@@ -112,7 +114,7 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     """Forward pre-hook of the stack: every pass carries maps of its own."""
     applied: Applied = module._map_reuse  # type: ignore[assignment]
     given = dict(zip(applied.parameter_names, args, strict=False)) | kwargs
-    refuse_cache(module, given)
+    refuse_cache(module, given, allowed=ENCODER_STATES if applied.cross_attends else None)
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -38,7 +38,7 @@ _OPTIONAL = {
 }
 
 
-def save(model: PreTrainedModel, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a model, its plans included, to the directory `path`: `config.json` and `mapreuse-….safetensors`.
 
     The names keep a plain `from_pretrained` from opening the directory: it finds no weights that it knows, rather

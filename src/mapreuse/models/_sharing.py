@@ -208,10 +208,10 @@ class ReusingAttention(SharingAttention):
         return self._share(self._values(hidden_states), None, arguments)
 
 
-def refuse_cache(module: nn.Module, arguments: dict[str, Any]) -> None:
-    """A model that reuses maps keeps no keys to cache, and serves no cross-attention in its stack."""
+def refuse_cache(module: nn.Module, arguments: dict[str, Any], allowed: str | None = None) -> None:
+    """A model that reuses maps keeps no keys to cache, and a planned attention attends its own layer only."""
     for name in _CACHES:
-        if arguments.get(name) is not None:
+        if name != allowed and arguments.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} reuses attention maps and keeps no cache, so it cannot take {name}: "
                 "call it with use_cache=False, without generate()"

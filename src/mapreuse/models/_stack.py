@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mapreuse.models._source import Unsupported, calls_of, calls_with_kwargs, forward_of
+from mapreuse.models._source import Unsupported, calls_of, calls_with_kwargs, forward_of, parameter_names
+
+ENCODER_STATES = "encoder_hidden_states"
+"""The argument in which a decoder is given what its cross-attention attends."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,42 @@ def _loop_passes_keywords(stack: Stack) -> bool:
     if not targets & called:
         raise Unsupported(f"{cls.__name__}: its forward does not call its {stack.list_name} in their loop")
     return bool(targets & set(calls_with_kwargs(loops[0], function)))
+
+
+def cross_attends_beside(stack: Stack) -> bool:
+    """True where encoder states that are given to the stack cannot reach its self-attentions.
+
+    They may be compared with None, and handed to modules other than those on the way to a self-attention.
+    """
+    cls = type(stack.module)
+    if ENCODER_STATES not in parameter_names(cls):
+        return False
+    pairs = dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside(layer))
+    loop_hands_on = any(
+        ENCODER_STATES in ast.unparse(node) for node in forward_of(cls).body if isinstance(node, ast.For)
+    )
+    takers = {type(layer.layer) for layer in stack.layers}
+    if loop_hands_on and not all(ENCODER_STATES in parameter_names(taker) for taker in takers):
+        return False
+    return not any(_hands_states_to(owner, f"self.{called}") for owner, called in pairs)
+
+
+def _hands_states_to(owner: type[nn.Module], attention: str) -> bool:
+    """True unless every mention of the encoder states in a forward is harmless."""
+    function = forward_of(owner)
+    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.Name) and node.id == ENCODER_STATES):
+            continue
+        parent = parents[node]
+        if isinstance(parent, ast.keyword):
+            parent = parents[parent]
+        if isinstance(parent, ast.Compare):
+            continue
+        called = ast.unparse(parent.func) if isinstance(parent, ast.Call) else ""
+        if not called.startswith("self.") or called == attention:
+            return True
+    return False
 
 
 def _calls_inside(layer: Layer) -> Iterator[tuple[type[nn.Module], str]]:
