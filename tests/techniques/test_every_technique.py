@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from small_encoders import NUM_LAYERS, VARIANTS, batch, compressed, encoder, output, unchanged
+from transformers import ParakeetCTCConfig, ParakeetForCTC
 
 from mapreuse.techniques import TECHNIQUES, Technique, parse, study_techniques
 
@@ -65,6 +66,14 @@ def test_every_parameter_that_remains_is_trained(name):
         assert parameter.grad.abs().max() > 0 or path.endswith("k_proj.bias"), path
 
 
+def test_a_recogniser_is_changed_through_its_encoder():
+    config = ParakeetCTCConfig(vocab_size=7, pad_token_id=0, encoder_config=encoder().config)
+    model = ParakeetForCTC(config).train()
+    assert parse("window-3+reuse-2x2").apply(model) is model
+    model(**batch(21, 40), labels=torch.randint(1, 7, (2, 5))).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @every_technique
 def test_gradients_enabled_or_not_outputs_agree(name):
     with_gradients = unchanged(name)(**batch(21, 40)).last_hidden_state
@@ -88,6 +97,22 @@ def test_weights_that_are_saved_and_loaded_give_the_same_outputs(name):
             parameter.fill_(0.5)
         other.load_state_dict(unchanged(name).state_dict())
         assert torch.equal(other(**batch(21, 40)).last_hidden_state, output(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("window-3", "window-40"), ("strided-3", "pool-3"), ("linear", "nystrom-3")]
+)
+def test_weights_of_another_technique_are_refused(name, other):
+    with pytest.raises(ValueError, match=f"weights of '{name}' do not belong in a model under '{other}'"):
+        compressed(other).load_state_dict(unchanged(name).state_dict())
+
+
+@pytest.mark.parametrize("name", ["window-3", "grouped-3", "strided-3", "pool-3", "probsparse-3"])
+def test_weights_are_not_taken_for_those_of_full_attention(name):
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        encoder().load_state_dict(unchanged(name).state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        compressed(name).load_state_dict(encoder().state_dict())
 
 
 @every_technique

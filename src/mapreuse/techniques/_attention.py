@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
@@ -14,8 +15,11 @@ from mapreuse.maps import RelativePositions, Scores, attend
 class CompressedAttention(nn.Module):
     """Value and output projections of the original, and between them a context that a subclass makes.
 
-    It is called as the original is, and hands back no weights.
+    It is called as the original is, and hands back no weights. The name of its technique is kept with its weights, so
+    that those of a window, say, are refused by a model whose attention is of another kind or size, or the original's.
     """
+
+    technique: str
 
     def __init__(self, original: ParakeetEncoderAttention) -> None:
         super().__init__()
@@ -27,6 +31,16 @@ class CompressedAttention(nn.Module):
         self.v_proj = original.v_proj
         self.o_proj = original.o_proj
         self.train(original.training)
+
+    def get_extra_state(self) -> UInt8[Tensor, " letters"]:
+        """The technique's name, in UTF-8; a tensor, as safetensors stores nothing else."""
+        return torch.tensor(list(self.technique.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: UInt8[Tensor, " letters"]) -> None:
+        """Raises `ValueError` where loaded weights are of another technique."""
+        found = bytes(state.tolist()).decode()
+        if found != self.technique:
+            raise ValueError(f"weights of {found!r} do not belong in a model under {self.technique!r}")
 
     def forward(
         self,

@@ -50,7 +50,9 @@ class CrossLayer:
         encoder = untouched_encoder(model)
         hand_on(encoder, [layer - layer % self.size for layer in range(len(encoder.layers))])
         replace_attention(
-            encoder, lambda layer, original: CrossLayerAttention(original, layer, layer - layer % self.size)
+            encoder,
+            self.name,
+            lambda layer, original: CrossLayerAttention(original, layer, layer - layer % self.size),
         )
         return model
 

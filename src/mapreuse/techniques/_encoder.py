@@ -47,11 +47,16 @@ def check_plan(encoder: ParakeetEncoder, plan: ReusePlan, num_heads: int) -> Non
 
 
 def replace_attention(
-    encoder: ParakeetEncoder, make: Callable[[int, ParakeetEncoderAttention], nn.Module], *, start: int = 0
+    encoder: ParakeetEncoder,
+    technique: str,
+    make: Callable[[int, ParakeetEncoderAttention], nn.Module],
+    *,
+    start: int = 0,
 ) -> None:
-    """Put `make(index, attention)` in the place of the attention of every layer from `start` up, or of none."""
+    """Put `make(index, attention)`, named after its technique, in the place of every layer's from `start` up."""
     made = {index: make(index, block.self_attn) for index, block in enumerate(encoder.layers) if index >= start}
     for index, attention in made.items():
+        attention.technique = technique  # type: ignore[assignment]
         encoder.layers[index].self_attn = attention
 
 

@@ -37,7 +37,7 @@ class Diagonal:
     positions: ClassVar[str] = "none"
 
     def apply(self, model: Model) -> Model:
-        replace_attention(untouched_encoder(model), lambda _, original: DiagonalAttention(original))
+        replace_attention(untouched_encoder(model), self.name, lambda _, original: DiagonalAttention(original))
         return model
 
 
@@ -63,7 +63,7 @@ class Gaussian:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: GaussianAttention(original, self.width))
+        replace_attention(encoder, self.name, lambda _, original: GaussianAttention(original, self.width))
         return model
 
 

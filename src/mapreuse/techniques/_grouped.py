@@ -49,7 +49,7 @@ class Grouped:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: GroupedAttention(original, self.size))
+        replace_attention(encoder, self.name, lambda _, original: GroupedAttention(original, self.size))
         return model
 
 

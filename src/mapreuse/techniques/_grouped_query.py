@@ -54,7 +54,7 @@ class GroupedQuery:
         heads = encoder.config.num_attention_heads
         if self.groups >= heads or heads % self.groups:
             raise ValueError(f"{self.name}: {heads} heads cannot be put in {self.groups} equal groups of several")
-        replace_attention(encoder, lambda _, original: GroupedQueryAttention(original, self.groups))
+        replace_attention(encoder, self.name, lambda _, original: GroupedQueryAttention(original, self.groups))
         return model
 
 

@@ -33,7 +33,7 @@ class Linear:
     positions: ClassVar[str] = "dropped"
 
     def apply(self, model: Model) -> Model:
-        replace_attention(untouched_encoder(model), lambda _, original: LinearAttention(original))
+        replace_attention(untouched_encoder(model), self.name, lambda _, original: LinearAttention(original))
         return model
 
 

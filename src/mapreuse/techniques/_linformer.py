@@ -54,7 +54,7 @@ class Linformer:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: LinformerAttention(original, self.slots))
+        replace_attention(encoder, self.name, lambda _, original: LinformerAttention(original, self.slots))
         return model
 
 

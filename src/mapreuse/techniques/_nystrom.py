@@ -53,7 +53,7 @@ class Nystrom:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: NystromAttention(original, self.landmarks))
+        replace_attention(encoder, self.name, lambda _, original: NystromAttention(original, self.landmarks))
         return model
 
 

@@ -52,7 +52,7 @@ class Performer:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: PerformerAttention(original, self.num_features))
+        replace_attention(encoder, self.name, lambda _, original: PerformerAttention(original, self.num_features))
         return model
 
 

@@ -50,7 +50,7 @@ class Pooled:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: PooledAttention(original, self.size))
+        replace_attention(encoder, self.name, lambda _, original: PooledAttention(original, self.size))
         return model
 
 

@@ -49,7 +49,7 @@ class ProbSparse:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: ProbSparseAttention(original, self.factor))
+        replace_attention(encoder, self.name, lambda _, original: ProbSparseAttention(original, self.factor))
         return model
 
 

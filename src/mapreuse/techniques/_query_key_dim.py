@@ -45,7 +45,7 @@ class QueryKeyDim:
         before = encoder.layers[0].self_attn.head_dim
         if self.dim >= before:
             raise ValueError(f"{self.name}: heads have {before} dimensions, no more than {self.dim}")
-        replace_attention(encoder, lambda _, original: NarrowAttention(original, self.dim))
+        replace_attention(encoder, self.name, lambda _, original: NarrowAttention(original, self.dim))
         return model
 
 

@@ -47,7 +47,7 @@ class Skipped:
         if first < 0:
             raise ValueError(f"{self.name}: the encoder has only {len(encoder.layers)} layers")
         apply(model, ReusePlan.full(len(encoder.layers)))
-        replace_attention(encoder, lambda *_: NoAttention(), start=first)
+        replace_attention(encoder, self.name, lambda *_: NoAttention(), start=first)
         for block in encoder.layers[first:]:
             block.norm_self_att = nn.Identity()
         return model

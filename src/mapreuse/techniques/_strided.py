@@ -53,7 +53,7 @@ class Strided:
 
     def apply(self, model: Model) -> Model:
         encoder = untouched_encoder(model)
-        replace_attention(encoder, lambda _, original: StridedAttention(original, self.stride))
+        replace_attention(encoder, self.name, lambda _, original: StridedAttention(original, self.stride))
         return model
 
 

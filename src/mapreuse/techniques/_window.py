@@ -85,6 +85,7 @@ class Window:
             hand_on(encoder, [(*plan.sources(layer), layer)[0] for layer in range(plan.num_layers)])
         replace_attention(
             encoder,
+            self.name,
             lambda layer, original: (
                 ReusingWindowAttention(original, layer, plan.sources(layer)[0])
                 if plan.reuses(layer)
