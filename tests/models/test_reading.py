@@ -275,6 +275,17 @@ def test_maps_must_be_able_to_travel_from_the_stack_to_every_attention(monkeypat
         mr.apply(model, mr.ReusePlan.grouped(4, 2))
 
 
+@pytest.mark.parametrize("old", ["for i, layer_module", "return BaseModelOutputWithPast"])
+def test_layers_that_also_run_outside_the_loop_are_refused(monkeypatch, old):
+    model, _ = build("bert")
+    again = "hidden_states = self.layer[1](hidden_states, attention_mask)"
+    monkeypatch.setattr(BertEncoder, "forward", rewritten(BertEncoder, old, f"{again}\n    {old}"))
+    with pytest.raises(
+        Unsupported, match="BertEncoder: its forward does not run its layer one after the other, once"
+    ):
+        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+
+
 def bert_that_passes_nothing_on(monkeypatch, cls, implementation="sdpa"):
     """A BERT whose stack, layers or attentions do not hand their keyword arguments to the next."""
     model, batch = build("bert", implementation=implementation)

@@ -22,12 +22,13 @@ class Bearing(nn.Module):
     The forward of every call runs on copies of the modules from the stack down to each attention, which share all
     but the dictionary of their children with the originals: the copies of the attention modules hold the maps. So
     the original forwards run as they are written, parameters and hooks are the model's own, and nothing is left on
-    it that two threads could confuse.
+    it that two threads could confuse. `torch.compile` leaves the stack as it is, and refuses where it is to compile
+    whole (`fullgraph=True`); `torch.export` is refused.
     """
 
     _paths: _Paths
 
-    def forward(self, *args: Any, attention_maps: SharedMaps, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, attention_maps: SharedMaps | None = None, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise Unsupported(
                 f"{type(self).__name__}: its modules pass no keyword arguments on, so maps are handed to them in a "
@@ -48,7 +49,7 @@ def bear_maps(stack: Any, paths: Iterable[str]) -> None:
     stack.__class__ = sharing_class(Bearing, type(stack))  # type: ignore[arg-type]
 
 
-def _bearer(module: nn.Module, paths: _Paths, maps: SharedMaps) -> nn.Module:
+def _bearer(module: nn.Module, paths: _Paths, maps: SharedMaps | None) -> nn.Module:
     bearer = object.__new__(type(module))
     bearer.__dict__.update(module.__dict__)
     if paths:

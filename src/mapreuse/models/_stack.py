@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from mapreuse.models._source import Unsupported, calls_of, calls_with_kwargs, forward_of, parameter_names
+from mapreuse.models._source import (
+    Unsupported,
+    calls_of,
+    calls_with_kwargs,
+    forward_of,
+    parameter_names,
+    self_attributes,
+)
 
 ENCODER_STATES = "encoder_hidden_states"
 """The argument in which a decoder is given what its cross-attention attends."""
@@ -158,7 +167,11 @@ def _loop_passes_keywords(stack: Stack) -> bool:
         for node in ast.walk(function)
         if isinstance(node, ast.For) and _runs_over(node.iter) == f"self.{stack.list_name}"
     ]
-    if len(loops) != 1 or _is_repeated(function, loops[0]):
+    if (
+        len(loops) != 1
+        or _is_repeated(function, loops[0])
+        or _runs_elsewhere(cls, function, loops[0], stack.list_name)
+    ):
         raise Unsupported(
             f"{cls.__name__}: its forward does not run its {stack.list_name} one after the other, once each"
         )
@@ -226,6 +239,26 @@ def _runs_over(iterated: ast.expr) -> str:
     if isinstance(iterated, ast.Subscript) and isinstance(part, ast.Slice) and part.lower is part.step is None:
         return _runs_over(iterated.value)
     return ast.unparse(iterated)
+
+
+def _runs_elsewhere(cls: type[nn.Module], function: ast.FunctionDef, loop: ast.For, list_name: str) -> bool:
+    """True where the forward, or a method that it calls, takes layers of the list outside the loop, too."""
+    if cls is nn.TransformerEncoder:
+        return False  # it looks at its first layer, no more; its fingerprint is known
+    methods = [vars(cls).get(name) for name in self_attributes(function)]
+    sources = [inspect.getsource(method) for method in methods if inspect.isfunction(method)]
+    within = set(ast.walk(loop.iter))
+    for tree in (function, *(ast.parse(textwrap.dedent(source)) for source in sources)):
+        counted = {
+            id(node.args[0])
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "len" and node.args
+        }
+        for node in ast.walk(tree):
+            mentioned = isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{list_name}"
+            if mentioned and node not in within and id(node) not in counted:
+                return True
+    return False
 
 
 def _is_repeated(function: ast.FunctionDef, loop: ast.For) -> bool:
