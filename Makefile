@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test check readme speed setup speech clean
+.PHONY: study test check readme models speed setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,10 @@ check: setup
 readme: setup
 	$(BIN)/python scripts/readme.py
 	$(BIN)/python scripts/speed.py
+
+# Every model type of transformers, in about five minutes: docs/models.md.
+models: setup
+	$(BIN)/python scripts/models.py
 
 # Half an hour alone on the machine: everything in results/speed.
 BENCH := $(BIN)/mapreuse bench --threads 2

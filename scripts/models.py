@@ -37,7 +37,8 @@ JUSTIFICATIONS = {
     "sinks, chosen keys); a map without them would be another map.",
     "values are computed as": "Its values are not one projection of the hidden states, split into heads: they come "
     "from a latent or from a projection shared with queries and keys, are normed, clamped, convolved or padded. A "
-    "reusing layer makes values alone, so they must be separable.",
+    "reusing layer makes values alone. (A projection shared by all three can be cut apart where an adapter says how "
+    "it is laid out, as for GPT-2 and ModernBERT; these have no adapter.)",
     "projects queries or keys together with values": "A reusing layer makes values alone, and here they come with "
     "queries or keys.",
     "unexpected step": "The context is gated or normed, or reshaped in another order, by what the layer computes; a "

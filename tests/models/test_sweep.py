@@ -1,0 +1,78 @@
+"""docs/models.md, and a sample of the sweep that wrote it; `python scripts/models.py --check` runs all of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+from sweep import FULL_TOLERANCE, REUSE_TOLERANCE, sweep
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
+
+
+def exact_on_the_page() -> dict[str, set[str]]:
+    """The stacks that the page calls exact, by type."""
+    table = PAGE[PAGE.index("## Exact") : PAGE.index("## Refused")]
+    rows = re.findall(r"^\| ([^|]+) \| (.+?) \| [^|]*\|$", table, re.MULTILINE)
+    return {
+        name: {"" if stack == "(itself)" else stack.strip("`†") for stack in stacks.replace("†", "").split(", ")}
+        for name, stacks in rows
+        if name not in ("type", "---")
+    }
+
+
+EXACT = exact_on_the_page()
+RECOGNISERS = [
+    *("bert", "roberta", "distilbert", "electra", "modernbert", "vit", "deit", "dinov2", "wav2vec2", "hubert"),
+    *("whisper", "audio-spectrogram-transformer", "clip", "gpt2", "llama", "qwen2", "parakeet_encoder"),
+    "wav2vec2-conformer",
+]
+"""The families that the library names."""
+SAMPLE = [*RECOGNISERS, *sorted(EXACT)[::9]]
+
+
+def test_more_than_a_hundred_types_are_exact_by_far_and_the_page_counts_its_own_rows():
+    (counted,) = re.findall(r"\*\*(\d+) model types reuse maps exactly\*\*, in (\d+) stacks", PAGE)
+    assert int(counted[0]) == len(EXACT) > 250
+    assert int(counted[1]) == sum(map(len, EXACT.values()))
+
+
+def test_every_type_of_transformers_stands_on_the_page():
+    missing = [
+        name for name in CONFIG_MAPPING_NAMES if not re.search(rf"(^|[ |]){re.escape(name)}[ ,.|]", PAGE, re.M)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("family", RECOGNISERS)
+def test_the_families_that_the_library_names_are_on_the_page(family):
+    assert family in EXACT
+
+
+@pytest.mark.parametrize("model_type", dict.fromkeys(SAMPLE))
+def test_what_the_page_calls_exact_is_exact(model_type):
+    found = {one.stack: one for one in sweep(model_type)}
+    assert {stack for stack, one in found.items() if one.status == "exact"} == EXACT[model_type]
+    for stack in EXACT[model_type]:
+        assert found[stack].full <= FULL_TOLERANCE
+        assert found[stack].reuse <= REUSE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("t5", "it returns"),
+        ("wavlm", "does not go through transformers' attention interface"),
+        ("gpt_oss", "its attention takes s_aux"),
+        ("qwen2_5_vl_vision", "calls attention_interface 2 times"),
+        ("sam3_vit_model", "its hidden states have 4 dimensions"),
+        ("kosmos_2_5_vision_model", "is not chosen by"),
+        ("videomt", "does not run its layers one after the other, once each"),
+        ("resnet", "holds no list of layers with attention"),
+    ],
+)
+def test_what_the_page_calls_refused_is_refused_for_the_reason_given(model_type, reason):
+    results = sweep(model_type)
+    assert {one.status for one in results} == {"refused"}
+    assert reason in results[0].reason
+    assert model_type not in EXACT
