@@ -15,7 +15,7 @@ from torch import nn
 from vision_blocks import Attention, Block, MaskedTransformer, OldAttention, VisionTransformer
 
 import mapreuse as mr
-from mapreuse.models import _packed
+from mapreuse.models import MapRecorder, _packed, find_stack
 
 REUSING = {name: plan for name, plan in PLANS.items() if name != "full"}
 WIDTH, HEADS, LAYERS, POSITIONS = 32, 4, 4, 9
@@ -443,6 +443,16 @@ def test_compiled_parts_around_borne_maps_agree_and_whole_graphs_are_refused():
     assert exported.startswith("refused")
 
 
+def test_recorded_values_of_positions_that_come_first_lie_as_others_do():
+    batches = [{"src": inputs(batch_first=first)} for first in (True, False)]
+    by_first = [
+        MapRecorder(encoder(batch_first=first))(batch) for first, batch in zip((True, False), batches, strict=True)
+    ]
+    for one, other in zip(by_first[0].values, by_first[1].values, strict=True):
+        assert one.shape == (3, HEADS, POSITIONS, WIDTH // HEADS)
+        assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+
+
 MODELS = {
     "encoder": (lambda: encoder(batch_first=True), inputs),
     "vision": (lambda: peaked(VisionTransformer()), pictures),
@@ -451,6 +461,20 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 class TestBorneMaps:
+    def test_the_stack_is_found_again_under_a_plan(self, kind):
+        make, _ = MODELS[kind]
+        model = make()
+        before = find_stack(model)
+        after = find_stack(mr.apply(model, PLANS["groups of 2"]))
+        assert (after.path, after.list_name, len(after.layers)) == (before.path, before.list_name, LAYERS)
+
+    def test_a_recorder_returns_every_map(self, kind):
+        make, sample = MODELS[kind]
+        recorded = MapRecorder(make())({"src" if kind == "encoder" else "pixel_values": sample(1)})
+        assert len(recorded.maps) == LAYERS
+        for weights in recorded.maps:
+            assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+
     def test_two_threads_may_run_one_model(self, kind):
         make, sample = MODELS[kind]
         model = mr.apply(make(), PLANS["two sources"])

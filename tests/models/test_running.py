@@ -252,7 +252,7 @@ def test_a_recorder_returns_the_models_own_maps_and_leaves_it_alone(family):
     with torch.no_grad(), softmax_follows(mr.ReusePlan.full(4)) as own:
         rows = valid_rows(eager, batch, eager(**batch))
     model, _ = build(family)
-    maps, valid = MapRecorder(model)(batch)
+    maps, valid, _ = MapRecorder(model)(batch)
     assert torch.equal(valid, rows)
     for ours, theirs in zip(maps, own, strict=True):
         torch.testing.assert_close(ours.transpose(1, 2)[rows], theirs.transpose(1, 2)[rows], atol=2e-5, rtol=1e-4)

@@ -42,9 +42,9 @@ class MapRecorder:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = copy.deepcopy(model).eval()
-        stack = find_stack(self._model)
-        self.num_layers = len(stack.layers)
+        self.num_layers = len(find_stack(self._model).layers)
         apply(self._model, ReusePlan.full(self.num_layers))
+        stack = find_stack(self._model)  # its attention modules may be others now
         self._values: dict[int, Tensor] = {}
         for index, layer in enumerate(stack.layers):
             attention: Any = layer.attention
@@ -60,7 +60,9 @@ class MapRecorder:
         projection = value_projection(layer)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._values[index] = projection(args[0] if args else kwargs["hidden_states"])
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            batch_first = getattr(module, "batch_first", True)  # of torch's own attention
+            self._values[index] = projection(hidden_states if batch_first else hidden_states.transpose(0, 1))
 
         return hook
 

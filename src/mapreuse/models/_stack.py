@@ -96,7 +96,7 @@ def find_stack(model: nn.Module) -> Stack:
 
 def _is_list(module: nn.Module) -> bool:
     """A list of layers, or a sequence of several of one class."""
-    if type(module) is nn.Sequential:
+    if type(module) is nn.Sequential or (isinstance(module, nn.Sequential) and "_map_reuse" in vars(module)):
         return len(module) > 1 and len({type(layer) for layer in module}) == 1
     return isinstance(module, nn.ModuleList) and len(module) > 0
 
