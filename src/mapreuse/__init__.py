@@ -6,7 +6,7 @@ plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
 model = mr.apply(model, plan)
 """
 
-from mapreuse.convert import DistillConfig, align, convert, distill, fit
+from mapreuse.convert import DistillConfig, align, convert, distill, fit, search
 from mapreuse.models import Unsupported, apply, load, plan_of, save
 from mapreuse.plan import ReusePlan
 
@@ -22,4 +22,5 @@ __all__ = [
     "load",
     "plan_of",
     "save",
+    "search",
 ]

@@ -8,8 +8,9 @@ from families import build
 
 import mapreuse as mr
 from mapreuse.convert import align_by, group_by
-from mapreuse.convert._align import _assign
+from mapreuse.convert._align import _assign, output_errors
 from mapreuse.measure import Similarity, similarity
+from mapreuse.models import MapRecorder, find_stack, output_projection
 from mapreuse.plan import ReusePlan
 
 
@@ -107,10 +108,39 @@ def test_shuffled_heads_are_found_again():
 def test_align_measures_and_assigns_in_one_call_and_is_deterministic():
     model, batch = build("llama")
     plan = ReusePlan.grouped(4, 2)
-    aligned = mr.align(model, plan, [batch])
+    aligned = mr.align(model, plan, [batch], mode="best")
 
     assert aligned == align_by(similarity(model, [batch]), plan)
-    assert aligned == mr.align(model, plan, [batch])
+    assert aligned == mr.align(model, plan, [batch], mode="best")
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "parakeet"])
+def test_the_error_of_an_assignment_is_what_one_exchanged_map_does_to_its_layers_output(family):
+    """The definition, from recorded maps and values, one head at a time; grouped and fused values included."""
+    model, batch = build(family)
+    errors = output_errors(model, {1: (0,)}, [batch, batch])[1]
+    maps, valid, values = MapRecorder(model)(batch)
+    num_heads = maps[1].shape[1]
+    projection = output_projection(find_stack(model).layers[1])
+    weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
+    parts = weight.detach().view(num_heads, -1, weight.shape[-1])
+    repeated = values[1].repeat_interleave(num_heads // values[1].shape[1], 1)
+    assert errors.shape == (1, num_heads, num_heads)
+    for source in range(num_heads):
+        for head in range(num_heads):
+            moved = (maps[0][:, source] - maps[1][:, head]) @ repeated[:, head] @ parts[head]
+            own = sum(((maps[1][:, h] @ repeated[:, h] @ parts[h])[valid] ** 2).sum() for h in range(num_heads))
+            assert errors[0, source, head].item() == pytest.approx(
+                (moved[valid].square().sum() / own).item(), rel=1e-3
+            )
+
+
+def test_align_takes_the_head_of_least_error_by_default():
+    model, batch = build("bert")
+    plan = mr.align(model, mr.ReusePlan.grouped(4, 2), [batch])
+    for layer in (1, 3):
+        errors = output_errors(model, {layer: (layer - 1,)}, [batch])[layer][0]
+        assert [pair[1] for pair in plan.heads(layer, 4)] == errors.argmin(0).tolist()
 
 
 def test_a_plan_for_another_depth_and_an_unknown_mode_are_refused():

@@ -1,5 +1,7 @@
 """Closed-form refit, against least squares and against the held-out error measured independently."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import build
@@ -7,31 +9,87 @@ from text_batches import random_batches
 from torch.nn import functional
 
 import mapreuse as mr
-from mapreuse.convert._fit import _Sums
+from mapreuse.convert._fit import _Sums, _Weights
+from mapreuse.models import MapRecorder, find_stack, output_projection
+
+
+def random_weights(heads, inputs, dim, width, *, with_bias=True):
+    return _Weights(
+        torch.randn(heads, inputs, dim).double(),
+        torch.randn(heads, dim).double(),
+        torch.randn(heads, dim, width).double(),
+        torch.randn(width).double() if with_bias else None,
+    )
+
+
+def outputs(weights, inputs):
+    """The definition, head by head."""
+    bias = 0 if weights.bias is None else weights.bias
+    size = weights.values.shape[1]
+    return bias + sum(
+        (inputs[:, h * size : (h + 1) * size] @ weights.values[h] + weights.value_bias[h]) @ weights.output[h]
+        for h in range(len(weights.values))
+    )
+
+
+def summed(weights, inputs, targets, drift):
+    sums = _Sums(weights)
+    for rows in torch.arange(len(inputs)).split(37):
+        sums.add(inputs[rows], targets[rows], drift[rows])
+    return sums
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_streamed_normal_equations_solve_the_ridge_regression(with_bias):
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_output_solved_from_streamed_sums_is_ridge_regression(with_bias, share):
     """Ridge towards given weights is least squares with the penalty as extra rows."""
     torch.manual_seed(0)
-    inputs, targets = torch.randn(200, 6).double(), torch.randn(200, 3).double()
-    weight, bias = torch.randn(3, 6).double(), torch.randn(3).double() if with_bias else None
-    sums = _Sums()
-    for rows in torch.arange(200).split(37):
-        sums.add(inputs[rows], targets[rows])
-    solved, intercept = sums.solve(weight, bias, ridge=0.3)
+    start = random_weights(2, 5, 3, 4, with_bias=with_bias)
+    inputs, targets, drift = torch.randn(200, 10).double(), torch.randn(200, 4).double(), torch.randn(200, 4).double()
+    solved = summed(start, inputs, targets, drift).solve(start, 0.3, share)
 
-    strength = 0.3 * inputs.square().sum(0).mean()
-    ones = torch.ones(200, 1).double()
-    left = torch.cat([inputs, ones], 1) if with_bias else inputs
-    width = left.shape[1]
-    penalty = strength.sqrt() * torch.eye(6, width).double()
+    contexts = torch.cat([inputs[:, 5 * h : 5 * h + 5] @ start.values[h] + start.value_bias[h] for h in (0, 1)], 1)
+    strength = (0.3 * contexts.square().sum(0).mean()).sqrt()
+    left = torch.cat([contexts, torch.ones(200, 1).double()], 1) if with_bias else contexts
+    penalty = strength * torch.eye(6, left.shape[1]).double()
     expected = torch.linalg.lstsq(
-        torch.cat([left, penalty]), torch.cat([targets, strength.sqrt() * weight.mT])
+        torch.cat([left, penalty]), torch.cat([targets + share * drift, strength * start.output.flatten(0, 1)])
     ).solution
-    torch.testing.assert_close(solved, expected[:6].mT)
+    torch.testing.assert_close(solved.output.flatten(0, 1), expected[:6])
     if with_bias:
-        torch.testing.assert_close(intercept, expected[6])
+        torch.testing.assert_close(solved.bias, expected[6])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(with_bias):
+    torch.manual_seed(1)
+    start = random_weights(2, 5, 3, 4, with_bias=with_bias)
+    inputs, targets = torch.randn(200, 10).double(), torch.randn(200, 4).double()
+    sums = summed(start, inputs, targets, torch.zeros_like(targets))
+    solved = sums._solve_values(start, start, sums._target, 0.05)
+    gram, product = inputs[:, 5:].mT @ inputs[:, 5:], start.output[1] @ start.output[1].mT
+    strength = 0.05 * torch.linalg.eigvalsh(gram).mean() * torch.linalg.eigvalsh(product).mean()
+
+    def penalised(values):
+        wrong = outputs(replace(start, values=values), inputs) - targets
+        return wrong.square().sum() + strength * (values - start.values).square().sum()
+
+    least = penalised(solved.values)
+    assert least < penalised(start.values)
+    for _ in range(20):
+        change = torch.zeros_like(solved.values)
+        change[1] = 0.01 * torch.randn(5, 3).double()
+        assert penalised(solved.values + change) > least
+
+
+def test_the_error_from_sums_is_the_error_of_the_outputs():
+    torch.manual_seed(2)
+    weights = random_weights(3, 4, 2, 5)
+    inputs, targets, drift = torch.randn(90, 12).double(), torch.randn(90, 5).double(), torch.randn(90, 5).double()
+    found = summed(weights, inputs, targets, drift).error(weights)
+
+    wrong = outputs(weights, inputs) - targets - drift
+    assert found == pytest.approx((wrong.square().sum() / targets.square().sum()).sqrt().item())
 
 
 def test_a_refit_brings_the_converted_model_closer_on_batches_it_has_not_seen():
@@ -51,6 +109,41 @@ def test_a_refit_brings_the_converted_model_closer_on_batches_it_has_not_seen():
     assert [report.layer for report in reports] == [1, 3]
     assert all(report.after < report.before for report in reports)
     assert distance() < 0.95 * before
+
+
+def test_values_that_were_lost_are_found_again():
+    model, _ = build("bert")
+    converted = mr.convert(model, mr.ReusePlan.from_sources([0, 0, 2, 3]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        converted.encoder.layer[1].attention.self.value.weight.normal_(std=0.3)
+    (report,) = mr.fit(converted, model, random_batches(60))
+
+    assert report.values
+    assert report.after < 0.7 * report.before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "parakeet"])
+def test_the_reported_error_is_that_of_the_converted_models_attention(family):
+    """Fused, grouped and relative attentions: hooks on both models give the errors that `fit` reports."""
+    model, batch = build(family)
+    converted = mr.convert(model, mr.ReusePlan.from_sources([0, 0, 2, 3]))
+    (report,) = mr.fit(converted, model, [batch] * 4)
+
+    def output_of(one):
+        seen = []
+        handle = output_projection(find_stack(one).layers[report.layer]).register_forward_hook(
+            lambda module, args, output: seen.append(output)
+        )
+        with torch.no_grad():
+            one(**batch)
+        handle.remove()
+        return seen[0]
+
+    valid = MapRecorder(model)(batch).valid
+    ours, theirs = output_of(converted)[valid], output_of(model)[valid]
+    assert report.after == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-2)
+    assert report.after < 0.9 * report.before
 
 
 def test_padding_changes_nothing():

@@ -13,8 +13,11 @@ from mapreuse.convert._convert import convert
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
 from mapreuse.convert._schedule import learning_rate, spent
+from mapreuse.convert._search import Candidate, search
+from mapreuse.convert._states import hidden_state_error
 
 __all__ = [
+    "Candidate",
     "DistillConfig",
     "Distillation",
     "LayerFit",
@@ -27,9 +30,11 @@ __all__ = [
     "distill",
     "fit",
     "group_by",
+    "hidden_state_error",
     "learning_rate",
     "open_batches",
     "open_model",
+    "search",
     "sound_files",
     "spent",
 ]

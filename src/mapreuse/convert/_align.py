@@ -55,7 +55,7 @@ def output_errors(
 ) -> dict[int, Float[Tensor, "sources source_heads heads"]]:
     """What it costs each head of a layer to apply each head of some earlier layers.
 
-        errors[l][s, g, h] = Σ ‖(A[s, g] − A[l, h]) V[l, h] O[l, h]‖² / Σ ‖A[l] V[l] O[l]‖²
+        errors[l][s, g, h] = Σ ‖(A[s, g] − A[l, h]) V[l, h] O[l, h]‖² / Σ Σ_h ‖A[l, h] V[l, h] O[l, h]‖²
 
     summed over the queries of `batches` that are not padding, one batch at a time; `sources` names the candidates of
     each layer.

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 
-def calibration_batches(
-    batches: Iterable[Mapping[str, Any]], fewest: int, reader: str
-) -> list[Mapping[str, Any]]:
+def calibration_batches(batches: Iterable[Mapping[str, Any]], fewest: int, reader: str) -> list[Mapping[str, Any]]:
     """The batches as a list. Raises `ValueError` where there are fewer than `reader` needs."""
     found = list(batches)
     if len(found) < fewest:

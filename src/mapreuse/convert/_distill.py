@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from mapreuse.convert._schedule import learning_rate, spent
-from mapreuse.models import find_stack, plan_of
+from mapreuse.convert._states import not_padding, recorded_states
+from mapreuse.models import plan_of
 
 _HELD_OUT = 8
 """Every eighth batch judges instead of teaching, where no others are given to judge by."""
@@ -248,11 +247,11 @@ class _Run:
 
     def _pair(self, batch: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], Bool[Tensor, "b p"], Any, Any]:
         """Hidden states of every layer in both models, which positions are not padding, and both outputs."""
-        with torch.no_grad(), _recorded(self.original) as (theirs, masks):
+        with torch.no_grad(), recorded_states(self.original) as (theirs, masks):
             target = self.original(**batch)
-        with _recorded(self.model) as (ours, _):
+        with recorded_states(self.model) as (ours, _):
             output = self.model(**batch)
-        return ours, theirs, _not_padding(masks[0], theirs[0]), output, target
+        return ours, theirs, not_padding(masks[0], theirs[0]), output, target
 
     @torch.no_grad()
     def _judge(self) -> None:
@@ -325,39 +324,3 @@ def _distance(ours: Float[Tensor, "rows width"], theirs: Float[Tensor, "rows wid
 
 def _size(theirs: Float[Tensor, "rows width"]) -> Tensor:
     return theirs.float().square().sum()
-
-
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
-    """Hidden states after every layer of a pass, and the attention mask that the first was given."""
-    states: list[Tensor] = []
-    masks: list[Tensor | None] = []
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        masks.append(given.get("attention_mask", given.get("kwargs", {}).get("attention_mask")))
-
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    layers = [layer.layer for layer in find_stack(model).layers]
-    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [layer.register_forward_hook(after) for layer in layers]
-    try:
-        yield states, masks
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _not_padding(
-    mask: Tensor | None, states: Float[Tensor, "batch positions width"]
-) -> Bool[Tensor, "batch positions"]:
-    """Positions that may attend themselves; all of them where there is no mask."""
-    batch, positions, _ = states.shape
-    if mask is None:
-        return torch.ones(batch, positions, dtype=torch.bool, device=states.device)
-    if mask.dim() == 4:
-        mask = mask[:, 0].diagonal(dim1=-2, dim2=-1) if mask.shape[-2] > 1 else mask[:, 0, 0]
-    allowed = mask if mask.dtype == torch.bool else (mask > -1 if mask.is_floating_point() else mask > 0)
-    return allowed.expand(batch, positions)

@@ -64,10 +64,10 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
         V, O, b = argmin ‖Σ_h A_h X V_h O_h + b − Y‖² + λ ‖V − V₀‖² + λ ‖O − O₀‖²
 
     solved for O and b, then for V one head after the other, in turn, each exactly, from normal equations summed over
-    the batches in float64. λ, whether the drift is added, and whether V moves at all, are chosen on held-out batches
-    by the error of the layer's residual stream; a layer that no candidate improves keeps its weights. Padding is left
-    out. Values stay as they are where heads share them, where some heads of the layer compute, and where heads ·
-    width exceeds 12,288.
+    the batches in float64. λ and whether the drift is added are chosen with O alone, then whether V moves, on
+    held-out batches by the error of the layer's residual stream; a layer that no candidate improves keeps its
+    weights. Padding is left out. Values stay as they are where heads share them, where some heads of the layer
+    compute, and where heads · width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.
@@ -119,15 +119,20 @@ def _fit_layer(
             raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
         (held_out if number % _HELD_OUT == _HELD_OUT - 1 else fitted).add(*triple)
     before = held_out.error(start)
-    best, chosen = before, None
-    for share, ridge, moved in itertools.product(_DRIFT, _RIDGES, (False, True) if moves_values else (False,)):
-        candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS if moved else 0)
+    best, ridge, share, weights = before, None, 0.0, start
+    for candidate_share, candidate_ridge in itertools.product(_DRIFT, _RIDGES):
+        candidate = fitted.solve(start, candidate_ridge, candidate_share)
         error = held_out.error(candidate)
         if error < best:
-            best, chosen = error, (ridge, moved, candidate)
-    if chosen is None:
+            best, ridge, share, weights = error, candidate_ridge, candidate_share, candidate
+    if ridge is None:
         return LayerFit(index, before, before, None, False)
-    ridge, moved, weights = chosen
+    moved = False
+    if moves_values:
+        candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
+        error = held_out.error(candidate)
+        if error < best:
+            best, moved, weights = error, True, candidate
     _write(layer, projection, weights, moved)
     return LayerFit(index, before, best, ridge, moved)
 
@@ -144,7 +149,7 @@ class _Weights:
     values: Float[Tensor, "heads inputs head_dim"]
     value_bias: Float[Tensor, "heads head_dim"]
     output: Float[Tensor, "heads head_dim width"]
-    bias: Float[Tensor, "width"] | None
+    bias: Tensor | None
 
     def onto(self, matrix: Float[Tensor, "inputs_and_one columns"]) -> Float[Tensor, "context_and_one columns"]:
         """Bᵀ matrix, where B makes contexts (and a one) of inputs (and a one)."""
@@ -191,7 +196,7 @@ class _Sums:
         wrong -= 2 * (stacked * weights.onto(self._target + self._drift)).sum()
         return (max(float(wrong) + self._whole, 0.0) / self._size) ** 0.5
 
-    def solve(self, start: _Weights, ridge: float, share: float, *, sweeps: int) -> _Weights:
+    def solve(self, start: _Weights, ridge: float, share: float, *, sweeps: int = 0) -> _Weights:
         """Output, then `sweeps` times values and output, each solved exactly and held to `start` by the ridge."""
         moment = self._target + share * self._drift
         weights = self._solve_output(start, start, moment, ridge)
@@ -252,8 +257,8 @@ def _values_can_move(layer: Layer) -> bool:
 
 def _read(layer: Layer, projection: nn.Linear | Conv1D, moves_values: bool) -> _Weights:
     weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
-    num_heads = layer.attention._layout.num_heads  # type: ignore[union-attr]
-    output = weight.detach().double().unflatten(0, (num_heads, -1))  # type: ignore[arg-type]
+    layout: Any = layer.attention._layout
+    output = weight.detach().double().unflatten(0, (layout.num_heads, -1))
     bias = None if projection.bias is None else projection.bias.detach().double()
     if moves_values:
         values = value_projection(layer)

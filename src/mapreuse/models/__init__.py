@@ -3,6 +3,7 @@
 from mapreuse.models import _fused, _packed, _parakeet, _wav2vec2_conformer  # noqa: F401  registers their adapters
 from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of
+from mapreuse.models._checks import possible_sources
 from mapreuse.models._files import load, save
 from mapreuse.models._recording import MapRecorder, Recording
 from mapreuse.models._sharing import ARGUMENT
@@ -23,6 +24,7 @@ __all__ = [
     "load",
     "output_projection",
     "plan_of",
+    "possible_sources",
     "save",
     "value_projection",
 ]

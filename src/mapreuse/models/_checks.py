@@ -12,7 +12,7 @@ from mapreuse.models._conversion import Conversion, Heads
 from mapreuse.models._layout import lay_out
 from mapreuse.models._reading import HEAD_DIM
 from mapreuse.models._source import Unsupported
-from mapreuse.models._stack import Layer, Stack
+from mapreuse.models._stack import Layer, Stack, find_stack
 from mapreuse.plan import ReusePlan
 
 _KIND = (
@@ -194,3 +194,21 @@ def _check_untied(model: nn.Module, conversions: list[Conversion]) -> None:
                     raise Unsupported(
                         f"layer {index}: {name} is tied ({', '.join(paths)}); untie it before reusing maps"
                     )
+
+
+def possible_sources(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """For every layer of `model`, the earlier layers whose maps it could apply: those of its kind.
+
+    Raises `ValueError`, as `apply` would, where the model cannot be served at all.
+    """
+    stack = find_stack(model)
+    conversions = check(model, stack, ReusePlan.full(len(stack.layers)))
+
+    def fits(layer: int, source: int) -> bool:
+        try:
+            _check_alike(stack, layer, conversions[layer], source, conversions[source])
+        except ValueError:
+            return False
+        return True
+
+    return {layer: tuple(s for s in range(layer) if fits(layer, s)) for layer in range(len(conversions))}

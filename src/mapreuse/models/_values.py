@@ -59,7 +59,7 @@ class ValueProjection:
         weight = self.module.weight.mT if isinstance(self.module, Conv1D) else self.module.weight
         return weight[-self.num_heads * self.head_dim :]
 
-    def _row_bias(self) -> Float[Tensor, "outputs"] | None:
+    def _row_bias(self) -> Tensor | None:
         return None if self.module.bias is None else self.module.bias[-self.num_heads * self.head_dim :]
 
 
@@ -71,7 +71,7 @@ def value_projection(layer: Layer) -> ValueProjection:
         adapter = adapter_of(attention)
         heads = heads_of(type(attention).__name__, attention, adapter)
         return ValueProjection(
-            attention.get_submodule(adapter.form.value),  # type: ignore[arg-type]
+            attention.get_submodule(adapter.form.value),
             heads.num_value_heads,
             heads.head_dim,
         )

@@ -1,0 +1,332 @@
+"""Which layers, and which heads, should share maps? Candidates by what they should cost, judged by what they do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mapreuse.convert._align import output_errors
+from mapreuse.convert._batches import calibration_batches, check_precision
+from mapreuse.convert._fit import fit
+from mapreuse.convert._states import hidden_state_error
+from mapreuse.measure import time_interleaved
+from mapreuse.models import Unsupported, apply, find_stack, possible_sources
+from mapreuse.plan import HeadSource, ReusePlan
+
+logger = logging.getLogger("mapreuse")
+
+_FEWEST = 8
+"""Batches: three of four calibrate, one judges."""
+
+_ROUNDS = 7
+"""Timed rounds, of the cost model and of the plans that are returned."""
+
+_TOLERANCE = 0.1
+"""How far the cost model may be from a real run, relative to it, before that is said."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, with what it costs and saves.
+
+    Attributes:
+        plan: the plan, head by head.
+        error: error on the batches that judge, after `apply` and `fit`.
+        latency: time of a forward pass, measured, divided by the original's in the same run.
+        predicted: the same by the cost model.
+        parameters: parameters of the converted model.
+    """
+
+    plan: ReusePlan
+    error: float
+    latency: float
+    predicted: float
+    parameters: int
+
+
+def search(
+    original: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    latency: float | None = None,
+    error: float | None = None,
+    judge: Callable[[nn.Module], float] | None = None,
+    timed: Mapping[str, Any] | None = None,
+    breadth: int = 4,
+    cache: str | Path | None = None,
+) -> list[Candidate]:
+    """Plans of which none is both slower and worse than another, from the most exact to the fastest.
+
+    A plan is the set R of heads that reuse; each of them takes, of the heads of earlier layers that still compute,
+    the one whose map changes its layer's output least (`align`). From the full plan on, R grows by all heads of a
+    layer that still compute, or by the half of them that should cost least. Of these extensions, the `breadth` ones
+    with the least predicted error for the time they save are converted, refitted and judged, and the one with the
+    least error for the time it saves is extended further, until the budget is met. Everything judged on the way
+    competes for the result, whose latencies are then measured in turns.
+
+    The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
+    plans timed on this device; it is checked against the run of every plan that is returned, and a difference above
+    10 % is logged.
+
+    Args:
+        original: a trained model that `apply` accepts; it is left as it is.
+        batches: calibration batches, at least eight; of every four, three are for `fit` and one judges.
+        latency: stop at a plan predicted to take at most this share of the original's time. Give this or `error`.
+        error: stop where every extension has a greater error than this; only plans within it are returned.
+        judge: the error of a converted model, 0 for the original; by default `hidden_state_error` on the batches
+            kept apart.
+        timed: the batch on which latency is measured; by default the calibration batch of median size.
+        breadth: extensions judged in each step.
+        cache: a file to which every judged plan is written, one JSON object a line; the same search goes on from it.
+
+    Raises:
+        ValueError: where not exactly one budget is given, it cannot be met by any plan, there are too few batches,
+            the model is in half precision on a CPU or cannot be served, or the cache cannot be read.
+    """
+    if (latency is None) == (error is None):
+        raise ValueError("give the budget as latency=0.7 (of the original's time) or as error=0.02, one of the two")
+    if latency is not None and not 0 < latency < 1:
+        raise ValueError(f"latency must be a share of the original's time between 0 and 1, got {latency}")
+    if error is not None and error < 0:
+        raise ValueError(f"error must be at least 0, got {error}")
+    check_precision(original)
+    given = calibration_batches(batches, _FEWEST, "search")
+    judging = given[1::4]
+    calibration = [batch for index, batch in enumerate(given) if index % 4 != 1]
+    judged = _Judged(original, calibration, judge or hidden_state_error(original, judging), cache)
+    batch = timed or sorted(given, key=_size)[len(given) // 2]
+    ranking = _Ranking(original, calibration)
+    costs = _Costs(original, batch, ranking)
+    reusing: frozenset[_Head] = frozenset()
+    visited = {reusing: ranking.plan(reusing)}
+    with tqdm(desc="Searching", unit="plan") as bar:
+        while latency is None or costs.of(reusing) > latency:
+            extensions = {e: ranking.plan(e) for e in ranking.extensions(reusing, costs)[:breadth]}
+            for plan in extensions.values():
+                judged(plan)
+                bar.update()
+            within = {e: plan for e, plan in extensions.items() if error is None or judged(plan) <= error}
+            visited |= within
+            if not within:
+                break
+            before, time = judged(visited[reusing]), costs.of(reusing)
+            reusing = min(within, key=lambda e: (judged(within[e]) - before) / _saved(time, costs.of(e)))
+            bar.set_postfix_str(f"error {judged(visited[reusing]):.4f} at {costs.of(reusing):.2f}×")
+    if latency is not None and costs.of(reusing) > latency:
+        raise ValueError(
+            f"no plan takes {latency} of the original's time: with all maps shared it is {costs.of(reusing):.2f}"
+        )
+    return _measured(original, visited, judged, costs, batch)
+
+
+def _saved(before: float, after: float) -> float:
+    """Time saved, at least a little, so that it can divide."""
+    return max(before - after, 1e-6)
+
+
+_Head = tuple[int, int]
+"""Layer and head."""
+
+
+class _Ranking:
+    """What each head should lose by applying each earlier head's map, and the plans that follow from it."""
+
+    def __init__(self, original: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+        sources = {layer: found for layer, found in possible_sources(original).items() if found}
+        if not sources:
+            raise ValueError(f"{type(original).__name__}: no two layers are of one kind, so none can share a map")
+        self._errors = output_errors(original, sources, tqdm(batches, desc="Comparing maps", leave=False))
+        self.sharing = sources
+        self.num_layers = len(find_stack(original).layers)
+        self.num_heads = next(iter(self._errors.values())).shape[-1]
+        self.partial = self._allows_partial(original)
+
+    def plan(self, reusing: frozenset[_Head]) -> ReusePlan:
+        """The plan where these heads reuse, each its best source."""
+        layers: list[tuple[HeadSource, ...]] = []
+        for layer in range(self.num_layers):
+            heads = [(layer, head) for head in range(self.num_heads)]
+            layers.append(tuple(self._best(head, reusing)[1] if head in reusing else None for head in heads))
+        return ReusePlan(tuple(layers))
+
+    def predicted(self, reusing: frozenset[_Head]) -> float:
+        """Σ over reusing heads of the error that its source should cause, by the output of its layer."""
+        return sum((self._best(head, reusing)[0] for head in reusing), 0.0)
+
+    def extensions(self, reusing: frozenset[_Head], costs: _Costs) -> list[frozenset[_Head]]:
+        """Ways to let more heads reuse, the most promising first."""
+        found = []
+        for layer in self.sharing:
+            free = [(layer, head) for head in range(self.num_heads) if (layer, head) not in reusing]
+            if not free:
+                continue
+            found.append(reusing | set(free))
+            if self.partial and len(free) > 1:
+                ordered = sorted(free, key=lambda head: self._best(head, reusing)[0])
+                found.append(reusing | set(ordered[: (len(free) + 1) // 2]))
+        found = [extension for extension in found if self._is_served(extension)]
+        before, time = self.predicted(reusing), costs.of(reusing)
+        return sorted(found, key=lambda e: (self.predicted(e) - before) / _saved(time, costs.of(e)))
+
+    def _is_served(self, reusing: frozenset[_Head]) -> bool:
+        return all(self._candidates(head, reusing) for head in reusing)
+
+    def _candidates(self, head: _Head, reusing: frozenset[_Head]) -> list[tuple[float, _Head]]:
+        layer, number = head
+        return [
+            (float(self._errors[layer][index, other, number]), (source, other))
+            for index, source in enumerate(self.sharing[layer])
+            for other in range(self.num_heads)
+            if (source, other) not in reusing
+        ]
+
+    def _best(self, head: _Head, reusing: frozenset[_Head]) -> tuple[float, _Head]:
+        return min(self._candidates(head, reusing))
+
+    def _allows_partial(self, original: nn.Module) -> bool:
+        if self.num_heads == 1:
+            return False
+        half = frozenset((max(self.sharing), head) for head in range(1, self.num_heads, 2))
+        try:
+            apply(copy.deepcopy(original), self.plan(half))
+        except Unsupported as reason:
+            logger.info("plans that let part of a layer's heads reuse are left out: %s", reason)
+            return False
+        return True
+
+
+class _Costs:
+    """Time of a plan, by the number of heads that reuse in each layer, from three plans timed beside the original."""
+
+    def __init__(self, original: nn.Module, batch: Mapping[str, Any], ranking: _Ranking) -> None:
+        heads = range(ranking.num_heads)
+        plans = {
+            "none": frozenset[_Head](),
+            "all": frozenset((layer, head) for layer in ranking.sharing for head in heads),
+        }
+        if ranking.partial:
+            plans["half"] = frozenset((layer, head) for layer in ranking.sharing for head in heads[1::2])
+        models = {name: apply(copy.deepcopy(original), ranking.plan(heads)) for name, heads in plans.items()}
+        times = _times({"original": original} | models, batch)
+        self._num_heads = ranking.num_heads
+        self._full = times["none"] / times["original"]
+        self._saved = {
+            name: (times["none"] - times[name]) / times["original"] / len(ranking.sharing)
+            for name in ("all", "half")
+            if name in times
+        }
+
+    def of(self, reusing: frozenset[_Head]) -> float:
+        """Predicted share of the original's time of the plan where these heads reuse."""
+        numbers = Counter(layer for layer, _ in reusing)
+        saved = 0.0
+        for number in numbers.values():
+            if number == self._num_heads:
+                saved += self._saved["all"]
+            else:
+                saved += self._saved["half"] * number / (self._num_heads // 2)
+        return self._full - saved
+
+
+class _Judged:
+    """The error of a plan after `apply` and `fit`; every plan is judged once, also over several searches."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        batches: Sequence[Mapping[str, Any]],
+        judge: Callable[[nn.Module], float],
+        cache: str | Path | None,
+    ) -> None:
+        self._original, self._batches, self._judge = original, batches, judge
+        self._path = None if cache is None else Path(cache)
+        self._identity = _digest(original.state_dict(), *batches)
+        self.errors: dict[ReusePlan, float] = {}
+        self.of_original = judge(original)
+        if self._path is not None and self._path.exists():
+            for number, line in enumerate(self._path.read_text().splitlines(), start=1):
+                try:
+                    entry = json.loads(line)
+                    if entry["search"] == self._identity:
+                        self.errors[ReusePlan.from_json(entry["plan"])] = float(entry["error"])
+                except (KeyError, TypeError, ValueError) as damage:
+                    raise ValueError(f"{self._path}, line {number}: not a judged plan ({damage})") from None
+
+    def __call__(self, plan: ReusePlan) -> float:
+        if plan.is_full:
+            return self.of_original
+        if plan not in self.errors:
+            model = apply(copy.deepcopy(self._original), plan)
+            fit(model, self._original, self._batches)
+            self.errors[plan] = self._judge(model)
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                entry = {"search": self._identity, "plan": plan.to_json(), "error": self.errors[plan]}
+                with self._path.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+        return self.errors[plan]
+
+
+def _measured(
+    original: nn.Module, visited: Mapping[frozenset[_Head], ReusePlan], judged: _Judged, costs: _Costs, batch: Mapping
+) -> list[Candidate]:
+    """Of the plans judged, those that no other beats, timed."""
+    predicted = {plan: costs.of(reusing) for reusing, plan in visited.items()}
+    found = []
+    for plan in _front({plan: (judged(plan), time) for plan, time in predicted.items()}):
+        model = apply(copy.deepcopy(original), plan)
+        times = _times({"original": original, "plan": model}, batch)
+        measured = times["plan"] / times["original"]
+        if abs(predicted[plan] - measured) > _TOLERANCE * measured:
+            logger.warning("a plan was predicted to take %.2f×, and takes %.2f×", predicted[plan], measured)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        found.append(Candidate(plan, judged(plan), measured, predicted[plan], parameters))
+    best = _front({candidate: (candidate.error, candidate.latency) for candidate in found})
+    return sorted(best, key=lambda candidate: candidate.error)
+
+
+def _front(points: Mapping[Any, tuple[float, float]]) -> list[Any]:
+    """Those that no other point beats in one number without being worse in the other."""
+    return [
+        one
+        for one, (error, time) in points.items()
+        if not any(e <= error and t <= time and (e, t) != (error, time) for e, t in points.values())
+    ]
+
+
+def _times(models: Mapping[str, nn.Module], batch: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of a forward pass of each, in turns."""
+    modes = {name: model.training for name, model in models.items()}
+    device = next(iter(batch.values())).device.type
+    calls = {name: functools.partial(model.eval(), **batch) for name, model in models.items()}
+    timed = time_interleaved(calls, repeats=_ROUNDS, warmup=2, device=device)
+    for name, model in models.items():
+        model.train(modes[name])
+    return {name: latency.median for name, latency in timed.items()}
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
+
+
+def _digest(*tensors: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits of these tensors' contents."""
+    digest = hashlib.sha256()
+    for named in tensors:
+        for name, value in named.items():
+            digest.update(name.encode())
+            if isinstance(value, Tensor):
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,136 @@
+"""Search: what it returns is what converting by hand gives, and no plan is beaten by another."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from families import build
+from text_batches import random_batches
+from torch.nn import functional
+
+import mapreuse as mr
+from mapreuse.convert import hidden_state_error
+from mapreuse.convert._search import _Costs, _front, _Ranking
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return build("bert")[0]
+
+
+@pytest.fixture
+def regular_times(monkeypatch):
+    """A device on which every reusing head saves a twentieth, so that results do not hang on this machine's moods."""
+
+    def times(models, batch):
+        plans = {name: mr.plan_of(model) for name, model in models.items()}
+        heads = {
+            name: 0 if plan is None else sum(s is not None for l in range(4) for s in plan.heads(l, 4))
+            for name, plan in plans.items()
+        }
+        return {name: 1 - number / 20 for name, number in heads.items()}
+
+    monkeypatch.setattr(sys.modules[mr.search.__module__], "_times", times)
+
+
+def test_every_plan_found_has_the_error_that_converting_it_by_hand_gives(bert, tmp_path, regular_times):
+    batches = random_batches(12)
+    found = mr.search(bert, batches, error=0.5, breadth=2, cache=tmp_path / "judged.jsonl")
+
+    assert len(found) > 2
+    assert found[0].plan.is_full
+    for candidate in found:
+        model = mr.apply(copy.deepcopy(bert), candidate.plan)
+        if not candidate.plan.is_full:
+            mr.fit(model, bert, [batch for index, batch in enumerate(batches) if index % 4 != 1])
+        cosines = []
+        with torch.no_grad():
+            for batch in batches[1::4]:
+                rows = batch["attention_mask"].bool()
+                ours, theirs = (m(**batch).last_hidden_state[rows] for m in (model, bert))
+                cosines.append(functional.cosine_similarity(ours, theirs, dim=-1))
+        assert candidate.error == pytest.approx(1 - torch.cat(cosines).mean().item(), abs=1e-5)
+        assert candidate.error <= 0.5
+        assert candidate.latency == pytest.approx(candidate.predicted)
+        assert candidate.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_no_plan_found_is_both_slower_and_worse_than_another(bert):
+    found = mr.search(bert, random_batches(8), error=1.0, breadth=2)
+    for one in found:
+        assert not any(
+            other.error <= one.error and other.latency <= one.latency for other in found if other is not one
+        )
+
+
+def test_a_second_search_judges_nothing_again(bert, tmp_path, regular_times):
+    judged = []
+    error = hidden_state_error(bert, random_batches(2, seed=1))
+
+    def judge(model):
+        judged.append(mr.plan_of(model))
+        return error(model)
+
+    cache = tmp_path / "judged.jsonl"
+    first = mr.search(bert, random_batches(8), error=0.4, breadth=2, judge=judge, cache=cache)
+    number = len(cache.read_text().splitlines())
+    assert len(judged) == number + 1  # and the original
+    cache.write_text("".join(line + "\n" for line in cache.read_text().splitlines()[: number - 1]))
+    judged.clear()
+    second = mr.search(bert, random_batches(8), error=0.4, breadth=2, judge=judge, cache=cache)
+
+    assert second == first
+    assert len(judged) == 2  # the original, and the plan that was forgotten
+    other = mr.search(bert, random_batches(8, seed=5), error=0.4, breadth=2, judge=judge, cache=cache)
+    assert [c.error for c in other] != [c.error for c in first]
+
+
+def test_a_latency_budget_is_met(bert, regular_times):
+    found = mr.search(bert, random_batches(8), latency=0.65, breadth=2)
+    assert found[-1].latency <= 0.65 < found[-2].latency
+
+
+def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still_compute(bert):
+    ranking = _Ranking(bert, random_batches(2))
+    smaller = frozenset((3, head) for head in range(4))
+    larger = smaller | {(2, head) for head in range(4)} | {(1, 0), (1, 1)}
+    for reusing in (smaller, larger):
+        plan = ranking.plan(reusing)
+        assert {(l, h) for l in range(4) for h, s in enumerate(plan.heads(l, 4)) if s is not None} == reusing
+        assert ranking.predicted(larger) >= ranking.predicted(smaller)
+
+
+def test_extensions_hold_what_they_extend_and_some_leave_part_of_a_layer_computing(bert):
+    batches = random_batches(2)
+    ranking = _Ranking(bert, batches)
+    costs = _Costs(bert, batches[0], ranking)
+    start = frozenset((2, head) for head in range(4))
+    found = ranking.extensions(start, costs)
+
+    assert all(extension > start for extension in found)
+    assert {len(extension) - len(start) for extension in found} == {2, 4}
+
+
+def test_a_front_keeps_what_nothing_beats():
+    points = {"a": (0.0, 1.0), "b": (0.1, 0.5), "c": (0.1, 0.6), "d": (0.2, 0.5), "e": (0.3, 0.1)}
+    assert _front(points) == ["a", "b", "e"]
+
+
+def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
+    batches = random_batches(8)
+    with pytest.raises(ValueError, match="one of the two"):
+        mr.search(bert, batches)
+    with pytest.raises(ValueError, match="one of the two"):
+        mr.search(bert, batches, error=0.1, latency=0.5)
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        mr.search(bert, batches, latency=1.5)
+    with pytest.raises(ValueError, match="search needs at least 8 calibration batches, got 3"):
+        mr.search(bert, batches[:3], error=0.1)
+    with pytest.raises(ValueError, match=r"no plan takes 0\.001 of the original's time"):
+        mr.search(bert, batches, latency=0.001, breadth=1)
+    with pytest.raises(ValueError, match="in bfloat16 on the CPU"):
+        mr.search(copy.deepcopy(bert).bfloat16(), batches, error=0.1)
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1: not a judged plan"):
+        mr.search(bert, batches, error=0.1, cache=tmp_path / "other.jsonl")
