@@ -1,6 +1,7 @@
 """The command line: bad input is one line and exit status 2."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import soundfile
 import torch
 from rich.console import Console
 from tiny_models import SENTENCES, save_bert
+from transformers import AutoTokenizer, pipeline
 
+import mapreuse as mr
 from mapreuse import cli
 from mapreuse.convert import open_batches, open_model
 from mapreuse.measure import analyze
@@ -40,6 +43,8 @@ def mapreuse(monkeypatch, capsys, *arguments):
         (["analyze", "recogniser", "--out", "x"], "calibration"),
         (["analyze", "recogniser", "--calibration", "/nowhere", "--out", "x"], "no such folder of wav or flac files"),
         (["analyze", "/nowhere", "--calibration", "/nowhere", "--out", "x"], "/nowhere: no such directory"),
+        (["convert", "recogniser", "--calibration", "x", "--out", "y", "--budget", "speed"], "expected latency<=0.7"),
+        (["convert", "/nowhere", "--calibration", "/nowhere", "--out", "x"], "/nowhere: no such directory"),
         (["frobnicate"], "No such command"),
         ([], "Missing command"),
     ],
@@ -75,6 +80,47 @@ def test_a_text_encoder_is_analyzed_over_a_text_file(tmp_path, monkeypatch, caps
     assert data["command"].startswith(f"mapreuse analyze {directory} --calibration ")
     found = analyze(open_model(directory).model, open_batches(open_model(directory), tmp_path / "sentences.txt"))
     assert data["diagonality"]["heads"][2][1] == pytest.approx(found.diagonality.heads[2, 1].item(), abs=1e-4)
+
+
+def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console())
+    directory = save_bert(tmp_path / "model")
+    (directory / "README.md").write_text("a card")
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("\n".join(SENTENCES * 20))
+    out = tmp_path / "converted"
+    arguments = ["convert", str(directory), "--calibration", str(sentences), "--out", str(out)]
+    status, printed, error = mapreuse(monkeypatch, capsys, *arguments, "--plan", "[0,0,2]", "--distill-seconds", "2")
+    assert status == 0, error
+    converted, original = mr.load(out), open_model(directory).model
+    tokens = AutoTokenizer.from_pretrained(out)
+    (found,) = pipeline("feature-extraction", model=converted, tokenizer=tokens)("maps are alike")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.tensor([found]), converted(**tokens("maps are alike", return_tensors="pt"))[0]
+        )
+    assert (out / "README.md").read_text() == "a card"
+    assert mr.plan_of(converted).reuses(1)
+    assert not mr.plan_of(converted).reuses(2)
+    for step in ("aligned", "refitted", "distilled"):
+        assert f"error, {step}: " in printed
+    numbers = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (original, converted)]
+    assert f"parameters: {numbers[0]} before, {numbers[1]} after" in printed
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_conversion_within_a_budget_of_error_keeps_to_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console())
+    directory = save_bert(tmp_path / "model")
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("\n".join(SENTENCES * 20))
+    arguments = ["convert", str(directory), "--calibration", str(sentences), "--out", str(tmp_path / "out")]
+    status, printed, error = mapreuse(monkeypatch, capsys, *arguments, "--budget", "error<=0.01")
+    assert status == 0, error
+    assert float(re.search(r"error, refitted: ([0-9.]+)", printed)[1]) <= 0.01
+    status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--budget", "error<=0.01")
+    assert status == 2
+    assert "exists already" in error
 
 
 def test_the_shipped_recogniser_is_analyzed_over_a_folder_of_recordings(tmp_path, monkeypatch, capsys):

@@ -29,6 +29,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error fo
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
+ModelName = Annotated[str, typer.Argument(help="recogniser (the shipped one), or a directory of a model")]
+CalibrationData = Annotated[
+    str, typer.Option(help="text file, folder of wav or flac, datasets directory; of a recogniser, also a corpus")
+]
+MaxBatches = Annotated[int, typer.Option(help="read no more than 8 sequences for each")]
 CorpusName = Annotated[str, typer.Option(help="prompts:en, synthetic:fr, librispeech:DIR, cuts:FILE or kaldi:DIR")]
 Model = Annotated[Path | None, typer.Option("--model", help="directory of a recogniser; the shipped one if left out")]
 Decoder = Annotated[str, typer.Option(help="greedy, beam or beam+lm")]
@@ -170,12 +175,10 @@ def breakdown(
 
 @app.command()
 def analyze(
-    model: Annotated[str, typer.Argument(help="recogniser (the shipped one), or a directory of a model")],
-    calibration: Annotated[
-        str, typer.Option(help="text file, folder of wav or flac, datasets directory; of a recogniser, also a corpus")
-    ],
+    model: ModelName,
+    calibration: CalibrationData,
     out: Annotated[Path, typer.Option(help="directory of tables, heat maps and the page")],
-    max_batches: Annotated[int, typer.Option(help="read no more than 8 sequences for each")] = 64,
+    max_batches: MaxBatches = 64,
     epsilon: Annotated[float, typer.Option(help="mass of a row that concentration leaves out")] = 0.02,
 ) -> None:
     """Say what a model's attention maps are like: similarity, entropy, diagonality, concentration."""
@@ -188,6 +191,45 @@ def analyze(
     measure.write_analysis(found, out, model=model, calibration=calibration, command=command)
     _show(measure.analysis_tables(found))
     console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
+
+
+@app.command()
+def convert(
+    model: ModelName,
+    calibration: CalibrationData,
+    out: Annotated[Path, typer.Option(help="a new directory for the converted model")],
+    budget: Annotated[str | None, typer.Option(help="latency<=0.7 (of the original's time) or error<=0.02")] = None,
+    plan: Annotated[str | None, typer.Option(help="a reuse plan instead, such as 2x3 or [0,1,1,3]")] = None,
+    distill_seconds: Annotated[float | None, typer.Option(help="distil from the original this long")] = None,
+    max_batches: MaxBatches = 64,
+) -> None:
+    """Convert a model to one that reuses maps: search, align, refit, and distil where asked to."""
+    from mapreuse import ReusePlan, save, speech
+    from mapreuse.convert import check_empty, convert_whole, copy_companions, open_model, parse_budget
+
+    check_empty(out)
+    limits = None if budget is None else parse_budget(budget)
+    reuse = None if plan is None else ReusePlan.parse(plan)
+    opened, batches = _calibrated(model, calibration, max_batches)
+    cache = out.with_name(f"{out.name}.search.jsonl")
+    converted, report = convert_whole(
+        opened, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, cache=cache
+    )
+    if model == "recogniser" or speech.Recogniser.is_saved_in(model):
+        recogniser = speech.Recogniser.load(speech.BASELINE if model == "recogniser" else model)
+        recogniser.model = converted
+        recogniser.save(out)
+    else:
+        save(converted, out / open_model(model).directory.relative_to(model))
+        copy_companions(model, out)
+    cache.unlink(missing_ok=True)
+    console.print(str(report.plan), markup=False, highlight=False)
+    for step, error in report.errors.items():
+        console.print(f"error, {step}: {error:.4f}", highlight=False)
+    before, after = report.parameters
+    console.print(f"latency: {report.latency:.2f}× of the original's", highlight=False)
+    console.print(f"parameters: {before:,} before, {after:,} after ({1 - after / before:.1%} less)", highlight=False)
+    console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
 def _calibrated(model: str, calibration: str, max_batches: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:

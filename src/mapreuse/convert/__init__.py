@@ -10,6 +10,7 @@ from mapreuse.convert._calibration import (
     sound_files,
 )
 from mapreuse.convert._convert import convert
+from mapreuse.convert._directory import Conversion, check_empty, convert_whole, copy_companions, parse_budget
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
 from mapreuse.convert._schedule import learning_rate, spent
@@ -18,6 +19,7 @@ from mapreuse.convert._states import hidden_state_error
 
 __all__ = [
     "Candidate",
+    "Conversion",
     "DistillConfig",
     "Distillation",
     "LayerFit",
@@ -25,8 +27,11 @@ __all__ = [
     "align",
     "align_by",
     "batches_by_length",
+    "check_empty",
     "check_enough",
     "convert",
+    "convert_whole",
+    "copy_companions",
     "distill",
     "fit",
     "group_by",
@@ -34,6 +39,7 @@ __all__ = [
     "learning_rate",
     "open_batches",
     "open_model",
+    "parse_budget",
     "search",
     "sound_files",
     "spent",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -101,9 +101,7 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
     return reports
 
 
-def _fit_layer(
-    index: int, model: nn.Module, original: nn.Module, batches: list, valid: list[Bool[Tensor, "batch positions"]]
-) -> LayerFit:
+def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list, valid: list[Tensor]) -> LayerFit:
     layer, reference = find_stack(model).layers[index], find_stack(original).layers[index]
     projection, original_projection = output_projection(layer), output_projection(reference)
     moves_values = _values_can_move(layer)

@@ -27,7 +27,7 @@ from mapreuse.plan import HeadSource, ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
-_FEWEST = 8
+FEWEST = 8
 """Batches: three of four calibrate, one judges."""
 
 _ROUNDS = 7
@@ -102,11 +102,10 @@ def search(
     if error is not None and error < 0:
         raise ValueError(f"error must be at least 0, got {error}")
     check_precision(original)
-    given = calibration_batches(batches, _FEWEST, "search")
-    judging = given[1::4]
-    calibration = [batch for index, batch in enumerate(given) if index % 4 != 1]
+    given = calibration_batches(batches, FEWEST, "search")
+    calibration, judging = calibrating_and_judging(given)
     judged = _Judged(original, calibration, judge or hidden_state_error(original, judging), cache)
-    batch = timed or sorted(given, key=_size)[len(given) // 2]
+    batch = timed or _of_median_size(given)
     ranking = _Ranking(original, calibration)
     costs = _Costs(original, batch, ranking)
     reusing: frozenset[_Head] = frozenset()
@@ -129,6 +128,23 @@ def search(
             f"no plan takes {latency} of the original's time: with all maps shared it is {costs.of(reusing):.2f}"
         )
     return _measured(original, visited, judged, costs, batch)
+
+
+def calibrating_and_judging(
+    batches: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Three of four batches to calibrate on, and those that judge."""
+    return [batch for index, batch in enumerate(batches) if index % 4 != 1], list(batches[1::4])
+
+
+def relative_latency(original: nn.Module, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Time of the model's forward pass, by the original's, in turns, on the batch of median size."""
+    times = _times({"original": original, "model": model}, _of_median_size(batches))
+    return times["model"] / times["original"]
+
+
+def _of_median_size(batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return sorted(batches, key=_size)[len(batches) // 2]
 
 
 def _saved(before: float, after: float) -> float:
