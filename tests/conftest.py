@@ -5,7 +5,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The speech room is left out: its class methods return typing.Self, which beartype checks in decorated classes only.
-CHECKED = [f"mapreuse.{room}" for room in ("plan", "maps", "models", "measure", "convert")]
+CHECKED = [f"mapreuse.{room}" for room in ("plan", "maps", "models", "measure", "convert", "techniques")]
 install_import_hook(CHECKED, "beartype.beartype")
 
 # The same examples every time, however loaded the machine.

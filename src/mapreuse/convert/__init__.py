@@ -14,7 +14,7 @@ from mapreuse.convert._directory import Conversion, check_empty, convert_whole, 
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
 from mapreuse.convert._schedule import learning_rate, spent
-from mapreuse.convert._search import Candidate, search
+from mapreuse.convert._search import Candidate, relative_latency, search
 from mapreuse.convert._states import hidden_state_error
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "open_batches",
     "open_model",
     "parse_budget",
+    "relative_latency",
     "search",
     "sound_files",
     "spent",

@@ -71,10 +71,11 @@ def search(
 
     A plan is the set R of heads that reuse; each of them takes, of the heads of earlier layers that still compute,
     the one whose map changes its layer's output least (`align`). From the full plan on, R grows by all heads of a
-    layer that still compute, or by the half of them that should cost least. Of these extensions, the `breadth` ones
-    with the least predicted error for the time they save are converted, refitted and judged, and the one with the
-    least error for the time it saves is extended further, until the budget is met. Everything judged on the way
-    competes for the result, whose latencies are then measured in turns.
+    layer that still compute, or by the half of them that should cost least. The `breadth` extensions with the least
+    predicted error for the time they save are converted, refitted and judged, and the one with the least error for
+    the time it saves is extended further, until the budget is met. What is predicted is how much each head's new map
+    changes its layer's output, weighed by what that layer did to the model's error when it alone reused. Everything
+    judged on the way competes for the result, whose latencies are then measured in turns.
 
     The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
     plans timed on this device; it is checked against the run of every plan that is returned, and a difference above
@@ -104,9 +105,10 @@ def search(
     check_precision(original)
     given = calibration_batches(batches, FEWEST, "search")
     calibration, judging = calibrating_and_judging(given)
-    judged = _Judged(original, calibration, judge or hidden_state_error(original, judging), cache)
+    judge = judge or hidden_state_error(original, judging)
+    judged = _Judged(original, calibration, judge, cache)
     batch = timed or _of_median_size(given)
-    ranking = _Ranking(original, calibration)
+    ranking = _Ranking(original, calibration, judge)
     costs = _Costs(original, batch, ranking)
     reusing: frozenset[_Head] = frozenset()
     visited = {reusing: ranking.plan(reusing)}
@@ -159,7 +161,9 @@ _Head = tuple[int, int]
 class _Ranking:
     """What each head should lose by applying each earlier head's map, and the plans that follow from it."""
 
-    def __init__(self, original: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, original: nn.Module, batches: Sequence[Mapping[str, Any]], judge: Callable[[nn.Module], float]
+    ) -> None:
         sources = {layer: found for layer, found in possible_sources(original).items() if found}
         if not sources:
             raise ValueError(f"{type(original).__name__}: no two layers are of one kind, so none can share a map")
@@ -168,6 +172,7 @@ class _Ranking:
         self.num_layers = len(find_stack(original).layers)
         self.num_heads = next(iter(self._errors.values())).shape[-1]
         self.partial = self._allows_partial(original)
+        self._weights = {layer: self._weigh(original, layer, judge) for layer in sources}
 
     def plan(self, reusing: frozenset[_Head]) -> ReusePlan:
         """The plan where these heads reuse, each its best source."""
@@ -178,8 +183,9 @@ class _Ranking:
         return ReusePlan(tuple(layers))
 
     def predicted(self, reusing: frozenset[_Head]) -> float:
-        """Σ over reusing heads of the error that its source should cause, by the output of its layer."""
-        return sum((self._best(head, reusing)[0] for head in reusing), 0.0)
+        """Σ over reusing heads of what their sources change in the output of their layer, weighed by what it did to
+        the model's error when that layer alone reused."""
+        return sum((self._best(head, reusing)[0] * self._weights[head[0]] for head in reusing), 0.0)
 
     def extensions(self, reusing: frozenset[_Head], costs: _Costs) -> list[frozenset[_Head]]:
         """Ways to let more heads reuse, the most promising first."""
@@ -210,6 +216,13 @@ class _Ranking:
 
     def _best(self, head: _Head, reusing: frozenset[_Head]) -> tuple[float, _Head]:
         return min(self._candidates(head, reusing))
+
+    def _weigh(self, original: nn.Module, layer: int, judge: Callable[[nn.Module], float]) -> float:
+        """Error of the model, by what changed in the output of this layer, where it alone reuses."""
+        reusing = frozenset((layer, head) for head in range(self.num_heads))
+        changed = sum(self._best(head, reusing)[0] for head in reusing)
+        model = apply(copy.deepcopy(original), self.plan(reusing))
+        return max(judge(model) - judge(original), 0.0) / max(changed, 1e-9)
 
     def _allows_partial(self, original: nn.Module) -> bool:
         if self.num_heads == 1:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from mapreuse.maps._blocked import Block, blocked, keeping
+from mapreuse.maps._blocked import Block, blocked, is_short, keeping
 from mapreuse.maps._gradients import blocked_with_gradients
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
@@ -33,11 +33,12 @@ def attend(
         values: one head of values for each head of the scores.
         keep: return the map too; otherwise it is never stored as a whole.
         dropout_p: probability with which a weight is dropped (training).
-        buffer: memory for the map, of its shape and dtype, to be overwritten; used only where no gradient is needed.
+        buffer: memory for the map, of its shape and dtype, to be overwritten; used only for long maps where no
+            gradient is needed.
     """
     if not keep and scores.relative is None:
         return _fused(scores, values, dropout_p), None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (is_short(*scores.shape[-2:]) and not torch.is_grad_enabled()):
         weights = softmax(scores)
         return drop(weights, dropout_p) @ values, weights if keep else None
     dropout = BlockDropout.drawn(dropout_p)

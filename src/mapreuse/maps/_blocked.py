@@ -18,6 +18,13 @@ _FEWEST_ROWS, _MOST_ROWS, _KEYS_PER_ROW = 128, 256, 20
 """Rows at a time of greater maps: fewer, and products are far from their peak; more, and scores leave the caches."""
 _GPU_ROWS = 1024
 """Not measured: enough to keep a GPU busy."""
+_SHORT = 1 << 13
+"""Weights of a head up to which products for the whole batch, padding included, are faster than one for each item."""
+
+
+def is_short(num_queries: int, num_keys: int) -> bool:
+    """Whether maps of this size are best computed and applied for the whole batch at once."""
+    return num_queries * num_keys <= _SHORT
 
 
 def blocked(

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mapreuse.maps._attend import attend
-from mapreuse.maps._blocked import rows_at_a_time, slices
+from mapreuse.maps._blocked import is_short, rows_at_a_time, slices
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._softmax import drop, softmax
 
@@ -81,7 +81,8 @@ class DenseMap(AttentionMap):
         heads: HeadPairs | None = None,
         dropout_p: float = 0.0,
     ) -> Float[Tensor, "batch heads query value_dim"]:
-        if self.scales is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        short = is_short(*self.weights.shape[-2:])
+        if self.scales is None and (short or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             weights = self.weights
             if heads is not None:
                 weights = weights[:, [pair[0] for pair in heads]]

