@@ -33,14 +33,18 @@ def attend(
         values: one head of values for each head of the scores.
         keep: return the map too; otherwise it is never stored as a whole.
         dropout_p: probability with which a weight is dropped (training).
-        buffer: memory for the map, of its shape and dtype, to be overwritten; used only for long maps where no
-            gradient is needed.
+        buffer: memory for the map, of its shape and dtype, to be overwritten; used only where no gradient is
+            needed.
     """
     if not keep and scores.relative is None:
         return _fused(scores, values, dropout_p), None
-    if torch.compiler.is_compiling() or (is_short(*scores.shape[-2:]) and not torch.is_grad_enabled()):
+    if torch.compiler.is_compiling():
         weights = softmax(scores)
         return drop(weights, dropout_p) @ values, weights if keep else None
+    if is_short(*scores.shape[-2:]) and not torch.is_grad_enabled():
+        weights = softmax(scores) if buffer is None else buffer.copy_(softmax(scores))
+        context = (drop(weights, dropout_p) @ values).transpose(1, 2).contiguous().transpose(1, 2)
+        return context, weights if keep else None
     dropout = BlockDropout.drawn(dropout_p)
     if torch.is_grad_enabled():
         return blocked_with_gradients(scores, values, keep=keep, dropout=dropout)
