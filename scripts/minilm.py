@@ -26,8 +26,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
-from mapreuse.convert import fit, hidden_state_error, relative_latency
-from mapreuse.convert._align import output_errors
+from mapreuse.convert import assign, fit, hidden_state_error, output_errors, relative_latency
 from mapreuse.measure import machine
 from mapreuse.models import possible_sources
 from mapreuse.speech._prompts import cache_dir, fetch_packages
@@ -156,28 +155,13 @@ def _overlap(found: Tensor, wanted: Tensor) -> float:
     return sum(len(set(one) & set(other)) for one, other in pairs) / 10 / len(wanted)
 
 
-def _cost(errors: dict[int, Tensor], reusing: frozenset[tuple[int, int]], head: tuple[int, int]) -> tuple:
-    layer, number = head
-    return min(
-        (float(errors[layer][source, other, number]), (source, other))
-        for source in range(layer)
-        for other in range(12)
-        if (source, other) not in reusing
-    )
-
-
-def _plan_of_heads(errors: dict[int, Tensor], reusing: frozenset[tuple[int, int]]) -> mr.ReusePlan:
-    return mr.ReusePlan(
-        tuple(
-            tuple(_cost(errors, reusing, (l, h))[1] if (l, h) in reusing else None for h in range(12))
-            for l in range(6)
-        )
-    )
-
-
 def _plan(errors: dict[int, Tensor], layers: tuple[int, ...]) -> mr.ReusePlan:
     """These layers reuse, each head the best head of all layers that compute."""
-    return _plan_of_heads(errors, frozenset((layer, head) for layer in layers for head in range(12)))
+    return _assign(errors, frozenset((layer, head) for layer in layers for head in range(12)))[0]
+
+
+def _assign(errors: dict[int, Tensor], reusing: frozenset[tuple[int, int]]) -> tuple[mr.ReusePlan, dict]:
+    return assign(errors, {layer: tuple(range(layer)) for layer in errors}, reusing, 6)
 
 
 def _cheapest(
@@ -198,11 +182,10 @@ def _cheapest_heads(errors: dict[int, Tensor], number: int) -> mr.ReusePlan:
         free = [(layer, head) for layer in errors for head in range(12) if (layer, head) not in reusing]
 
         def cost(head: tuple[int, int], reusing: frozenset = reusing) -> float:
-            larger = reusing | {head}
-            return sum(_cost(errors, larger, one)[0] for one in larger)
+            return sum(_assign(errors, reusing | {head})[1].values())
 
         reusing |= {min(free, key=cost)}
-    return _plan_of_heads(errors, reusing)
+    return _assign(errors, reusing)[0]
 
 
 def _nearest(layers: tuple[int, ...]) -> list[int]:

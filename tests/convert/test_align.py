@@ -83,7 +83,7 @@ def test_a_layer_whose_heads_are_its_sources_in_another_order_is_converted_witho
             norm.dense.weight.zero_()
             norm.dense.bias.zero_()
         original = model(**batch).last_hidden_state
-        aligned = mr.convert(model, plan, [batch])
+        aligned = mr.convert(model, mr.align(model, plan, [batch]))
         by_index = mr.convert(model, plan)
         scale = original.abs().max()
         valid = batch["attention_mask"].bool()

@@ -1,7 +1,10 @@
 """Conversion copies."""
 
+import copy
+
 import torch
 from families import build
+from text_batches import random_batches
 
 import mapreuse as mr
 
@@ -10,12 +13,24 @@ def test_the_original_stays_untouched():
     model, batch = build("bert")
     with torch.no_grad():
         before = model(**batch).last_hidden_state
-        converted = mr.convert(model, mr.ReusePlan.grouped(4, 2), [batch])
+        converted = mr.convert(model, mr.ReusePlan.grouped(4, 2), [batch] * 4)
         after = model(**batch).last_hidden_state
 
     assert torch.equal(before, after)
     assert mr.plan_of(model) is None
     assert mr.plan_of(converted).layers[1] is not None
+
+
+def test_with_batches_it_is_align_apply_and_fit():
+    model, _ = build("bert")
+    plan, batches = mr.ReusePlan.grouped(4, 2), random_batches(8)
+    by_hand = mr.apply(copy.deepcopy(model), mr.align(model, plan, batches))
+    mr.fit(by_hand, model, batches)
+    converted = mr.convert(model, plan, iter(batches))
+
+    assert mr.plan_of(converted) == mr.plan_of(by_hand)
+    for name, weight in by_hand.state_dict().items():
+        assert torch.equal(weight, converted.state_dict()[name])
 
 
 def test_without_batches_the_plan_is_applied_as_it_is():

@@ -1,6 +1,6 @@
 """How does a trained model become one that reuses maps, and stays good?"""
 
-from mapreuse.convert._align import align, align_by, group_by
+from mapreuse.convert._align import align, align_by, assign, group_by, output_errors
 from mapreuse.convert._calibration import (
     OpenedModel,
     batches_by_length,
@@ -10,7 +10,7 @@ from mapreuse.convert._calibration import (
     sound_files,
 )
 from mapreuse.convert._convert import convert
-from mapreuse.convert._directory import Conversion, check_empty, convert_whole, copy_companions, parse_budget
+from mapreuse.convert._directory import Converted, check_empty, convert_whole, copy_companions, parse_budget
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
 from mapreuse.convert._schedule import learning_rate, spent
@@ -19,13 +19,14 @@ from mapreuse.convert._states import hidden_state_error
 
 __all__ = [
     "Candidate",
-    "Conversion",
+    "Converted",
     "DistillConfig",
     "Distillation",
     "LayerFit",
     "OpenedModel",
     "align",
     "align_by",
+    "assign",
     "batches_by_length",
     "check_empty",
     "check_enough",
@@ -39,6 +40,7 @@ __all__ = [
     "learning_rate",
     "open_batches",
     "open_model",
+    "output_errors",
     "parse_budget",
     "relative_latency",
     "search",

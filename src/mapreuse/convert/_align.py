@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from mapreuse.measure import Similarity, similarity
 from mapreuse.models import MapRecorder, Unsupported, find_stack, output_projection
 from mapreuse.plan import LayerSource, ReusePlan
+
+Head: TypeAlias = tuple[int, int]
+"""Layer and head."""
 
 Mode = Literal["error", "best", "one-to-one"]
 
@@ -96,6 +99,39 @@ def output_errors(
     if not seen:
         raise ValueError("no calibration batches: give at least one, such as [{'input_ids': …}]")
     return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
+
+
+def assign(
+    errors: Mapping[int, Tensor], sources: Mapping[int, tuple[int, ...]], reusing: Collection[Head], num_layers: int
+) -> tuple[ReusePlan, dict[Head, float]]:
+    """The plan in which the heads `reusing` reuse, each the head that costs it least of those that still compute.
+
+    Args:
+        errors, sources: from `output_errors`, and what it was given.
+        reusing: pairs of layer and head.
+        num_layers: layers of the plan.
+
+    Returns:
+        The plan, and what each of these heads is said to cost.
+
+    Raises:
+        ValueError: where a head has no source left that computes.
+    """
+    num_heads = next(iter(errors.values())).shape[-1]
+    chosen: dict[Head, Head] = {}
+    costs: dict[Head, float] = {}
+    for layer, head in reusing:
+        left = [
+            (float(errors[layer][index, other, head]), (source, other))
+            for index, source in enumerate(sources[layer])
+            for other in range(num_heads)
+            if (source, other) not in reusing
+        ]
+        if not left:
+            raise ValueError(f"layer {layer}, head {head}: no head of an earlier layer of its kind computes its map")
+        costs[layer, head], chosen[layer, head] = min(left)
+    layers = [tuple(chosen.get((layer, head)) for head in range(num_heads)) for layer in range(num_layers)]
+    return ReusePlan(tuple(layers)), costs
 
 
 def _roots(layer: Any, num_heads: int, values: Tensor) -> Float[Tensor, "heads head_dim head_dim"]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mapreuse.convert._align import align
+from mapreuse.convert._fit import fit
 from mapreuse.models import apply
 from mapreuse.plan import ReusePlan
 
@@ -28,10 +29,14 @@ def convert(
     Args:
         original: a trained model that `apply` accepts.
         plan: which layers share.
-        batches: calibration batches; with them, heads are assigned by `align` first. Without, each head applies the
-            heads that the plan names.
+        batches: calibration batches, at least four; with them, heads are assigned by `align`, and projections
+            refitted by `fit`. Without, each head applies the head that the plan names, and weights stay.
         strategy, memory_budget: as for `apply`.
     """
     if batches is not None:
+        batches = list(batches)
         plan = align(original, plan, batches)
-    return apply(copy.deepcopy(original), plan, strategy=strategy, memory_budget=memory_budget)
+    model = apply(copy.deepcopy(original), plan, strategy=strategy, memory_budget=memory_budget)
+    if batches is not None:
+        fit(model, original, batches)
+    return model

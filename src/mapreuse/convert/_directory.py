@@ -27,7 +27,7 @@ _NOT_COPIED = (*_WEIGHTS, "config.json", "onnx", "openvino", ".git*", "__pycache
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Converted:
     """What a conversion did to a model.
 
     Attributes:
@@ -63,7 +63,7 @@ def convert_whole(
     plan: ReusePlan | None = None,
     distill_seconds: float | None = None,
     cache: str | Path | None = None,
-) -> tuple[nn.Module, Conversion]:
+) -> tuple[nn.Module, Converted]:
     """A converted copy of `original`, by the best plan that `search` finds within the budget, or by the plan given.
 
     Of the plans within a budget of latency, the one with the least error is taken; within one of error, the fastest.
@@ -94,7 +94,7 @@ def convert_whole(
         errors["distilled"] = judge(model)
     numbers = [sum(parameter.numel() for parameter in one.parameters()) for one in (original, model)]
     latency = relative_latency(original, model, given)
-    return model, Conversion(plan, errors, latency, (numbers[0], numbers[1]))
+    return model, Converted(plan, errors, latency, (numbers[0], numbers[1]))
 
 
 def copy_companions(source: str | Path, out: str | Path) -> None:

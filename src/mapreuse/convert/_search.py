@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mapreuse.convert._align import output_errors
+from mapreuse.convert._align import Head, assign, output_errors
 from mapreuse.convert._batches import calibration_batches, check_precision
 from mapreuse.convert._fit import fit
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.measure import time_interleaved
 from mapreuse.models import Unsupported, apply, find_stack, possible_sources
-from mapreuse.plan import HeadSource, ReusePlan
+from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
@@ -63,7 +63,6 @@ def search(
     latency: float | None = None,
     error: float | None = None,
     judge: Callable[[nn.Module], float] | None = None,
-    timed: Mapping[str, Any] | None = None,
     breadth: int = 4,
     cache: str | Path | None = None,
 ) -> list[Candidate]:
@@ -75,7 +74,8 @@ def search(
     predicted error for the time they save are converted, refitted and judged, and the one with the least error for
     the time it saves is extended further, until the budget is met. What is predicted is how much each head's new map
     changes its layer's output, weighed by what that layer did to the model's error when it alone reused. Everything
-    judged on the way competes for the result, whose latencies are then measured in turns.
+    judged on the way competes for the result, whose latencies are then measured in turns, on the calibration
+    batch of median size.
 
     The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
     plans timed on this device; it is checked against the run of every plan that is returned, and a difference above
@@ -88,7 +88,6 @@ def search(
         error: stop where every extension has a greater error than this; only plans within it are returned.
         judge: the error of a converted model, 0 for the original; by default `hidden_state_error` on the batches
             kept apart.
-        timed: the batch on which latency is measured; by default the calibration batch of median size.
         breadth: extensions judged in each step.
         cache: a file to which every judged plan is written, one JSON object a line; the same search goes on from it.
 
@@ -107,10 +106,10 @@ def search(
     calibration, judging = calibrating_and_judging(given)
     judge = judge or hidden_state_error(original, judging)
     judged = _Judged(original, calibration, judge, cache)
-    batch = timed or _of_median_size(given)
+    batch = _of_median_size(given)
     ranking = _Ranking(original, calibration, judge)
     costs = _Costs(original, batch, ranking)
-    reusing: frozenset[_Head] = frozenset()
+    reusing: frozenset[Head] = frozenset()
     visited = {reusing: ranking.plan(reusing)}
     with tqdm(desc="Searching", unit="plan") as bar:
         while latency is None or costs.of(reusing) > latency:
@@ -154,10 +153,6 @@ def _saved(before: float, after: float) -> float:
     return max(before - after, 1e-6)
 
 
-_Head = tuple[int, int]
-"""Layer and head."""
-
-
 class _Ranking:
     """What each head should lose by applying each earlier head's map, and the plans that follow from it."""
 
@@ -174,20 +169,17 @@ class _Ranking:
         self.partial = self._allows_partial(original)
         self._weights = {layer: self._weigh(original, layer, judge) for layer in sources}
 
-    def plan(self, reusing: frozenset[_Head]) -> ReusePlan:
+    def plan(self, reusing: frozenset[Head]) -> ReusePlan:
         """The plan where these heads reuse, each its best source."""
-        layers: list[tuple[HeadSource, ...]] = []
-        for layer in range(self.num_layers):
-            heads = [(layer, head) for head in range(self.num_heads)]
-            layers.append(tuple(self._best(head, reusing)[1] if head in reusing else None for head in heads))
-        return ReusePlan(tuple(layers))
+        return assign(self._errors, self.sharing, reusing, self.num_layers)[0]
 
-    def predicted(self, reusing: frozenset[_Head]) -> float:
+    def predicted(self, reusing: frozenset[Head]) -> float:
         """Σ over reusing heads of what their sources change in the output of their layer, weighed by what it did to
         the model's error when that layer alone reused."""
-        return sum((self._best(head, reusing)[0] * self._weights[head[0]] for head in reusing), 0.0)
+        costs = assign(self._errors, self.sharing, reusing, self.num_layers)[1]
+        return sum((cost * self._weights[layer] for (layer, _), cost in costs.items()), 0.0)
 
-    def extensions(self, reusing: frozenset[_Head], costs: _Costs) -> list[frozenset[_Head]]:
+    def extensions(self, reusing: frozenset[Head], costs: _Costs) -> list[frozenset[Head]]:
         """Ways to let more heads reuse, the most promising first."""
         found = []
         for layer in self.sharing:
@@ -196,31 +188,16 @@ class _Ranking:
                 continue
             found.append(reusing | set(free))
             if self.partial and len(free) > 1:
-                ordered = sorted(free, key=lambda head: self._best(head, reusing)[0])
+                costs_alone = assign(self._errors, self.sharing, reusing | set(free), self.num_layers)[1]
+                ordered = sorted(free, key=lambda head: costs_alone[head])
                 found.append(reusing | set(ordered[: (len(free) + 1) // 2]))
-        found = [extension for extension in found if self._is_served(extension)]
         before, time = self.predicted(reusing), costs.of(reusing)
         return sorted(found, key=lambda e: (self.predicted(e) - before) / _saved(time, costs.of(e)))
-
-    def _is_served(self, reusing: frozenset[_Head]) -> bool:
-        return all(self._candidates(head, reusing) for head in reusing)
-
-    def _candidates(self, head: _Head, reusing: frozenset[_Head]) -> list[tuple[float, _Head]]:
-        layer, number = head
-        return [
-            (float(self._errors[layer][index, other, number]), (source, other))
-            for index, source in enumerate(self.sharing[layer])
-            for other in range(self.num_heads)
-            if (source, other) not in reusing
-        ]
-
-    def _best(self, head: _Head, reusing: frozenset[_Head]) -> tuple[float, _Head]:
-        return min(self._candidates(head, reusing))
 
     def _weigh(self, original: nn.Module, layer: int, judge: Callable[[nn.Module], float]) -> float:
         """Error of the model, by what changed in the output of this layer, where it alone reuses."""
         reusing = frozenset((layer, head) for head in range(self.num_heads))
-        changed = sum(self._best(head, reusing)[0] for head in reusing)
+        changed = sum(assign(self._errors, self.sharing, reusing, self.num_layers)[1].values())
         model = apply(copy.deepcopy(original), self.plan(reusing))
         return max(judge(model) - judge(original), 0.0) / max(changed, 1e-9)
 
@@ -242,7 +219,7 @@ class _Costs:
     def __init__(self, original: nn.Module, batch: Mapping[str, Any], ranking: _Ranking) -> None:
         heads = range(ranking.num_heads)
         plans = {
-            "none": frozenset[_Head](),
+            "none": frozenset[Head](),
             "all": frozenset((layer, head) for layer in ranking.sharing for head in heads),
         }
         if ranking.partial:
@@ -257,7 +234,7 @@ class _Costs:
             if name in times
         }
 
-    def of(self, reusing: frozenset[_Head]) -> float:
+    def of(self, reusing: frozenset[Head]) -> float:
         """Predicted share of the original's time of the plan where these heads reuse."""
         numbers = Counter(layer for layer, _ in reusing)
         saved = 0.0
@@ -309,7 +286,7 @@ class _Judged:
 
 
 def _measured(
-    original: nn.Module, visited: Mapping[frozenset[_Head], ReusePlan], judged: _Judged, costs: _Costs, batch: Mapping
+    original: nn.Module, visited: Mapping[frozenset[Head], ReusePlan], judged: _Judged, costs: _Costs, batch: Mapping
 ) -> list[Candidate]:
     """Of the plans judged, those that no other beats, timed."""
     predicted = {plan: costs.of(reusing) for reusing, plan in visited.items()}

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 import shutil
@@ -39,9 +38,6 @@ class TrainConfig:
     the start and at the end, the rest being `synthetic_utterances` generated sentences in espeak-ng's voices,
     `flite_utterances` others in flite's (English only) and `concatenated_utterances` others put together from pieces
     of the recordings.
-    `hop`, where given, replaces the recogniser's seconds between features. Each utterance is played at one of
-    `speeds`, which moves its pitch; each batch is heard at one of `tempos`, which does not (its features are as much
-    further apart).
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
     `language_model` adds a language model of the training texts for the beam search.
@@ -58,9 +54,7 @@ class TrainConfig:
     flite_utterances: int = 0
     concatenated_utterances: int = 0
     real_share: tuple[float, float] = (1.0, 1.0)
-    hop: float | None = None
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
-    tempos: tuple[float, ...] = (1.0,)
     noise_probability: float = 0.4
     noise_decibels: tuple[float, float] = (10.0, 45.0)
     mask_bands: int = 2
@@ -96,18 +90,6 @@ class TrainConfig:
             language_model=True,
             evaluate_every=500,
             patience=99,
-        )
-
-    @classmethod
-    def refinement(cls) -> "TrainConfig":
-        """The run after it: finer frames, many tempos, more recorded speech."""
-        return dataclasses.replace(
-            cls.baseline(),
-            steps=7000,
-            learning_rate=1e-3,
-            real_share=(0.2, 0.35),
-            hop=0.008,
-            tempos=(0.8, 0.9, 1.0, 1.1, 1.2, 1.3),
         )
 
     def to_json(self) -> str:
@@ -175,8 +157,6 @@ class _Run:
         original: Recogniser | None,
     ) -> None:
         self.accelerator = Accelerator()
-        if config.hop is not None:
-            recogniser.feature_config = dataclasses.replace(recogniser.feature_config, hop=config.hop)
         self.recogniser = recogniser
         self.original = original
         self.corpus = corpus
