@@ -125,6 +125,15 @@ def test_the_error_of_an_assignment_is_what_one_exchanged_map_does_to_its_layers
     weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
     parts = weight.detach().view(num_heads, -1, weight.shape[-1])
     repeated = values[1].repeat_interleave(num_heads // values[1].shape[1], 1)
+    seen = []
+    handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    whole = sum(maps[1][:, h] @ repeated[:, h] @ parts[h] for h in range(num_heads))
+    bias = 0 if projection.bias is None else projection.bias.detach()
+    torch.testing.assert_close((whole + bias)[valid], seen[0][valid], atol=1e-4, rtol=1e-3)
+
     assert errors.shape == (1, num_heads, num_heads)
     for source in range(num_heads):
         for head in range(num_heads):

@@ -87,6 +87,23 @@ def test_a_second_search_judges_nothing_again(bert, tmp_path, regular_times):
     assert [c.error for c in other] != [c.error for c in first]
 
 
+def test_what_another_search_judged_does_not_count(bert, tmp_path, regular_times):
+    cache = tmp_path / "judged.jsonl"
+    first = mr.search(bert, random_batches(8), error=0.4, breadth=2, cache=cache)
+    lines = [json.loads(line) | {"search": "another", "error": 0.0} for line in cache.read_text().splitlines()]
+    cache.write_text(cache.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+
+    assert mr.search(bert, random_batches(8), error=0.4, breadth=2, cache=cache) == first
+
+
+@pytest.mark.parametrize("heads", [[(2, 0)], [(1, 1), (1, 3)], [(3, 0), (3, 1), (3, 2)], [(2, h) for h in range(4)]])
+def test_the_cost_model_counts_the_heads_that_reuse(bert, regular_times, heads):
+    batches = random_batches(2)
+    ranking = _Ranking(bert, batches, hidden_state_error(bert, batches))
+
+    assert _Costs(bert, batches[0], ranking).of(frozenset(heads)) == pytest.approx(1 - len(heads) / 20)
+
+
 def test_a_latency_budget_is_met(bert, regular_times):
     found = mr.search(bert, random_batches(8), latency=0.65, breadth=2)
     assert found[-1].latency <= 0.65 < found[-2].latency
