@@ -1,6 +1,7 @@
 """Search: what it returns is what converting by hand gives, and no plan is beaten by another."""
 
 import copy
+import json
 import sys
 
 import pytest
