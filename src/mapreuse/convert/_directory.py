@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,8 @@ def convert_whole(
     fit(model, original, calibration)
     errors["refitted"] = judge(model)
     if distill_seconds is not None:
-        distill(model, original, calibration, DistillConfig(seconds=distill_seconds))
+        teaching = random.Random(0).sample(calibration, len(calibration))  # not from short to long
+        distill(model, original, teaching, DistillConfig(seconds=distill_seconds))
         errors["distilled"] = judge(model)
     numbers = [sum(parameter.numel() for parameter in one.parameters()) for one in (original, model)]
     latency = relative_latency(original, model, given)
