@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional
 
 import mapreuse as mr
-from mapreuse.maps import DenseMap, SharedMaps
+from mapreuse.maps import DenseMap, SharedMaps, _blocked
 from mapreuse.maps._softmax import BlockDropout
 
 GROUPS = PLANS["groups of 2"]
@@ -152,6 +152,7 @@ def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypat
 
 @pytest.mark.parametrize("family", SAMPLE)
 def test_every_layer_draws_its_own_attention_dropout_from_the_map_before_dropout(monkeypatch, family):
+    monkeypatch.setattr(_blocked, "_SHORT", 0)
     model, batch = training(family)
     for module in model.modules():
         if "attention" in type(module).__name__.lower():
@@ -187,6 +188,19 @@ def test_every_layer_draws_its_own_attention_dropout_from_the_map_before_dropout
         mass = whole.sum(-1)
         torch.testing.assert_close(mass[mass > 0], torch.ones_like(mass[mass > 0]))
     assert ((one_dropped == 0) != (other_dropped == 0)).float().mean() > 0.1
+
+
+def test_computing_layers_of_short_maps_draw_dropout_too():
+    model, batch = training("parakeet")
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.5
+    mr.apply(model, mr.ReusePlan.full(4))
+    torch.manual_seed(0)
+    first = model(**batch).last_hidden_state
+    assert (model(**batch).last_hidden_state - first).abs().max() > 0.1
+    torch.manual_seed(0)
+    assert torch.equal(model(**batch).last_hidden_state, first)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])

@@ -41,8 +41,8 @@ def attend(
     if torch.compiler.is_compiling():
         weights = softmax(scores)
         return drop(weights, dropout_p) @ values, weights if keep else None
-    if is_short(*scores.shape[-2:]) and not torch.is_grad_enabled():
-        weights = softmax(scores) if buffer is None else buffer.copy_(softmax(scores))
+    if is_short(*scores.shape[-2:]):
+        weights = softmax(scores) if buffer is None or torch.is_grad_enabled() else buffer.copy_(softmax(scores))
         context = (drop(weights, dropout_p) @ values).transpose(1, 2).contiguous().transpose(1, 2)
         return context, weights if keep else None
     dropout = BlockDropout.drawn(dropout_p)
