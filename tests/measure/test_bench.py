@@ -10,11 +10,22 @@ import torch
 from typer.testing import CliRunner
 
 from mapreuse import ReusePlan, cli
-from mapreuse.measure import BenchConfig, CoresConfig, bench, bench_cores, bench_tables, cores_tables, plans_for
+from mapreuse.measure import (
+    BenchConfig,
+    CoresConfig,
+    bench,
+    bench_cores,
+    bench_tables,
+    cores_tables,
+    memory_in_fresh_process,
+    peak_memory,
+    plans_for,
+)
 from mapreuse.measure import _bench as internals
+from mapreuse.measure._bench import memory_of
 from mapreuse.measure._contestants import BUILDERS, Contestant, build, build_definition, contestants, runner
 from mapreuse.measure._encoders import ENCODERS
-from mapreuse.measure._memory import Killed, memory_in_fresh_process, peak_memory
+from mapreuse.measure._memory import Killed
 
 LENGTH = 70  # more than one block of query rows, the last one shorter
 
@@ -305,16 +316,17 @@ def test_memory_is_measured_in_a_process_of_its_own():
     request = {"config": settings, "contestant": {"kind": "eager"}, "length": 200}
 
     # Scores over 399 distances, their padded and shifted copies, the softmax: at least 4 such tensors at once.
-    assert 4 * 4 * 4 * 200 * 400 < memory_in_fresh_process(request) < 200 * 2**20
+    assert 4 * 4 * 4 * 200 * 400 < memory_in_fresh_process(memory_of, request) < 200 * 2**20
 
 
 def test_a_process_that_fails_gives_its_last_line():
     with pytest.raises(RuntimeError, match="--encoder must be one of"):
-        memory_in_fresh_process({"config": {"encoder": "gpt"}, "contestant": {"kind": "sdpa"}, "length": 20})
+        memory_in_fresh_process(memory_of, {"config": {"encoder": "gpt"}, "contestant": {"kind": "sdpa"}, "length": 20})
 
 
 def test_memory_stands_in_the_cells_and_a_killed_contestant_is_not_run_here(monkeypatch):
-    def measured(request):
+    def measured(function, request):
+        assert function is memory_of
         if request["contestant"]["kind"] == "eager":
             raise Killed("its process was ended by SIGKILL; out of memory, most likely")
         return 3 * 2**20 if request["contestant"]["kind"] == "ours" else 12 * 2**20

@@ -29,6 +29,7 @@ from mapreuse.measure._entropy import Entropy, entropy
 from mapreuse.measure._flops import PARTS
 from mapreuse.measure._latency import Latency, time_interleaved
 from mapreuse.measure._machine import machine
+from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
 from mapreuse.measure._similarity import Similarity, similarity
 from mapreuse.measure._tables import Table, bench_tables, cores_tables
 
@@ -70,6 +71,8 @@ __all__ = [
     "heat_map_plot",
     "heat_maps",
     "machine",
+    "memory_in_fresh_process",
+    "peak_memory",
     "plans_for",
     "similarity",
     "time_interleaved",

@@ -236,7 +236,7 @@ class _Bench:
             self._advance(f"memory of {entry.name}, length {length}", _memory_seconds(entry, length))
             request = {"config": asdict(self.config), "contestant": asdict(entry), "length": length}
             try:
-                measured[entry] = {"memory_bytes": memory_in_fresh_process(request)}
+                measured[entry] = {"memory_bytes": memory_in_fresh_process(memory_of, request)}
             except RuntimeError as error:
                 measured[entry] = {"memory_not_measured": str(error)}
                 if isinstance(error, Killed):

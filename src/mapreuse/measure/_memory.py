@@ -43,16 +43,18 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
     return _resident(_PEAK) - before
 
 
-def memory_in_fresh_process(request: dict[str, Any]) -> int:
-    """Peak memory, in bytes, of one contestant at one length, measured in a new process.
+def memory_in_fresh_process(function: Callable[..., int], request: dict[str, Any]) -> int:
+    """What a function that measures peak memory, in bytes, returns in a new process.
 
     Args:
-        request: what `mapreuse.measure._bench.memory_of` takes, as JSON can hold it.
+        function: one that can be imported by name.
+        request: its keyword arguments, as JSON can hold them.
 
     Raises:
         RuntimeError: with the last line that the process wrote, where it failed; `Killed` where a signal ended it.
     """
-    program = "from mapreuse.measure._memory import answer; answer()"
+    module, name = function.__module__, function.__qualname__
+    program = f"import json, sys; from {module} import {name}; print({name}(**json.load(sys.stdin)))"
     command = [sys.executable, "-c", program]
     ran = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if ran.returncode < 0:
@@ -60,13 +62,6 @@ def memory_in_fresh_process(request: dict[str, Any]) -> int:
     if ran.returncode:
         raise RuntimeError((ran.stderr.strip().splitlines() or ["no message"])[-1])
     return int(ran.stdout.splitlines()[-1])
-
-
-def answer() -> None:
-    """In the new process: read the request, measure, print the number of bytes."""
-    from mapreuse.measure._bench import memory_of
-
-    print(memory_of(**json.load(sys.stdin)))
 
 
 def _resident(field: str) -> int:

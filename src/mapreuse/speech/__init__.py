@@ -4,7 +4,7 @@ from mapreuse.speech._calibration import calibration_batches
 from mapreuse.speech._corpora import Corpus, open_corpus, split_by_transcript
 from mapreuse.speech._decoding import beam_search, greedy
 from mapreuse.speech._errors import CorpusError
-from mapreuse.speech._evaluation import Scores, evaluate, score
+from mapreuse.speech._evaluation import Scores, error_counts, evaluate, score
 from mapreuse.speech._features import FeatureConfig, features
 from mapreuse.speech._language_model import LanguageModel
 from mapreuse.speech._recogniser import BASELINE, DECODERS, Fusion, Recogniser
@@ -28,6 +28,7 @@ __all__ = [
     "alphabet",
     "beam_search",
     "calibration_batches",
+    "error_counts",
     "evaluate",
     "features",
     "generate_texts",

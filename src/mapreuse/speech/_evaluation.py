@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import jiwer
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -40,12 +40,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str], *, resamples: in
 
     Raises `ValueError` where there is nothing to score.
     """
-    if not references or len(references) != len(hypotheses):
-        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
-    words = np.array([_errors(jiwer.process_words, *pair) for pair in zip(references, hypotheses, strict=True)])
-    characters = np.array(
-        [_errors(jiwer.process_characters, *pair) for pair in zip(references, hypotheses, strict=True)]
-    )
+    words, characters = error_counts(references, hypotheses)
     draws = np.random.default_rng(seed).integers(len(references), size=(resamples, len(references)))
 
     def rate_and_interval(counts: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -65,6 +60,20 @@ def score(references: Sequence[str], hypotheses: Sequence[str], *, resamples: in
         list(references),
         list(hypotheses),
     )
+
+
+def error_counts(
+    references: Sequence[str], hypotheses: Sequence[str]
+) -> tuple[Int[np.ndarray, "utterances 2"], Int[np.ndarray, "utterances 2"]]:
+    """Errors and reference units of every utterance: by words, and by characters.
+
+    Raises `ValueError` where there is nothing to score.
+    """
+    if not references or len(references) != len(hypotheses):
+        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
+    pairs = list(zip(references, hypotheses, strict=True))
+    words = np.array([_errors(jiwer.process_words, *pair) for pair in pairs])
+    return words, np.array([_errors(jiwer.process_characters, *pair) for pair in pairs])
 
 
 def evaluate(

@@ -1,4 +1,6 @@
+import copy
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCTC
 
@@ -16,11 +19,12 @@ from mapreuse.speech._audio import PIECE, file_pieces, waveform_pieces
 from mapreuse.speech._decoding import beam_search, greedy
 from mapreuse.speech._features import FeatureConfig, features
 from mapreuse.speech._language_model import LanguageModel
+from mapreuse.techniques import Full, Reuse, Technique, parse
 
 BASELINE = Path(__file__).parent / "baseline"
 DECODERS = ("greedy", "beam", "beam+lm")
 
-_DESCRIPTION, _LANGUAGE_MODEL = "recogniser.json", "language_model.safetensors"
+_DESCRIPTION, _LANGUAGE_MODEL, _WEIGHTS = "recogniser.json", "language_model.safetensors", "weights.safetensors"
 _FRAME = 0.04  # seconds: features every 10 ms, subsampled four times
 
 
@@ -50,6 +54,7 @@ class Recogniser:
         self.feature_config = feature_config
         self.language_model: LanguageModel | None = None
         self.fusion = Fusion()
+        self._compressed: _Compressed | None = None
 
     @classmethod
     def create(
@@ -95,6 +100,16 @@ class Recogniser:
             torch.manual_seed(seed)
             model = ParakeetForCTC(config)
         return cls(model.eval(), characters, feature_config)
+
+    def compress(self, technique: Technique) -> None:
+        """Gives the encoder a technique's attention, in place; `save` and `load` know of it.
+
+        Raises `ValueError` where the technique does not fit; the recogniser is then unchanged.
+        """
+        config = copy.deepcopy(self.model.config)
+        technique.apply(self.model)
+        if not isinstance(technique, Full | Reuse):  # which `mapreuse.save` stores as plans
+            self._compressed = _Compressed(technique, config)
 
     @property
     def device(self) -> torch.device:
@@ -183,15 +198,22 @@ class Recogniser:
 
     def save(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes the model as `mapreuse.save` does (weights stored as `dtype`, its own where None), with
-        `recogniser.json`, and `language_model.safetensors` where there is one, beside it."""
+        `recogniser.json`, and `language_model.safetensors` where there is one, beside it.
+
+        Weights under a technique that is no reuse plan go to `weights.safetensors`, and its name, with the config of
+        the original, to `recogniser.json`: only `load` opens them.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        models.save(self.model, directory, dtype=dtype)
         description = {
             "vocabulary": self.vocabulary,
             "features": asdict(self.feature_config),
             "fusion": asdict(self.fusion),
         }
+        if self._compressed is None:
+            models.save(self.model, directory, dtype=dtype)
+        else:
+            description["technique"] = self._compressed.save(self.model, directory / _WEIGHTS, dtype)
         if self.language_model is not None:
             self.language_model.save(directory / _LANGUAGE_MODEL)
         else:
@@ -212,14 +234,51 @@ class Recogniser:
         directory = Path(directory)
         if not cls.is_saved_in(directory):
             raise ValueError(f"{directory} holds no recogniser: {_DESCRIPTION} is missing")
-        model = models.load(directory)
         try:
             description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+            compressed = None
+            if "technique" in description:
+                compressed, model = _Compressed.load(description["technique"], directory / _WEIGHTS)
+            else:
+                model = models.load(directory)
             recogniser = cls(model, description["vocabulary"], FeatureConfig(**description["features"]))
             recogniser.fusion = Fusion(**description["fusion"])
+            recogniser._compressed = compressed
             if (directory / _LANGUAGE_MODEL).exists():
                 recogniser.language_model = LanguageModel.load(directory / _LANGUAGE_MODEL)
         except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as damage:
             reason = " ".join(str(damage).split())[:200]
             raise ValueError(f"{directory} holds a damaged or foreign recogniser: {reason}") from None
         return recogniser
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """A technique that changed a recogniser's encoder, and the config of the model before."""
+
+    technique: Technique
+    config: ParakeetCTCConfig
+
+    def save(self, model: ParakeetForCTC, file: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Writes the weights, whole or not at all; returns what `load` needs beside them."""
+        stored = {
+            name: tensor.detach().to(dtype if tensor.is_floating_point() and dtype else tensor.dtype).contiguous()
+            for name, tensor in model.state_dict().items()
+        }
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        save_file(stored, unfinished)
+        os.replace(unfinished, file)
+        return {"name": self.technique.name, "config": json.loads(self.config.to_json_string(use_diff=False))}
+
+    @classmethod
+    def load(cls, description: dict[str, Any], file: Path) -> "tuple[_Compressed, ParakeetForCTC]":
+        """Raises what a damaged or foreign file makes safetensors, PyTorch or `transformers` raise."""
+        config = ParakeetCTCConfig.from_dict(description["config"])
+        technique = parse(description["name"])
+        model = technique.apply(ParakeetForCTC(copy.deepcopy(config)))
+        weights = load_file(file)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as mismatch:
+            raise ValueError(mismatch) from None
+        return cls(technique, config), model.float().eval()

@@ -1,20 +1,29 @@
-"""Latency of encoders and of single attention modules, on real speech features."""
+"""What encoders, and single attention modules, cost on real speech features."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from lhotse.cut import Cut
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ParakeetEncoder
 
 from mapreuse.maps import SharedMaps
-from mapreuse.measure import time_interleaved
+from mapreuse.measure import SUBSAMPLING, Latency, peak_memory, time_interleaved
 from mapreuse.models import ARGUMENT, apply, find_stack
 from mapreuse.plan import ReusePlan
+from mapreuse.speech import Corpus, FeatureConfig, features
+from mapreuse.study._runs import Recipe
+
+REFERENCE = "transformers"
+"""The contestant that is the encoder as `transformers` makes it, with fused attention."""
 
 
 def encoder_latency(
@@ -34,7 +43,7 @@ def encoder_latency(
     features = features.to(device)
     contestants = {name: _call(model, features) for name, model in variants.items()}
     measured = time_interleaved(contestants, repeats=repeats, device=device, advance=advance)
-    return {name: {"median": taken.median, "spread": taken.spread} for name, taken in measured.items()}
+    return _figures(measured)
 
 
 def attention_latency(
@@ -65,7 +74,7 @@ def attention_latency(
         "reusing": lambda: reusing(**arguments, **{ARGUMENT: published}),
     }
     measured = time_interleaved(contestants, repeats=repeats, device=device, advance=advance)
-    return {name: {"median": taken.median, "spread": taken.spread} for name, taken in measured.items()}
+    return _figures(measured)
 
 
 def _call(model: nn.Module, features: Tensor) -> Callable[[], object]:
@@ -84,3 +93,110 @@ def _inputs_of(attention: nn.Module, encoder: nn.Module, features: Tensor) -> di
         encoder(input_features=features)
     handle.remove()
     return seen
+
+
+def speech_features(corpus: Corpus, settings: FeatureConfig, frames: int) -> Float[Tensor, "1 frames mels"]:
+    """Features of test recordings, one after the other, for this many encoder frames."""
+    wanted = frames * SUBSAMPLING * settings.sampling_rate // 100
+    pieces: list[np.ndarray] = []
+    cuts = list(corpus.test)
+    while sum(map(len, pieces)) < wanted + settings.sampling_rate:
+        pieces.append(waveform(cuts[len(pieces) % len(cuts)], settings))
+    inputs, _ = features([np.concatenate(pieces)], settings)
+    return inputs[:, : frames * SUBSAMPLING]
+
+
+def utterance_batch(corpus: Corpus, settings: FeatureConfig, seconds: float) -> dict[str, Tensor]:
+    """Training utterances of median length and above, padded to one another, of so many seconds in all."""
+    cuts = sorted(corpus.train, key=lambda cut: (cut.duration, cut.id))
+    audio: list[np.ndarray] = []
+    for cut in cuts[len(cuts) // 2 :]:
+        audio.append(waveform(cut, settings))
+        if sum(map(len, audio)) > seconds * settings.sampling_rate:
+            break
+    inputs, mask = features(audio, settings)
+    return {"input_features": inputs, "attention_mask": mask}
+
+
+def technique_latency(
+    recipe: Recipe,
+    techniques: Sequence[str],
+    features: Float[Tensor, "1 frames mels"],
+    *,
+    repeats: int,
+    device: str,
+    advance: Callable[[], object],
+) -> dict[str, dict[str, float]]:
+    """Seconds of one forward pass of the encoder under every technique, and as `transformers` runs it, in turn."""
+    features = features.to(device)
+    encoders = {name: _encoder(recipe, name).to(device) for name in (*techniques, REFERENCE)}
+    contestants = {name: _call(encoder, features) for name, encoder in encoders.items()}
+    return _figures(time_interleaved(contestants, repeats=repeats, device=device, advance=advance))
+
+
+def training_latency(
+    recipe: Recipe,
+    techniques: Sequence[str],
+    batch: dict[str, Tensor],
+    *,
+    repeats: int,
+    device: str,
+    advance: Callable[[], object],
+) -> dict[str, dict[str, float]]:
+    """Seconds of one training step without its optimizer, forward and backward, under every technique, in turn."""
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    contestants = {}
+    for name in (*techniques, REFERENCE):
+        model = _encoder(recipe, name).to(device).train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.momentum = 0.0  # steps that train nothing must not drive the statistics apart
+        contestants[name] = _training_step(model, batch)
+    return _figures(time_interleaved(contestants, repeats=repeats, device=device, advance=advance))
+
+
+def technique_flops(recipe: Recipe, technique: str, frames: int) -> int:
+    """FLOPs of one forward pass of the encoder as PyTorch counts them, two for a multiplication with its addition.
+
+    Fused attention, of which nothing is counted, is replaced by the products that it is made of.
+    """
+    encoder = _encoder(recipe, technique)
+    inputs = torch.zeros(1, frames * SUBSAMPLING, encoder.config.num_mel_bins)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder(input_features=inputs)
+    return counter.get_total_flops()
+
+
+def technique_memory(recipe: dict[str, Any], technique: str, frames: int, device: str) -> int:
+    """Bytes that a forward pass needs beside the weights; for `memory_in_fresh_process`."""
+    encoder = _encoder(Recipe(**recipe), technique).to(device)
+    num_mels = encoder.config.num_mel_bins
+    short, long = (torch.randn(1, length * SUBSAMPLING, num_mels, device=device) for length in (16, frames))
+    with torch.inference_mode():
+        encoder(input_features=short)  # what is allocated once, whatever the length
+        return peak_memory(lambda: encoder(input_features=long), device)
+
+
+def waveform(cut: Cut, settings: FeatureConfig) -> np.ndarray:
+    """A cut's samples, at the rate that the features want."""
+    rate = settings.sampling_rate
+    return (cut if cut.sampling_rate == rate else cut.resample(rate)).loadwaveform()[0]
+
+
+def _encoder(recipe: Recipe, technique: str) -> ParakeetEncoder:
+    """Under a technique, or as `transformers` makes it."""
+    recogniser = recipe.create("en", None if technique == REFERENCE else technique, 0)
+    return recogniser.model.encoder.eval()
+
+
+def _training_step(encoder: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
+    def step() -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            encoder(**batch).last_hidden_state.square().mean().backward()
+        encoder.zero_grad()
+
+    return step
+
+
+def _figures(measured: dict[str, Latency]) -> dict[str, dict[str, float]]:
+    return {name: {"median": taken.median, "spread": taken.spread} for name, taken in measured.items()}

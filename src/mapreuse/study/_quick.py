@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mapreuse.convert import align_by, convert, group_by
-from mapreuse.measure import SUBSAMPLING, Similarity, conformer_m, machine, similarity
+from mapreuse.measure import Similarity, conformer_m, machine, similarity
 from mapreuse.plan import ReusePlan
 from mapreuse.speech import (
     BASELINE,
@@ -28,7 +26,8 @@ from mapreuse.speech import (
     open_corpus,
     train,
 )
-from mapreuse.study._costs import attention_latency, encoder_latency
+from mapreuse.study._costs import attention_latency, encoder_latency, speech_features, waveform
+from mapreuse.study._progress import ProgressBar
 from mapreuse.study._report import write_report
 from mapreuse.study._steps import Steps
 
@@ -140,14 +139,10 @@ class _Quick:
         cuts = sorted(cuts[:: max(1, len(cuts) // 64)][:64], key=lambda cut: cut.duration)
         batches = []
         for start in range(0, len(cuts), 8):
-            audio = [self._audio(cut) for cut in cuts[start : start + 8]]
+            audio = [waveform(cut, self.baseline.feature_config) for cut in cuts[start : start + 8]]
             inputs, mask = features(audio, self.baseline.feature_config)
             batches.append({"input_features": inputs, "attention_mask": mask})
         return batches
-
-    def _audio(self, cut: Any) -> np.ndarray:
-        rate = self.baseline.feature_config.sampling_rate
-        return (cut if cut.sampling_rate == rate else cut.resample(rate)).load_audio()[0]
 
     def _variant(self, name: str, plan: ReusePlan, measured: Similarity) -> dict[str, Any]:
         inputs = {"plan": plan.to_json()}
@@ -205,14 +200,14 @@ class _Quick:
             def time(frames: int = frames) -> dict[str, Any]:
                 model = conformer_m(self.baseline.feature_config.num_mel_bins) if encoder is None else encoder
                 rounds = (1 + self.config.repeats) * (len(plans) + 1)
-                with _bar(self.console, f"{name}, T = {frames}", rounds) as advance:
+                with ProgressBar(self.console, f"{name}, T = {frames}", rounds) as bar:
                     return encoder_latency(
                         model,
                         dict(plans),
                         self._features(frames),
                         repeats=self.config.repeats,
                         device=self.config.device,
-                        advance=advance,
+                        advance=bar.advance,
                     )
 
             measured[str(frames)] = self._step(f"latency-{name}-{frames}", inputs, "timing", time)
@@ -223,13 +218,13 @@ class _Quick:
         for frames in self.config.lengths:
 
             def time(frames: int = frames) -> dict[str, Any]:
-                with _bar(self.console, f"one layer's attention, T = {frames}", 33) as advance:
+                with ProgressBar(self.console, f"one layer's attention, T = {frames}", 33) as bar:
                     return attention_latency(
                         conformer_m(self.baseline.feature_config.num_mel_bins),
                         self._features(frames),
                         repeats=10,
                         device=self.config.device,
-                        advance=advance,
+                        advance=bar.advance,
                     )
 
             inputs = {"frames": frames, "device": self.config.device}
@@ -237,15 +232,7 @@ class _Quick:
         return measured
 
     def _features(self, frames: int) -> torch.Tensor:
-        """Features of test recordings, one after the other, for this many encoder frames."""
-        settings = self.baseline.feature_config
-        wanted = frames * SUBSAMPLING * settings.sampling_rate // 100
-        pieces: list[np.ndarray] = []
-        cuts = list(self.corpus.test)
-        while sum(map(len, pieces)) < wanted + settings.sampling_rate:
-            pieces.append(self._audio(cuts[len(pieces) % len(cuts)]))
-        inputs, _ = features([np.concatenate(pieces)], settings)
-        return inputs[:, : frames * SUBSAMPLING]
+        return speech_features(self.corpus, self.baseline.feature_config, frames)
 
 
 def recogniser_plans(num_layers: int, measured: Similarity) -> dict[str, ReusePlan]:
@@ -297,19 +284,3 @@ def _digest(directory: Path) -> str:
         if file.is_file():
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-class _bar:
-    """A progress bar with time left, as a context manager that gives the function to advance it."""
-
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._task = self._progress.add_task(title, total=total)
-
-    def __enter__(self) -> Callable[[], object]:
-        self._progress.start()
-        return lambda: self._progress.advance(self._task)
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()

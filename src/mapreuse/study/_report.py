@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from mapreuse.study._files import write_whole
 
 Results = dict[str, Any]
 
@@ -17,12 +17,12 @@ Results = dict[str, Any]
 def write_report(results: Results, out_dir: Path) -> None:
     """Write `results.json`, `report.md` and the plots it shows to `out_dir`, each whole or not at all."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    _replace(out_dir / "results.json", lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
-    _replace(out_dir / "report.md", lambda file: file.write_text(report(results)))
+    write_whole(out_dir / "results.json", lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
+    write_whole(out_dir / "report.md", lambda file: file.write_text(report(results)))
     plots = {"error.png": plot_error, "latency.png": plot_latency, "similarity.png": plot_similarity}
     for name, plot in plots.items():
         figure = plot(results)
-        _replace(out_dir / name, partial(figure.savefig, dpi=110, format="png"))
+        write_whole(out_dir / name, partial(figure.savefig, dpi=110, format="png"))
 
 
 def report(results: Results) -> str:
@@ -179,9 +179,3 @@ def plot_similarity(results: Results) -> Figure:
 def _rate(scores: dict[str, Any], name: str) -> str:
     low, high = scores[f"{name}_interval"]
     return f"{scores[name]:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    write(unfinished)
-    os.replace(unfinished, file)

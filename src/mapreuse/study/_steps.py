@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mapreuse
+from mapreuse.study._files import write_whole
 
 
 class Steps:
@@ -20,12 +20,13 @@ class Steps:
 
     Args:
         directory: where the files live; made if need be.
+        sources: the folders and files of the package whose code the steps depend on; all where None.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, sources: Sequence[str] | None = None) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._source = source_digest()
+        self._source = source_digest(sources)
 
     def do(self, name: str, inputs: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of this step: read where it is there already, else made by `run` and written whole."""
@@ -33,9 +34,7 @@ class Steps:
         if file.is_file():
             return json.loads(file.read_text())
         result = run()
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, file)
+        write_whole(file, lambda unfinished: unfinished.write_text(json.dumps(result, indent=1) + "\n"))
         return json.loads(file.read_text())
 
     def is_done(self, name: str, inputs: dict[str, Any]) -> bool:
@@ -48,11 +47,13 @@ class Steps:
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def source_digest() -> str:
-    """Digest of the package's Python files."""
+def source_digest(sources: Sequence[str] | None = None) -> str:
+    """Digest of the package's Python files, or of those in some of its folders."""
     root = Path(mapreuse.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode())
-        digest.update(file.read_bytes())
+        name = file.relative_to(root).as_posix()
+        if sources is None or any(name == source or name.startswith(f"{source}/") for source in sources):
+            digest.update(name.encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
