@@ -76,8 +76,16 @@ def _fronts(results: Results) -> list[str]:
 def _techniques(results: Results) -> list[str]:
     if not results.get("techniques"):
         return []
-    note = "Ratios are to full attention, measured figures in brackets; intervals are of 95 %."
-    return [note, "", *_rows(technique_grid(results))]
+    grid = technique_grid(results)
+    return [
+        "Accuracy, with 95 % intervals:",
+        "",
+        *_rows(grid.about("accuracy")),
+        "",
+        "Cost, as ratios to full attention, measured figures in brackets:",
+        "",
+        *_rows(grid.about("cost")),
+    ]
 
 
 def _grouping(results: Results) -> list[str]:
@@ -143,7 +151,9 @@ def _rows(grid: Grid) -> list[str]:
 
 
 def _cell(cell: Cell) -> str:
-    return _text(f"{cell.text} ({cell.small})" if cell.small else cell.text)
+    if not cell.small:
+        return _text(cell.text)
+    return _text(f"{cell.text} {cell.small}" if cell.small.startswith("[") else f"{cell.text} ({cell.small})")
 
 
 def _text(text: str) -> str:

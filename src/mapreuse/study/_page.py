@@ -135,9 +135,9 @@ def _setting(results: Results) -> str:
 
 
 def _section(name: str, title: str, note: str, body: Callable[[Results], str], results: Results) -> str:
-    shown = body(results) or f'<p class="absent">{NOT_MEASURED}</p>'
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f'<section id="{name}">\n<h2>{escape(title)}</h2>\n{note}\n{shown}\n</section>'
+    shown = body(results)
+    note = f'<p class="note">{escape(note)}</p>\n' if note and shown else ""
+    return f'<section id="{name}">\n<h2>{escape(title)}</h2>\n{note}{shown or _absent()}\n</section>'
 
 
 def _front_plot(results: Results) -> str:

@@ -33,11 +33,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's head; `corpus` where the column belongs to one of several corpora."""
+    """A column's head.
+
+    Attributes:
+        title: what it says.
+        small: the small print below.
+        corpus: the corpus that an error rate was measured on.
+        about: "accuracy", "cost", or neither.
+        numeric: whether cells are numbers, set to the right.
+    """
 
     title: str
     small: str = ""
     corpus: str = ""
+    about: str = ""
     numeric: bool = True
 
 
@@ -47,6 +56,11 @@ class Grid:
 
     columns: list[Column]
     rows: list[list[Cell]]
+
+    def about(self, about: str) -> Grid:
+        """The columns that are about this, and those about nothing in particular."""
+        kept = [index for index, column in enumerate(self.columns) if column.about in ("", about)]
+        return Grid([self.columns[index] for index in kept], [[row[index] for index in kept] for row in self.rows])
 
 
 def clean(value: Any) -> Any:
@@ -126,17 +140,14 @@ def technique_grid(results: Results) -> Grid:
     counted = _flops_length(techniques)
     steps = list(dict.fromkeys(key for one in techniques for key in one.get("training_step", {})))
     steps.sort(key=lambda key: int(key) if key.isdigit() else -1)
-    columns = [
-        Column("technique", numeric=False),
-        Column("positions", numeric=False),
-        Column("parameters", "÷ full's"),
-        Column("FLOPs", f"÷ full's, T = {counted}" if counted else "÷ full's"),
-    ]
+    columns = [Column("technique", numeric=False), Column("positions", numeric=False)]
+    columns += [_cost("parameters"), _cost("FLOPs", counted)]
     for corpus in named or [""]:
-        columns += [Column(title, corpus, corpus) for title in ("CER", "WER", "CER against full", "WER against full")]
-    columns += [Column("latency", f"÷ full's, T = {length}") for length in times] or [Column("latency", "÷ full's")]
-    columns += [Column("peak memory", f"÷ full's, T = {length}") for length in stored] or [Column("peak memory")]
-    columns += [Column("training step", f"÷ full's, {_step(key)}") for key in steps] or [Column("training step")]
+        titles = ("CER", "WER", "CER against full", "WER against full")
+        columns += [Column(title, corpus, corpus, "accuracy") for title in titles]
+    columns += [_cost("latency", length) for length in times or [""]]
+    columns += [_cost("peak memory", length) for length in stored or [""]]
+    columns += [_cost("training step", key) for key in steps or [""]]
     columns.append(Column("formula from", numeric=False))
 
     rows = []
@@ -306,8 +317,9 @@ def _mebibytes(nbytes: float) -> str:
     return f"{nbytes / 2**20:.3g} MiB" if nbytes < 1000 * 2**20 else f"{nbytes / 2**20:,.0f} MiB"
 
 
-def _step(key: str) -> str:
-    return f"T = {key}" if key.isdigit() else key
+def _cost(title: str, at: str = "") -> Column:
+    where = f"T = {at}" if at.isdigit() else at
+    return Column(title, ", ".join(filter(None, ("÷ full's", where))), about="cost")
 
 
 def _flops_length(techniques: list[dict[str, Any]]) -> str:
@@ -326,7 +338,10 @@ def _rate(scores: dict[str, Any], metric: str) -> Cell:
     rate = number(scores, metric)
     if rate is None:
         return Cell(NOT_MEASURED)
-    return Cell(percent(rate), _interval(scores.get(f"{metric}_interval"), percent), rate)
+    seeds = scores.get("seeds") or []
+    counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}" if seeds else ""
+    small = " · ".join(filter(None, (_interval(scores.get(f"{metric}_interval"), percent), counted)))
+    return Cell(percent(rate), small, rate)
 
 
 def _against(one: dict[str, Any], scores: dict[str, Any], metric: str) -> Cell:

@@ -184,7 +184,7 @@
       const layers = matrices[control(figure, "technique")];
       const layer = slid(figure, "layer", layers.length);
       heat(area, layers[layer], {names: phonemes, words: ["frames of", "attend to"], square: true,
-        height: 620, width: narrow() ? 620 : undefined});
+        height: 620, width: narrow() ? 620 : Math.min(780, area.clientWidth)});
     },
 
     curves(figure, area) {
@@ -300,7 +300,7 @@
       const frames = one.frames;
       canvas.width = canvas.height = frames;
       readout.textContent = "";
-      if (!heads[head]) { canvas.onpointermove = null; continue; }
+      if (!heads[head]) { canvas.onpointermove = canvas.onpointerdown = null; continue; }
       const bytes = Uint8Array.from(atob(heads[head]), (letter) => letter.charCodeAt(0));
       const most = bytes.reduce((a, b) => Math.max(a, b), 1);
       const stops = ["low", "middle", "high"].map((key) => [1, 3, 5].map((at) => parseInt(colour(key).slice(at, at + 2), 16)));
@@ -312,7 +312,7 @@
       const pen = canvas.getContext("2d"), image = pen.createImageData(frames, frames);
       bytes.forEach((value, index) => image.data.set([...table[value], 255], 4 * index));
       pen.putImageData(image, 0, 0);
-      canvas.onpointermove = (event) => {
+      canvas.onpointermove = canvas.onpointerdown = (event) => {
         const box = canvas.getBoundingClientRect();
         const [key, query] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height]
           .map((share) => Math.min(Math.max(Math.floor(share * frames), 0), frames - 1));
