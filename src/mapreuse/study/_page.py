@@ -42,8 +42,10 @@ KINDS = {
 }
 
 _POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "form-action 'none'; base-uri 'none'"
 )
+"""Nothing is loaded, and nothing sent: the browser refuses it."""
 
 
 def page(results: Results) -> str:

@@ -167,7 +167,7 @@ def technique_grid(results: Results) -> Grid:
     if "reference" in results:
         reference = results["reference"]
         same = Cell("as full")
-        cells = [Cell("transformers (sdpa)", "full attention, the library's own", mark="reference"), Cell("kept")]
+        cells = [Cell("transformers (sdpa)", "the library's full attention", mark="reference"), Cell("kept")]
         cells += [same, same, *[same] * (4 * len(named or [""]))]
         cells += [_timed(results, reference, "latency", length) for length in times or [""]]
         cells += [_scaled(results, reference, ("memory", length), _mebibytes) for length in stored or [""]]

@@ -7,6 +7,8 @@
   const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const colours = (name) => colour(name).split(/\s+/);
+  const wrapped = (text) => (text.match(/.{1,48}(?:\s|$)|\S+/g) || [])
+    .map((line) => escaped(line.trim())).join("<br>");
   const control = (figure, name) => figure.querySelector(`[name=${name}]`).value;
   const time = (s) => (s >= 1 ? `${s.toFixed(2)} s` : `${(1000 * s).toPrecision(3)} ms`);
   const rate = (share) => `${(100 * share).toFixed(1)} %`;
@@ -14,15 +16,16 @@
   const ratio = (one, length) => (median(one, length) && median(full, length))
     ? median(one, length) / median(full, length) : null;
 
-  const HOVER = () => ({bgcolor: colour("card"), bordercolor: colour("line"), font: {color: colour("text"), size: 12},
-    align: "left"});
+  const hover = () => ({bgcolor: colour("card"), bordercolor: colour("line"), align: "left",
+    font: {color: colour("text"), size: 12, family: "system-ui, sans-serif"}});
   const axis = (more) => ({gridcolor: colour("line"), linecolor: colour("line"), zerolinecolor: colour("line"),
     tickfont: {size: 12}, automargin: true, ...more});
   const layout = (more) => ({paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: {color: colour("text"), family: "system-ui, sans-serif", size: 12}, hoverlabel: HOVER(),
+    font: {color: colour("text"), family: "system-ui, sans-serif", size: 12}, hoverlabel: hover(),
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("text")},
     margin: {l: 10, r: 14, t: 24, b: 40}, dragmode: narrow() ? false : "zoom", ...more});
-  const draw = (area, traces, more) => Plotly.react(area, traces, layout(more),
-    {responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover",
+  const draw = (area, traces, more) => Plotly.react(area, traces, layout({width: area.clientWidth, ...more}),
+    {displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: narrow() ? false : "hover",
       modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"]});
   const scale = () => [[0, colour("low")], [0.5, colour("middle")], [1, colour("high")]];
   const bars = (rows, corpus, metric, more) => {
@@ -44,12 +47,13 @@
         const [low, high] = one.scores[corpus][`${metric}_interval`] || [];
         const interval = low == null ? "" : ` [${rate(low)}, ${rate(high)}]`;
         const found = one.scores[corpus].against_full?.[metric]?.found;
-        return `<b>${escaped(one.title)}</b><br>${metric.toUpperCase()} ${rate(one.scores[corpus][metric])}${interval}` +
+        return `<b>${escaped(one.title)}</b>` +
+          `<br>${metric.toUpperCase()} ${rate(one.scores[corpus][metric])}${interval}` +
           (found ? `<br>against full: ${escaped(found)}` : "") +
           `<br>latency ${ratio(one, length).toFixed(2)} of full's (${time(median(one, length))})` +
           (one.parameters ? `<br>parameters ${(one.parameters / 1e6).toFixed(2)} M` : "") +
           `<br>positions ${escaped(one.positions ?? "not measured")}` +
-          `<br>formula from ${escaped(one.source ?? "").replace(/; /g, ";<br>").replace(/(.{44,}?), /g, "$1,<br>")}`;
+          `<br>${wrapped(`formula from ${one.source ?? "not measured"}`)}`;
       };
       const symbols = {full: "diamond", reuse: "circle", composed: "square", other: "circle-open"};
       const traces = Object.entries(data.kinds).map(([kind, label]) => {
@@ -83,17 +87,17 @@
           ticktext: fits.map(String), range: [Math.min(...xs) - 0.08 * span, Math.max(...xs) + 0.08 * span]}),
         yaxis: axis({title: {text: `${metric.toUpperCase()}, %`}, rangemode: "tozero",
           range: [Math.max(0, low - 0.06 * (high - low)), high + 0.05 * (high - low)]})});
-      const labels = rows.map((one) => ({...point(one), text: shortest(one), tone: colour(one.kind) || colour("other"),
-        first: one.kind === "full" || names.includes(one.name)}));
+      const labels = rows.map((one) => ({...point(one), text: shortest(one),
+        tone: colour(one.kind) || colour("other"), first: one.kind === "full" || names.includes(one.name)}));
       labels.sort((a, b) => b.first - a.first);
-      const top = library ? [{x: Math.log10(library), y: 1, yref: "paper", yanchor: "bottom", showarrow: false,
+      const top = library ? [{x: Math.log10(library), y: 0.99, yref: "paper", yanchor: "top", showarrow: false,
         text: `transformers (sdpa) ${library.toFixed(2)}`, font: {color: colour("reference"), size: 11},
-        xanchor: Math.log10(library) > Math.max(...xs) - 0.2 * span ? "right" : "center"}] : [];
-      const relabel = () => Plotly.relayout(area, {annotations: [...top, ...placed(area, labels)]});
+        textangle: -90, xanchor: "right"}] : [];
+      const relabel = () => Plotly.relayout(area, {annotations: [...top, ...placed(area, labels, library)]});
       relabel();
       area.removeAllListeners?.("plotly_relayout");
       area.on("plotly_relayout", (changed) => {
-        if (Object.keys(changed).some((key) => /^[xy]axis|autosize/.test(key))) relabel();
+        if (Object.keys(changed).some((key) => /^[xy]axis/.test(key))) relabel();
       });
     },
 
@@ -123,7 +127,8 @@
         const at = data.lengths.filter((length) => ratio(one, length));
         return {type: "scatter", mode: "lines+markers", name: escaped(name), x: at.map(Number),
           y: at.map((length) => 1 / ratio(one, length)), customdata: at.map((length) => time(median(one, length))),
-          hovertemplate: "%{fullData.name}: %{y:.2f}×, %{customdata}<extra></extra>", line: {color: tone, dash, width: 2}};
+          hovertemplate: "%{fullData.name}: %{y:.2f}×, %{customdata}<extra></extra>",
+          line: {color: tone, dash, width: 2}};
       });
       draw(area, traces, {height: narrow() ? 340 : 420, hovermode: "x unified", showlegend: false,
         xaxis: axis({type: "log", title: {text: "length T, encoder frames"}, tickvals: data.lengths.map(Number),
@@ -151,15 +156,16 @@
       }
       area.before(legend);
       area.className = "area panels";
+      while (area.children.length < entries.length) area.append(document.createElement("div"));
       const [, base] = entries[0];
       const divisor = (by, at) => ({ms: 0.001, share: sum(by[at])}[show] ?? (base[at] ? sum(base[at]) : NaN));
       const all = entries.flatMap(([, by]) => Object.keys(by).map((at) => sum(by[at]) / divisor(by, at)));
       const top = show === "share" ? 1 : 1.04 * Math.max(...all.filter(Number.isFinite));
       entries.forEach(([name, by], index) => {
         const at = Object.keys(by).sort((a, b) => a - b);
-        const box = area.children[index] || area.appendChild(document.createElement("div"));
-        draw(box, order.map((part) => ({type: "scatter", mode: "lines", stackgroup: "one", name: part.label,
-          x: at.map(Number), y: at.map((length) => (by[length][part.name] || 0) / divisor(by, length)),
+        draw(area.children[index], order.map((part) => ({type: "scatter", mode: "lines", stackgroup: "one",
+          name: part.label, x: at.map(Number),
+          y: at.map((length) => (by[length][part.name] || 0) / divisor(by, length)),
           customdata: at.map((length) => [time(by[length][part.name] || 0),
             (100 * (by[length][part.name] || 0) / sum(by[length])).toFixed(0)]),
           hovertemplate: "%{fullData.name}: %{customdata[0]}, %{customdata[1]} %<extra></extra>",
@@ -214,7 +220,8 @@
     const columns = names || (z[0] || []).map((_, index) => index);
     draw(area, [{type: "heatmap", z, colorscale: scale(), zmin: range?.[0], zmax: range?.[1], xgap: 1, ygap: 1,
       colorbar: {thickness: 10, outlinewidth: 0, len: 0.9},
-      text: z.map((row, y) => row.map((_, x) => `${words[0]} ${escaped(rows[y])}, ${words[1]} ${escaped(columns[x])}`)),
+      text: z.map((row, y) => row.map((_, x) =>
+        `${words[0]} ${escaped(rows[y])}, ${words[1]} ${escaped(columns[x])}`)),
       hovertemplate: "%{text}: %{z:.3f}<extra></extra>"}],
     {height: height || 320, width, margin: {l: 10, r: 10, t: 10, b: 40},
       xaxis: axis({title: {text: words[1]}, showgrid: false, zeroline: false, ...across,
@@ -227,20 +234,24 @@
     return title.length > (narrow() ? name.length : 28) ? name : title;
   }
 
+  function channels(hex) {
+    return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  }
+
   function faded(hex, alpha) {
-    const [red, green, blue] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-    return `rgba(${red},${green},${blue},${alpha})`;
+    return `rgba(${[...channels(hex), alpha].join(",")})`;
   }
 
   // Labels beside their points, the important ones first; one that finds no free place is left to the hover text,
   // unless it is important: that one gets a line to its point.
-  function placed(area, labels) {
+  function placed(area, labels, library) {
     const {xaxis, yaxis, _size: size} = area._fullLayout;
     const pen = document.createElement("canvas").getContext("2d");
     pen.font = "11px system-ui, sans-serif";
     const at = labels.map(({x, y}) => [xaxis.l2p(Math.log10(x)), yaxis.l2p(y)]);
     const inside = ([x, y]) => x >= 0 && x <= size.w && y >= 0 && y <= size.h;
     const taken = at.map(([x, y]) => [x - 6, y - 6, x + 6, y + 6]);
+    if (library) taken.push([xaxis.l2p(Math.log10(library)) - 16, 0, xaxis.l2p(Math.log10(library)) + 2, 150]);
     const free = (box) => box[0] >= 0 && box[1] >= 0 && box[2] <= size.w && box[3] <= size.h
       && taken.every((other) => box[2] < other[0] || box[0] > other[2] || box[3] < other[1] || box[1] > other[3]);
     const around = [[1, 0], [-1, 0], [0, -1], [0, 1], [1, -1], [1, 1], [-1, -1], [-1, 1]];
@@ -255,7 +266,8 @@
           const box = [centre[0] - width / 2, centre[1] - height / 2, centre[0] + width / 2, centre[1] + height / 2];
           if (!free(box)) continue;
           taken.push(box);
-          found.push({x: Math.log10(x), y, text: escaped(text), font: {size: 11, color: first ? tone : colour("soft")},
+          found.push({x: Math.log10(x), y, text: escaped(text),
+            font: {size: 11, color: first ? tone : colour("soft")},
             showarrow: true, arrowhead: 0, arrowwidth: distance > 9 ? 0.8 : 0.01, standoff: 5, borderpad: 0,
             arrowcolor: distance > 9 ? colour("soft") : "rgba(0,0,0,0)", ax: centre[0] - at[index][0],
             ay: centre[1] - at[index][1], xanchor: "center", yanchor: "middle"});
@@ -303,7 +315,7 @@
       if (!heads[head]) { canvas.onpointermove = canvas.onpointerdown = null; continue; }
       const bytes = Uint8Array.from(atob(heads[head]), (letter) => letter.charCodeAt(0));
       const most = bytes.reduce((a, b) => Math.max(a, b), 1);
-      const stops = ["low", "middle", "high"].map((key) => [1, 3, 5].map((at) => parseInt(colour(key).slice(at, at + 2), 16)));
+      const stops = ["low", "middle", "high"].map((key) => channels(colour(key)));
       const root = control(figure, "scale") === "root";
       const table = Array.from({length: 256}, (_, value) => {
         const share = 2 * Math.min(value / most, 1) ** (root ? 0.5 : 1), at = Math.min(Math.floor(share), 1);
@@ -317,7 +329,8 @@
         const [key, query] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height]
           .map((share) => Math.min(Math.max(Math.floor(share * frames), 0), frames - 1));
         const when = (frame) => step ? `${(frame * step).toFixed(2)} s` : `frame ${frame}`;
-        readout.textContent = `query ${when(query)} → key ${when(key)}: weight ${(bytes[query * frames + key] / 255).toFixed(3)}`;
+        const weight = bytes[query * frames + key] / 255;
+        readout.textContent = `query ${when(query)} → key ${when(key)}: weight ${weight.toFixed(3)}`;
       };
     }
   }
@@ -373,9 +386,12 @@
     render(figure);
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => figures.forEach(render));
-  let wasNarrow = narrow();
+  let width = innerWidth, waiting;
   addEventListener("resize", () => {
-    if (narrow() !== wasNarrow) { wasNarrow = narrow(); figures.forEach(render); }
+    clearTimeout(waiting);
+    waiting = setTimeout(() => {
+      if (innerWidth !== width) { width = innerWidth; figures.forEach(render); }
+    }, 150);
   });
   document.querySelectorAll("table.sortable").forEach(sortable);
   const table = document.getElementById("techniques-table");
