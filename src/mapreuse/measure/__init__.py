@@ -30,6 +30,7 @@ from mapreuse.measure._flops import PARTS
 from mapreuse.measure._latency import Latency, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
+from mapreuse.measure._phoneme_attention import PhonemeAttention, phoneme_attention, phoneme_attention_data
 from mapreuse.measure._similarity import Similarity, similarity
 from mapreuse.measure._tables import Table, bench_tables, cores_tables
 
@@ -49,6 +50,7 @@ __all__ = [
     "Latency",
     "LayerBreakdown",
     "PartCost",
+    "PhonemeAttention",
     "Similarity",
     "Table",
     "analysis_data",
@@ -73,6 +75,8 @@ __all__ = [
     "machine",
     "memory_in_fresh_process",
     "peak_memory",
+    "phoneme_attention",
+    "phoneme_attention_data",
     "plans_for",
     "similarity",
     "time_interleaved",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mapreuse.measure._config import Progress
-from mapreuse.models import MapRecorder
+from mapreuse.models import MapRecorder, Recording
 
 Summed = Callable[[Float[Tensor, "layers heads query key"]], Float[Tensor, "*measured"]]
 """What is measured of the maps of one sequence without its padding, summed over its queries, in float64."""
@@ -31,18 +31,26 @@ def mean_over_queries(
     totals: list[Tensor | float] = [0.0] * len(measures)
     num_queries, num_batches = 0, operator.length_hint(batches)
     for done, batch in enumerate(batches, start=1):
-        recording = recorder(batch)
-        for item, rows in enumerate(recording[1]):
-            if not bool(rows.any()):
-                continue
-            maps = torch.stack([weights[item][:, rows][:, :, rows] for weights in recording[0]])
-            if not bool(torch.isfinite(maps).all()):
-                raise ValueError(
-                    "an attention map is not finite: check the model's weights and the calibration batches"
-                )
+        for _, rows, maps in sequences(recorder(batch)):
             totals = [total + measure(maps).cpu() for total, measure in zip(totals, measures, strict=True)]
             num_queries += int(rows.sum())
         progress(f"batch {done}", done, max(done, num_batches))
     if num_queries == 0:
         raise ValueError("no calibration batches: give at least one, such as [{'input_ids': …}]")
     return [(torch.as_tensor(total) / num_queries).float() for total in totals], num_queries
+
+
+def sequences(
+    recording: Recording,
+) -> Iterator[tuple[int, Bool[Tensor, " positions"], Float[Tensor, "layers heads query key"]]]:
+    """Of every sequence of a batch: its number, which positions are not padding, and the maps between those.
+
+    A sequence that is all padding is left out. Raises `ValueError` where a map is not finite.
+    """
+    for item, rows in enumerate(recording.valid):
+        if not bool(rows.any()):
+            continue
+        maps = torch.stack([weights[item][:, rows][:, :, rows] for weights in recording.maps])
+        if not bool(torch.isfinite(maps).all()):
+            raise ValueError("an attention map is not finite: check the model's weights and the calibration batches")
+        yield item, rows, maps

@@ -7,6 +7,7 @@ from mapreuse.speech._errors import CorpusError
 from mapreuse.speech._evaluation import Scores, error_counts, evaluate, score
 from mapreuse.speech._features import FeatureConfig, features
 from mapreuse.speech._language_model import LanguageModel
+from mapreuse.speech._phonemes import SpokenPhonemes, phoneme_batches, speak_with_phonemes
 from mapreuse.speech._recogniser import BASELINE, DECODERS, Fusion, Recogniser
 from mapreuse.speech._synthesis import synthesise
 from mapreuse.speech._text import LANGUAGES, alphabet, normalise
@@ -24,6 +25,7 @@ __all__ = [
     "LanguageModel",
     "Recogniser",
     "Scores",
+    "SpokenPhonemes",
     "TrainConfig",
     "alphabet",
     "beam_search",
@@ -35,7 +37,9 @@ __all__ = [
     "greedy",
     "normalise",
     "open_corpus",
+    "phoneme_batches",
     "score",
+    "speak_with_phonemes",
     "split_by_transcript",
     "synthesise",
     "train",

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import espeakng_loader
@@ -32,7 +33,26 @@ _VARIANTS = (
     *("quincy", "rob", "robert", "travis", "victor", "zac", "boris", "david", "ed", "edward", "ian", "john"),
 )
 _SYNCHRONOUS, _UTF8, _IPA, _RATE, _PITCH, _RANGE = 2, 1, 2, 1, 3, 4
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_PHONEME_EVENTS, _IPA_EVENTS = 1, 2  # options of espeak_Initialize
+_LAST_EVENT, _PHONEME_EVENT = 0, 7  # types of events
+
+
+class _Event(ctypes.Structure):
+    """`espeak_EVENT` of espeak-ng's speak_lib.h, of whose union `id` this is the phoneme's name."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 8),
+    )
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
 def synthesise(
@@ -51,8 +71,7 @@ def synthesise(
 
     Raises `ValueError` for a language without voices, `RuntimeError` if the bundled library does not load.
     """
-    if language not in _ACCENTS:
-        raise ValueError(f"no synthetic voices for language {language!r}; choose one of {', '.join(_ACCENTS)}")
+    check_voices(language)
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
     cuts = []
@@ -63,11 +82,11 @@ def synthesise(
     )
     with Progress(*columns, transient=True) as progress:
         for text in progress.track(texts, description=f"Synthesising speech ({language})"):
-            key = hashlib.sha256(json.dumps([text, language, seed, sampling_rate]).encode()).hexdigest()[:20]
+            key = key_of(text, language, seed, sampling_rate)
             path = directory / key[:2] / f"{key}.wav"
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
-                samples = _speak(text, language, random.Random(key), sampling_rate)
+                samples, _ = speak(text, language, random.Random(key), sampling_rate)
                 partial = path.with_suffix(".partial")
                 soundfile.write(partial, samples, sampling_rate, subtype="PCM_16", format="WAV")
                 partial.replace(path)
@@ -83,7 +102,7 @@ def pronounce(texts: Sequence[str], language: str) -> list[list[list[str]]]:
     if language not in _ACCENTS:
         raise ValueError(f"no pronunciation for language {language!r}; choose one of {', '.join(_ACCENTS)}")
     said = []
-    with _engine() as (library, _, _):
+    with _engine() as (library, *_):
         library.espeak_SetVoiceByName(_ACCENTS[language][0].encode())
         library.espeak_TextToPhonemes.restype = ctypes.c_char_p
         library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
@@ -119,10 +138,24 @@ def cut_of(path: Path, key: str, text: str, language: str) -> MonoCut:
     )
 
 
-def _speak(text: str, language: str, generator: random.Random, sampling_rate: int) -> np.ndarray:
+def check_voices(language: str) -> None:
+    """Raises `ValueError` for a language without voices."""
+    if language not in _ACCENTS:
+        raise ValueError(f"no synthetic voices for language {language!r}; choose one of {', '.join(_ACCENTS)}")
+
+
+def key_of(text: str, language: str, seed: int, sampling_rate: int) -> str:
+    """What names an utterance, and seeds the draw of its voice."""
+    return hashlib.sha256(json.dumps([text, language, seed, sampling_rate]).encode()).hexdigest()[:20]
+
+
+def speak(
+    text: str, language: str, generator: random.Random, sampling_rate: int
+) -> tuple[np.ndarray, list[tuple[str, float]]]:
+    """The waveform of a text, and in seconds when espeak-ng begins each of its phonemes ("" is a pause)."""
     voice = f"{generator.choice(_ACCENTS[language])}+{generator.choice(_VARIANTS)}"
     data = text.encode() + b"\0"
-    with _engine() as (library, rate, chunks):
+    with _engine() as (library, rate, chunks, begun):
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice!r}; reinstall espeakng-loader")
         library.espeak_SetParameter(_RATE, generator.randrange(130, 195), 0)
@@ -132,12 +165,13 @@ def _speak(text: str, language: str, generator: random.Random, sampling_rate: in
     if not chunks:
         raise RuntimeError(f"espeak-ng said nothing for {text!r} with voice {voice!r}")
     samples = np.concatenate(chunks).astype(np.float32) / 32768
-    return resample(samples, rate, sampling_rate).clip(-1, 1)
+    return resample(samples, rate, sampling_rate).clip(-1, 1), [(name, sample / rate) for name, sample in begun]
 
 
 @contextmanager
-def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray]]]:
-    """A fresh engine: the library, its sampling rate in Hz, and the list that its callback appends samples to.
+def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray], list[tuple[str, int]]]]:
+    """A fresh engine: the library, its sampling rate in Hz, and the lists that its callback appends samples to, and
+    phonemes with the number of their first sample.
 
     The library carries state from one utterance to the next in its static variables, so that what it says depends
     on what it said before. Unloading it after every utterance (a few milliseconds) takes that away.
@@ -149,19 +183,24 @@ def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray]]]:
         *(ctypes.c_void_p, ctypes.c_void_p),
     ]
     chunks: list[np.ndarray] = []
+    begun: list[tuple[str, int]] = []
 
-    def receive(samples, count, _events):
+    def receive(samples, count, events):
+        told = takewhile(lambda event: event.type != _LAST_EVENT, events or ())
+        phonemes = (event for event in told if event.type == _PHONEME_EVENT)
+        begun.extend((event.name.decode(errors="ignore"), event.sample) for event in phonemes)  # cut at 8 bytes
         if samples and count > 0:
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    options = _PHONEME_EVENTS | _IPA_EVENTS
+    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), options)
     if rate <= 0:
         raise RuntimeError("espeak-ng did not start; reinstall espeakng-loader")
     callback = _CALLBACK(receive)
     library.espeak_SetSynthCallback(callback)
     try:
-        yield library, rate, chunks
+        yield library, rate, chunks, begun
     finally:
         library.espeak_Terminate()
         _ctypes.dlclose(library._handle)
