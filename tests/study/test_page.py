@@ -246,6 +246,15 @@ def test_a_front_holds_whom_none_beats_and_nobody_else(results):
         assert names == sorted(names, key=lambda name: points[name][0])
 
 
+def test_equals_share_a_front_and_a_slower_equal_is_beaten():
+    def technique(name, seconds, wer):
+        return {"name": name, "latency": {"9": {"median": seconds}}, "scores": {"c": {"wer": wer}}}
+
+    twins = [technique("a", 1.0, 0.2), technique("b", 1.0, 0.2)]
+    beaten = [technique("slower", 1.5, 0.2), technique("less accurate", 1.0, 0.3), {"name": "not measured"}]
+    assert front({"techniques": twins + beaten}, "9", "c", "wer") == ["a", "b"]
+
+
 def test_the_studys_own_front_is_shown_where_it_gives_one():
     results = study_results()
     results["fronts"]["500"] = ["reuse-8x1", "full"]
@@ -268,18 +277,31 @@ def test_runs_that_did_not_finish_are_shown_with_their_reason(parsed):
     assert text.index("loss was not finite after step 1250") < text.index("All 74 runs")
 
 
-def test_a_browser_draws_every_plot_without_an_error(results, tmp_path):
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Opens a page in a browser, runs a script in it, and gives what is then in `main`; fails on any complaint."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine to open the page with")
-    (tmp_path / "page.html").write_text(page(results), encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=390,900", "--dump-dom"]
-    ran = subprocess.run(
-        [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=240, check=True
-    )
-    assert "CONSOLE" not in ran.stderr
-    drawn = ran.stdout.split("<main>")[1].split("</main>")[0]
+
+    def opened(results, script=""):
+        directory = tmp_path_factory.mktemp("page")
+        text = page(results).replace("</body>", f"<script>{script}</script></body>")
+        (directory / "page.html").write_text(text, encoding="utf-8")
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={directory / 'user'}"]
+        command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=390,900", "--dump-dom"]
+        ran = subprocess.run(
+            [*command, (directory / "page.html").as_uri()], capture_output=True, text=True, timeout=240, check=True
+        )
+        assert "CONSOLE" not in ran.stderr
+        return ran.stdout.split("<main>")[1].split("</main>")[0]
+
+    return opened
+
+
+def test_a_browser_draws_every_plot_and_sorts_by_numbers(results, opened):
+    sort = "document.querySelectorAll('#techniques-table thead button')[14].click()"
+    drawn = opened(results, sort)
     plots = re.findall(r'<figure class="plot" data-plot="([^"]*)".*?</figure>', drawn, re.DOTALL)
     assert plots == [
         "pareto",
@@ -295,3 +317,30 @@ def test_a_browser_draws_every_plot_without_an_error(results, tmp_path):
         assert "main-svg" in figure
     assert "31 of 31 rows" in drawn
     assert "reusing layer: the map of layer 0" in drawn
+
+    table = Parsed(drawn[drawn.index('<table id="techniques-table"') :].split("</table>")[0] + "</table>")
+    assert [e["attrs"]["aria-sort"] for e in table.all("th", scope="col")].index("ascending") == 14
+    assert table.all("th", scope="col")[14]["text"] == "latency÷ full's, T = 1000"
+    rows = [row.split("<td")[14] for row in drawn.split("<table")[1].split("<tr>")[2:]]
+    values = [float(re.search(r'data-value="([^"]*)"', row)[1]) for row in rows]
+    assert len(values) == 31
+    assert values == sorted(values)
+    assert values != [cell.value for row in technique_grid(results).rows for cell in [row[14]]]
+
+
+def test_a_browser_draws_what_there_is_of_half_a_study(opened):
+    results = study_results()
+    for index, technique in enumerate(results["techniques"]):
+        if index != 2:
+            technique["scores"] = {}
+        if index % 3:
+            del technique["latency"]
+    del results["techniques"][0]["scores"], results["techniques"][2]["scores"]["prompts:en"]
+    results["techniques"][2]["latency"] = {"250": {"median": 0.1, "spread": 0.1}}
+    results["maps"]["techniques"]["full"]["layers"][1] = []
+    results["similarity"] = {"layers": [[1.0]]}
+    results["runs"] = results["runs"][-1:]
+    drawn = opened(results)
+    assert 'id="plot-pareto"' in drawn
+    assert "layer 1 has no attention map" in drawn
+    assert drawn.count('<p class="absent">not measured</p>') > 3

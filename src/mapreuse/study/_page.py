@@ -85,8 +85,9 @@ def plot_data(results: Results) -> dict[str, Any]:
     """What the page's script draws from: the parts of `results` that are plotted, with the fronts found."""
     names = corpora(results)
     techniques = [
-        {key: one.get(key) for key in ("name", "title", "source", "positions", "kind", "parameters", "scores")}
-        | {"latency": one.get("latency", {}), "grouping": grouping(one) if one.get("kind") == "reuse" else None}
+        {key: one.get(key) for key in ("name", "source", "positions", "kind", "parameters")}
+        | {"title": one.get("title", one["name"]), "scores": one.get("scores", {}), "latency": one.get("latency", {})}
+        | {"grouping": grouping(one) if one.get("kind") == "reuse" else None}
         for one in results.get("techniques", [])
     ]
     curves = [

@@ -24,9 +24,18 @@
     font: {color: colour("text"), family: "system-ui, sans-serif", size: 12}, hoverlabel: hover(),
     modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("text")},
     margin: {l: 10, r: 14, t: 24, b: 40}, dragmode: narrow() ? false : "zoom", ...more});
-  const draw = (area, traces, more) => Plotly.react(area, traces, layout({width: area.clientWidth, ...more}),
-    {displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: narrow() ? false : "hover",
-      modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"]});
+  const nothing = (area) => {
+    Plotly.purge(area);
+    const said = Object.assign(document.createElement("p"), {className: "absent", textContent: "not measured"});
+    area.replaceChildren(said);
+  };
+  const draw = (area, traces, more) => {
+    if (!area.matches(".js-plotly-plot")) area.replaceChildren();
+    return Plotly.react(area, traces, layout({width: area.clientWidth, ...more}), config());
+  };
+  const config = () => ({displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
+    displayModeBar: narrow() ? false : "hover",
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"]});
   const scale = () => [[0, colour("low")], [0.5, colour("middle")], [1, colour("high")]];
   const bars = (rows, corpus, metric, more) => {
     const end = (row, side) => {
@@ -42,6 +51,7 @@
     pareto(figure, area) {
       const [length, corpus, metric] = ["length", "corpus", "metric"].map((name) => control(figure, name));
       const rows = data.techniques.filter((one) => ratio(one, length) && one.scores?.[corpus]?.[metric] != null);
+      if (!rows.length) return nothing(area);
       const point = (one) => ({x: ratio(one, length), y: 100 * one.scores[corpus][metric]});
       const about = (one) => {
         const [low, high] = one.scores[corpus][`${metric}_interval`] || [];
@@ -105,6 +115,7 @@
       const [corpus, metric] = ["corpus", "metric"].map((name) => control(figure, name));
       const rows = data.techniques.filter((one) => ["full", "reuse"].includes(one.kind)
         && one.scores?.[corpus]?.[metric] != null);
+      if (!rows.length) return nothing(area);
       const label = (one) => escaped(shortest(one)) +
         (one.grouping ? `<br>${one.grouping[0]} of ${one.grouping[1]} maps` : "");
       rows.sort((a, b) => (b.grouping?.[0] ?? 1e9) - (a.grouping?.[0] ?? 1e9));
