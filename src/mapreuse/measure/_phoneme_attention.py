@@ -64,10 +64,9 @@ def phoneme_attention(
 ) -> PhonemeAttention:
     """How much frames of one class attend to those of another, in all maps of `model`; one batch at a time.
 
-    A layer that reuses a map counts with the map it applies.
-
     Args:
-        model: a model that `apply` accepts; it is left as it is.
+        model: a model that `apply` accepts, or to which a plan was applied; it is left as it is. A layer that reuses
+            a map counts with the map it applies.
         batches: keyword dictionaries for the model's forward.
         labels: for every batch, integers of shape (batch, frames): the class, from 0 to `num_classes` − 1, of every
             position of the maps, −1 where it has none. Those of padding are not looked at.
@@ -79,7 +78,7 @@ def phoneme_attention(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    recorder = MapRecorder(model)
+    recorder = MapRecorder(model, under_plan=True)
     total: _Sums | None = None
     for number, (batch, classes) in enumerate(zip_longest(batches, labels)):
         if batch is None or classes is None:
@@ -185,10 +184,9 @@ def _by_position(
     return (mass * (wanted / there.clamp(min=1))).sum(-1)
 
 
-def _check(labels: object, valid: Bool[Tensor, "batch frames"], number: int) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"the labels of batch {number} must be a tensor of integers, got {kind}")
+def _check(labels: Tensor, valid: Bool[Tensor, "batch frames"], number: int) -> None:
+    if labels.dtype not in _INTEGERS:
+        raise ValueError(f"the labels of batch {number} must be integers, got {labels.dtype}")
     if labels.shape != valid.shape:
         raise ValueError(
             f"the labels of batch {number} are of shape {tuple(labels.shape)}, its maps of {tuple(valid.shape)} "

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mapreuse.maps import SharedMaps
-from mapreuse.models._apply import apply
+from mapreuse.models._apply import applied_to, apply
+from mapreuse.models._layout import LayerLayout
 from mapreuse.models._sharing import ARGUMENT
 from mapreuse.models._stack import Layer, find_stack
 from mapreuse.models._values import value_projection
@@ -38,17 +39,25 @@ class MapRecorder:
 
     Args:
         model: a model that `apply` accepts; it is copied, and left as it is.
+        under_plan: take a model to which a plan was applied as well. A reusing layer then shows the maps it applies,
+            and heads come in the order that they have without the plan.
+
+    Raises:
+        ValueError: where `apply` would, or a plan is in force and `under_plan` does not allow for it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, under_plan: bool = False) -> None:
         self._model = copy.deepcopy(model).eval()
         self.num_layers = len(find_stack(self._model).layers)
-        apply(self._model, ReusePlan.full(self.num_layers))
+        if not (under_plan and applied_to(self._model)):
+            apply(self._model, ReusePlan.full(self.num_layers))
         stack = find_stack(self._model)  # its attention modules may be others now
         self._values: dict[int, Tensor] = {}
+        self._layouts: list[LayerLayout] = []
         for index, layer in enumerate(stack.layers):
             attention: Any = layer.attention
-            attention._layout = replace(attention._layout, is_read=True)
+            attention._layout = replace(attention._layout, is_read=True, releases=())
+            self._layouts.append(attention._layout)
             attention.register_forward_pre_hook(self._project(index, layer), with_kwargs=True)
         stack.module.register_forward_hook(self._keep, with_kwargs=True)
         self._maps: SharedMaps | None = None
@@ -72,13 +81,28 @@ class MapRecorder:
         self._model(**batch)
         assert self._maps is not None
         maps = [self._map(layer) for layer in range(self.num_layers)]
-        values = [self._values.pop(layer) for layer in range(self.num_layers)]
+        values = [
+            _in_order(self._values.pop(layer), layout.value_order) for layer, layout in enumerate(self._layouts)
+        ]
         self._maps = None
         diagonals = torch.stack([weights.diagonal(dim1=-2, dim2=-1).amax(1) for weights in maps])
         return Recording(maps, diagonals.amax(0) != 0, values)
 
     def _map(self, layer: int) -> Tensor:
+        """The map in effect in a layer: of heads that compute, then of those that reuse, put back in order."""
+        layout = self._layouts[layer]
+        weights = [self._dense(layer)] if layout.computing else []
+        for source, pairs in layout.parts:
+            weights.append(self._dense(source)[:, [head for head, _ in pairs]])
+        return _in_order(weights[0] if len(weights) == 1 else torch.cat(weights, 1), layout.order)
+
+    def _dense(self, layer: int) -> Tensor:
         assert self._maps is not None
         attention_map = self._maps.read(layer)
         assert attention_map is not None
         return attention_map.dense()
+
+
+def _in_order(heads: Tensor, order: tuple[int, ...]) -> Tensor:
+    """(batch, heads, …) in the order of their numbers."""
+    return heads if order == tuple(sorted(order)) else heads[:, [order.index(head) for head in sorted(order)]]

@@ -1,0 +1,55 @@
+"""What a recorder sees of a model under a plan: the maps in effect, and values in the order of the original heads."""
+
+import pytest
+import torch
+from families import build
+
+from mapreuse import ReusePlan, apply, plan_of
+from mapreuse.models import MapRecorder
+
+PLANS = {
+    "full": ReusePlan.full(4),
+    "groups": ReusePlan.grouped(4, 2),
+    "heads": ReusePlan.from_sources([0, 0, 0, 3], {1: [2, 0, 3, 1], 2: [None, 1, 1, None]}),
+}
+
+
+@pytest.mark.parametrize("strategy", ["dense", "recompute"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("family", ["parakeet", "bert"])
+def test_under_a_plan_it_returns_the_maps_in_effect_heads_in_order(family, plan, strategy):
+    model, batch = build(family)
+    before = MapRecorder(model)(batch)
+    apply(model, plan, strategy=strategy)
+    found = MapRecorder(model, under_plan=True)(batch)
+    with torch.no_grad():
+        attentions = model(**batch, output_attentions=True).attentions
+
+    assert torch.equal(found.valid, before.valid)
+    rows = found.valid
+    for ours, theirs in zip(found.maps, attentions, strict=True):
+        torch.testing.assert_close(ours.transpose(1, 2)[rows], theirs.transpose(1, 2)[rows], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.values[0], before.values[0])  # the first layer's input is the same
+    assert plan_of(model) == plan
+
+
+def test_values_keep_the_order_of_the_original_heads():
+    model, batch = build("bert")
+    before = MapRecorder(model)(batch)
+    plan = ReusePlan.from_sources([0, 0, 2, 3], {1: [2, 0, 3, 1]})
+    layer = model.encoder.layer[0]
+    with torch.no_grad():
+        layer.attention.output.dense.weight.zero_()  # so that the second layer's input does not hang on any map
+    zeroed = MapRecorder(model)(batch)
+    apply(model, plan)
+    found = MapRecorder(model, under_plan=True)(batch)
+
+    torch.testing.assert_close(found.values[1], zeroed.values[1])
+    torch.testing.assert_close(found.maps[1], before.maps[0][:, [2, 0, 3, 1]])
+
+
+def test_a_model_under_a_plan_is_refused_where_the_original_is_wanted():
+    model, _ = build("bert")
+    apply(model, PLANS["groups"])
+    with pytest.raises(ValueError, match="the model reuses attention maps already"):
+        MapRecorder(model)
