@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from mapreuse.study._page_html import absent, definitions, figure, picker, same, select, slider, table
 from mapreuse.study._page_tables import (
     NOT_MEASURED,
-    Cell,
-    Column,
-    Grid,
     Results,
     breakdown_grid,
     clean,
     corpora,
     corpus_grid,
-    flat,
     front,
     full_technique,
     grouping,
@@ -140,33 +137,33 @@ def _setting(results: Results) -> str:
 def _section(name: str, title: str, note: str, body: Callable[[Results], str], results: Results) -> str:
     shown = body(results)
     note = f'<p class="note">{escape(note)}</p>\n' if note and shown else ""
-    return f'<section id="{name}">\n<h2>{escape(title)}</h2>\n{note}{shown or _absent()}\n</section>'
+    return f'<section id="{name}">\n<h2>{escape(title)}</h2>\n{note}{shown or absent()}\n</section>'
 
 
 def _front_plot(results: Results) -> str:
     if not any(one.get("latency") and one.get("scores") for one in results.get("techniques", [])):
         return ""
     chosen = "1000" if "1000" in lengths(results) else lengths(results)[-1]
-    return _figure(
+    return figure(
         "pareto",
-        _select("length", "length", {length: f"T = {length}" for length in lengths(results)}, chosen),
-        _select("corpus", "corpus", _same(corpora(results))),
-        _select("metric", "error", {"cer": "CER", "wer": "WER"}),
-        _select("range", "range", {"all": "all techniques", "near": "up to 1.5 times full's error"}),
+        select("length", "length", {length: f"T = {length}" for length in lengths(results)}, chosen),
+        select("corpus", "corpus", same(corpora(results))),
+        select("metric", "error", {"cer": "CER", "wer": "WER"}),
+        select("range", "range", {"all": "all techniques", "near": "up to 1.5 times full's error"}),
     )
 
 
 def _technique_table(results: Results) -> str:
     if not results.get("techniques"):
         return ""
-    choices = {"": "all corpora"} | _same(corpora(results))
+    choices = {"": "all corpora"} | same(corpora(results))
     first = next(iter(corpora(results)), "")
     controls = (
         '<label>rows that contain <input type="search" id="filter" placeholder="reuse, window, dropped …"></label>'
-        + _select("table-corpus", "error rates on", choices, first)
+        + select("table-corpus", "error rates on", choices, first)
         + '<span class="count" id="count" role="status"></span>'
     )
-    return f'<div class="controls">{controls}</div>' + _table(
+    return f'<div class="controls">{controls}</div>' + table(
         "techniques-table", technique_grid(results), "Techniques"
     )
 
@@ -174,10 +171,10 @@ def _technique_table(results: Results) -> str:
 def _grouping_plot(results: Results) -> str:
     if not any(one.get("kind") == "reuse" and one.get("scores") for one in results.get("techniques", [])):
         return ""
-    return _figure(
+    return figure(
         "grouping",
-        _select("corpus", "corpus", _same(corpora(results))),
-        _select("metric", "error", {"wer": "WER", "cer": "CER"}),
+        select("corpus", "corpus", same(corpora(results))),
+        select("metric", "error", {"wer": "WER", "cer": "CER"}),
     )
 
 
@@ -189,10 +186,11 @@ def _speed_plot(results: Results) -> str:
     if "reference" in results:
         shown.append("transformers")
         first.append("transformers")
-    table = (
-        f"<details><summary>As a table</summary>{_table('speed-table', speed_grid(results), 'Speed-up')}</details>"
+    figures = table("speed-table", speed_grid(results), "Speed-up")
+    return (
+        figure("speed", above=picker("techniques", shown, first))
+        + f"<details><summary>As a table</summary>{figures}</details>"
     )
-    return _figure("speed", picker=_picker("techniques", shown, first)) + table
 
 
 def _breakdown_plots(results: Results) -> str:
@@ -203,8 +201,8 @@ def _breakdown_plots(results: Results) -> str:
             continue
         parts.append(f"<h3>{escape(titles.get(group, group))}</h3>")
         scale = {"ratio": f"ratio to {next(iter(entries))}", "ms": "milliseconds", "share": "share of the pass"}
-        parts.append(_figure(f"breakdown-{group}", _select("scale", "show", scale), plot="breakdown", part=group))
-        tables = (f"<h4>{escape(name)}</h4>{_table('', breakdown_grid(one), name)}" for name, one in entries.items())
+        parts.append(figure(f"breakdown-{group}", select("scale", "show", scale), plot="breakdown", part=group))
+        tables = (f"<h4>{escape(name)}</h4>{table('', breakdown_grid(one), name)}" for name, one in entries.items())
         parts.append(f"<details><summary>As tables</summary>{''.join(tables)}</details>")
     return "".join(parts)
 
@@ -221,7 +219,7 @@ def _similarity_plots(results: Results) -> str:
         del titles["concentration"]
     figures = (
         f'<figure class="plot" data-plot="similarity" data-part="{key}"><figcaption>{title}</figcaption>'
-        + (f'<div class="area" id="similarity-{key}"></div>' if similarity.get(key) else _absent())
+        + (f'<div class="area" id="similarity-{key}"></div>' if similarity.get(key) else absent())
         + "</figure>"
         for key, title in titles.items()
     )
@@ -234,7 +232,7 @@ def _phoneme_plot(results: Results) -> str:
     if not matrices:
         return ""
     most = max(len(layers) for layers in matrices.values())
-    return _figure("phonemes", _select("technique", "technique", _same(matrices)), _slider("layer", most))
+    return figure("phonemes", select("technique", "technique", same(matrices)), slider("layer", most))
 
 
 def _map_viewer(results: Results) -> str:
@@ -249,7 +247,7 @@ def _map_viewer(results: Results) -> str:
     first = next((layer for pairs in sources for layer, source in pairs if source not in (None, layer)), 0)
     panels = "".join(
         '<div class="map">'
-        + _select("technique", "technique", _same(names), names[min(side, len(names) - 1)])
+        + select("technique", "technique", same(names), names[min(side, len(names) - 1)])
         + '<p class="said-map"></p><div class="frame"><canvas role="img"></canvas></div>'
         '<p class="readout" role="status"></p><p class="hypothesis"></p></div>'
         for side in range(2)
@@ -258,10 +256,10 @@ def _map_viewer(results: Results) -> str:
         f'<p class="transcript"><b>transcript</b> {escape(str(maps.get("transcript", NOT_MEASURED)))}'
         f" <small>utterance {escape(str(maps.get('utterance', '')))}</small></p>"
     )
-    scale = _select("scale", "shade", {"root": "square root of the weight", "linear": "weight"})
+    scale = select("scale", "shade", {"root": "square root of the weight", "linear": "weight"})
     return (
-        f'<figure data-plot="maps">{said}<div class="controls">{_slider("layer", layers, first)}'
-        f'{_slider("head", heads)}{scale}</div><div class="panels two">{panels}</div></figure>'
+        f'<figure data-plot="maps">{said}<div class="controls">{slider("layer", layers, first)}'
+        f'{slider("head", heads)}{scale}</div><div class="panels">{panels}</div></figure>'
     )
 
 
@@ -273,22 +271,20 @@ def _curve_plot(results: Results) -> str:
     kinds = {one["name"]: one.get("kind") for one in results.get("techniques", [])}
     first = [name for name in names if kinds.get(name) in ("full", "reuse")][:4] or names[:4]
     metrics = {"dev_wer": "WER of the development set", "dev_cer": "CER of the development set", "loss": "loss"}
-    return _figure(
+    return figure(
         "curves",
-        _select("corpus", "corpus", _same(run["corpus"] for run in curves)),
-        _select("metric", "show", metrics),
-        picker=_picker("techniques", names, first),
+        select("corpus", "corpus", same(run["corpus"] for run in curves)),
+        select("metric", "show", metrics),
+        above=picker("techniques", names, first),
     )
 
 
 def _papers(results: Results) -> str:
-    return (
-        _table("papers-table", paper_grid(results), "Published claims", prose=True) if results.get("papers") else ""
-    )
+    return table("papers-table", paper_grid(results), "Published claims", prose=True) if results.get("papers") else ""
 
 
 def _corpora(results: Results) -> str:
-    return _table("corpora-table", corpus_grid(results), "Corpora", prose=True) if results.get("corpora") else ""
+    return table("corpora-table", corpus_grid(results), "Corpora", prose=True) if results.get("corpora") else ""
 
 
 def _runs(results: Results) -> str:
@@ -298,8 +294,8 @@ def _runs(results: Results) -> str:
     states = [run.get("state") for run in runs]
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(["finished", *states]))
     wrong = {**results, "runs": [run for run in runs if run.get("state") != "finished"]}
-    shown = _table("", run_grid(wrong), "Runs that did not finish", prose=True) if wrong["runs"] else ""
-    every = _table("runs-table", run_grid(results), "Runs")
+    shown = table("", run_grid(wrong), "Runs that did not finish", prose=True) if wrong["runs"] else ""
+    every = table("runs-table", run_grid(results), "Runs")
     return f"<p>{escape(counted)}.</p>{shown}<details><summary>All {len(runs)} runs</summary>{every}</details>"
 
 
@@ -310,11 +306,11 @@ def _repeat(results: Results) -> str:
 
 
 def _machine(results: Results) -> str:
-    return _definitions(results.get("machine"))
+    return definitions(results.get("machine"))
 
 
 def _config(results: Results) -> str:
-    return _definitions(results.get("config"))
+    return definitions(results.get("config"))
 
 
 _SECTIONS: list[tuple[str, str, str, Callable[[Results], str]]] = [
@@ -383,86 +379,3 @@ _SECTIONS: list[tuple[str, str, str, Callable[[Results], str]]] = [
 
 def _asset(name: str) -> str:
     return files("mapreuse.study").joinpath(name).read_text(encoding="utf-8")
-
-
-def _absent() -> str:
-    return f'<p class="absent">{NOT_MEASURED}</p>'
-
-
-def _same(names: Iterable[str]) -> dict[str, str]:
-    return {name: name for name in names}
-
-
-def _figure(name: str, *controls: str, plot: str = "", part: str = "", picker: str = "") -> str:
-    row = f'<div class="controls">{"".join(controls)}</div>' if controls else ""
-    return (
-        f'<figure class="plot" data-plot="{escape(plot or name)}" data-part="{escape(part)}">{row}{picker}'
-        f'<div class="area" id="plot-{escape(name)}"></div></figure>'
-    )
-
-
-def _select(name: str, label: str, choices: dict[str, str], chosen: str = "") -> str:
-    options = "".join(
-        f'<option value="{escape(value)}"{" selected" if value == chosen else ""}>{escape(text)}</option>'
-        for value, text in choices.items()
-    )
-    return f'<label>{escape(label)} <select name="{name}">{options}</select></label>'
-
-
-def _slider(name: str, count: int, first: int = 0) -> str:
-    return (
-        f'<label>{name} <input type="range" name="{name}" min="0" max="{count - 1}" value="{first}" step="1">'
-        f"<output>{first}</output></label>"
-    )
-
-
-def _picker(label: str, names: list[str], chosen: list[str]) -> str:
-    chips = "".join(
-        f'<label class="chip"><input type="checkbox" value="{escape(name)}"{" checked" if name in chosen else ""}>'
-        f"<i></i>{escape(name)}</label>"
-        for name in names
-    )
-    return f'<fieldset class="picker"><legend>{label}</legend>{chips}</fieldset>'
-
-
-def _definitions(found: dict[str, Any] | None) -> str:
-    def shown(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(shown(v))}</dd></div>" for k, v in flat(found or {}))
-    return f"<dl>{items}</dl>" if items else ""
-
-
-def _table(name: str, grid: Grid, label: str, prose: bool = False) -> str:
-    """A table in a box of its own to scroll in; the first cell of a row is its head."""
-    several = len({column.corpus for column in grid.columns if column.corpus}) > 1
-    head = "".join(_head(column) for column in grid.columns)
-    rows = "\n".join(
-        "<tr>" + "".join(map(_cell, grid.columns, row, ["th", *["td"] * (len(row) - 1)])) + "</tr>"
-        for row in grid.rows
-    )
-    kind = " ".join(["sortable", *(["prose"] if prose else []), *(["several"] if several else [])])
-    given = f' id="{name}"' if name else ""
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
-        f'<table{given} class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
-    )
-
-
-def _head(column: Column) -> str:
-    small = f"<small>{escape(column.small)}</small>" if column.small else ""
-    kind = ' class="number"' if column.numeric else ""
-    corpus = f' data-corpus="{escape(column.corpus)}"' if column.corpus else ""
-    return f'<th scope="col" aria-sort="none"{kind}{corpus}><button>{escape(column.title)}{small}</button></th>'
-
-
-def _cell(column: Column, cell: Cell, tag: str) -> str:
-    scope = ' scope="row"' if tag == "th" else ""
-    kinds = ["number"] if column.numeric else []
-    kinds += ["absent"] if cell.text == NOT_MEASURED else []
-    kind = f' class="{" ".join(kinds)}"' if kinds else ""
-    value = "" if cell.value is None else f' data-value="{cell.value!r}"'
-    mark = f' data-mark="{escape(cell.mark)}"' if cell.mark else ""
-    corpus = f' data-corpus="{escape(column.corpus)}"' if column.corpus else ""
-    small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
-    return f"<{tag}{scope}{kind}{value}{mark}{corpus}><span>{escape(cell.text)}</span>{small}</{tag}>"

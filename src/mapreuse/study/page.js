@@ -11,7 +11,7 @@
     .map((line) => escaped(line.trim())).join("<br>");
   const control = (figure, name) => figure.querySelector(`[name=${name}]`).value;
   const time = (s) => (s >= 1 ? `${s.toFixed(2)} s` : `${(1000 * s).toPrecision(3)} ms`);
-  const rate = (share) => `${(100 * share).toFixed(1)} %`;
+  const rate = (share) => `${(100 * share).toFixed(1)}%`;
   const median = (one, length) => one.latency?.[length]?.median ?? null;
   const ratio = (one, length) => (median(one, length) && median(full, length))
     ? median(one, length) / median(full, length) : null;
@@ -122,7 +122,7 @@
       const base = full.scores?.[corpus]?.[metric];
       draw(area, [{type: "scatter", mode: "markers", x: rows.map((one) => 100 * one.scores[corpus][metric]),
         y: rows.map(label), text: rows.map((one) => escaped(one.title)),
-        hovertemplate: `%{text}<br>${metric.toUpperCase()} %{x:.1f} %<extra></extra>`,
+        hovertemplate: `%{text}<br>${metric.toUpperCase()} %{x:.1f}%<extra></extra>`,
         error_x: bars(rows, corpus, metric, {color: colour("soft"), width: 4}),
         marker: {size: 11, color: rows.map((one) => colour(one.kind))}}],
       {height: 90 + 48 * rows.length, margin: {l: 10, r: 20, t: 10, b: 40},
@@ -179,7 +179,7 @@
           y: at.map((length) => (by[length][part.name] || 0) / divisor(by, length)),
           customdata: at.map((length) => [time(by[length][part.name] || 0),
             (100 * (by[length][part.name] || 0) / sum(by[length])).toFixed(0)]),
-          hovertemplate: "%{fullData.name}: %{customdata[0]}, %{customdata[1]} %<extra></extra>",
+          hovertemplate: "%{fullData.name}: %{customdata[0]}, %{customdata[1]}%<extra></extra>",
           line: {width: 0.6, color: colour("page")}, fillcolor: tones.get(part.name)})),
         {height: 300, showlegend: false, hovermode: "closest", margin: {l: 10, r: 10, t: 34, b: 40},
           title: {text: escaped(name), x: 0.02, font: {size: 13}},
@@ -213,7 +213,7 @@
           const at = run.learning_curve.filter((point) => point[metric] != null);
           return {type: "scatter", mode: "lines", name: `${escaped(name)}, seed ${run.seed}`,
             x: at.map((point) => point.step), y: at.map((point) => factor * point[metric]),
-            hovertemplate: `%{fullData.name}, step %{x}: %{y:.3~g}${factor === 1 ? "" : " %"}<extra></extra>`,
+            hovertemplate: `%{fullData.name}, step %{x}: %{y:.3~g}${factor === 1 ? "" : "%"}<extra></extra>`,
             line: {color: tone, dash, width: 1.8}};
         }));
       draw(area, traces, {height: narrow() ? 340 : 420, showlegend: false, hovermode: "closest",
