@@ -43,7 +43,7 @@ class PhonemeAttention:
             than 1.
         same_or_own: the same with the own run and the frame itself; a diagonal map has a large one.
         same_beyond_position: Σ_p attended[p, p], over what the same pairs of frames would be paid if, in each
-            sequence, attended mass were shared evenly among all pairs at one distance j − i. A map that depends on
+            sequence, attended mass were shared evenly among all pairs at one distance |j − i|. A map that depends on
             j − i alone, diagonal or not, has 1.
         num_frames: how many frames of every class there were.
     """
@@ -171,13 +171,15 @@ def _by_position(
     pairs: Bool[Tensor, "frames frames"],
     chosen: Bool[Tensor, "frames frames"],
 ) -> Float[Tensor, " heads"]:
-    """What the chosen of the pairs would be paid if all pairs at one distance j − i were paid alike."""
-    length = len(pairs)
-    steps = torch.arange(length, device=pairs.device)
-    distance = (steps - steps[:, None] + length - 1).flatten()
+    """What the chosen of the pairs would be paid if all pairs at one distance were paid alike.
+
+    Both directions are one distance: with (i, j), (j, i) is a pair, and chosen or not like it.
+    """
+    steps = torch.arange(len(pairs), device=pairs.device)
+    distance = (steps - steps[:, None]).abs().flatten()
 
     def at_distances(values: Float[Tensor, "rows frames frames"]) -> Float[Tensor, "rows distances"]:
-        return values.new_zeros(len(values), 2 * length - 1).index_add_(1, distance, values.flatten(1))
+        return values.new_zeros(len(values), len(pairs)).index_add_(1, distance, values.flatten(1))
 
     mass = at_distances(weights * pairs)
     there, wanted = at_distances(torch.stack([pairs, chosen]).double())
