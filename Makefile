@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test check readme models speed setup speech clean
+.PHONY: study full-study test check readme models speed setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -18,6 +18,10 @@ speech: setup
 
 study: speech
 	$(BIN)/mapreuse study --preset quick --corpus $(CORPUS) --out results/quick
+
+# Hours: every technique trained from scratch, then timed. Stops and goes on at any time.
+full-study: speech
+	$(BIN)/mapreuse study --preset full --workers 2
 
 test: setup
 	$(BIN)/python -m pytest

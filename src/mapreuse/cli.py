@@ -58,27 +58,46 @@ def _fail(message: str, status: int = 2) -> None:
 
 @app.command()
 def study(
-    preset: Annotated[str, typer.Option(help="quick")] = "quick",
+    preset: Annotated[str, typer.Option(help="quick, or full: every technique, trained from scratch")] = "quick",
     corpus: CorpusName = "prompts:en",
     baseline: Model = None,
-    out: Annotated[Path, typer.Option(help="directory of the report")] = Path("results/quick"),
-    work: Annotated[Path, typer.Option(help="directory of finished steps and checkpoints")] = Path("runs/quick"),
+    other_corpus: Annotated[str | None, typer.Option(help="full: a second language; prompts:es if left out")] = None,
+    steps: Annotated[int | None, typer.Option(help="full: training steps of every run")] = None,
+    workers: Annotated[int | None, typer.Option(help="full: training processes at a time; 1 if left out")] = None,
+    training_only: Annotated[bool, typer.Option("--training-only", help="full: time and analyze nothing")] = False,
+    out: Annotated[Path | None, typer.Option(help="directory of the report; results/PRESET if left out")] = None,
+    work: Annotated[Path | None, typer.Option(help="of finished steps and checkpoints; or runs/PRESET")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """Convert the recogniser to several plans, recover each, and report error rates and latency."""
-    from mapreuse.study import QuickConfig, error_table, latency_table, run_quick
+    """Judge reuse: quick converts the recogniser, full trains every technique from scratch; a report for each."""
+    from mapreuse import study as rooms
 
-    if preset != "quick":
-        raise ValueError(f"--preset must be quick, got {preset!r}")
-    config = QuickConfig(corpus=corpus, device=device)
-    if baseline is not None:
-        config = dataclasses.replace(config, baseline=str(baseline))
-    results = run_quick(config, out, work, console)
-    console.print(Markdown("\n".join(error_table(results))))
-    for name, measured in (*results["latency"].items(), ("one layer's attention", results["attention"])):
-        console.print(f"\n[bold]{name}[/]: how many times as fast as transformers (sdpa)")
-        console.print(Markdown("\n".join(latency_table(measured))))
-    console.print(f"\nReport: {out / 'report.md'}")
+    if preset not in ("quick", "full"):
+        raise ValueError(f"--preset must be quick or full, got {preset!r}")
+    out, work = out or Path("results") / preset, work or Path("runs") / preset
+    if preset == "full":
+        if baseline is not None:
+            raise ValueError("--model belongs to --preset quick: the full study trains its own models")
+        recipe = rooms.Recipe() if steps is None else rooms.Recipe(steps=steps)
+        full = rooms.FullConfig(corpus=corpus, device=device, recipe=recipe)
+        if other_corpus is not None:
+            full = dataclasses.replace(full, other_corpus=other_corpus)
+        found = rooms.run_full(
+            full, out, work, console, workers=1 if workers is None else workers, training_only=training_only
+        )
+        console.print("\n".join(found["verdict"]), markup=False, highlight=False)
+    else:
+        if training_only or (other_corpus, steps, workers) != (None, None, None):
+            raise ValueError("--other-corpus, --steps, --workers and --training-only belong to --preset full")
+        quick = rooms.QuickConfig(corpus=corpus, device=device)
+        if baseline is not None:
+            quick = dataclasses.replace(quick, baseline=str(baseline))
+        results = rooms.run_quick(quick, out, work, console)
+        console.print(Markdown("\n".join(rooms.error_table(results))))
+        for name, measured in (*results["latency"].items(), ("one layer's attention", results["attention"])):
+            console.print(f"\n[bold]{name}[/]: how many times as fast as transformers (sdpa)")
+            console.print(Markdown("\n".join(rooms.latency_table(measured))))
+    console.print(f"\nReport: {out / 'report.html'}", highlight=False)
 
 
 @app.command()

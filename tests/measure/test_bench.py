@@ -321,7 +321,9 @@ def test_memory_is_measured_in_a_process_of_its_own():
 
 def test_a_process_that_fails_gives_its_last_line():
     with pytest.raises(RuntimeError, match="--encoder must be one of"):
-        memory_in_fresh_process(memory_of, {"config": {"encoder": "gpt"}, "contestant": {"kind": "sdpa"}, "length": 20})
+        memory_in_fresh_process(
+            memory_of, {"config": {"encoder": "gpt"}, "contestant": {"kind": "sdpa"}, "length": 20}
+        )
 
 
 def test_memory_stands_in_the_cells_and_a_killed_contestant_is_not_run_here(monkeypatch):

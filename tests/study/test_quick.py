@@ -68,6 +68,9 @@ def test_the_study_writes_every_figure_and_repeats_nothing(config, small_corpus,
     text = (tmp_path / "out" / "report.md").read_text()
     for row in (*error_table(results), *latency_table(results["attention"])):
         assert row in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    for variant in results["variants"]:
+        assert f"reuse, {variant['name']}" in page
     for plot in ("error.png", "latency.png", "similarity.png"):
         assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
 

@@ -22,7 +22,7 @@ from mapreuse.convert._batches import calibration_batches, check_precision
 from mapreuse.convert._fit import fit
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.measure import time_interleaved
-from mapreuse.models import Unsupported, apply, find_stack, possible_sources
+from mapreuse.models import Unsupported, apply, find_stack, plan_of, possible_sources
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -93,7 +93,8 @@ def search(
 
     Raises:
         ValueError: where not exactly one budget is given, it cannot be met by any plan, there are too few batches,
-            the model is in half precision on a CPU or cannot be served, or the cache cannot be read.
+            the model has a plan already, is in half precision on a CPU or cannot be served, or the cache cannot be
+            read.
     """
     if (latency is None) == (error is None):
         raise ValueError("give the budget as latency=0.7 (of the original's time) or as error=0.02, one of the two")
@@ -102,6 +103,8 @@ def search(
     if error is not None and error < 0:
         raise ValueError(f"error must be at least 0, got {error}")
     check_precision(original)
+    if plan_of(original) is not None:
+        raise ValueError("the model reuses attention maps already; search plans for the original model instead")
     given = calibration_batches(batches, FEWEST, "search")
     calibration, judging = calibrating_and_judging(given)
     judge = judge or hidden_state_error(original, judging)

@@ -15,35 +15,44 @@ class FullConfig:
     Attributes:
         corpus: name of the corpus that every technique trains on.
         other_corpus: name of a second one, in another language, for `elsewhere`.
+        techniques: names of the rows of the table; those of `study_techniques` where empty.
         repeated: techniques that train with `seeds` seeds; the others with one.
         elsewhere: techniques that train on the second corpus too.
         seeds: how many, counted from 0.
+        shown: full attention, and a reuse technique whose maps and breakdown are shown beside its own.
         recipe: how every run trains.
         lengths: encoder frames (40 ms each) at which latency is measured.
         memory_length: encoder frames at which peak memory is.
         repeats: rounds of the interleaved timing.
         device: "cpu" or "cuda", of the timing; training takes what `accelerate` finds.
+
+    Raises:
+        ValueError: where `repeated`, `elsewhere` or `shown` names what is not among the techniques.
     """
 
     corpus: str = "prompts:en"
     other_corpus: str = "prompts:es"
+    techniques: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ("full", "reuse-2x3", "reuse-4x1,2x1", "reuse-6x1")
     elsewhere: tuple[str, ...] = ("full", "reuse-2x3", "reuse-6x1")
     seeds: int = 3
+    shown: tuple[str, str] = ("full", "reuse-2x3")
     recipe: Recipe = field(default_factory=Recipe)
     lengths: tuple[int, ...] = (250, 500, 1000, 2000, 4000, 8000)
     memory_length: int = 3000
     repeats: int = 3
     device: str = "cpu"
 
-    def runs(self) -> list[Run]:
-        """All training runs that are known beforehand, the most important first.
+    def __post_init__(self) -> None:
+        if not self.techniques:
+            names = tuple(technique.name for technique in study_techniques(self.recipe.num_layers))
+            object.__setattr__(self, "techniques", names)
+        if unknown := sorted({*self.repeated, *self.elsewhere, *self.shown} - set(self.techniques)):
+            raise ValueError(f"{', '.join(unknown)}: not among the study's techniques, {', '.join(self.techniques)}")
 
-        Raises `ValueError` where `repeated` or `elsewhere` names what is not among the techniques.
-        """
-        names = [technique.name for technique in study_techniques(self.recipe.num_layers)]
-        if unknown := sorted({*self.repeated, *self.elsewhere} - set(names)):
-            raise ValueError(f"{', '.join(unknown)}: not among the study's techniques")
+    def runs(self) -> list[Run]:
+        """All training runs that are known beforehand, the most important first."""
+        names = self.techniques
         first = [name for name in names if name in self.repeated]
         runs = [Run(name, self.corpus, 0, self.recipe) for name in dict.fromkeys([*first, *names])]
         runs += [Run(name, self.other_corpus, 0, self.recipe) for name in self.elsewhere]

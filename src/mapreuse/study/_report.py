@@ -10,15 +10,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mapreuse.study._files import write_whole
+from mapreuse.study._page import page
 
 Results = dict[str, Any]
 
 
 def write_report(results: Results, out_dir: Path) -> None:
-    """Write `results.json`, `report.md` and the plots it shows to `out_dir`, each whole or not at all."""
+    """Write `results.json`, `report.md`, its plots, and `report.html` to `out_dir`, each whole or not at all."""
     out_dir.mkdir(parents=True, exist_ok=True)
     write_whole(out_dir / "results.json", lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
     write_whole(out_dir / "report.md", lambda file: file.write_text(report(results)))
+    write_whole(out_dir / "report.html", lambda file: file.write_text(page(page_results(results)), encoding="utf-8"))
     plots = {"error.png": plot_error, "latency.png": plot_latency, "similarity.png": plot_similarity}
     for name, plot in plots.items():
         figure = plot(results)
@@ -78,6 +80,64 @@ def report(results: Results) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def page_results(results: Results) -> Results:
+    """The results as the page reads them (docs/results.md): each plan, recovered, is a technique."""
+    corpus, latency = results["config"]["corpus"], results["latency"]["recogniser"]
+    full = results["baseline"]
+    variants = [("full", full["greedy"], full["parameters"])]
+    variants += [(v["name"], v["recovered"], v["parameters"]) for v in results["variants"]]
+    techniques = [
+        {
+            "name": name,
+            "title": "full attention" if name == "full" else f"reuse, {name}",
+            "source": "the shipped recogniser" if name == "full" else "Shim, Choi & Sung, ICLR 2022",
+            "positions": "kept",
+            "kind": "full" if name == "full" else "reuse",
+            "parameters": parameters,
+            "scores": {corpus: scores | {"seeds": [results["config"]["seed"]]}},
+            "latency": {length: measured[name] for length, measured in latency.items()},
+        }
+        for name, scores, parameters in variants
+    ]
+    return {
+        "schema": 2,
+        "preset": "quick",
+        "command": results["command"],
+        "commands": ["make study"],
+        "machine": results["machine"],
+        "config": results["config"],
+        "corpora": {
+            corpus: {
+                "attribution": results["attribution"],
+                "test_utterances": full["greedy"]["num_utterances"],
+                "test_words": full["greedy"]["num_words"],
+            }
+        },
+        "techniques": techniques,
+        "reference": {"latency": {length: measured["transformers"] for length, measured in latency.items()}},
+        "similarity": {"layers": results["similarity"]["layers"]},
+        "verdict": _verdict(results),
+    }
+
+
+def _verdict(results: Results) -> list[str]:
+    """What the quick study says of each plan, in a sentence."""
+    full, seconds = results["baseline"]["greedy"], results["config"]["recovery_seconds"]
+    length, timed = list(results["latency"]["conformer-m"].items())[-1]
+    sentences = []
+    for variant in results["variants"]:
+        low, high = variant["recovered"]["wer_interval"]
+        faster = ""
+        if variant["name"] in timed:
+            ratio = timed["transformers"]["median"] / timed[variant["name"]]["median"]
+            faster = f"; a Conformer-M so converted is {ratio:.1f} times as fast as transformers' at T = {length}"
+        sentences.append(
+            f"{variant['name'][0].upper()}{variant['name'][1:]}: WER {variant['recovered']['wer']:.1%} [{low:.1%}, "
+            f"{high:.1%}] after {seconds:.0f} s of recovery, {full['wer']:.1%} before conversion{faster}."
+        )
+    return sentences
 
 
 def error_table(results: Results) -> list[str]:

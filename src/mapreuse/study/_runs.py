@@ -35,6 +35,9 @@ class Recipe:
     Attributes:
         num_layers, hidden_size, intermediate_size, subsampling_channels: as `Recogniser.create` takes them.
         steps, learning_rate, batch_seconds, evaluate_every: as `TrainConfig` does.
+
+    Raises:
+        ValueError: where `TrainConfig` does.
     """
 
     num_layers: int = 6
@@ -45,6 +48,9 @@ class Recipe:
     learning_rate: float = 2e-3
     batch_seconds: float = 28.0
     evaluate_every: int = 200
+
+    def __post_init__(self) -> None:
+        self.training(seed=0)
 
     def training(self, seed: int) -> TrainConfig:
         """The settings of one run."""
@@ -135,6 +141,19 @@ class RunDirectory:
         """Directory of the trained recogniser, where this machine has it."""
         best = self.work / run.key / "best"
         return best if self.finished(run) and Recogniser.is_saved_in(best) else None
+
+    def original(self, run: Run) -> Recogniser | None:
+        """The recogniser of a run of full attention, its encoder as `transformers` makes it, where it is here.
+
+        Analysis and search put plans of their own on it.
+        """
+        weights = self.weights(run)
+        if weights is None:
+            return None
+        trained = Recogniser.load(weights)
+        original = run.recipe.create(open_corpus(run.corpus).language, None, run.seed)
+        original.model.load_state_dict(trained.model.state_dict())
+        return original
 
     def progress(self, run: Run) -> float:
         """Which fraction of the run is done, as far as its log says."""

@@ -1,0 +1,172 @@
+"""The full study's results in one dictionary, `results.json`: see docs/results.md for what its fields mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mapreuse.measure import machine
+from mapreuse.speech import Corpus
+from mapreuse.study._compare import Errors, difference, seed_deviation
+from mapreuse.study._config import FullConfig
+from mapreuse.study._costs import REFERENCE
+from mapreuse.study._files import write_whole
+from mapreuse.study._markdown import markdown
+from mapreuse.study._page import page
+from mapreuse.study._papers import papers
+from mapreuse.study._runs import Run, RunDirectory
+from mapreuse.study._verdict import fronts, verdict
+from mapreuse.techniques import Full, Reuse, Technique
+
+Results = dict[str, Any]
+
+MEASURES = ("wer", "cer")
+
+
+def study_results(
+    config: FullConfig,
+    techniques: Sequence[Technique],
+    runs: Sequence[Run],
+    directory: RunDirectory,
+    corpora: Mapping[str, Corpus],
+    measured: Mapping[str, Any],
+) -> Results:
+    """All that is known, from the results of finished runs and from what was measured here; the rest is absent."""
+    finished = {run: result for run in runs if (result := directory.finished(run)) is not None}
+    scores = _scores(finished)
+    results: Results = {
+        "schema": 2,
+        "preset": "full",
+        "command": "mapreuse study --preset full",
+        "commands": _commands(config),
+        "machine": machine(),
+        "config": asdict(config),
+        "corpora": {name: _corpus(corpus) for name, corpus in corpora.items()},
+        "techniques": [
+            _technique(technique, scores.get(technique.name, {}), config, measured) for technique in techniques
+        ],
+        "runs": [_run(run, directory) for run in runs],
+    }
+    if "latency" in measured:
+        results["reference"] = _costs(REFERENCE, measured)
+    for name in ("similarity", "maps", "phonemes", "breakdown"):
+        if name in measured:
+            results[name] = measured[name]
+    results["fronts"] = fronts(results)
+    results["papers"] = papers(results)
+    results["verdict"] = verdict(results)
+    return results
+
+
+def write_full(results: Results, out_dir: Path) -> None:
+    """Write `results.json`, `report.md` and `report.html`, each whole or not at all."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = {
+        "results.json": json.dumps(results, ensure_ascii=False, indent=1) + "\n",
+        "report.md": markdown(results),
+        "report.html": page(results),
+    }
+    for name, text in files.items():
+        write_whole(out_dir / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+
+
+def _scores(finished: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By technique and corpus: error rates, pooled over seeds, and their difference to full attention's."""
+    errors: dict[str, dict[str, tuple[list[int], Errors]]] = {}
+    for corpus in dict.fromkeys(run.corpus for run in finished):
+        here = sorted((run for run in finished if run.corpus == corpus), key=lambda run: run.seed)
+        for technique in dict.fromkeys(run.technique for run in here):
+            own = [run for run in here if run.technique == technique]
+            references = finished[own[0]]["test"]["references"]
+            said = [finished[run]["test"]["hypotheses"] for run in own]
+            errors.setdefault(corpus, {})[technique] = [run.seed for run in own], Errors.of(references, said)
+    everything = [pooled for of_corpus in errors.values() for _, pooled in of_corpus.values()]
+    deviations = {measure: seed_deviation(everything, measure) for measure in MEASURES}
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for corpus, of_corpus in errors.items():
+        for technique, (seeds, pooled) in of_corpus.items():
+            entry: dict[str, Any] = {"seeds": seeds}
+            for measure in MEASURES:
+                entry[measure] = pooled.rate(measure)
+                entry[f"{measure}_interval"] = pooled.interval(measure)
+                entry[f"{measure}_by_seed"] = pooled.by_seed(measure).tolist()
+            if technique != "full" and "full" in of_corpus:
+                against: dict[str, Any] = {"seeds": of_corpus["full"][0]}
+                for measure in MEASURES:
+                    found = difference(pooled, of_corpus["full"][1], measure, deviations[measure])
+                    against[measure] = asdict(found) | {"found": found.found}
+                entry["against_full"] = against
+            scores.setdefault(technique, {})[corpus] = entry
+    return scores
+
+
+def _technique(
+    technique: Technique, scores: Mapping[str, Any], config: FullConfig, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    entry = {
+        "name": technique.name,
+        "title": technique.title,
+        "source": technique.source,
+        "positions": technique.positions,
+        "kind": _kind(technique),
+        "parameters": _parameters(technique, config),
+        "scores": dict(scores),
+    }
+    return entry | (_costs(technique.name, measured) if "latency" in measured else {})
+
+
+def _kind(technique: Technique) -> str:
+    if isinstance(technique, Full):
+        return "full"
+    if isinstance(technique, Reuse):
+        return "reuse"
+    return "composed" if "+reuse-" in technique.name else "other"
+
+
+def _parameters(technique: Technique, config: FullConfig) -> int:
+    model = config.recipe.create("en", technique.name, 0).model
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _costs(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What one contestant costs; `training_step` by what the step is of."""
+    costs: dict[str, Any] = {
+        "latency": {frames: by_name[name] for frames, by_name in measured["latency"].items()},
+        "training_step": {batch: by_name[name] for batch, by_name in measured["training"].items()},
+        "memory": {measured["memory_length"]: measured["memory"][name]},
+    }
+    return costs | {"flops": {measured["flops_length"]: measured["flops"][name]}}
+
+
+def _corpus(corpus: Corpus) -> dict[str, Any]:
+    test = list(corpus.test)
+    return {
+        "attribution": corpus.attribution,
+        "language": corpus.language,
+        "test_utterances": len(test),
+        "test_words": sum(len(cut.supervisions[0].text.split()) for cut in test),
+        "train_minutes": round(sum((cut.duration for cut in corpus.train), 0.0) / 60, 1),
+    }
+
+
+def _run(run: Run, directory: RunDirectory) -> dict[str, Any]:
+    entry = {"key": run.key, "technique": run.technique, "corpus": run.corpus, "seed": run.seed}
+    if result := directory.finished(run):
+        kept = {name: result[name] for name in ("steps", "seconds", "learning_curve", "finished")}
+        return entry | {"state": "finished", "commit": result["machine"]["commit"]} | kept
+    if failure := directory.failed(run):
+        return entry | {"state": "failed", "error": failure["error"]}
+    return entry | {"state": "not run"}
+
+
+def _commands(config: FullConfig) -> list[str]:
+    return [
+        "make full-study",
+        "mapreuse study --preset full --workers 2   # the same, where it is set up; stops and goes on at any time",
+        "mapreuse study --preset full --training-only   # a further worker, here or where results/full is shared",
+        "mapreuse study --preset full --device cuda --out results/full-cuda   # with a GPU",
+        "mapreuse study --preset full --corpus librispeech:DIR --steps 100000 --out results/full-librispeech",
+    ]

@@ -1,0 +1,182 @@
+"""Which technique wins, at which length and within which error budget, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Results = Mapping[str, Any]
+
+BUDGETS = (0.01, 0.02, 0.05)
+"""Character error rates above full attention's, as fractions, for which the fastest technique is named."""
+
+ALLOWED = 0.01
+"""How much worse than full attention one map for two layers may be, to be called no worse."""
+
+_LONG = 1000
+"""Encoder frames from which on attention matters."""
+
+
+def fronts(results: Results) -> dict[str, list[str]]:
+    """For every length: the techniques that none beats on both CER, on the main corpus, and latency."""
+    corpus = main_corpus(results)
+    found = {}
+    for length in lengths(results):
+        points = {
+            technique["name"]: (technique["scores"][corpus]["cer"], technique["latency"][length]["median"])
+            for technique in results["techniques"]
+            if corpus in technique["scores"] and "latency" in technique
+        }
+        found[length] = [
+            name
+            for name, (cer, seconds) in points.items()
+            if not any(
+                other <= cer and faster <= seconds and (other, faster) != (cer, seconds)
+                for other, faster in points.values()
+            )
+        ]
+    return found
+
+
+def verdict(results: Results) -> list[str]:
+    """The verdict first, then what it rests on; what is not known yet is said."""
+    done = sum(run["state"] == "finished" for run in results["runs"])
+    sentences = _winners(results) + _against_reuse(results) + _no_worse(results)
+    if done < len(results["runs"]):
+        sentences.append(
+            f"{done} of {len(results['runs'])} training runs are finished; what the others would say is not measured."
+        )
+    return sentences
+
+
+def summary_table(results: Results) -> list[str]:
+    """A row for every technique, by CER: what a README has room for."""
+    corpus = main_corpus(results)
+    timed = [length for length in lengths(results) if int(length) in (1000, 2000, 8000)]
+    rows = [
+        "| technique | positions | CER | against full | " + " | ".join(f"T = {length}" for length in timed) + " |",
+        "|---|---|---|---|" + "---|" * len(timed),
+    ]
+    rated = [t for t in results["techniques"] if corpus in t["scores"]]
+    for technique in sorted(rated, key=lambda t: t["scores"][corpus]["cer"]):
+        scores = technique["scores"][corpus]
+        low, high = scores["cer_interval"]
+        against = ""
+        if "against_full" in scores:
+            found = scores["against_full"]["cer"]
+            against = f"{100 * found['difference']:+.1f} points, {found['found']}"
+        speed = [f"{speedup(results, technique, length):.2f}×" for length in timed]
+        cells = [technique["title"], technique["positions"], f"{scores['cer']:.1%} [{low:.1%}, {high:.1%}]", against]
+        rows.append(f"| {' | '.join(cells + speed)} |")
+    return rows
+
+
+def main_corpus(results: Results) -> str:
+    """The corpus on which every technique trains."""
+    return results["config"]["corpus"]
+
+
+def lengths(results: Results) -> list[str]:
+    """The lengths at which latency was measured."""
+    return list(next((t["latency"] for t in results["techniques"] if "latency" in t), {}))
+
+
+def speedup(results: Results, technique: Mapping[str, Any], length: str) -> float:
+    """How many times as fast as full attention."""
+    full = by_name(results)["full"]
+    return full["latency"][length]["median"] / technique["latency"][length]["median"]
+
+
+def by_name(results: Results) -> dict[str, Mapping[str, Any]]:
+    """The techniques, by name."""
+    return {technique["name"]: technique for technique in results["techniques"]}
+
+
+def _winners(results: Results) -> list[str]:
+    """The fastest technique whose CER is not found to be worse, and the fastest within each error budget."""
+    judged = _judged(results)
+    if not judged or not lengths(results):
+        return ["No verdict yet: it needs trained techniques and their latencies."]
+    long = [length for length in lengths(results) if int(length) >= _LONG] or lengths(results)[-1:]
+    equal = [t for t in judged if t["name"] == "full" or _against(results, t)["cer"]["found"] != "worse"]
+    sentences = [
+        "Where no loss of accuracy was found, the fastest technique is "
+        + "; ".join(_by_length(results, equal, long))
+        + " (times as fast as full attention by the same blocked core)."
+    ]
+    for budget in BUDGETS:
+        within = [t for t in judged if t["name"] == "full" or _against(results, t)["cer"]["difference"] <= budget]
+        sentences.append(
+            f"Within {100 * budget:.0f} point{'s' * (budget > 0.01)} of CER, as measured, it is "
+            + "; ".join(_by_length(results, within, long))
+            + "."
+        )
+    return sentences
+
+
+def _by_length(results: Results, techniques: Sequence[Mapping[str, Any]], long: Sequence[str]) -> list[str]:
+    """The fastest, with the lengths at which it is: "A at T = 1000 (2.0×), 2000 (2.5×)"."""
+    wins: dict[str, list[str]] = {}
+    for length in long:
+        best = max(techniques, key=lambda t: speedup(results, t, length))
+        wins.setdefault(best["title"], []).append(f"{length} ({speedup(results, best, length):.1f}×)")
+    return [f"{title} at T = {', '.join(at)}" for title, at in wins.items()]
+
+
+def _against_reuse(results: Results) -> list[str]:
+    """Does the best reuse plan lie on the front, and if it is beaten, by which technique, and by how much?"""
+    corpus, sentences = main_corpus(results), []
+    judged = [t for t in _judged(results) if "latency" in t]
+    reuse = [t for t in judged if t["kind"] in ("reuse", "composed")]
+    others = [t for t in judged if t["kind"] == "other"]
+    if not reuse or not others or not lengths(results):
+        return []
+    for length in (length for length in lengths(results) if int(length) >= _LONG):
+        best = min(reuse, key=lambda t: (t["scores"][corpus]["cer"], t["latency"][length]["median"]))
+        cer, time = best["scores"][corpus]["cer"], best["latency"][length]["median"]
+        beating = [t for t in others if t["scores"][corpus]["cer"] <= cer and t["latency"][length]["median"] <= time]
+        if not beating:
+            sentences.append(
+                f"At T = {length} no other technique is both as accurate and as fast as {best['title']} "
+                f"(CER {cer:.1%}, {speedup(results, best, length):.1f}×)."
+            )
+            continue
+        winner = max(beating, key=lambda t: speedup(results, t, length))
+        fast = speedup(results, winner, length)
+        sentences.append(
+            f"At T = {length} {winner['title']} beats the most accurate reuse plan, {best['title']}: CER "
+            f"{winner['scores'][corpus]['cer']:.1%} against {cer:.1%}, {fast:.1f}× as fast as full attention "
+            f"against {speedup(results, best, length):.1f}×."
+        )
+    return sentences
+
+
+def _no_worse(results: Results) -> list[str]:
+    """Is one map for two layers no worse than full attention by more than a point of CER, in every language?"""
+    pairs = next((t for t in results["techniques"] if t["name"].startswith("reuse-2x")), None)
+    if pairs is None:
+        return []
+    sentences = []
+    for corpus, scores in pairs["scores"].items():
+        if "against_full" not in scores:
+            continue
+        found = scores["against_full"]["cer"]
+        low, high = found["interval"]
+        shown = "shown" if high <= ALLOWED else "not excluded that it is worse" if low <= ALLOWED else "worse"
+        sentences.append(
+            f"One map for two layers on {corpus}: CER {100 * found['difference']:+.1f} points against full attention "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}], {found['found']}; no worse by more than "
+            f"{100 * ALLOWED:.0f} point: {shown}."
+        )
+    return sentences
+
+
+def _judged(results: Results) -> list[Mapping[str, Any]]:
+    """The techniques whose CER is known, beside that of full attention."""
+    corpus = main_corpus(results)
+    judged = [t for t in results["techniques"] if corpus in t["scores"]]
+    return judged if any(t["name"] == "full" for t in judged) else []
+
+
+def _against(results: Results, technique: Mapping[str, Any]) -> Mapping[str, Any]:
+    return technique["scores"][main_corpus(results)]["against_full"]

@@ -1,0 +1,144 @@
+"""The full study, small: tiny recognisers on real prompts, two workers, every step of it."""
+
+import json
+from dataclasses import asdict, replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from mapreuse.speech import open_corpus
+from mapreuse.study import FullConfig, Recipe, papers_page, run_full, summary_table
+from mapreuse.study import _findings as findings
+from mapreuse.study import _full as internals
+
+RECIPE = Recipe(num_layers=4, hidden_size=16, intermediate_size=32, subsampling_channels=8, steps=2, evaluate_every=1)
+CONFIG = FullConfig(
+    techniques=("full", "reuse-2x2", "window-2", "diagonal"),
+    repeated=("full", "reuse-2x2"),
+    elsewhere=("full",),
+    other_corpus="prompts:ru",
+    shown=("full", "reuse-2x2"),
+    seeds=2,
+    recipe=RECIPE,
+    lengths=(20, 40),
+    memory_length=40,
+    repeats=1,
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Results, where they are, and what was printed."""
+    place = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(internals, "FLOPS_LENGTH", 50)
+        patch.setattr(findings, "_PHONEME_SENTENCES", 4)
+        output = StringIO()
+        results = run_full(CONFIG, place / "out", place / "work", Console(file=output, width=200), workers=2)
+        yield results, place, output.getvalue()
+
+
+def by_name(results):
+    return {technique["name"]: technique for technique in results["techniques"]}
+
+
+def test_every_run_is_done_by_one_of_two_workers(done):
+    results, place, _ = done
+    assert [run["state"] for run in results["runs"]] == ["finished"] * len(results["runs"])
+    expected = [one.key for one in CONFIG.runs()]
+    assert [run["key"] for run in results["runs"]][: len(expected)] == expected
+    log = (place / "work" / "workers.log").read_text()
+    for key in expected:
+        assert sum(line.endswith(key) for line in log.splitlines()) == 1, key
+
+
+def test_a_searched_plan_joins_the_table(done):
+    results, place, _ = done
+    searched = results["techniques"][-1]
+    assert searched["kind"] == "reuse"
+    assert searched["name"] not in CONFIG.techniques
+    assert results["runs"][-1]["technique"] == searched["name"]
+    assert list((place / "out" / "runs").glob("full_*.search.json"))
+
+
+def test_every_technique_is_judged_timed_and_compared(done):
+    results, _, _ = done
+    techniques = by_name(results)
+    assert techniques["full"]["scores"]["prompts:en"]["seeds"] == [0, 1]
+    assert techniques["diagonal"]["scores"]["prompts:en"]["seeds"] == [0]
+    assert set(techniques["full"]["scores"]) == {"prompts:en", "prompts:ru"}
+    assert "against_full" not in techniques["full"]["scores"]["prompts:en"]
+    for name, technique in techniques.items():
+        assert set(technique["latency"]) == {"20", "40"}
+        assert set(technique["training_step"]) == {"utterances", "50"}
+        assert technique["memory"]["40"] > 0
+        if name != "full":
+            found = technique["scores"]["prompts:en"]["against_full"]["cer"]
+            assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+            assert found["found"] in ("better", "worse", "no difference found")
+    flops = {name: technique["flops"]["50"] for name, technique in techniques.items()}
+    assert flops["diagonal"] < flops["reuse-2x2"] < flops["full"]
+    assert techniques["reuse-2x2"]["parameters"] < techniques["full"]["parameters"]
+    assert set(results["reference"]["latency"]) == {"20", "40"}
+
+
+def test_what_the_papers_look_at_is_there(done):
+    results, _, _ = done
+    assert len(results["similarity"]["layers"]) == len(results["similarity"]["diagonality"]) == 4
+    maps = results["maps"]["techniques"]
+    assert maps["full"]["source_layers"] == [0, 1, 2, 3]
+    assert maps["reuse-2x2"]["source_layers"] == [0, 0, 2, 2]
+    assert maps["reuse-2x2"]["layers"][0] == maps["reuse-2x2"]["layers"][1] != maps["reuse-2x2"]["layers"][2]
+    assert set(results["phonemes"]["matrices"]) == {"full", "reuse-2x2"}
+    assert set(results["breakdown"]["contestants"]) == {"full", "reuse-2x2"}
+    assert all(claim["ours"] for claim in results["papers"])
+    assert results["papers"][0]["claim"] in papers_page(results)
+
+
+def test_the_report_is_written_and_reads_back(done):
+    results, place, _ = done
+    out = place / "out"
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    for technique in results["techniques"]:
+        assert technique["title"] in text
+    assert results["verdict"][0] in text
+    assert "diagonal maps" in page
+    assert len(summary_table(results)) == 2 + len(results["techniques"])
+    assert not list(out.glob(".*.[0-9]*"))
+
+
+def test_started_again_it_repeats_nothing(done, monkeypatch):
+    results, place, _ = done
+    for name in ("get_context", "search", "technique_latency", "training_latency", "memory_in_fresh_process"):
+        monkeypatch.setattr(internals, name, None)
+    monkeypatch.setattr(internals, "FLOPS_LENGTH", 50)
+    for name in ("analyze", "breakdown", "phoneme_attention"):
+        monkeypatch.setattr(findings, name, None)
+    again = run_full(CONFIG, place / "out", place / "work", Console(file=StringIO()), workers=2)
+    assert json.dumps(again) == json.dumps(results)
+
+
+def test_another_machine_goes_on_with_what_the_results_hold(done, tmp_path, monkeypatch):
+    """Results travel, weights do not: nothing is trained again, and the findings that were kept are shown."""
+    results, place, _ = done
+    monkeypatch.setattr(internals, "get_context", None)
+    there = run_full(CONFIG, place / "out", tmp_path / "work", Console(file=StringIO()), training_only=True)
+    assert there["runs"] == results["runs"]
+    assert "latency" not in by_name(there)["full"]
+    assert by_name(there)["full"]["scores"] == by_name(results)["full"]["scores"]
+
+
+def test_a_study_that_cannot_run_says_so_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="--workers must be at least 1"):
+        run_full(CONFIG, tmp_path / "out", tmp_path / "work", Console(file=StringIO()), workers=0)
+    with pytest.raises(ValueError, match="no corpus 'nonsense'"):
+        run_full(replace(CONFIG, corpus="nonsense"), tmp_path / "out", tmp_path / "work", Console(file=StringIO()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_settings_are_kept_with_the_results(done):
+    results, _, _ = done
+    assert results["config"] == asdict(CONFIG)
+    assert open_corpus("prompts:en").attribution == results["corpora"]["prompts:en"]["attribution"]
