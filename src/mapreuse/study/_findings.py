@@ -118,7 +118,9 @@ def _maps(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, A
 
 def _phonemes(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, Any]:
     """Phoneme attention relationship, on synthetic speech whose phoneme times are known."""
-    language, names, found = open_corpus(config.corpus).language, [], {}
+    language = open_corpus(config.corpus).language
+    names: list[str] = []
+    found = {}
     for name, recogniser in recognisers.items():
         batches, labels, names = phoneme_batches(recogniser, language, sentences=_PHONEME_SENTENCES)
         found[name] = phoneme_attention(recogniser.model, batches, labels, num_classes=len(names))

@@ -33,7 +33,7 @@ from mapreuse.study._files import write_whole
 from mapreuse.study._findings import findings
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._results import study_results, write_full
-from mapreuse.study._runs import Run, RunDirectory, worker
+from mapreuse.study._runs import Recipe, Run, RunDirectory, worker
 from mapreuse.study._steps import Steps
 from mapreuse.techniques import Reuse, Technique, parse
 
@@ -186,14 +186,20 @@ class _Full:
         with ProgressBar(self.console, "memory and FLOPs", len(names) + 1) as bar:
             for name in (*names, REFERENCE):
                 asked = {"recipe": recipe, "technique": name, "frames": config.memory_length, "device": config.device}
-                measure_memory = partial(memory_in_fresh_process, technique_memory, asked)
-                memory[name] = steps.do("memory", asked, lambda ask=measure_memory: {"bytes": ask()})["bytes"]
+                memory[name] = steps.do("memory", asked, partial(_memory, asked))["bytes"]
                 asked = {"recipe": recipe, "technique": name, "frames": FLOPS_LENGTH}
-                count = partial(technique_flops, config.recipe, name, FLOPS_LENGTH)
-                flops[name] = steps.do("flops", asked, lambda count=count: {"flops": count()})["flops"]
+                flops[name] = steps.do("flops", asked, partial(_flops, config.recipe, name))["flops"]
                 bar.advance()
         lengths = {"memory_length": str(config.memory_length), "flops_length": str(FLOPS_LENGTH)}
         return {"latency": latency, "training": training, "memory": memory, "flops": flops} | lengths
+
+
+def _memory(request: dict[str, Any]) -> dict[str, int]:
+    return {"bytes": memory_in_fresh_process(technique_memory, request)}
+
+
+def _flops(recipe: Recipe, technique: str) -> dict[str, int]:
+    return {"flops": technique_flops(recipe, technique, FLOPS_LENGTH)}
 
 
 def _reusing_heads(plan: ReusePlan, num_heads: int) -> int:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from mapreuse.study._verdict import by_name, lengths, main_corpus, speedup
-
-Results = Mapping[str, Any]
-
-NOT_MEASURED = "not measured"
+from mapreuse.study._page_tables import NOT_MEASURED, Results, lengths
+from mapreuse.study._verdict import by_name, main_corpus, speedup
 
 _ICLR = "Shim, Choi & Sung, ICLR 2022"
 

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 
 from mapreuse.study._files import write_whole
 from mapreuse.study._page import page
-
-Results = dict[str, Any]
+from mapreuse.study._page_tables import Results
 
 
 def write_report(results: Results, out_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from mapreuse.study._costs import REFERENCE
 from mapreuse.study._files import write_whole
 from mapreuse.study._markdown import markdown
 from mapreuse.study._page import page
+from mapreuse.study._page_tables import Results
 from mapreuse.study._papers import papers
 from mapreuse.study._runs import Run, RunDirectory
 from mapreuse.study._verdict import fronts, verdict
 from mapreuse.techniques import Full, Reuse, Technique
-
-Results = dict[str, Any]
 
 MEASURES = ("wer", "cer")
 
@@ -70,7 +70,7 @@ def write_full(results: Results, out_dir: Path) -> None:
         "report.html": page(results),
     }
     for name, text in files.items():
-        write_whole(out_dir / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+        write_whole(out_dir / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def _scores(finished: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Results = Mapping[str, Any]
+from mapreuse.study._page_tables import Results, front, lengths
 
 BUDGETS = (0.01, 0.02, 0.05)
 """Character error rates above full attention's, as fractions, for which the fastest technique is named."""
@@ -19,23 +19,7 @@ _LONG = 1000
 
 def fronts(results: Results) -> dict[str, list[str]]:
     """For every length: the techniques that none beats on both CER, on the main corpus, and latency."""
-    corpus = main_corpus(results)
-    found = {}
-    for length in lengths(results):
-        points = {
-            technique["name"]: (technique["scores"][corpus]["cer"], technique["latency"][length]["median"])
-            for technique in results["techniques"]
-            if corpus in technique["scores"] and "latency" in technique
-        }
-        found[length] = [
-            name
-            for name, (cer, seconds) in points.items()
-            if not any(
-                other <= cer and faster <= seconds and (other, faster) != (cer, seconds)
-                for other, faster in points.values()
-            )
-        ]
-    return found
+    return {length: front(results, length, main_corpus(results), "cer") for length in lengths(results)}
 
 
 def verdict(results: Results) -> list[str]:
@@ -74,11 +58,6 @@ def summary_table(results: Results) -> list[str]:
 def main_corpus(results: Results) -> str:
     """The corpus on which every technique trains."""
     return results["config"]["corpus"]
-
-
-def lengths(results: Results) -> list[str]:
-    """The lengths at which latency was measured."""
-    return list(next((t["latency"] for t in results["techniques"] if "latency" in t), {}))
 
 
 def speedup(results: Results, technique: Mapping[str, Any], length: str) -> float:
