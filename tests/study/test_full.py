@@ -7,6 +7,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from mapreuse.convert._search import FEWEST, Candidate
+from mapreuse.models import plan_of
+from mapreuse.plan import ReusePlan
 from mapreuse.speech import open_corpus
 from mapreuse.study import FullConfig, Recipe, papers_page, run_full, summary_table
 from mapreuse.study import _findings as findings
@@ -27,12 +30,21 @@ CONFIG = FullConfig(
 )
 
 
+def found(original, batches, *, error, cache):
+    """In the place of the search, which has tests of its own: plans of several sizes for a model without a plan."""
+    assert plan_of(original) is None
+    assert len(batches) >= FEWEST
+    plans = [ReusePlan.parse(text) for text in ("4x1", "[0, 0, 0, 3]", "[0, 1, 1, 3]")]
+    return [Candidate(plan, error, latency=1.0, predicted=1.0, parameters=1) for plan in plans]
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """Results, where they are, and what was printed."""
     place = tmp_path_factory.mktemp("full")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(internals, "FLOPS_LENGTH", 50)
+        patch.setattr(internals, "search", found)
         patch.setattr(findings, "_PHONEME_SENTENCES", 4)
         output = StringIO()
         results = run_full(CONFIG, place / "out", place / "work", Console(file=output, width=200), workers=2)
@@ -57,7 +69,7 @@ def test_a_searched_plan_joins_the_table(done):
     results, place, _ = done
     searched = results["techniques"][-1]
     assert searched["kind"] == "reuse"
-    assert searched["name"] not in CONFIG.techniques
+    assert searched["name"] == "reuse-3x1,1x1", "as many reusing heads as 2x2"
     assert results["runs"][-1]["technique"] == searched["name"]
     assert list((place / "out" / "runs").glob("full_*.search.json"))
 

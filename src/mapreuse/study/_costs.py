@@ -180,7 +180,7 @@ def technique_memory(recipe: dict[str, Any], technique: str, frames: int, device
 def waveform(cut: Cut, settings: FeatureConfig) -> np.ndarray:
     """A cut's samples, at the rate that the features want."""
     rate = settings.sampling_rate
-    return (cut if cut.sampling_rate == rate else cut.resample(rate)).loadwaveform()[0]
+    return (cut if cut.sampling_rate == rate else cut.resample(rate)).load_audio()[0]
 
 
 def _encoder(recipe: Recipe, technique: str) -> ParakeetEncoder:
