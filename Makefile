@@ -24,7 +24,7 @@ full-study: speech
 	$(BIN)/mapreuse study --preset full --workers 2
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check src tests scripts
