@@ -43,9 +43,9 @@ def main() -> None:
     directory = Path(sys.argv[1])
     tokenizer = AutoTokenizer.from_pretrained(directory)
     original = AutoModel.from_pretrained(directory).eval()
-    fortunes = _fortunes()
-    calibration = _batches(tokenizer, fortunes[:NUM_CALIBRATION])
-    judging = _batches(tokenizer, _sentences("\n\n".join(pydoc_data.topics.topics.values()))[:NUM_JUDGING])
+    texts = fortunes()
+    calibration = batches_of(tokenizer, texts[:NUM_CALIBRATION])
+    judging = batches_of(tokenizer, sentences("\n\n".join(pydoc_data.topics.topics.values()))[:NUM_JUDGING])
     wanted = _embeddings(original, judging)
     results: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {"schema": 1, "rows": {}}
     results |= {"command": "python scripts/minilm.py DIRECTORY", "machine": machine()}
@@ -82,7 +82,7 @@ def main() -> None:
         row(f"{words} dropped", lambda layers=layers: _without_layers(original, layers))
         heads = _cheapest_heads(errors, 12 * number)
         row(f"{12 * number} heads, aligned and refitted", lambda heads=heads: _refitted(original, heads, calibration))
-    teaching = _batches(tokenizer, fortunes, 32)
+    teaching = batches_of(tokenizer, texts, 32)
     three = _plan(errors, chosen[3])
     row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching))
     _write_page(results)
@@ -113,13 +113,14 @@ def _write_page(results: dict[str, Any]) -> None:
     (TARGET.parent / "README.md").write_text("\n".join(lines) + "\n")
 
 
-def _fortunes() -> list[str]:
+def fortunes() -> list[str]:
+    """Sentences of Debian's fortunes."""
     folder = fetch_packages(["fortunes", "fortunes-min"], cache_dir() / "fortunes", "calibrating on fortunes")
     files = sorted(file for file in folder.rglob("usr/share/games/fortunes/*") if not file.suffix)
-    return _sentences("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
+    return sentences("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
 
 
-def _sentences(text: str) -> list[str]:
+def sentences(text: str) -> list[str]:
     """Sentences of four words and more, each once, in random order."""
     parts = {" ".join(part.split()) for part in _SENTENCE_END.split(text)}
     found = sorted(part for part in parts if 20 <= len(part) <= 300 and part[0].isalpha() and part.count(" ") >= 3)
@@ -127,7 +128,7 @@ def _sentences(text: str) -> list[str]:
     return found
 
 
-def _batches(tokenizer: Any, texts: list[str], size: int = BATCH) -> list[Batch]:
+def batches_of(tokenizer: Any, texts: list[str], size: int = BATCH) -> list[Batch]:
     """Batches of sentences of similar length, in random order."""
     ordered = sorted(texts, key=len)
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]

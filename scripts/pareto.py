@@ -1,0 +1,153 @@
+"""Does the search beat fixed grouping at equal latency? Both judged and timed together, into results/convert/.
+
+    python scripts/pareto.py DIRECTORY
+
+For all-MiniLM-L6-v2 (DIRECTORY, as for scripts/minilm.py) and for the shipped recogniser. Both kinds of plan are
+refitted on the same calibration data, judged on the same sentences or utterances, which neither saw, and timed in turns.
+A model whose figures are in results/convert/pareto.json already is not done again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pydoc_data.topics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from minilm import batches_of, fortunes, sentences
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+import mapreuse as mr
+from mapreuse.convert import fit, hidden_state_error
+from mapreuse.measure import machine, time_interleaved
+from mapreuse.speech import BASELINE, Recogniser, calibration_batches, features, open_corpus
+
+TARGET = Path(__file__).parent.parent / "results/convert"
+NUM_CALIBRATION, NUM_JUDGING = 256, 512
+MOST_ERROR = {"minilm": 0.15, "recogniser": 0.25}
+"""Errors up to which plans are searched for; fixed grouping goes beyond them."""
+_REPEATS = 7
+
+Batch = Mapping[str, Any]
+
+
+def main() -> None:
+    file = TARGET / "pareto.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"schema": 1, "models": {}}
+    results |= {"command": "python scripts/pareto.py DIRECTORY", "machine": machine()}
+    for name, make in {"minilm": lambda: _minilm(Path(sys.argv[1])), "recogniser": _recogniser}.items():
+        if name not in results["models"]:
+            results["models"][name] = _compared(name, *make())
+            file.write_text(json.dumps(results, indent=1) + "\n")
+        _plot(name, results["models"][name]).savefig(TARGET / f"pareto-{name}.png", dpi=110, format="png")
+    (TARGET / "pareto.md").write_text(_page(results))
+
+
+def _minilm(directory: Path) -> tuple[nn.Module, list[Batch], list[Batch], Batch]:
+    """The model, calibration and judging batches, and the batch that is timed: 16 texts of 128 tokens."""
+    tokenizer, original = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).eval()
+    topics = "\n\n".join(pydoc_data.topics.topics.values())
+    calibration = batches_of(tokenizer, fortunes()[:NUM_CALIBRATION])
+    judging = batches_of(tokenizer, sentences(topics)[:NUM_JUDGING])
+    long = [topics[start : start + 2000] for start in range(0, 32_000, 2000)]
+    return original, calibration, judging, batches_of(tokenizer, long)[0]
+
+
+def _recogniser() -> tuple[nn.Module, list[Batch], list[Batch], Batch]:
+    """Likewise; what is timed is 40 s of speech, 1000 frames."""
+    recogniser = Recogniser.load(BASELINE)
+    calibration = calibration_batches(recogniser, "prompts:en", split="train", max_batches=16)
+    judging = calibration_batches(recogniser, "prompts:en", split="test")
+    cuts = list(open_corpus("prompts:en").test)
+    audio = [cut.load_audio()[0] for cut in cuts]
+    seconds = torch.cat([torch.from_numpy(samples) for samples in audio])[: 40 * 8000]
+    inputs, mask = features([seconds.numpy()], recogniser.feature_config)
+    return recogniser.model, calibration, judging, {"input_features": inputs, "attention_mask": mask}
+
+
+def _compared(
+    name: str, original: nn.Module, calibration: Sequence[Batch], judging: Sequence[Batch], timed: Batch
+) -> dict[str, Any]:
+    error = hidden_state_error(original, judging)
+    cache = Path("runs/pareto") / f"{name}.jsonl"
+    found = mr.search(original, calibration, error=MOST_ERROR[name], cache=cache)
+    models = {"original": original}
+    for number, candidate in enumerate(found):
+        models[f"searched {number}"] = _refitted(original, candidate.plan, calibration)
+    for plan in _fixed(original):
+        models[f"fixed {plan}"] = mr.convert(original, mr.ReusePlan.parse(plan), calibration)
+    calls = {name: (lambda model=model: model(**timed)) for name, model in models.items()}
+    times = time_interleaved(calls, repeats=_REPEATS)
+    return {
+        "points": {
+            name: {
+                "error": error(model),
+                "latency": times[name].median / times["original"].median,
+                "spread": times[name].spread,
+                "plan": None if (plan := mr.plan_of(model)) is None else json.loads(plan.to_json())["layers"],
+            }
+            for name, model in models.items()
+        },
+        "predicted": {f"searched {number}": one.predicted for number, one in enumerate(found)},
+        "measured_by_search": {f"searched {number}": one.latency for number, one in enumerate(found)},
+    }
+
+
+def _fixed(original: nn.Module) -> list[str]:
+    """Fixed grouping: groups of every size, and groups over the upper half alone."""
+    depth = getattr(original.config, "num_hidden_layers", None) or original.config.encoder_config.num_hidden_layers
+    half = depth // 2
+    groups = [f"{size}x{depth // size}" + (f",{depth % size}x1" if depth % size else "") for size in (2, 3, 4, depth)]
+    return [*groups, f"1x{half},{depth - half}x1", f"1x{depth - 2},2x1"]
+
+
+def _refitted(original: nn.Module, plan: mr.ReusePlan, batches: Sequence[Batch]) -> nn.Module:
+    model = mr.apply(copy.deepcopy(original), plan)
+    fit(model, original, batches)
+    return model
+
+
+def _plot(name: str, compared: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, marker in (("searched", "o-"), ("fixed", "s")):
+        own = [point for key, point in compared["points"].items() if key.startswith(kind)]
+        points = sorted((point["latency"], point["error"]) for point in own)
+        axes.plot(*zip(*points, strict=True), marker, label={"searched": "search", "fixed": "fixed grouping"}[kind])
+    axes.set_title(name)
+    axes.set_xlabel("time, by the original's")
+    axes.set_ylabel("error: 1 − cosine of hidden states")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def _page(results: dict[str, Any]) -> str:
+    here = results["machine"]
+    lines = [
+        "# Search against fixed grouping",
+        "",
+        f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores). Error: one minus the mean",
+        "cosine between last hidden states of original and converted model, on data that neither calibration nor search",
+        "saw. Time: by the original's, all models in turns. No training.",
+        "",
+    ]
+    for name, compared in results["models"].items():
+        lines += [f"## {name}", "", f"![{name}](pareto-{name}.png)", ""]
+        lines += ["| plan | error | time | time by the cost model |", "|---|---|---|---|"]
+        for key, point in sorted(compared["points"].items(), key=lambda item: item[1]["latency"]):
+            predicted = compared["predicted"].get(key)
+            cells = [key, f"{point['error']:.4f}", f"{point['latency']:.2f} ± {point['spread']:.0%}"]
+            lines.append(f"| {' | '.join([*cells, '' if predicted is None else f'{predicted:.2f}'])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
