@@ -3,7 +3,7 @@
     python scripts/pareto.py DIRECTORY
 
 For all-MiniLM-L6-v2 (DIRECTORY, as for scripts/minilm.py) and for the shipped recogniser. Both kinds of plan are
-refitted on the same calibration data, judged on the same sentences or utterances, which neither saw, and timed in turns.
+refitted on the same calibration data, judged on the same sentences or utterances that neither saw, and timed in turns.
 A model whose figures are in results/convert/pareto.json already is not done again.
 """
 
@@ -134,8 +134,8 @@ def _page(results: dict[str, Any]) -> str:
         "# Search against fixed grouping",
         "",
         f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores). Error: one minus the mean",
-        "cosine between last hidden states of original and converted model, on data that neither calibration nor search",
-        "saw. Time: by the original's, all models in turns. No training.",
+        "cosine between last hidden states of original and converted model, on data that neither calibration nor",
+        "search saw. Time: by the original's, all models in turns. No training.",
         "",
     ]
     for name, compared in results["models"].items():
