@@ -3,7 +3,7 @@
     python scripts/pareto.py DIRECTORY
 
 For all-MiniLM-L6-v2 (DIRECTORY, as for scripts/minilm.py) and for the shipped recogniser. Both kinds of plan are
-refitted on the same calibration data, judged on the same sentences or utterances that neither saw, and timed in turns.
+refitted on the same calibration data, judged on the same data that neither saw, and timed in turns.
 A model whose figures are in results/convert/pareto.json already is not done again.
 """
 
