@@ -28,6 +28,7 @@ def test_the_same_hypotheses_differ_by_nothing():
     errors = Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
     found = difference(errors, errors, "cer", 0.0)
     assert (found.difference, found.interval, found.found) == (0.0, (0.0, 0.0), "no difference found")
+    assert found.over_utterances == (0.0, 0.0)
 
 
 def test_a_great_difference_is_found_and_its_sign_told():
@@ -47,19 +48,21 @@ def test_pairing_finds_what_two_separate_intervals_overlap_on():
 
 def test_chance_between_seeds_widens_the_interval_as_stated():
     good, bad = Errors.of(REFERENCES, [wrong(REFERENCES, 4)]), Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
-    narrow, wide = (difference(bad, good, "wer", deviation) for deviation in (0.0, 0.2))
+    narrow, wide = (difference(bad, good, "wer", deviation) for deviation in (0.0, 2.0))
     assert wide.difference == narrow.difference
+    assert wide.over_utterances == narrow.over_utterances == narrow.interval
     width = wide.interval[1] - wide.interval[0]
-    assert width == pytest.approx(2 * 1.96 * 0.2 * 2**0.5, rel=0.1)
+    assert width == pytest.approx(2 * 1.96 * 2.0 * 2**0.5 * good.rate("wer"), rel=0.2)
     assert wide.found == "no difference found"
 
 
-def test_the_deviation_between_seeds_is_that_within_techniques():
+def test_the_deviation_between_seeds_is_that_within_techniques_relative_to_their_rates():
     spread = [
         Errors.of(REFERENCES, [wrong(REFERENCES, 2), wrong(REFERENCES, 4)]),
         Errors.of(REFERENCES, [REFERENCES]),
     ]
-    assert seed_deviation(spread, "wer") == pytest.approx(np.std([20 / 160, 10 / 160], ddof=1))
+    rates = np.array([20 / 160, 10 / 160])
+    assert seed_deviation(spread, "wer") == pytest.approx(np.std(rates, ddof=1) / rates.mean())
     assert seed_deviation(spread[1:], "wer") == 0.0
 
 

@@ -38,8 +38,7 @@ class Errors:
 
     def interval(self, measure: str) -> tuple[float, float]:
         """95 % bootstrap interval of the rate over utterances."""
-        low, high = np.quantile(_resampled(self.counts[measure]), [0.025, 0.975])
-        return float(low), float(high)
+        return _middle(_resampled(self.counts[measure]))
 
     def by_seed(self, measure: str) -> np.ndarray:
         """The rate of each seed."""
@@ -53,10 +52,12 @@ class Difference:
 
     Attributes:
         difference: as fractions; below zero, the technique errs less.
-        interval: its 95 % interval.
+        over_utterances: its 95 % interval by the paired bootstrap over utterances, pooled over seeds, alone.
+        interval: the same, widened by the chance that lies in a seed.
     """
 
     difference: float
+    over_utterances: tuple[float, float]
     interval: tuple[float, float]
 
     @property
@@ -67,31 +68,39 @@ class Difference:
 
 
 def difference(technique: Errors, full: Errors, measure: str, seed_deviation: float) -> Difference:
-    """Paired bootstrap over utterances, pooled over seeds, widened by the chance that lies in a seed.
+    """Paired bootstrap over utterances, pooled over seeds, and widened by the chance that lies in a seed.
 
-        d* = rate(technique, U*) − rate(full, U*) + N(0, s² · (1/n_technique + 1/n_full))
+        d* = rate(technique, U*) − rate(full, U*)
+        widened: d* + N(0, (s · rate(full))² · (1/n_technique + 1/n_full))
 
-    U* are the test utterances drawn with replacement, the same for both; s is the deviation of rates between seeds
-    of one technique (see `seed_deviation`). The second term is what a bootstrap over utterances alone leaves out: a
-    run with another seed gives another rate on the very same utterances.
+    U* are the test utterances drawn with replacement, the same for both; s is the relative deviation of rates between
+    seeds of one technique (see `seed_deviation`). The second term is what a bootstrap over utterances alone leaves
+    out: a run with another seed gives another rate on the very same utterances.
     """
     one, other = technique.counts[measure], full.counts[measure]
     drawn = _resampled(one) - _resampled(other)
-    deviation = seed_deviation * (1 / len(one) + 1 / len(other)) ** 0.5
-    drawn = drawn + np.random.default_rng(1).normal(0.0, 1.0, len(drawn)) * deviation
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Difference(technique.rate(measure) - full.rate(measure), (float(low), float(high)))
+    deviation = seed_deviation * full.rate(measure) * (1 / len(one) + 1 / len(other)) ** 0.5
+    widened = drawn + np.random.default_rng(1).normal(0.0, 1.0, len(drawn)) * deviation
+    return Difference(technique.rate(measure) - full.rate(measure), _middle(drawn), _middle(widened))
 
 
 def seed_deviation(techniques: Sequence[Errors], measure: str) -> float:
-    """Standard deviation of the rate between seeds of one technique, pooled over those that have several; 0 if none.
+    """Standard deviation of the rate between seeds of one technique, relative to its mean; 0 without repeated seeds.
 
-    s² = Σ_techniques Σ_seeds (rate − the technique's mean)² / Σ_techniques (seeds − 1)
+        s² = Σ_techniques Σ_seeds (rate / the technique's mean − 1)² / Σ_techniques (seeds − 1)
+
+    Relative, so that what several seeds tell on one corpus holds on another, where rates are higher or lower.
     """
     rates = [technique.by_seed(measure) for technique in techniques]
     freedom = sum(len(rate) - 1 for rate in rates)
-    squares = sum((float(((rate - rate.mean()) ** 2).sum()) for rate in rates), 0.0)
+    squares = sum((float(((rate / rate.mean() - 1) ** 2).sum()) for rate in rates if len(rate) > 1), 0.0)
     return (squares / freedom) ** 0.5 if freedom else 0.0
+
+
+def _middle(drawn: np.ndarray) -> tuple[float, float]:
+    """The interval that holds 95 % of what was drawn."""
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _resampled(counts: np.ndarray) -> np.ndarray:
