@@ -24,7 +24,7 @@ def test_other_inputs_are_another_step(tmp_path):
 
 def test_changed_source_code_runs_a_step_again(tmp_path, monkeypatch):
     Steps(tmp_path).do("step", {}, lambda: {})
-    monkeypatch.setattr("mapreuse.study._steps.source_digest", lambda: "changed")
+    monkeypatch.setattr("mapreuse.study._steps.source_digest", lambda sources: "changed")
 
     assert not Steps(tmp_path).is_done("step", {})
 
@@ -36,3 +36,17 @@ def test_a_step_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         Steps(tmp_path).do("step", {}, fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_depends_on_the_rooms_it_names_and_no_others(tmp_path, monkeypatch):
+    root = tmp_path / "package"
+    for name in ("maps/a.py", "study/b.py"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text("1")
+    monkeypatch.setattr("mapreuse.__file__", str(root / "__init__.py"))
+    before = source_digest(("maps",)), source_digest(None)
+    (root / "study/b.py").write_text("2")
+    assert source_digest(("maps",)) == before[0]
+    assert source_digest(None) != before[1]
+    (root / "maps/a.py").write_text("2")
+    assert source_digest(("maps",)) != before[0]
