@@ -2,7 +2,7 @@
 
 import pytest
 
-from mapreuse.study._steps import Steps
+from mapreuse.study._steps import Steps, source_digest
 
 
 def test_a_finished_step_is_read_not_run(tmp_path):
