@@ -78,19 +78,18 @@ def _winners(results: Results) -> list[str]:
         return ["No verdict yet: it needs trained techniques and their latencies."]
     long = [length for length in lengths(results) if int(length) >= _LONG] or lengths(results)[-1:]
     equal = [t for t in judged if t["name"] == "full" or _against(results, t)["cer"]["found"] != "worse"]
-    sentences = [
-        "Where no loss of accuracy was found, the fastest technique is "
-        + "; ".join(_by_length(results, equal, long))
-        + " (times as fast as full attention by the same blocked core)."
+    within = {"where no loss of CER was found": equal} | {
+        f"within {100 * budget:.0f} point{'s' * (budget > 0.01)}": [
+            t for t in judged if t["name"] == "full" or _against(results, t)["cer"]["difference"] <= budget
+        ]
+        for budget in BUDGETS
+    }
+    winners: dict[str, list[str]] = {}
+    for budget, techniques in within.items():
+        winners.setdefault("; ".join(_by_length(results, techniques, long)), []).append(budget)
+    return [f"Fastest {', and '.join(budgets)}: {names}." for names, budgets in winners.items()] + [
+        "Times as fast: the whole encoder, against full attention by the same blocked core."
     ]
-    for budget in BUDGETS:
-        within = [t for t in judged if t["name"] == "full" or _against(results, t)["cer"]["difference"] <= budget]
-        sentences.append(
-            f"Within {100 * budget:.0f} point{'s' * (budget > 0.01)} of CER, as measured, it is "
-            + "; ".join(_by_length(results, within, long))
-            + "."
-        )
-    return sentences
 
 
 def _without_attention(results: Results) -> list[str]:
@@ -125,23 +124,22 @@ def _against_reuse(results: Results) -> list[str]:
     others = [t for t in judged if t["kind"] == "other"]
     if not reuse or not others or not lengths(results):
         return []
+    found: dict[tuple[str, str], list[str]] = {}
     for length in (length for length in lengths(results) if int(length) >= _LONG):
         best = min(reuse, key=lambda t: (t["scores"][corpus]["cer"], t["latency"][length]["median"]))
         cer, time = best["scores"][corpus]["cer"], best["latency"][length]["median"]
         beating = [t for t in others if t["scores"][corpus]["cer"] <= cer and t["latency"][length]["median"] <= time]
-        if not beating:
-            sentences.append(
-                f"At T = {length} no other technique is both as accurate and as fast as {best['title']} "
-                f"(CER {cer:.1%}, {speedup(results, best, length):.1f}×)."
-            )
-            continue
-        winner = max(beating, key=lambda t: speedup(results, t, length))
-        fast = speedup(results, winner, length)
-        sentences.append(
-            f"At T = {length} {winner['title']} beats the most accurate reuse plan, {best['title']}: CER "
-            f"{winner['scores'][corpus]['cer']:.1%} against {cer:.1%}, {fast:.1f}× as fast as full attention "
-            f"against {speedup(results, best, length):.1f}×."
-        )
+        winner = max(beating, key=lambda t: speedup(results, t, length)) if beating else None
+        ours = f"{best['title']} (CER {cer:.1%})"
+        theirs = "" if winner is None else f"{winner['title']} (CER {winner['scores'][corpus]['cer']:.1%})"
+        speeds = "" if winner is None else f"{speedup(results, winner, length):.1f}× against "
+        told = f"{length} ({speeds}{speedup(results, best, length):.1f}×)"
+        found.setdefault((ours, theirs), []).append(told)
+    for (ours, theirs), at in found.items():
+        if theirs:
+            sentences.append(f"The most accurate reuse, {ours}, is beaten by {theirs}: at T = {', '.join(at)}.")
+        else:
+            sentences.append(f"No other technique beats the most accurate reuse, {ours}: at T = {', '.join(at)}.")
     return sentences
 
 
