@@ -41,7 +41,7 @@ def main() -> None:
     file = TARGET / "pareto.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"schema": 1, "models": {}}
     results |= {"command": "python scripts/pareto.py DIRECTORY", "machine": machine()}
-    for name, make in {"minilm": lambda: _minilm(Path(sys.argv[1])), "recogniser": _recogniser}.items():
+    for name, make in {"recogniser": _recogniser, "minilm": lambda: _minilm(Path(sys.argv[1]))}.items():
         if name not in results["models"]:
             results["models"][name] = _compared(name, *make())
             file.write_text(json.dumps(results, indent=1) + "\n")

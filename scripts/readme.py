@@ -21,7 +21,7 @@ def main() -> int:
         tables["latency"] = latency_table(quick["latency"]["conformer-m"])
     if full is not None:
         tables["technique"] = summary_table(full)
-        tables["verdict"] = [f"> {full['verdict'][0]}"]
+        tables["verdict"] = [f"- {sentence}" for sentence in full["verdict"]]
         files["docs/papers.md"] = papers_page(full)
         files["results/full/report.md"] = markdown(full)
     try:

@@ -49,8 +49,9 @@ def slider(name: str, count: int, first: int = 0) -> str:
 def picker(label: str, names: list[str], chosen: list[str]) -> str:
     """A choice of several names."""
     chips = "".join(
-        f'<label class="chip"><input type="checkbox" value="{escape(name)}"{" checked" if name in chosen else ""}>'
-        f"<i></i>{escape(name)}</label>"
+        f'<label class="chip" title="{escape(name)}">'
+        f'<input type="checkbox" value="{escape(name)}"{" checked" if name in chosen else ""}>'
+        f"<i></i><span>{escape(name)}</span></label>"
         for name in names
     )
     return f'<fieldset class="picker"><legend>{label}</legend>{chips}</fieldset>'
