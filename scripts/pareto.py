@@ -3,8 +3,8 @@
     python scripts/pareto.py DIRECTORY
 
 For all-MiniLM-L6-v2 (DIRECTORY, as for scripts/minilm.py) and for the shipped recogniser. Both kinds of plan are
-refitted on the same calibration data, judged on the same data that neither saw, and timed in turns. MiniLM is judged by
-the cosine of its hidden states to the original's, the recogniser by its word error rate.
+refitted on the same calibration data, judged on the same data that neither saw, and timed in turns. MiniLM is judged
+by the cosine of its hidden states to the original's, the recogniser by its word error rate.
 A model whose figures are in results/convert/pareto.json already is not done again.
 """
 
