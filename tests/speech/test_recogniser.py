@@ -10,6 +10,7 @@ import torch
 from mapreuse import ReusePlan, apply
 from mapreuse.speech import BASELINE, Recogniser, evaluate
 from mapreuse.speech._features import resample
+from mapreuse.techniques import parse
 
 
 def test_the_shipped_recogniser_is_small_on_disk_and_deep_enough(baseline):
@@ -78,6 +79,33 @@ def test_a_damaged_or_foreign_directory_is_one_clear_error(tiny, tmp_path, damag
     tiny.save(tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(ValueError, match="model") as caught:
+        Recogniser.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["window-3", "skip-1", "window-3+reuse-2x1", "full"])
+def test_a_technique_is_saved_with_its_weights(name, tmp_path, rng):
+    recogniser = Recogniser.create("abc ", num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
+    recogniser.compress(parse(name))
+    audio = [rng.standard_normal(8000).astype(np.float32)]
+    recogniser.save(tmp_path / "model")
+    again = Recogniser.load(tmp_path / "model")
+    assert torch.equal(again.logits(audio)[0], recogniser.logits(audio)[0])
+    again.save(tmp_path / "copy")
+    assert torch.equal(Recogniser.load(tmp_path / "copy").logits(audio)[0], recogniser.logits(audio)[0])
+
+
+def test_damaged_weights_of_a_technique_are_one_clear_error(tmp_path):
+    recogniser = Recogniser.create("abc ", num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
+    recogniser.compress(parse("window-3"))
+    recogniser.save(tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "recogniser.json").read_text())
+    description["technique"]["name"] = "window-4"
+    (tmp_path / "model" / "recogniser.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="weights of 'window-3' do not belong in a model under 'window-4'"):
+        Recogniser.load(tmp_path / "model")
+    (tmp_path / "model" / "weights.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="damaged or foreign") as caught:
         Recogniser.load(tmp_path / "model")
     assert "\n" not in str(caught.value)
 
