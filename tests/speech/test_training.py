@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mapreuse import ReusePlan, apply
 from mapreuse.speech import Recogniser, TrainConfig, evaluate, train
-from mapreuse.speech._batches import RoundPlan
+from mapreuse.speech._batches import RoundPlan, read_batch
 from mapreuse.speech._training import _Run
 
 SHORT = TrainConfig(steps=6, batch_seconds=5, evaluate_every=2, learning_rate=3e-3)
@@ -135,6 +135,24 @@ def test_every_recorded_utterance_is_in_every_round_and_shares_follow_the_plan(p
             assert len(batch) == 1 or len(batch) * max(lengths) <= 30
 
 
+def test_a_batch_is_heard_at_one_tempo_by_spacing_its_features(make_tiny, prompts):
+    items = [(cut, 1.0) for cut in list(prompts.train)[:4]]
+    recogniser, config = make_tiny(), TrainConfig(steps=1, noise_probability=0.0)
+    plain = read_batch(items, recogniser, config, seed=0)
+    slowed, hastened = (read_batch(items, recogniser, replace(config, tempos=(t, t)), seed=0) for t in (0.5, 2.0))
+    frames = plain["attention_mask"].sum(1)
+    assert torch.allclose(slowed["attention_mask"].sum(1).float(), 2.0 * frames, atol=4)
+    assert torch.allclose(hastened["attention_mask"].sum(1).float(), 0.5 * frames, atol=4)
+    assert torch.equal(slowed["labels"], plain["labels"])
+
+
+def test_a_run_may_change_how_far_apart_features_are(make_tiny, few, tmp_path):
+    recogniser = make_tiny()
+    train(recogniser, few, replace(SHORT, steps=2, hop=0.008), tmp_path)
+    best = Recogniser.load(tmp_path / "best")
+    assert best.feature_config == recogniser.feature_config == replace(make_tiny().feature_config, hop=0.008)
+
+
 TWO_PROCESSES = """
 import os, sys
 from pathlib import Path
@@ -183,6 +201,9 @@ def test_two_processes_train_one_model(few, tmp_path):
         ({"steps": 5, "seconds": 5}, "steps or as seconds"),
         ({"seconds": -1}, "must be positive"),
         ({"steps": 5, "real_share": (0.0, 1.0)}, "real_share"),
+        ({"steps": 5, "tempos": (1.0, 0.0)}, "tempos must be positive"),
+        ({"steps": 5, "tempos": ()}, "tempos must be positive"),
+        ({"steps": 5, "hop": -0.01}, "hop and tempos must be positive"),
     ],
 )
 def test_impossible_settings_are_refused(settings, reason):

@@ -9,7 +9,7 @@ import soundfile
 from mapreuse.speech._features import resample
 
 # Longer audio is recognised in pieces: what one piece decides, and what it hears on either side, in seconds. Both are
-# whole numbers of the recogniser's 40 ms frames.
+# whole numbers of the recogniser's frames (40 or 32 ms).
 PIECE, CONTEXT, LONGEST_WHOLE = 32.0, 4.0, 60.0
 _SHORTEST = 0.05
 

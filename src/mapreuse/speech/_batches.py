@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +76,10 @@ def read_batch(items: Sequence[Item], recogniser: Recogniser, config: "TrainConf
             samples = samples + level * noise.standard_normal(len(samples), dtype=np.float32)
         audio.append(samples)
         labels.append(torch.tensor(recogniser.encode(cut.supervisions[0].text)))
-    batch, mask = features(audio, recogniser.feature_config)
+    heard = recogniser.feature_config
+    if len(config.tempos) > 1:
+        heard = replace(heard, hop=heard.hop * config.tempos[noise.integers(len(config.tempos))])
+    batch, mask = features(audio, heard)
     batch = spec_augment(
         batch,
         mask,
@@ -85,7 +88,7 @@ def read_batch(items: Sequence[Item], recogniser: Recogniser, config: "TrainConf
         band_width=config.mask_band_width,
         spans_per_second=config.mask_spans_per_second,
         span=config.mask_span,
-        frames_per_second=1 / recogniser.feature_config.hop,
+        frames_per_second=1 / heard.hop,
     )
     padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     return {"input_features": batch, "attention_mask": mask, "labels": padded}

@@ -60,8 +60,8 @@ def phoneme_batches(
 
     Returns batches, sorted by length; for every batch integers of shape (batch, frames), numbers of phonemes, −1 in
     pauses and padding; and the phonemes' names, those made alike side by side. A frame hears the phoneme at its
-    centre: that of the features' window it is strided to, 40 ms apart. A phoneme that makes less than half a percent
-    of the frames is none (−1), for the voices have many accents.
+    centre: that of the features' window it is strided to. A phoneme that makes less than half a percent of the
+    frames is none (−1), for the voices have many accents.
 
     Raises `ValueError` for a language without voices, or where `sentences` or `batch_size` is below 1.
     """

@@ -25,7 +25,7 @@ BASELINE = Path(__file__).parent / "baseline"
 DECODERS = ("greedy", "beam", "beam+lm")
 
 _DESCRIPTION, _LANGUAGE_MODEL, _WEIGHTS = "recogniser.json", "language_model.safetensors", "weights.safetensors"
-_FRAME = 0.04  # seconds: features every 10 ms, subsampled four times
+_SUBSAMPLING = 4  # features to one frame of the model
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Fusion:
 class Recogniser:
     """A character CTC speech recogniser: a `ParakeetForCTC`, the characters it writes and the features it reads.
 
-    `vocabulary` lists the characters of outputs 1, 2, ...; output 0 is CTC's blank. The model's frames are 40 ms
-    (features every 10 ms, subsampled four times).
+    `vocabulary` lists the characters of outputs 1, 2, ...; output 0 is CTC's blank. The model has one frame for
+    every four of the features.
     """
 
     def __init__(self, model: ParakeetForCTC, vocabulary: Sequence[str], feature_config: FeatureConfig):
@@ -85,7 +85,7 @@ class Recogniser:
             num_attention_heads=num_heads,
             intermediate_size=intermediate_size,
             conv_kernel_size=conv_kernel_size,
-            subsampling_factor=4,
+            subsampling_factor=_SUBSAMPLING,
             subsampling_conv_channels=subsampling_channels,
             num_mel_bins=feature_config.num_mel_bins,
             dropout=dropout,
@@ -188,10 +188,11 @@ class Recogniser:
             pieces = waveform_pieces(audio, sampling_rate or rate, rate)
         self.model.eval()
         joined = []
+        frame = _SUBSAMPLING * self.feature_config.hop
         for samples, before, more in pieces:
             logits, lengths = self.logits([samples])
-            first = round(before / _FRAME)
-            last = first + round(PIECE / _FRAME) if more else int(lengths[0])
+            first = round(before / frame)
+            last = first + round(PIECE / frame) if more else int(lengths[0])
             joined.append(logits[0, first:last])
         whole = torch.cat(joined)
         return self.texts(whole[None], torch.tensor([len(whole)]), decoder=decoder)[0]

@@ -3,7 +3,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class TrainConfig:
     the start and at the end, the rest being `synthetic_utterances` generated sentences in espeak-ng's voices,
     `flite_utterances` others in flite's (English only) and `concatenated_utterances` others put together from pieces
     of the recordings.
+    `hop`, where given, replaces the recogniser's seconds between features. Each utterance is played at one of
+    `speeds`, which moves its pitch; each batch is heard at one of `tempos`, which does not (its features are as much
+    further apart).
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
     `language_model` adds a language model of the training texts for the beam search.
@@ -54,7 +57,9 @@ class TrainConfig:
     flite_utterances: int = 0
     concatenated_utterances: int = 0
     real_share: tuple[float, float] = (1.0, 1.0)
+    hop: float | None = None
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    tempos: tuple[float, ...] = (1.0,)
     noise_probability: float = 0.4
     noise_decibels: tuple[float, float] = (10.0, 45.0)
     mask_bands: int = 2
@@ -76,6 +81,8 @@ class TrainConfig:
             raise ValueError(f"the budget must be positive: got steps={self.steps}, seconds={self.seconds}")
         if not all(0 < share <= 1 for share in self.real_share):
             raise ValueError(f"real_share must be two fractions above 0 and up to 1: got {self.real_share}")
+        if not self.tempos or min(*self.tempos, self.hop or 1.0) <= 0:
+            raise ValueError(f"hop and tempos must be positive: got hop={self.hop}, tempos={self.tempos}")
 
     @classmethod
     def baseline(cls) -> "TrainConfig":
@@ -90,6 +97,18 @@ class TrainConfig:
             language_model=True,
             evaluate_every=500,
             patience=99,
+        )
+
+    @classmethod
+    def refinement(cls) -> "TrainConfig":
+        """The run after it: finer frames, many tempos, more recorded speech."""
+        return replace(
+            cls.baseline(),
+            steps=5500,
+            learning_rate=1e-3,
+            real_share=(0.2, 0.35),
+            hop=0.008,
+            tempos=(0.8, 0.9, 1.0, 1.1, 1.2, 1.3),
         )
 
     def to_json(self) -> str:
@@ -157,6 +176,8 @@ class _Run:
         original: Recogniser | None,
     ) -> None:
         self.accelerator = Accelerator()
+        if config.hop is not None:
+            recogniser.feature_config = replace(recogniser.feature_config, hop=config.hop)
         self.recogniser = recogniser
         self.original = original
         self.corpus = corpus

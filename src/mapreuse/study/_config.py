@@ -21,7 +21,7 @@ class FullConfig:
         seeds: how many, counted from 0.
         shown: full attention, and a reuse technique whose maps and breakdown are shown beside its own.
         recipe: how every run trains.
-        lengths: encoder frames (40 ms each) at which latency is measured.
+        lengths: encoder frames at which latency is measured.
         memory_length: encoder frames at which peak memory is.
         repeats: rounds of the interleaved timing.
         device: "cpu" or "cuda", of the timing; training takes what `accelerate` finds.

@@ -41,7 +41,7 @@ class QuickConfig:
         baseline: directory of the recogniser that is converted.
         recovery_seconds: length of the fine-tuning that recovers each converted recogniser.
         recovery_rate: its peak learning rate.
-        lengths: encoder frames (40 ms each) at which latency is measured.
+        lengths: encoder frames at which latency is measured.
         repeats: rounds of the interleaved timing.
         seed: of fine-tuning and of the bootstrap.
         device: "cpu" or "cuda".

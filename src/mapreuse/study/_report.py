@@ -54,7 +54,7 @@ def report(results: Results) -> str:
         "## Latency",
         "",
         "Encoder, subsampling included, batch 1, float32, ratio to `transformers`' own encoder with fused attention "
-        "(`sdpa`) at the same length, medians of interleaved rounds; T counts encoder frames of 40 ms.",
+        "(`sdpa`) at the same length, medians of interleaved rounds; T counts encoder frames.",
         "",
     ]
     for name, title in (("recogniser", "The recogniser"), ("conformer-m", "Conformer-M (16 layers × 256 × 4 heads)")):
@@ -217,7 +217,7 @@ def plot_latency(results: Results) -> Figure:
             ]
             axes.plot([int(length) for length in lengths], speedup, marker="o", label=contestant)
         axes.set_title(name)
-        axes.set_xlabel("encoder frames (40 ms)")
+        axes.set_xlabel("encoder frames")
         axes.set_ylabel("times as fast as transformers (sdpa)")
         axes.set_ylim(bottom=0)
         axes.legend()
