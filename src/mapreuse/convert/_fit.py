@@ -32,7 +32,7 @@ _SWEEPS = 3
 """Times that values and output are solved in turn."""
 
 _MOST_INPUTS = 12_288
-"""Heads · width up to which values are refitted: their normal equations take 16 · (heads · width)² bytes."""
+"""Heads · width up to which values are refitted: their normal equations take 8 · (heads · width)² bytes."""
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,36 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
     projection, original_projection = output_projection(layer), output_projection(reference)
     moves_values = _values_can_move(layer)
     start = _read(layer, projection, moves_values)
-    fitted, held_out = _Sums(start), _Sums(start)
-    for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)):
-        with _inputs_for_values(layer.attention) if moves_values else nullcontext():
-            observed, inputs = _until(projection, model, layer, batch)
-        context, original_inputs = _until(original_projection, original, reference, batch)
-        target = original_projection(context).detach()
-        triple = [tensor[rows].double() for tensor in (observed, target, original_inputs - inputs)]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
-            raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
-        (held_out if number % _HELD_OUT == _HELD_OUT - 1 else fitted).add(*triple)
-    before = held_out.error(start)
+
+    def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of every batch, what is regressed on, the target, and the drift."""
+        for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)):
+            if (number % _HELD_OUT == _HELD_OUT - 1) != held_out:
+                continue
+            with _inputs_for_values(layer.attention) if moves_values else nullcontext():
+                given, inputs = _until(projection, model, layer, batch)
+            context, original_inputs = _until(original_projection, original, reference, batch)
+            target = original_projection(context).detach()
+            triple = given[rows].double(), target[rows].double(), (original_inputs - inputs)[rows].double()
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
+                raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
+            yield triple
+
+    def held_out_contexts(weights: _Weights) -> _Sums:
+        """Sums by which weights of the same values are judged: of contexts, far narrower than inputs."""
+        sums = _Sums(weights.on_contexts())
+        for given, target, drift in observed(held_out=True):
+            sums.add(weights.contexts(given), target, drift)
+        return sums
+
+    fitted, held_out = _Sums(start), held_out_contexts(start)
+    for triple in observed(held_out=False):
+        fitted.add(*triple)
+    before = held_out.error(start.on_contexts())
     best, ridge, share, weights = before, None, 0.0, start
     for candidate_share, candidate_ridge in itertools.product(_DRIFT, _RIDGES):
         candidate = fitted.solve(start, candidate_ridge, candidate_share)
-        error = held_out.error(candidate)
+        error = held_out.error(candidate.on_contexts())
         if error < best:
             best, ridge, share, weights = error, candidate_ridge, candidate_share, candidate
     if ridge is None:
@@ -128,7 +143,7 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
     moved = False
     if moves_values:
         candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
-        error = held_out.error(candidate)
+        error = held_out_contexts(candidate).error(candidate.on_contexts())
         if error < best:
             best, moved, weights = error, True, candidate
     _write(layer, projection, weights, moved)
@@ -154,6 +169,15 @@ class _Weights:
         heads, inputs, _ = self.values.shape
         context = self.values.mT @ matrix[:-1].view(heads, inputs, -1) + self.value_bias[..., None] * matrix[-1]
         return torch.cat([context.flatten(0, 1), matrix[-1:]])
+
+    def contexts(self, inputs: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows context"]:
+        """inputs[h] values[h] + value_bias[h], head after head."""
+        by_head = inputs.unflatten(1, (len(self.values), -1)).transpose(0, 1)
+        return (by_head @ self.values + self.value_bias[:, None]).transpose(0, 1).flatten(1)
+
+    def on_contexts(self) -> _Weights:
+        """The same output projection, to be applied to contexts."""
+        return _on_contexts(self.output, self.bias)
 
     @property
     def stacked(self) -> Float[Tensor, "context_and_one width"]:
@@ -262,8 +286,12 @@ def _read(layer: Layer, projection: nn.Linear | Conv1D, moves_values: bool) -> _
         values = value_projection(layer)
         value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
         return _Weights(values.weight.double().mT, value_bias, output, bias)
-    dim = output.shape[1]
-    identity = torch.eye(dim, dtype=torch.float64, device=output.device).expand(len(output), dim, dim)
+    return _on_contexts(output, bias)
+
+
+def _on_contexts(output: Float[Tensor, "heads head_dim width"], bias: Tensor | None) -> _Weights:
+    heads, dim, _ = output.shape
+    identity = torch.eye(dim, dtype=torch.float64, device=output.device).expand(heads, dim, dim)
     return _Weights(identity, torch.zeros_like(output[..., 0]), output, bias)
 
 
