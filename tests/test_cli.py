@@ -142,7 +142,7 @@ def test_the_shipped_recogniser_is_analyzed_over_a_folder_of_recordings(tmp_path
 
     assert (status, error.strip()) == (0, "")
     assert torch.tensor(data["similarity"]["heads"]).shape == (8, 4, 8, 4)
-    assert data["num_queries"] == pytest.approx(25 * (0.5 + 0.625 + 0.75 + 0.875 + 1), abs=5)
+    assert data["num_queries"] == pytest.approx(31.25 * (0.5 + 0.625 + 0.75 + 0.875 + 1), abs=5)
 
 
 def test_a_model_without_a_tokenizer_is_refused_on_one_line(tmp_path, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_every_frame_of_the_encoder_hears_the_phoneme_at_its_centre(baseline):
         assert (classes[~recorded.valid] == -1).all()
         for found, one, valid in zip(classes, spoken[first:], recorded.valid, strict=False):
             for frame, number in enumerate(found[: int(valid.sum())].tolist()):
-                centre = 0.0125 + 0.04 * frame
+                centre = 0.0125 + 4 * 0.008 * frame
                 said = next((p.name for p in one.phonemes if p.start <= centre < p.stop), one.phonemes[-1].name)
                 assert number == (phonemes.index(said) if said in phonemes else -1)
 
