@@ -10,7 +10,6 @@ results/convert/minilm.json already is not done again.
 
 from __future__ import annotations
 
-import ast
 import copy
 import importlib.resources
 import itertools
@@ -32,6 +31,7 @@ import mapreuse as mr
 from mapreuse.convert import assign, fit, hidden_state_error, output_errors, relative_latency
 from mapreuse.measure import machine
 from mapreuse.models import possible_sources
+from mapreuse.speech._documentation import docstrings
 from mapreuse.speech._prompts import cache_dir, fetch_packages
 
 TARGET = Path(__file__).parent.parent / "results/convert/minilm.json"
@@ -110,10 +110,9 @@ def _write_page(results: dict[str, Any]) -> None:
         f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores).",
         f"Calibrated on {numbers['calibration']} sentences, half of Debian's fortunes, half of the docstrings of",
         f"{', '.join(_DOCUMENTED)}; distilled on {numbers['teaching']} of both; judged on {numbers['judging']} of",
-        "Python's language reference: mean cosine to the",
-        "original's embedding, share of the ten nearest sentences that stay among them, and time of a batch of 16",
-        "sentences of median length, by the original's. Times of so short a batch are good to a tenth: a plan takes",
-        "the same time aligned and refitted.",
+        "Python's language reference: mean cosine to the original's embedding, share of the ten nearest sentences",
+        "that stay among them, and time of a batch of 16 sentences of median length, by the original's. Times of so",
+        "short a batch are good to a tenth: a plan takes the same time aligned and refitted.",
         "",
         "| model | cosine | of the ten nearest | latency | parameters |",
         "|---|---|---|---|---|",
@@ -136,24 +135,17 @@ def fortunes() -> list[str]:
     return sentences("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
 
 
-def docstrings() -> list[str]:
+def documented() -> list[str]:
     """Sentences of the docstrings of installed packages."""
-    found = []
-    for package in _DOCUMENTED:
-        for file in sorted(Path(str(importlib.resources.files(package))).rglob("*.py")):
-            try:
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-            except SyntaxError:  # a file kept as an example of what does not parse
-                continue
-            nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-            found += [ast.get_docstring(node) or "" for node in nodes]
-    return sentences("\n\n".join(found))
+    folders = [Path(str(importlib.resources.files(package))) for package in _DOCUMENTED]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    return sentences("\n\n".join(text for file in files for text in docstrings(file)))
 
 
 def calibration_texts(number: int) -> list[str]:
     """Half fortunes, half docstrings, none of which is judged by."""
     judging = set(judging_texts())
-    halves = [[text for text in texts if text not in judging][: number // 2] for texts in (fortunes(), docstrings())]
+    halves = [[text for text in texts if text not in judging][: number // 2] for texts in (fortunes(), documented())]
     return [text for pair in zip(*halves, strict=True) for text in pair]
 
 

@@ -332,8 +332,8 @@ def train(
     presets = {"baseline": TrainConfig.baseline, "refinement": TrainConfig.refinement}
     if preset not in (None, *presets):
         raise ValueError(f"--preset must be baseline or refinement, got {preset!r}")
-    if preset is None and (steps is None) == (seconds is None):
-        raise ValueError("give the budget as --steps or as --seconds, or choose a --preset")
+    if sum(budget is not None for budget in (preset, steps, seconds)) != 1:
+        raise ValueError("give the budget as --steps or as --seconds, or choose a --preset: exactly one of the three")
     if preset == "refinement" and model is None:
         raise ValueError("--preset refinement needs the recogniser that --preset baseline made: give it as --model")
     reuse = None if plan is None else ReusePlan.parse(plan)

@@ -139,7 +139,7 @@ def test_a_batch_is_heard_at_one_tempo_by_spacing_its_features(make_tiny, prompt
     items = [(cut, 1.0) for cut in list(prompts.train)[:4]]
     recogniser, config = make_tiny(), TrainConfig(steps=1, noise_probability=0.0)
     plain = read_batch(items, recogniser, config, seed=0)
-    slowed, hastened = (read_batch(items, recogniser, replace(config, tempos=(t, t)), seed=0) for t in (0.5, 2.0))
+    slowed, hastened = (read_batch(items, recogniser, replace(config, tempos=(t,)), seed=0) for t in (0.5, 2.0))
     frames = plain["attention_mask"].sum(1)
     assert torch.allclose(slowed["attention_mask"].sum(1).float(), 2.0 * frames, atol=4)
     assert torch.allclose(hastened["attention_mask"].sum(1).float(), 0.5 * frames, atol=4)
@@ -203,6 +203,7 @@ def test_two_processes_train_one_model(few, tmp_path):
         ({"steps": 5, "real_share": (0.0, 1.0)}, "real_share"),
         ({"steps": 5, "tempos": (1.0, 0.0)}, "tempos must be positive"),
         ({"steps": 5, "tempos": ()}, "tempos must be positive"),
+        ({"steps": 5, "hop": 0.0}, "hop and tempos must be positive"),
         ({"steps": 5, "hop": -0.01}, "hop and tempos must be positive"),
     ],
 )

@@ -77,8 +77,7 @@ def read_batch(items: Sequence[Item], recogniser: Recogniser, config: "TrainConf
         audio.append(samples)
         labels.append(torch.tensor(recogniser.encode(cut.supervisions[0].text)))
     heard = recogniser.feature_config
-    if len(config.tempos) > 1:
-        heard = replace(heard, hop=heard.hop * config.tempos[noise.integers(len(config.tempos))])
+    heard = replace(heard, hop=heard.hop * config.tempos[noise.integers(len(config.tempos))])
     batch, mask = features(audio, heard)
     batch = spec_augment(
         batch,

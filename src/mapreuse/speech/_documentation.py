@@ -45,7 +45,8 @@ def _files(directory: Path) -> list[Path]:
     return [directory / path for path in sorted(paths) if not _NOT_PROSE.intersection(path.parts)]
 
 
-def _sentences(file: Path) -> Iterator[str]:
+def docstrings(file: Path) -> Iterator[str]:
+    """The docstrings of a Python file's modules, classes and functions; none where it cannot be parsed."""
     try:
         with tokenize.open(file) as source:
             tree = ast.parse(source.read())
@@ -53,7 +54,12 @@ def _sentences(file: Path) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            for part in re.split(r"(?<=[.:;,])\s+|\n\s*\n", ast.get_docstring(node) or ""):
-                sentence = " ".join(part.split())
-                if _SENTENCE.fullmatch(sentence) and sentence.count(" ") >= 3:
-                    yield sentence.rstrip(".,:;").lower()
+            yield ast.get_docstring(node) or ""
+
+
+def _sentences(file: Path) -> Iterator[str]:
+    for text in docstrings(file):
+        for part in re.split(r"(?<=[.:;,])\s+|\n\s*\n", text):
+            sentence = " ".join(part.split())
+            if _SENTENCE.fullmatch(sentence) and sentence.count(" ") >= 3:
+                yield sentence.rstrip(".,:;").lower()

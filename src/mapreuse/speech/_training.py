@@ -81,7 +81,7 @@ class TrainConfig:
             raise ValueError(f"the budget must be positive: got steps={self.steps}, seconds={self.seconds}")
         if not all(0 < share <= 1 for share in self.real_share):
             raise ValueError(f"real_share must be two fractions above 0 and up to 1: got {self.real_share}")
-        if not self.tempos or min(*self.tempos, self.hop or 1.0) <= 0:
+        if not self.tempos or min(self.tempos) <= 0 or (self.hop is not None and self.hop <= 0):
             raise ValueError(f"hop and tempos must be positive: got hop={self.hop}, tempos={self.tempos}")
 
     @classmethod
