@@ -44,7 +44,7 @@ def mapreuse(monkeypatch, capsys, *arguments):
         (["study", "--preset", "full", "--corpus", "prompts:xx"], "no such language"),
         (["transcribe", "/nowhere.wav"], "/nowhere.wav"),
         (["train", "--out", "x"], "--steps or as --seconds"),
-        (["train", "--out", "x", "--preset", "baseline", "--steps", "5"], "exactly one of the three"),
+        (["train", "--out", "x", "--preset", "refinement", "--steps", "5"], "exactly one of the three"),
         (["train", "--out", "x", "--preset", "huge"], "--preset must be baseline or refinement"),
         (["train", "--out", "x", "--preset", "refinement"], "needs the recogniser that --preset baseline made"),
         (["train", "--out", "x", "--steps", "1", "--plan", "4y4"], "character"),

@@ -61,6 +61,16 @@ def test_the_output_solved_from_streamed_sums_is_ridge_regression(with_bias, sha
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
+def test_the_error_summed_over_contexts_is_that_of_the_outputs(with_bias):
+    torch.manual_seed(3)
+    weights = random_weights(2, 5, 3, 4, with_bias=with_bias)
+    inputs, targets, drift = torch.randn(200, 10).double(), torch.randn(200, 4).double(), torch.randn(200, 4).double()
+    judged = summed(weights.on_contexts(), weights.contexts(inputs), targets, drift).error(weights.on_contexts())
+    expected = (outputs(weights, inputs) - targets - drift).norm() / targets.norm()
+    assert judged == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
 def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(with_bias):
     torch.manual_seed(1)
     start = random_weights(2, 5, 3, 4, with_bias=with_bias)
