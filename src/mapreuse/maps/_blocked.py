@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mapreuse.maps._rows import softmax_of_sum
 from mapreuse.maps._scores import Scores
-from mapreuse.maps._softmax import BlockDropout, softmax_dtype
+from mapreuse.maps._softmax import BlockDropout
 
 _BLOCK_SCORES = 1 << 17
 """Scores for every thread that are computed at a time where maps are so small that all their rows are."""
@@ -35,8 +36,8 @@ def blocked(
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Context, block by block, without a tape; `map_of` computes a block's weights, and keeps them if it likes.
 
-    Positional scores of the T + rows − 1 distances that a block's rows span are read as a slanted view while the
-    content scores are added to them; the softmax is in place; the product with the values follows. Nothing is
+    Positional scores of the T + rows − 1 distances that a block's rows span are read as a slanted view while they are
+    added to the content scores; the softmax is in place; the product with the values follows. Nothing is
     computed beyond the last query and key of an item that attend anything, nor, where the scores are causal, for keys
     after a block's last row.
     """
@@ -122,33 +123,32 @@ class Block:
 
     def compute_map(self, place: Tensor | None = None) -> Float[Tensor, "heads rows keys"]:
         """The block's weights, in `place`, or in memory that the next block overwrites."""
-        scores = self._scores()
+        scores, positional = self._scores()
         allowed = self._allowed()
+        if self._part.bias is not None:
+            scores += _some(self._part.bias, self.heads, self.rows, self.keys)
         if allowed is not None:
+            if positional is not None:
+                scores += positional
             scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+            positional = None
         out = scores if place is None else place
-        if softmax_dtype(scores) != scores.dtype:
-            out.copy_(torch.softmax(scores, dim=-1, dtype=softmax_dtype(scores)))
-        else:
-            for head in range(len(scores)):  # whose rows lie side by side, also in a place between other rows
-                torch.softmax(scores[head], dim=-1, out=out[head])
+        softmax_of_sum(scores, positional, out)
         if allowed is not None and self._part.allowed is not None:
             out *= allowed.any(-1, keepdim=True)
         return out
 
-    def _scores(self) -> Float[Tensor, "heads rows keys"]:
+    def _scores(self) -> tuple[Float[Tensor, "heads rows keys"], Float[Tensor, "heads rows keys"] | None]:
+        """By content, and by position; their sum counts."""
         heads, rows, keys = self.shape
-        out = self._rooms[0][: heads * rows * keys].view(self.shape)
+        content = self._rooms[0][: heads * rows * keys].view(self.shape)
+        torch.bmm(self.query, self.key.mT, out=content)
         if self.relative is None:
-            torch.bmm(self.query, self.key.mT, out=out)
-        else:
-            relative_query, relative_key = self.relative
-            positional, slanted = self.positional()
-            torch.bmm(relative_query, relative_key.mT, out=positional)
-            torch.baddbmm(slanted, self.query, self.key.mT, out=out)
-        if self._part.bias is not None:
-            out += _some(self._part.bias, self.heads, self.rows, keys)
-        return out
+            return content, None
+        relative_query, relative_key = self.relative
+        room, slanted = self.positional()
+        torch.bmm(relative_query, relative_key.mT, out=room)
+        return content, slanted
 
     def _allowed(self) -> Bool[Tensor, "#heads #rows keys"] | None:
         mask = self._part.allowed

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mapreuse.maps._carrying import STRATEGIES
 from mapreuse.maps._choice import Demand, choose
@@ -15,6 +18,10 @@ from mapreuse.maps._scores import Scores
 logger = logging.getLogger("mapreuse")
 
 _DIFFERENTIABLE = ("dense", "recompute")
+
+
+class _Maps(dict[int, AttentionMap]):
+    """Maps by layer; a class of its own, so that there are weak references to it."""
 
 
 class SharedMaps:
@@ -49,7 +56,8 @@ class SharedMaps:
         self._budget = budget
         self._is_settled = demand is None or (strategy != "auto" and budget is None)
         self.output_attentions = output_attentions
-        self._maps: dict[int, AttentionMap] = {}
+        self._maps: _Maps | None = _Maps()
+        self._kept: weakref.ref[_Maps] | None = None
         self._retain = retain
         self._differentiable = differentiable
         self._free: Tensor | None = None
@@ -79,15 +87,44 @@ class SharedMaps:
                 "checkpointing would cut the gradient of shared maps; use use_reentrant=False, as in "
                 "activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})"
             )
-        self._maps[layer] = attention_map
+        # A layer that runs again after the pass does so for its own gradient: its readers had theirs before.
+        if self._maps is not None:
+            self._maps[layer] = attention_map
 
     def read(self, layer: int) -> AttentionMap | None:
         """The map of `layer`, or None where that layer did not run (LayerDrop)."""
-        return self._maps.get(layer)
+        return self._alive().get(layer)
+
+    def _alive(self) -> _Maps:
+        maps = self._kept() if self._maps is None and self._kept is not None else self._maps
+        if maps is None:
+            raise RuntimeError(
+                "a layer is run again for its gradient (gradient checkpointing) after the output of its pass was "
+                "deleted, and the maps with it; keep the output until the backward pass is done"
+            )
+        return maps
+
+    def close(self, output: Any) -> None:
+        """The pass is over: from now on, its maps are kept by the autograd graph of its output.
+
+        Gradient checkpointing keeps this object in that graph, and maps are part of the graph themselves; were they
+        kept by this object, too, they would keep each other for ever.
+        """
+        roots: set[Any] = {tensor.grad_fn for tensor in tree_leaves(output) if isinstance(tensor, Tensor)} - {None}
+        if not roots or self._maps is None:
+            return
+        for root in roots:
+            root.metadata.setdefault("attention maps", []).append(self._maps)
+        self._kept, self._maps = weakref.ref(self._maps), None
+
+    def __del__(self) -> None:
+        # Nothing is going to run again: the graph holds what it needs of the maps itself.
+        if self._kept is not None and (maps := self._kept()) is not None:
+            maps.clear()
 
     def release(self, layer: int) -> None:
         """Forget the map of `layer`: its last reader is done."""
-        if self._retain:
+        if self._retain or self._maps is None:
             return
         attention_map = self._maps.pop(layer, None)
         if isinstance(attention_map, DenseMap):

@@ -18,9 +18,12 @@ def use_flex_attention(layers: nn.Module) -> None:
     for module in layers.modules():
         if type(module) is ParakeetEncoderAttention:
             module.__class__ = _FlexParakeetAttention
+            module.compiled_attention = _compiled_attention()  # type: ignore[assignment]
 
 
 class _FlexParakeetAttention(ParakeetEncoderAttention):
+    compiled_attention: Callable[..., Tensor]
+
     def forward(
         self,
         hidden_states: Float[Tensor, "batch frames width"],
@@ -34,7 +37,7 @@ class _FlexParakeetAttention(ParakeetEncoderAttention):
         )
         distances = self.relative_k_proj(position_embeddings).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         positional = ((query + self.bias_v[:, None]) @ distances.mT) * self.scaling
-        context = _compiled_attention()(query + self.bias_u[:, None], key, value, positional, self.scaling)
+        context = self.compiled_attention(query + self.bias_u[:, None], key, value, positional, self.scaling)
         return self.o_proj(context.transpose(1, 2).flatten(2)), None
 
 

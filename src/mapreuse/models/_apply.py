@@ -78,6 +78,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
     if not by_keyword:
         bear_maps(stack.module, stack.attention_paths)
     stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
+    stack.module.register_forward_hook(_close_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
     reusing = sum(plan.reuses(layer) for layer in range(plan.num_layers))
     logger.info(
@@ -137,3 +138,9 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         output_attentions=bool(given.get("output_attentions", getattr(config, "output_attentions", False))),
     )
     return args, kwargs | {ARGUMENT: maps}
+
+
+def _close_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the stack: maps live as long as what the pass gave."""
+    if not torch.compiler.is_compiling():
+        kwargs[ARGUMENT].close(output)
