@@ -167,6 +167,9 @@ FIGURES: list[tuple[str, str, Callable[[Results], dict[str, float]], str]] = [
         _memory("ours 4x4"),
         "≥ 4",
     ),
+    ("… with maps in 16 bits", "memory", _memory("ours 4x4 dense16"), "≥ 4"),
+    ("… with maps in 8 bits", "memory", _memory("ours 4x4 dense8"), "≥ 4"),
+    ("… with maps recomputed", "memory", _memory("ours 4x4 recompute"), "≥ 4"),
     (
         "a training step of Conformer-M, ours full ÷ groups of 4",
         "training",

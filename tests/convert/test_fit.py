@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from families import build
+from packed_encoders import encoder, peaked
 from text_batches import random_batches
 from torch.nn import functional
+from vision_blocks import VisionTransformer
 
 import mapreuse as mr
 from mapreuse.convert._fit import _Sums, _Weights
@@ -152,6 +154,51 @@ def test_the_reported_error_is_that_of_the_converted_models_attention(family):
 
     valid = MapRecorder(model)(batch).valid
     ours, theirs = output_of(converted)[valid], output_of(model)[valid]
+    assert report.after == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-2)
+    assert report.after < 0.9 * report.before
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_own_encoder_is_aligned_and_refitted(batch_first, norm_first):
+    """Its attention is one function, so the definition is too: the projected contexts, by torch's own attention."""
+    model = encoder(batch_first=batch_first, norm_first=norm_first)
+    generator = torch.Generator().manual_seed(3)
+    batches = [{"src": torch.randn(3, 9, 32, generator=generator)} for _ in range(8)]
+    batches = [b if batch_first else {"src": b["src"].transpose(0, 1)} for b in batches]
+    plan = mr.align(model, mr.ReusePlan.from_sources([0, 0, 2, 3]), batches)
+    converted = mr.convert(model, plan)
+    (report,) = mr.fit(converted, model, [batches[0]] * 4)
+
+    def attended(one):
+        seen = []
+        handle = one.layers[1].self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        one(**batches[0])
+        handle.remove()
+        return seen[0].detach()
+
+    model.train()  # dropout is zero; in evaluation it would take its fast path, past the attention
+    theirs, ours = attended(model), attended(converted)
+    assert not report.values or report.after < report.before
+    assert report.after == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-2)
+    assert report.after < 0.9 * report.before
+
+
+def test_vision_blocks_in_timms_style_are_aligned_and_refitted():
+    torch.manual_seed(0)
+    model = peaked(VisionTransformer())
+    batches = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(8)]
+    converted = mr.convert(model, mr.align(model, mr.ReusePlan.from_sources([0, 0, 2, 3]), batches))
+    (report,) = mr.fit(converted, model, [batches[0]] * 4)
+
+    def attended(one):
+        seen = []
+        handle = one.blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append(output))
+        one(**batches[0])
+        handle.remove()
+        return seen[0].detach()
+
+    theirs, ours = attended(model), attended(converted)
     assert report.after == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-2)
     assert report.after < 0.9 * report.before
 

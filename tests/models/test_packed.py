@@ -11,6 +11,7 @@ import pytest
 import torch
 from agreement import PLANS
 from oracle import disagreement
+from packed_encoders import HEADS, LAYERS, WIDTH, encoder, peaked
 from torch import nn
 from vision_blocks import Attention, Block, MaskedTransformer, OldAttention, VisionTransformer
 
@@ -18,25 +19,8 @@ import mapreuse as mr
 from mapreuse.models import MapRecorder, _packed, find_stack
 
 REUSING = {name: plan for name, plan in PLANS.items() if name != "full"}
-WIDTH, HEADS, LAYERS, POSITIONS = 32, 4, 4, 9
+POSITIONS = 9
 PADDING = torch.tensor([[False] * 9, [False] * 5 + [True] * 4, [False] * 2 + [True] * 7])
-
-
-def peaked(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "pos_embed" not in name:
-                nn.init.normal_(parameter, std=0.35)
-    return model.eval()
-
-
-def encoder(dropout=0.0, norm=True, bias=True, **settings):
-    """A `TransformerEncoder` that takes its fast path wherever it may."""
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, dropout=dropout, bias=bias, **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why nested tensors will not be used
-        return peaked(nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH) if norm else None))
 
 
 def inputs(seed=1, batch_first=True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.measure import Similarity, similarity
-from mapreuse.models import MapRecorder, Unsupported, find_stack, output_projection
+from mapreuse.models import MapRecorder, Unsupported, find_stack, output_projection, with_projections
 from mapreuse.plan import LayerSource, ReusePlan
 
 Head: TypeAlias = tuple[int, int]
@@ -68,7 +68,7 @@ def output_errors(
     recorder = MapRecorder(original)
     if unknown := [layer for layer in (*sources, *sum(sources.values(), ())) if layer >= recorder.num_layers]:
         raise ValueError(f"layer {unknown[0]} is planned, but the model has {recorder.num_layers} layers")
-    stack = find_stack(original)
+    stack = find_stack(with_projections(original))
     summed: dict[int, Tensor] = {}
     sizes: dict[int, Tensor] = {}
     seen = False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.convert._batches import calibration_batches, check_precision
-from mapreuse.models import Layer, MapRecorder, find_stack, output_projection, plan_of, value_projection
+from mapreuse.models import Layer, MapRecorder, find_stack, output_projection, plan_of, value_projection, with_projections
 
 logger = logging.getLogger("mapreuse")
 
@@ -88,6 +88,7 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
     batches = calibration_batches(batches, _HELD_OUT, "fit")
     recorder = MapRecorder(original)
     valid = [recorder(batch).valid for batch in batches]
+    original = with_projections(original)
     reports: list[LayerFit] = []
     modes = model.training, original.training
     model.eval(), original.eval()
@@ -328,7 +329,8 @@ def _until(
     seen: dict[str, Tensor] = {}
 
     def on_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen["inputs"] = args[0] if args else kwargs["hidden_states"]
+        inputs = args[0] if args else kwargs["hidden_states"]
+        seen["inputs"] = inputs if getattr(layer.attention, "batch_first", True) else inputs.transpose(0, 1)
 
     def on_projection(module: nn.Module, args: tuple) -> None:
         seen["context"] = args[0]

@@ -2,7 +2,7 @@
 
 from mapreuse.models import _fused, _packed, _parakeet, _wav2vec2_conformer  # noqa: F401  registers their adapters
 from mapreuse.models._adapters import output_projection
-from mapreuse.models._apply import applied_to, apply, plan_of
+from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
 from mapreuse.models._files import load, save
 from mapreuse.models._recording import MapRecorder, Recording
@@ -27,4 +27,5 @@ __all__ = [
     "possible_sources",
     "save",
     "value_projection",
+    "with_projections",
 ]

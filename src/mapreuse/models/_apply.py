@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -101,6 +102,17 @@ def applied_to(model: nn.Module) -> dict[str, Applied]:
     """What was applied to the stacks in `model`, by the path of the module that holds the stack."""
     found = {path: module.__dict__.get("_map_reuse") for path, module in model.named_modules()}
     return {path: applied for path, applied in found.items() if applied is not None}
+
+
+def with_projections(model: nn.Module) -> nn.Module:
+    """The model, or, where its projections are no modules of their own, a copy that computes the same by such modules.
+
+    That is so in a `torch.nn.TransformerEncoder` without a plan.
+    """
+    stack = find_stack(model)
+    if type(stack.module) is not nn.TransformerEncoder or applied_to(model):
+        return model
+    return apply(copy.deepcopy(model), ReusePlan.full(len(stack.layers)))
 
 
 def _demand(plan: ReusePlan) -> Demand:
