@@ -203,7 +203,7 @@ def analyze(
     """Say what a model's attention maps are like: similarity, entropy, diagonality, concentration."""
     from mapreuse import measure
 
-    opened, batches = _calibrated(model, calibration, max_batches)
+    opened, batches = _calibrated(model, calibration, max_batches, split="dev")
     with _progress() as progress:
         found = measure.analyze(opened, batches, epsilon=epsilon, progress=progress)
     command = shlex.join(["mapreuse", *sys.argv[1:]])
@@ -229,7 +229,7 @@ def convert(
     check_empty(out)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
-    opened, batches = _calibrated(model, calibration, max_batches)
+    opened, batches = _calibrated(model, calibration, max_batches, split="train")
     cache = out.with_name(f"{out.name}.search.jsonl")
     converted, report = convert_whole(
         opened, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, cache=cache
@@ -251,8 +251,10 @@ def convert(
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
-def _calibrated(model: str, calibration: str, max_batches: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """The model that the command line names, and batches for it."""
+def _calibrated(
+    model: str, calibration: str, max_batches: int, *, split: str
+) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The model that the command line names, and batches for it: of a corpus, from this split."""
     from transformers.utils.logging import disable_progress_bar
 
     from mapreuse import speech
@@ -261,7 +263,8 @@ def _calibrated(model: str, calibration: str, max_batches: int) -> tuple[nn.Modu
     disable_progress_bar()
     if model == "recogniser" or speech.Recogniser.is_saved_in(model):
         recogniser = speech.Recogniser.load(speech.BASELINE if model == "recogniser" else model)
-        return recogniser.model, speech.calibration_batches(recogniser, calibration, max_batches=max_batches)
+        batches = speech.calibration_batches(recogniser, calibration, split=split, max_batches=max_batches)
+        return recogniser.model, batches
     opened = open_model(model)
     return opened.model, open_batches(opened, calibration, max_batches=max_batches)
 

@@ -25,7 +25,6 @@ class Steps:
 
     def __init__(self, directory: Path, sources: Sequence[str] | None = None) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
         self._source = source_digest(sources)
 
     def do(self, name: str, inputs: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -34,6 +33,7 @@ class Steps:
         if file.is_file():
             return json.loads(file.read_text())
         result = run()
+        self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda unfinished: unfinished.write_text(json.dumps(result, indent=1) + "\n"))
         return json.loads(file.read_text())
 
