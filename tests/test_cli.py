@@ -14,6 +14,7 @@ from tiny_models import SENTENCES, save_bert
 from transformers import AutoTokenizer, pipeline
 
 import mapreuse as mr
+import mapreuse.speech
 from mapreuse import cli
 from mapreuse.convert import open_batches, open_model
 from mapreuse.measure import analyze
@@ -144,6 +145,20 @@ def test_the_shipped_recogniser_is_analyzed_over_a_folder_of_recordings(tmp_path
     assert (status, error.strip()) == (0, "")
     assert torch.tensor(data["similarity"]["heads"]).shape == (8, 4, 8, 4)
     assert data["num_queries"] == pytest.approx(31.25 * (0.5 + 0.625 + 0.75 + 0.875 + 1), abs=5)
+
+
+@pytest.mark.parametrize(("command", "split"), [("analyze", "dev"), ("convert", "train")])
+def test_of_a_corpus_a_command_reads_its_split(command, split, tmp_path, monkeypatch, capsys):
+    """Dev has too few utterances for a refit, which should see those that the model learned from."""
+
+    def batches(recogniser, source, *, split, max_batches):
+        raise ValueError(f"{source}, {split}")
+
+    monkeypatch.setattr(mr.speech, "calibration_batches", batches)
+    arguments = [command, "recogniser", "--calibration", "prompts:en", "--out", str(tmp_path / "out")]
+    status, _, error = mapreuse(monkeypatch, capsys, *arguments, *(["--plan", "2x4"] if command == "convert" else []))
+    assert (status, error) == (2, f"mapreuse: prompts:en, {split}\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_tokenizer_is_refused_on_one_line(tmp_path, monkeypatch, capsys):

@@ -34,7 +34,7 @@ def test_a_step_that_fails_leaves_nothing(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
-        Steps(tmp_path).do("step", {}, fail)
+        Steps(tmp_path / "made").do("step", {}, fail)
     assert list(tmp_path.iterdir()) == []
 
 
