@@ -1,6 +1,23 @@
 import pytest
 
-from mapreuse.maps import _blocked
+from mapreuse.maps import _blocked, _in_c
+
+CORES = {"any C": 0, "AVX2": 1, "AVX512": 2, "PyTorch": None}
+"""The cores in C by their newest instructions; a processor that lacks them computes with older ones."""
+
+
+@pytest.fixture(scope="module", autouse=True, params=CORES)
+def core(request):
+    """Everything is computed by every core, also by the twin in PyTorch of those in C."""
+    newest = CORES[request.param]
+    if newest is not None and _in_c.library() is None:
+        pytest.skip("the package was installed without a C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if newest is None:
+            patch.setattr(_in_c, "library", lambda: None)
+        else:
+            patch.setattr(_in_c, "_NEWEST", newest)
+        yield request.param
 
 
 @pytest.fixture(scope="module", autouse=True)

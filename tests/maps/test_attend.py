@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case, on_leaves, with_gradients
 
-from mapreuse.maps import attend
+from mapreuse.maps import DenseMap, RelativePositions, attend
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -209,14 +209,41 @@ def test_a_map_that_nobody_reads_is_not_kept_for_the_backward_pass():
     assert sum(saved) < 130 * 130
 
 
+def padded(is_causal, relative, bias=None):
+    """Two items, 130 and 40 long."""
+    case = make_case(
+        batch=2, heads=2, num_queries=130, num_keys=130, is_causal=is_causal, relative=relative, bias=bias
+    )
+    real = torch.arange(130) < torch.tensor([[130], [40]])
+    return replace(case.scores, mask=real[:, None, :, None] & real[:, None, None, :]), case.values
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
-def test_nothing_is_computed_of_padding(monkeypatch, keep, is_causal, relative):
-    """Two items, 130 and 40 long: as many products of a query and a key as there are of real ones, by blocks."""
-    case = make_case(batch=2, heads=1, num_queries=130, num_keys=130, is_causal=is_causal, relative=relative)
-    real = torch.arange(130) < torch.tensor([[130], [40]])
-    masked = replace(case.scores, mask=(real[:, None, :, None] & real[:, None, None, :]))
+def test_what_stands_in_padding_is_never_read(keep, is_causal, relative):
+    scores, values = padded(is_causal, relative, "heads")
+    expected = defined_map(scores)
+    context_expected = expected @ values
+    spoilt = [scores.query, scores.key, values] + ([scores.relative.query] if relative else [])
+    for tensor in spoilt:
+        tensor[1, :, 40:] = float("nan")
+    scores.bias[1, :, 40:] = scores.bias[1, :, :, 40:] = float("nan")
+    with torch.no_grad():
+        context, weights = attend(scores, values, keep=True if not relative else keep)
+    torch.testing.assert_close(context, context_expected, **CLOSE)
+    if weights is not None:
+        torch.testing.assert_close(weights, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("relative", [True, False])
+def test_the_core_in_pytorch_multiplies_nothing_of_padding(core, monkeypatch, keep, is_causal, relative):
+    """As many products of a query and a key as there are of real ones, by blocks."""
+    if core != "PyTorch":
+        pytest.skip("products in C cannot be counted")
+    scores, values = padded(is_causal, relative)
     products, bmm = [], torch.bmm
 
     def counting(a, b, *, out):
@@ -225,12 +252,40 @@ def test_nothing_is_computed_of_padding(monkeypatch, keep, is_causal, relative):
 
     monkeypatch.setattr(torch, "bmm", counting)
     with torch.no_grad():
-        context, weights = attend(masked, case.values, keep=True if not relative else keep)
-    monkeypatch.undo()
-    expected = defined_map(masked)
-    torch.testing.assert_close(context, expected @ case.values, **CLOSE)
-    assert weights is None or (weights[1, :, 40:] == 0).all()
+        attend(scores, values, keep=True if not relative else keep)
     wanted = 48 * 48 + 48 * 96 + 34 * 130 + 40 * 40 if is_causal else 130 * 130 + 40 * 40
     if relative:  # positional products span the distances of a block, rows − 1 more than its keys
         wanted += wanted + 2 * 48 * 47 + 34 * 33 + 40 * 39
-    assert sum(products) == wanted
+    assert sum(products) == 2 * wanted
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 129, 300])
+@pytest.mark.parametrize("value_dim", [1, 16, 64, 70, 130])
+@pytest.mark.parametrize("dim", [1, 36, 64])
+def test_sizes_that_no_tile_divides(length, value_dim, dim):
+    case = make_case(batch=1, num_queries=length, relative=True)
+    scale = dim**-0.5
+    query, key, relative_query = (torch.randn(1, 3, length, dim) for _ in range(3))
+    relative = RelativePositions(relative_query, torch.randn(1, 3, 2 * length - 1, dim))
+    scores = replace(case.scores, query=query, key=key, scaling=scale, relative=relative)
+    values = torch.randn(1, 3, length, value_dim)
+    with torch.no_grad():
+        context, weights = attend(scores, values, keep=True)
+        applied = DenseMap(weights).apply(values, ((1, 0), (2, 1), (1, 2)))
+    expected = defined_map(scores)
+    torch.testing.assert_close(weights, expected, **CLOSE)
+    torch.testing.assert_close(context, expected @ values, **CLOSE)
+    torch.testing.assert_close(applied, expected[:, [1, 2, 1]] @ values, **CLOSE)
+
+
+def test_several_threads_compute_what_one_does():
+    scores, values = padded(False, True)
+    threads, found = torch.get_num_threads(), []
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(attend(scores, values, keep=True))
+    torch.set_num_threads(threads)
+    for context, weights in found[1:]:
+        assert torch.equal(context, found[0][0])
+        assert torch.equal(weights, found[0][1])

@@ -1,27 +1,18 @@
-"""The softmax of a block in C, and its twin in PyTorch, against PyTorch's softmax in float64."""
-
-import shutil
+"""The softmax of a block, by every core, against PyTorch's softmax in float64."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mapreuse.maps import _rows
 from mapreuse.maps._rows import softmax_of_sum
 
 
-@pytest.fixture(params=["in C", "in PyTorch"])
-def way(request, monkeypatch):
-    if request.param == "in PyTorch":
-        monkeypatch.setattr(_rows, "_in_c", lambda: None)
-    elif not _rows.is_built():
-        pytest.skip("the package was installed without a C compiler")
-    return request.param
-
-
-def test_it_is_built_wherever_there_is_a_compiler():
-    assert _rows.is_built() or shutil.which("cc") is None
+@pytest.fixture(autouse=True, scope="module")
+def _without_a_tape():
+    """Where gradients are needed, softmax is PyTorch's."""
+    with torch.no_grad():
+        yield
 
 
 def slanted(heads, rows, keys):
@@ -40,19 +31,16 @@ def slanted(heads, rows, keys):
     in_place=st.booleans(),
 )
 def test_rows_are_the_softmax_of_the_sum(heads, rows, keys, spread, with_addend, in_place):
-    for in_c in (_rows._in_c(), None):
-        scores = torch.randn(heads, rows, keys) * spread
-        addend = slanted(heads, rows, keys) if with_addend else None
-        expected = (scores if addend is None else scores + addend).double().softmax(-1)
-        # A place between the rows of a larger map, or the scores' own.
-        out = scores if in_place else torch.full((heads, rows + 2, keys + 3), 7.0)[:, 1:-1, :keys]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_rows, "_in_c", lambda in_c=in_c: in_c)
-            softmax_of_sum(scores, addend, out)
-        torch.testing.assert_close(out.double(), expected, atol=1e-9, rtol=1e-4)
+    scores = torch.randn(heads, rows, keys) * spread
+    addend = slanted(heads, rows, keys) if with_addend else None
+    expected = (scores if addend is None else scores + addend).double().softmax(-1)
+    # A place between the rows of a larger map, or the scores' own.
+    out = scores if in_place else torch.full((heads, rows + 2, keys + 3), 7.0)[:, 1:-1, :keys]
+    softmax_of_sum(scores, addend, out)
+    torch.testing.assert_close(out.double(), expected, atol=1e-9, rtol=1e-4)
 
 
-def test_nothing_beside_the_place_is_touched(way):
+def test_nothing_beside_the_place_is_touched():
     whole = torch.full((2, 5, 40), 7.0)
     softmax_of_sum(torch.randn(2, 3, 33), slanted(2, 3, 33), whole[:, 1:4, :33])
     assert (whole[:, 1:4, :33] < 1).all()
@@ -60,7 +48,7 @@ def test_nothing_beside_the_place_is_touched(way):
     assert (whole == 7).all()
 
 
-def test_ordinary_scores_are_good_to_two_millionths(way):
+def test_ordinary_scores_are_good_to_two_millionths():
     scores = torch.randn(2, 64, 2000) * 3
     expected = scores.double().softmax(-1)
     softmax_of_sum(scores, None, scores)
@@ -68,7 +56,7 @@ def test_ordinary_scores_are_good_to_two_millionths(way):
     assert (scores.double().sum(-1) - 1).abs().max() < 1e-5
 
 
-def test_what_is_masked_gets_exactly_nothing_and_a_row_without_keys_is_even(way):
+def test_what_is_masked_gets_exactly_nothing_and_a_row_without_keys_is_even():
     least = torch.finfo(torch.float32).min
     scores = torch.tensor([[[1.0, least, 2.0, float("-inf")], [least] * 4]])
     softmax_of_sum(scores, None, scores)
@@ -76,7 +64,7 @@ def test_what_is_masked_gets_exactly_nothing_and_a_row_without_keys_is_even(way)
     torch.testing.assert_close(scores[0, 1], torch.full((4,), 0.25))
 
 
-def test_a_score_that_is_not_a_number_shows(way):
+def test_a_score_that_is_not_a_number_shows():
     scores = torch.zeros(1, 2, 20)
     scores[0, 1, 5] = float("nan")
     softmax_of_sum(scores, None, scores)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mapreuse.maps import _in_c
 from mapreuse.maps._attend import attend
 from mapreuse.maps._blocked import Block, blocked
 from mapreuse.maps._map import AttentionMap, DenseMap, RecomputedMap
@@ -61,6 +62,8 @@ def _compressed(scores: Scores, values: Tensor, strategy: str, dropout_p: float)
     dtype, greatest = _LEVELS[strategy]
     levels = torch.empty(scores.shape, dtype=dtype, device=values.device)
     scales = values.new_zeros(*scores.shape[:3], 1)
+    if dropout_p == 0.0 and _in_c.computes(scores, values):
+        return _in_c.compute(scores, values, levels, scales), DenseMap(levels, scales, scores.extents)
     for item, (rows, _) in enumerate(scores.extents):
         levels[item, :, rows:] = 0
 

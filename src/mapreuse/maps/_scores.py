@@ -70,12 +70,15 @@ class Scores:
         return tuple(zip(*ends, strict=True))
 
     @property
+    def factors(self) -> list[Tensor]:
+        """The tensors whose products scores are."""
+        relative = self.relative
+        return [self.query, self.key] if relative is None else [self.query, self.key, relative.query, relative.key]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept to compute the scores again."""
-        tensors = [self.query, self.key]
-        if self.relative is not None:
-            tensors += [self.relative.query, self.relative.key]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.factors)
 
     def to(self, dtype: torch.dtype) -> Scores:
         """The same scores in another floating-point type; a bias beyond its range becomes the lowest number in it."""

@@ -1,0 +1,168 @@
+/* The arithmetic of _core.c for one set of vector instructions; included once for each, with
+
+       NAME(x)   the function x for this set
+       TARGET    the attribute that allows its instructions
+       LANES     floats of a vector
+       ROWS      rows of a tile, and
+       VECTORS   vectors of each, whose sums stay in registers: ROWS x VECTORS of them. */
+
+#define WIDTH (LANES * VECTORS)
+
+typedef float NAME(vector) __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+/* sums[r][:] = sum over k of rows[r][k] * columns[k][:], k < depth; `columns` is one packed panel. */
+TARGET static inline __attribute__((always_inline)) void NAME(tile)(const float *const rows[ROWS],
+                                                                    const float *columns, int64_t depth,
+                                                                    NAME(vector) sums[ROWS][VECTORS])
+{
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++)
+            sums[r][v] = (NAME(vector)){0};
+    for (int64_t k = 0; k < depth; k++, columns += WIDTH) {
+        NAME(vector) column[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
+            column[v] = *(const NAME(vector) *)(columns + v * LANES);
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++)
+                sums[r][v] += column[v] * rows[r][k];
+    }
+}
+
+/* scores[i][place + i * slant + c] = (or, with `add`, +=) query[i] . column c of the packed keys, for every panel that
+   holds a column that ends between the scores' columns 0 and `keys`. With a slant of 1 a row's columns start one
+   further than those of the row before: what relative positions ask for. Columns outside reach into the margins. */
+TARGET static void NAME(products)(const float *query, int64_t num_rows, int64_t dim, const float *packed,
+                                  int64_t num_panels, float *scores, int64_t stride, int64_t place, int64_t slant,
+                                  int64_t keys, int add)
+{
+    for (int64_t panel = 0; panel < num_panels; panel++) {
+        const float *columns = packed + panel * dim * WIDTH;
+        for (int64_t first = 0; first < num_rows; first += ROWS) {
+            int64_t count = num_rows - first < ROWS ? num_rows - first : ROWS;
+            int64_t start = place + panel * WIDTH + first * slant;
+            if (start >= keys || start + (count - 1) * slant + WIDTH <= 0)
+                continue;
+            const float *rows[ROWS];
+            for (int64_t r = 0; r < ROWS; r++)
+                rows[r] = query + (first + (r < count ? r : count - 1)) * dim;
+            NAME(vector) sums[ROWS][VECTORS];
+            NAME(tile)(rows, columns, dim, sums);
+            for (int r = 0; r < ROWS; r++) {
+                if (r >= count)
+                    break;
+                float *out = scores + (first + r) * stride + start + r * slant;
+                for (int v = 0; v < VECTORS; v++) {
+                    NAME(vector) *at = (NAME(vector) *)(out + v * LANES);
+                    if (add)
+                        sums[r][v] += *at;
+                    *at = sums[r][v];
+                }
+            }
+        }
+    }
+}
+
+/* context[i][:] += weights[i][k] * values[k][:], of one packed panel of values; k < depth. */
+TARGET static void NAME(contexts)(const float *weights, int64_t stride, int64_t num_rows, const float *values,
+                                  int64_t depth, float *context, int64_t context_stride, int is_first)
+{
+    for (int64_t first = 0; first < num_rows; first += ROWS) {
+        int64_t count = num_rows - first < ROWS ? num_rows - first : ROWS;
+        const float *rows[ROWS];
+        for (int64_t r = 0; r < ROWS; r++)
+            rows[r] = weights + (first + (r < count ? r : count - 1)) * stride;
+        NAME(vector) sums[ROWS][VECTORS];
+        NAME(tile)(rows, values, depth, sums);
+        for (int r = 0; r < ROWS; r++) {
+            if (r >= count)
+                break;
+            for (int v = 0; v < VECTORS; v++) {
+                NAME(vector) *at = (NAME(vector) *)(context + (first + r) * context_stride + v * LANES);
+                if (!is_first)
+                    sums[r][v] += *at;
+                *at = sums[r][v];
+            }
+        }
+    }
+}
+
+/* row = e^(row + addend - most), where most is the greatest of row + addend; returns the sum. Places that `allowed`
+   excludes become 0; a row without any other is all 0, and so is its sum. */
+TARGET static float NAME(exponentials)(float *row, const float *addend, const uint8_t *allowed, int64_t keys)
+{
+    float most = -FLT_MAX;
+    if (addend)
+#pragma omp simd reduction(max : most)
+        for (int64_t j = 0; j < keys; j++) {
+            row[j] += addend[j];
+            most = row[j] > most ? row[j] : most;
+        }
+    else
+#pragma omp simd reduction(max : most)
+        for (int64_t j = 0; j < keys; j++)
+            most = row[j] > most ? row[j] : most;
+    if (allowed) {
+        most = -FLT_MAX;
+#pragma omp simd reduction(max : most)
+        for (int64_t j = 0; j < keys; j++) {
+            row[j] = allowed[j] ? row[j] : -INFINITY;
+            most = row[j] > most ? row[j] : most;
+        }
+    }
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < keys; j++) {
+        float weight = exp_of_negative(row[j] - most);
+        row[j] = weight;
+        sum += weight;
+    }
+    return sum;
+}
+
+TARGET static void NAME(scaled)(const float *row, float scale, float *out, int64_t count)
+{
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++)
+        out[j] = row[j] * scale;
+}
+
+/* Numbers from 0 to 1, in 255ths or in half precision; returns the sum of what is stored. */
+TARGET static float NAME(to_bytes)(const float *row, uint8_t *out, int64_t count)
+{
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; j++) {
+        int32_t number = (int32_t)(row[j] * 255.0f + 0.5f);
+        out[j] = (uint8_t)number;
+        sum += number;
+    }
+    return (float)sum;
+}
+
+TARGET static void NAME(from_bytes)(const uint8_t *row, float *out, int64_t count)
+{
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++)
+        out[j] = (float)row[j];
+}
+
+TARGET static float NAME(to_halves)(const float *row, uint16_t *out, int64_t count)
+{
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; j++) {
+        uint16_t half = half_of(row[j]);
+        out[j] = half;
+        sum += float_of(half);
+    }
+    return sum;
+}
+
+TARGET static void NAME(from_halves)(const uint16_t *row, float *out, int64_t count)
+{
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++)
+        out[j] = float_of(row[j]);
+}
+
+#undef WIDTH
