@@ -49,6 +49,16 @@ def errors(family: str, plan: mr.ReusePlan) -> tuple[dict[tuple[str, str], float
     return found, disagreement(untouched.last_hidden_state, reference, rows)
 
 
+@torch.no_grad()
+def rounding(family: str) -> float:
+    """Disagreement of the untouched model with itself in float64: less cannot be asked of anything in float32."""
+    model, batch = _built(family, "eager")
+    output = model(**batch)
+    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    reference = defined_output(copy.deepcopy(model).double(), exact, PLANS["full"])
+    return disagreement(output.last_hidden_state.double(), reference, valid_rows(model, batch, output))
+
+
 def table() -> str:
     """Worst disagreement of each family under each plan; the last column is the least that reuse moved the output."""
     lines = ["".join([f"{'family':30}", *(f"{name:>14}" for name in PLANS), f"{'moved':>14}"])]

@@ -11,6 +11,7 @@ from families import FAMILIES, SIZE, build
 from oracle import defined_output, disagreement, valid_rows
 
 import mapreuse as mr
+from mapreuse.maps import _blocked
 
 REUSING = {name: plan for name, plan in PLANS.items() if name != "full"}
 
@@ -18,7 +19,16 @@ REUSING = {name: plan for name, plan in PLANS.items() if name != "full"}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_that_reuses_nothing_changes_no_output(family):
     errors, _ = agreement.errors(family, PLANS["full"])
-    assert max(errors.values()) <= 1e-5, errors
+    assert max(errors.values()) <= max(1e-5, agreement.rounding(family)), errors
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", ["parakeet", "wav2vec2-conformer-relative", "bert", "llama"])
+def test_the_cores_of_long_inputs_agree_too(monkeypatch, family, plan):
+    """These inputs are so short that their maps are computed in one product, unless none counts as short."""
+    monkeypatch.setattr(_blocked, "_SHORT", 0)
+    errors, _ = agreement.errors.__wrapped__(family, PLANS[plan])
+    assert max(errors.values()) <= (1e-5 if plan == "full" else 1e-4), errors
 
 
 @pytest.mark.parametrize("plan", REUSING)
@@ -117,15 +127,21 @@ def test_local_layers_share_with_local_layers(layer_types):
 def test_mixed_precision_stays_near_full_precision(family, implementation, strategy, grad_mode):
     """Under autocast, sums and rotations come in float32 and projections in bfloat16."""
     model, batch = build(family, implementation=implementation)
+    untouched = lost_in_mixed_precision(model, batch, grad_mode)
+    if untouched > 0.1:
+        pytest.skip(f"on this processor, mixed precision moves the untouched model by {untouched:.0%}")
     mr.apply(model, PLANS["in part"], strategy=strategy)
+    assert lost_in_mixed_precision(model, batch, grad_mode) < 0.1
+
+
+def lost_in_mixed_precision(model, batch, grad_mode):
     with torch.no_grad():
         exact = model(**batch)
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad_mode):
-        mixed = model(**batch).last_hidden_state
+        mixed = model(**batch).last_hidden_state.detach()
     assert mixed.isfinite().all()
     rows = valid_rows(model, batch, exact)
-    typical = (mixed - exact.last_hidden_state)[rows].abs().mean() / exact.last_hidden_state[rows].abs().mean()
-    assert typical < 0.1
+    return ((mixed - exact.last_hidden_state)[rows].abs().mean() / exact.last_hidden_state[rows].abs().mean()).item()
 
 
 @pytest.mark.parametrize("family", ["parakeet", "bert", "llama"])

@@ -37,27 +37,24 @@ def attend(
         buffer: memory for the map, of its shape and dtype, to be overwritten; used only where no gradient is
             needed.
     """
-    short = is_short(*scores.shape[-2:])
-    in_c = not short and dropout_p == 0.0 and _in_c.computes(scores, values)
-    if not keep and scores.relative is None and not in_c:
+    if not keep and scores.relative is None:
         return _fused(scores, values, dropout_p), None
     if torch.compiler.is_compiling():
         weights = softmax(scores)
         return drop(weights, dropout_p) @ values, weights if keep else None
-    if short:
+    if is_short(*scores.shape[-2:]):
         weights = softmax(scores) if buffer is None or torch.is_grad_enabled() else buffer.copy_(softmax(scores))
         context = (drop(weights, dropout_p) @ values).transpose(1, 2).contiguous().transpose(1, 2)
         return context, weights if keep else None
-    dropout = BlockDropout.drawn(dropout_p)
     if torch.is_grad_enabled():
-        return blocked_with_gradients(scores, values, keep=keep, dropout=dropout)
-    weights = None
+        return blocked_with_gradients(scores, values, keep=keep, dropout=BlockDropout.drawn(dropout_p))
+    kept = None
     if keep:
-        weights = values.new_empty(scores.shape) if buffer is None else buffer
-    if in_c:
-        return _in_c.compute(scores, values, weights), weights
-    map_of = Block.compute_map if weights is None else keeping(scores, weights)
-    return blocked(scores, values, map_of, dropout), weights
+        kept = values.new_empty(scores.shape) if buffer is None else buffer
+    if dropout_p == 0.0 and _in_c.computes(scores, values):
+        return _in_c.compute(scores, values, kept), kept
+    map_of = Block.compute_map if kept is None else keeping(scores, kept)
+    return blocked(scores, values, map_of, BlockDropout.drawn(dropout_p)), kept
 
 
 def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:

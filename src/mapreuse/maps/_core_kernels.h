@@ -10,15 +10,19 @@
 
 typedef float NAME(vector) __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-/* sums[r][:] = sum over k of rows[r][k] * columns[k][:], k < depth; `columns` is one packed panel. */
+/* sums[r][:] = sum over k of rows[r][k] * columns[k][:], k < depth; `columns` is one packed panel. What stands `ahead`
+   of the rows is fetched meanwhile. */
 TARGET static inline __attribute__((always_inline)) void NAME(tile)(const float *const rows[ROWS],
-                                                                    const float *columns, int64_t depth,
+                                                                    const float *columns, int64_t depth, int64_t ahead,
                                                                     NAME(vector) sums[ROWS][VECTORS])
 {
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++)
             sums[r][v] = (NAME(vector)){0};
     for (int64_t k = 0; k < depth; k++, columns += WIDTH) {
+        if (ahead && k % 16 == 0)
+            for (int r = 0; r < ROWS; r++)
+                __builtin_prefetch(rows[r] + k + ahead, 0, 2);
         NAME(vector) column[VECTORS];
         for (int v = 0; v < VECTORS; v++)
             column[v] = *(const NAME(vector) *)(columns + v * LANES);
@@ -46,7 +50,7 @@ TARGET static void NAME(products)(const float *query, int64_t num_rows, int64_t 
             for (int64_t r = 0; r < ROWS; r++)
                 rows[r] = query + (first + (r < count ? r : count - 1)) * dim;
             NAME(vector) sums[ROWS][VECTORS];
-            NAME(tile)(rows, columns, dim, sums);
+            NAME(tile)(rows, columns, dim, 0, sums);
             for (int r = 0; r < ROWS; r++) {
                 if (r >= count)
                     break;
@@ -72,7 +76,7 @@ TARGET static void NAME(contexts)(const float *weights, int64_t stride, int64_t 
         for (int64_t r = 0; r < ROWS; r++)
             rows[r] = weights + (first + (r < count ? r : count - 1)) * stride;
         NAME(vector) sums[ROWS][VECTORS];
-        NAME(tile)(rows, values, depth, sums);
+        NAME(tile)(rows, values, depth, DEPTH, sums);
         for (int r = 0; r < ROWS; r++) {
             if (r >= count)
                 break;

@@ -218,7 +218,7 @@ def softmax_of_sum(scores: Tensor, addend: Tensor | None, out: Tensor) -> None:
     found = library()
     assert found is not None
     strides = c_int64 * 2
-    memory: list[c_void_p | None | ctypes.Array[c_int64]] = []
+    memory: list[c_void_p | ctypes.Array[c_int64] | None] = []
     for tensor in (scores, addend, out):
         memory += [None, None] if tensor is None else [c_void_p(tensor.data_ptr()), strides(*tensor.stride()[:2])]
     found.mapreuse_softmax_of_sum(*memory, *map(c_int64, (*scores.shape, torch.get_num_threads(), _NEWEST)))
