@@ -24,6 +24,7 @@ from transformers import (
 
 import mapreuse as mr
 from mapreuse import cli
+from mapreuse.maps import CORE_IN_C, _blocked
 from mapreuse.measure import (
     PARTS,
     BreakdownConfig,
@@ -229,6 +230,30 @@ def test_a_phase_of_the_core_lasts_from_its_operator_to_the_next_ones():
         (3, "softmax"): 80,
         (3, "context"): 100,
     }
+
+
+def test_a_core_in_c_is_divided_as_it_measured_itself():
+    """Two threads were busy for 60 and 30 of a hundred, so that shares count, not seconds."""
+    steps = [("aten::add", [[4, 100, 8], [4, 1, 8]], 1), (CORE_IN_C, [], 90), ("aten::view", [[4, 100, 8]], 3)]
+    phases = {"positional_scores": 60e-9, "scores": 60e-9, "softmax": 30e-9, "context": 30e-9}
+    assert nanoseconds(core_events(*steps), cores=[phases]) == {
+        (None, "rest"): 15,
+        (3, "query"): 1,
+        (3, "positional_scores"): 30,
+        (3, "scores"): 30,
+        (3, "softmax"): 15,
+        (3, "context"): 18,
+    }
+
+
+def test_cores_in_c_have_their_own_phases_too(monkeypatch):
+    monkeypatch.setattr(_blocked, "_SHORT", 0)
+    encoders = encoders_to_compare(encoder(), ("ours",), plans="2x1")
+    (found,) = breakdown(encoders, BreakdownConfig((FRAMES,), repeats=1))
+    computing, reusing = found.layers
+    for part in ("positional_scores", "scores", "softmax", "context"):
+        assert computing.parts[part].seconds > 0
+        assert (reusing.parts[part].seconds > 0) == (part == "context")
 
 
 def test_operators_inside_operators_count_once():

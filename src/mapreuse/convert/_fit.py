@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.convert._batches import calibration_batches, check_precision
-from mapreuse.models import Layer, MapRecorder, find_stack, output_projection, plan_of, value_projection, with_projections
+from mapreuse.models import (
+    Layer,
+    MapRecorder,
+    find_stack,
+    output_projection,
+    plan_of,
+    value_projection,
+    with_projections,
+)
 
 logger = logging.getLogger("mapreuse")
 

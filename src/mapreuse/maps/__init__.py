@@ -3,11 +3,13 @@
 from mapreuse.maps._attend import attend
 from mapreuse.maps._carrying import STRATEGIES, compute
 from mapreuse.maps._choice import Choice, Demand, choose
+from mapreuse.maps._in_c import CORE_IN_C, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._shared import SharedMaps
 
 __all__ = [
+    "CORE_IN_C",
     "STRATEGIES",
     "AttentionMap",
     "Choice",
@@ -21,4 +23,5 @@ __all__ = [
     "attend",
     "choose",
     "compute",
+    "recorded_phases",
 ]

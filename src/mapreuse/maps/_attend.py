@@ -50,7 +50,7 @@ def attend(
         return blocked_with_gradients(scores, values, keep=keep, dropout=BlockDropout.drawn(dropout_p))
     kept = None
     if keep:
-        kept = values.new_empty(scores.shape) if buffer is None else buffer
+        kept = _in_c.map_memory(scores, values.dtype) if buffer is None else buffer
     if dropout_p == 0.0 and _in_c.computes(scores, values):
         return _in_c.compute(scores, values, kept), kept
     map_of = Block.compute_map if kept is None else keeping(scores, kept)

@@ -60,7 +60,7 @@ def nbytes(strategy: str, scores: Scores) -> int:
 
 def _compressed(scores: Scores, values: Tensor, strategy: str, dropout_p: float) -> tuple[Tensor, DenseMap]:
     dtype, greatest = _LEVELS[strategy]
-    levels = torch.empty(scores.shape, dtype=dtype, device=values.device)
+    levels = _in_c.map_memory(scores, dtype)
     scales = values.new_zeros(*scores.shape[:3], 1)
     if dropout_p == 0.0 and _in_c.computes(scores, values):
         return _in_c.compute(scores, values, levels, scales), DenseMap(levels, scales, scores.extents)

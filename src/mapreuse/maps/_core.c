@@ -5,9 +5,16 @@
 
 #include <float.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define MOST_WIDTH 64 /* columns of the widest panel */
 #define MARGIN 80     /* columns before and after a row of scores that slanted tiles may reach into */
@@ -43,6 +50,7 @@ typedef struct {
     map weights; /* receives the map, `width` columns of it, those beyond `keys` being zero */
     int64_t width;
     int64_t rows_at_a_time, threads, newest;
+    double *seconds; /* null, or receives those of all threads by phase: positions, content, softmax, context */
 } computing;
 
 /* The arguments of one reusing layer's core. */
@@ -102,6 +110,7 @@ typedef struct {
     void (*contexts)(const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, int);
     float (*exponentials)(float *, const float *, const uint8_t *, int64_t);
     void (*scaled)(const float *, float, float *, int64_t);
+    void (*streamed)(const float *, float, float *, int64_t);
     float (*to_bytes)(const float *, uint8_t *, int64_t);
     void (*from_bytes)(const uint8_t *, float *, int64_t);
     float (*to_halves)(const float *, uint16_t *, int64_t);
@@ -110,8 +119,8 @@ typedef struct {
 
 #define KERNELS                                                                                                       \
     {                                                                                                                 \
-        LANES *VECTORS, NAME(products), NAME(contexts), NAME(exponentials), NAME(scaled), NAME(to_bytes),             \
-            NAME(from_bytes), NAME(to_halves), NAME(from_halves)                                                      \
+        LANES *VECTORS, NAME(products), NAME(contexts), NAME(exponentials), NAME(scaled), NAME(streamed),             \
+            NAME(to_bytes), NAME(from_bytes), NAME(to_halves), NAME(from_halves)                                      \
     }
 
 #if defined(__x86_64__)
@@ -120,6 +129,7 @@ typedef struct {
 #define LANES 16
 #define ROWS 6
 #define VECTORS 4
+#define STREAM(out, vector) _mm512_stream_ps(out, (__m512)(vector))
 #include "_core_kernels.h"
 static const instructions avx512 = KERNELS;
 #undef NAME
@@ -127,12 +137,14 @@ static const instructions avx512 = KERNELS;
 #undef LANES
 #undef ROWS
 #undef VECTORS
+#undef STREAM
 
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define ROWS 6
 #define VECTORS 2
+#define STREAM(out, vector) _mm256_stream_ps(out, (__m256)(vector))
 #include "_core_kernels.h"
 static const instructions avx2 = KERNELS;
 #undef NAME
@@ -140,6 +152,7 @@ static const instructions avx2 = KERNELS;
 #undef LANES
 #undef ROWS
 #undef VECTORS
+#undef STREAM
 #endif
 
 #define NAME(x) x##_any
@@ -172,6 +185,19 @@ static int64_t panels(int64_t columns, int64_t width)
 static int64_t least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+/* Asks for pages of megabytes, where the system has them: fresh memory costs a fault for every page, and there are
+   tens of thousands of the small ones in a long input's map. */
+void mapreuse_advise(void *start, int64_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    uintptr_t page = 4096, first = ((uintptr_t)start + page - 1) / page * page, end = (uintptr_t)start + bytes;
+    if (end > first)
+        madvise((void *)first, (end - first) / page * page, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
 }
 
 static float *memory(int64_t floats)
@@ -228,7 +254,7 @@ static void keep(const instructions *on, const computing *layer, int64_t head, i
     float total = sum;
     if (to->type == FLOAT) {
         float *out = (float *)to->data + place;
-        on->scaled(weights, sum > 0.0f ? 1.0f / sum : 0.0f, out, keys);
+        on->streamed(weights, sum > 0.0f ? 1.0f / sum : 0.0f, out, keys);
         memset(out + keys, 0, rest * sizeof *out);
         return;
     }
@@ -248,10 +274,21 @@ typedef struct {
     const float *keys, *distances, *values; /* packed, of one head */
 } packed;
 
+enum { POSITIONS, CONTENT, SOFTMAX, CONTEXT, PHASES };
+
+static void phase_ended(double *seconds, int phase, double *since)
+{
+    double now = omp_get_wtime();
+    seconds[phase] += now - *since;
+    *since = now;
+}
+
 /* Rows first ... first + count - 1 of one head. */
 static void compute_rows(const instructions *on, const computing *layer, const packed *operands, int64_t head,
-                         int64_t first, int64_t count, float *query, float *scores, int64_t stride, float *context)
+                         int64_t first, int64_t count, float *query, float *scores, int64_t stride, float *context,
+                         double *seconds)
 {
+    double since = omp_get_wtime();
     int64_t width = on->width, dim = layer->dim;
     int64_t keys = layer->is_causal ? least(layer->keys, first + count) : layer->keys;
     float *row_scores = scores + MARGIN;
@@ -260,11 +297,13 @@ static void compute_rows(const instructions *on, const computing *layer, const p
             on->scaled(at(&layer->relative_query, head, first + i), layer->scaling, query + i * dim, dim);
         on->products(query, count, dim, operands->distances, panels(2 * layer->num_keys - 1, width), row_scores, stride,
                      first - (layer->num_keys - 1), 1, keys, 0);
+        phase_ended(seconds, POSITIONS, &since);
     }
     for (int64_t i = 0; i < count; i++)
         on->scaled(at(&layer->query, head, first + i), layer->scaling, query + i * dim, dim);
     on->products(query, count, dim, operands->keys, panels(layer->keys, width), row_scores, stride, 0, 0, keys,
                  operands->distances != 0);
+    phase_ended(seconds, CONTENT, &since);
 
     float sums[count];
     for (int64_t i = 0; i < count; i++) {
@@ -278,6 +317,7 @@ static void compute_rows(const instructions *on, const computing *layer, const p
         if (layer->weights.data)
             keep(on, layer, head, row, weights, sums[i], keys);
     }
+    phase_ended(seconds, SOFTMAX, &since);
 
     int64_t padded = panels(layer->value_dim, width) * width;
     for (int64_t start = 0; start < keys; start += DEPTH)
@@ -286,6 +326,7 @@ static void compute_rows(const instructions *on, const computing *layer, const p
     for (int64_t i = 0; i < count; i++)
         on->scaled(context + i * padded, sums[i] > 0.0f ? 1.0f / sums[i] : 0.0f,
                    at(&layer->context, head, first + i), layer->value_dim);
+    phase_ended(seconds, CONTEXT, &since);
 }
 
 /* Context, and map where it is asked for, of all heads and rows of one item. Returns 0, or 1 where memory is short. */
@@ -310,6 +351,7 @@ int mapreuse_compute(const computing *layer)
     {
         float *scores = memory(size * stride), *query = memory(size * dim);
         float *context = memory(size * value_panels * width);
+        double seconds[PHASES] = {0};
         failed |= !scores || !query || !context;
         if (!failed)
             memset(scores, 0, size * stride * sizeof *scores);
@@ -341,9 +383,12 @@ int mapreuse_compute(const computing *layer)
                 int64_t first = task % blocks * size;
                 if (!failed)
                     compute_rows(on, layer, &here, head + task / blocks, first, least(size, layer->rows - first), query,
-                                 scores, stride, context);
+                                 scores, stride, context, seconds);
             }
         }
+        for (int phase = 0; phase < PHASES && layer->seconds; phase++)
+#pragma omp atomic
+            layer->seconds[phase] += seconds[phase];
         free(scores);
         free(query);
         free(context);

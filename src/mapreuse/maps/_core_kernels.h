@@ -4,7 +4,8 @@
        TARGET    the attribute that allows its instructions
        LANES     floats of a vector
        ROWS      rows of a tile, and
-       VECTORS   vectors of each, whose sums stay in registers: ROWS x VECTORS of them. */
+       VECTORS   vectors of each, whose sums stay in registers: ROWS x VECTORS of them
+       STREAM    optional: stores a vector past the caches. */
 
 #define WIDTH (LANES * VECTORS)
 
@@ -127,6 +128,20 @@ TARGET static void NAME(scaled)(const float *row, float scale, float *out, int64
 {
 #pragma omp simd
     for (int64_t j = 0; j < count; j++)
+        out[j] = row[j] * scale;
+}
+
+/* The same past the caches, for what is read when they have long been filled with something else. */
+TARGET static void NAME(streamed)(const float *row, float scale, float *out, int64_t count)
+{
+    int64_t j = 0;
+#ifdef STREAM
+    for (; j < count && (uintptr_t)(out + j) % (LANES * sizeof *out); j++)
+        out[j] = row[j] * scale;
+    for (; j + LANES <= count; j += LANES)
+        STREAM(out + j, *(const NAME(vector) *)(row + j) * scale);
+#endif
+    for (; j < count; j++)
         out[j] = row[j] * scale;
 }
 

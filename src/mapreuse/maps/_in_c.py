@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
-from ctypes import c_float, c_int64, c_void_p
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from ctypes import c_double, c_float, c_int64, c_void_p
 from functools import cache
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 
 from mapreuse.maps._scores import Scores
 
@@ -20,6 +23,24 @@ _NEWEST = 2
 """Vector instructions: those that any processor has, AVX2, AVX512. The newest that the machine has are used."""
 _FEWEST_ROWS, _MOST_ROWS = 12, 48
 """Rows of one head that a thread computes at a time, whole tiles of six: fewer, and keys are read too often."""
+_LARGE = 1 << 23
+"""Bytes of a map from which its memory is asked for in large pages."""
+
+CORE_IN_C = "mapreuse core in C"
+"""Of the profiler, open while `recorded_phases` is and a computing layer's core runs."""
+_PHASES = ("positional_scores", "scores", "softmax", "context")
+_recorded: ContextVar[list[dict[str, float]] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recorded_phases() -> Iterator[list[dict[str, float]]]:
+    """While it lasts, and for this thread: seconds of all threads in every phase of each computing layer's core."""
+    found: list[dict[str, float]] = []
+    before = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(before)
 
 
 class _Matrices(ctypes.Structure):
@@ -75,6 +96,7 @@ class _Computing(ctypes.Structure):
         ("rows_at_a_time", c_int64),
         ("threads", c_int64),
         ("newest", c_int64),
+        ("seconds", c_void_p),
     )
 
 
@@ -130,7 +152,7 @@ def compute(
     """
     batch, heads, num_queries, num_keys = scores.shape
     context = values.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
-    relative = scores.relative
+    relative, phases = scores.relative, _recorded.get()
     for item, (rows, keys) in enumerate(scores.extents):
         context[item, :, rows:] = 0
         if weights is not None:
@@ -147,6 +169,7 @@ def compute(
         query, key, own = (_adjacent(tensor[item]) for tensor in (scores.query, scores.key, values))
         relative_query = None if relative is None else _adjacent(relative.query[item])
         relative_key = None if relative is None else _adjacent(_item(relative.key, item))
+        seconds = (c_double * len(_PHASES))()
         arguments = _Computing(
             heads=heads,
             rows=rows,
@@ -169,8 +192,12 @@ def compute(
             rows_at_a_time=_rows_at_a_time(rows, heads),
             threads=torch.get_num_threads(),
             newest=_NEWEST,
+            seconds=ctypes.addressof(seconds),
         )
-        _call("mapreuse_compute", arguments)
+        with nullcontext() if phases is None else _RecordFunctionFast(CORE_IN_C):
+            _call("mapreuse_compute", arguments)
+        if phases is not None:
+            phases.append(dict(zip(_PHASES, seconds, strict=True)))
     return context
 
 
@@ -211,6 +238,14 @@ def apply(
         )
         _call("mapreuse_apply", arguments)
     return context
+
+
+def map_memory(scores: Scores, dtype: torch.dtype) -> Float[Tensor, "batch heads query key"] | UInt8[Tensor, "..."]:
+    """Memory for a map of these scores; that of a long input comes in large pages, where the system has them."""
+    weights = torch.empty(scores.shape, dtype=dtype, device=scores.query.device)
+    if weights.device.type == "cpu" and weights.nbytes >= _LARGE and (found := library()) is not None:
+        found.mapreuse_advise(c_void_p(weights.data_ptr()), c_int64(weights.nbytes))
+    return weights
 
 
 def softmax_of_sum(scores: Tensor, addend: Tensor | None, out: Tensor) -> None:

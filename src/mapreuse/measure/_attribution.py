@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
 from transformers import ParakeetEncoder
 
+from mapreuse.maps import CORE_IN_C, recorded_phases
 from mapreuse.models import find_stack, plan_of
 
 _PREFIX = "mapreuse part "
@@ -96,11 +97,18 @@ class _Open:
 
 
 def attribute(
-    events: Iterable[Event], ranges: Sequence[Range], *, frames: int, head_dim: int, on_device: bool = False
+    events: Iterable[Event],
+    ranges: Sequence[Range],
+    *,
+    frames: int,
+    head_dim: int,
+    on_device: bool = False,
+    cores: Iterable[dict[str, float]] = (),
 ) -> Spent:
     """Seconds of each layer and part.
 
-    Every moment belongs to the innermost range that is open; inside a core, to the phase that was opened last.
+    Every moment belongs to the innermost range that is open; inside a core, to the phase that was opened last. A core
+    in C is one event: it is divided among its phases as it measured them itself.
 
     Args:
         events: ranges and operators of one thread, properly nested.
@@ -108,7 +116,9 @@ def attribute(
         frames: encoder frames T.
         head_dim: dimension d of a head.
         on_device: add up the time of kernels on the GPU, instead of the time that passes here.
+        cores: seconds by phase of every core in C, in their order.
     """
+    measured = iter(cores)
     spent: dict[tuple[int | None, str], int] = defaultdict(int)
     open_ranges: list[_Open] = []
     now = 0
@@ -130,6 +140,13 @@ def attribute(
         if event.range is not None:
             pass_time(event.start)
             open_ranges.append(_Open(ranges[event.range], event.end))
+        elif event.name == CORE_IN_C and open_ranges:
+            pass_time(event.start)
+            innermost, shares = open_ranges[-1], next(measured)
+            for phase, seconds in shares.items():
+                share = seconds / sum(shares.values())
+                spent[innermost.range.layer, phase] += round(share * (event.end - event.start))
+            now, innermost.part = event.end, "context"
         elif open_ranges:
             innermost = open_ranges[-1]
             phase = _phase(event, innermost.part, frames, head_dim) if innermost.range.is_core else None
@@ -177,6 +194,7 @@ def profiled_pass(encoder: ParakeetEncoder, features: Float[Tensor, "batch input
     with (
         _marked(encoder) as ranges,
         profile(activities=activities, record_shapes=True) as profiler,
+        recorded_phases() as cores,
         _RecordFunctionFast(f"{_PREFIX}0"),
     ):
         encoder(input_features=features)
@@ -191,6 +209,7 @@ def profiled_pass(encoder: ParakeetEncoder, features: Float[Tensor, "batch input
         frames=features.shape[1] // config.subsampling_factor,
         head_dim=config.hidden_size // config.num_attention_heads,
         on_device=on_device,
+        cores=cores,
     )
     if on_device:
         kernels = [event for event in seen if _is_kernel(event)]
