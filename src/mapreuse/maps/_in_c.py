@@ -240,7 +240,9 @@ def apply(
     return context
 
 
-def map_memory(scores: Scores, dtype: torch.dtype) -> Float[Tensor, "batch heads query key"] | UInt8[Tensor, "..."]:
+def map_memory(
+    scores: Scores, dtype: torch.dtype
+) -> Float[Tensor, "batch heads query key"] | UInt8[Tensor, "batch heads query key"]:
     """Memory for a map of these scores; that of a long input comes in large pages, where the system has them."""
     weights = torch.empty(scores.shape, dtype=dtype, device=scores.query.device)
     if weights.device.type == "cpu" and weights.nbytes >= _LARGE and (found := library()) is not None:

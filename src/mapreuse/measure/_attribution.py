@@ -143,9 +143,9 @@ def attribute(
         elif event.name == CORE_IN_C and open_ranges:
             pass_time(event.start)
             innermost, shares = open_ranges[-1], next(measured)
-            for phase, seconds in shares.items():
+            for part, seconds in shares.items():
                 share = seconds / sum(shares.values())
-                spent[innermost.range.layer, phase] += round(share * (event.end - event.start))
+                spent[innermost.range.layer, part] += round(share * (event.end - event.start))
             now, innermost.part = event.end, "context"
         elif open_ranges:
             innermost = open_ranges[-1]

@@ -105,7 +105,7 @@ def applied_to(model: nn.Module) -> dict[str, Applied]:
 
 
 def with_projections(model: nn.Module) -> nn.Module:
-    """The model, or, where its projections are no modules of their own, a copy that computes the same by such modules.
+    """The model, or, where its projections are no modules of their own, a copy that computes the same by some.
 
     That is so in a `torch.nn.TransformerEncoder` without a plan.
     """
