@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from map_cases import make_case
+from torch.utils.flop_counter import FlopCounterMode
 
 from mapreuse.maps import _in_c, attend, compute
 
@@ -29,6 +30,13 @@ def test_they_compute_where_nothing_stands_against_it(monkeypatch, strategy):
         compute(case.scores, case.values, strategy)[1].apply(case.values)
     reusing = "mapreuse_compute" if strategy == "recompute" else "mapreuse_apply"
     assert called == ["mapreuse_compute"] * 2 + [reusing] * 2  # once for each of two items
+
+
+def test_a_counter_of_flops_sees_the_products():
+    case = make_case(batch=1, heads=2, num_queries=100, relative=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        attend(case.scores, case.values, keep=True)
+    assert counter.get_total_flops() >= 2 * 2 * 100 * 100 * (4 + 4 + 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mapreuse.maps._scores import Scores
 
@@ -118,10 +119,14 @@ class _Applying(ctypes.Structure):
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the cores in C compute with these: they were built, and it is float32 on a CPU, without a tape."""
+    """Whether the cores in C compute with these: they were built, and it is float32 on a CPU, without a tape.
+
+    Where a dispatch mode is on (a counter of FLOPs, tensors without memory), it is to see operators of PyTorch.
+    """
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
         and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and library() is not None
     )
