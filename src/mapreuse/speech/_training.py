@@ -1,4 +1,3 @@
-import copy
 import json
 import math
 import shutil
@@ -16,7 +15,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mapreuse.convert import learning_rate, spent
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
@@ -29,8 +27,6 @@ from mapreuse.speech._recogniser import Recogniser
 from mapreuse.speech._synthesis import synthesise
 from mapreuse.speech._texts import further_texts, generate_texts
 from mapreuse.speech._unit_selection import concatenate
-
-_AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,7 @@ class TrainConfig:
     `speeds`, which moves its pitch; each batch is heard at one of `tempos`, which does not (its features are as much
     further apart).
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
-    divergence of every frame's distribution from the original's where `train` is given one. With `averaging` d, the
-    weights that are judged and kept are a running average of those trained, d · average + (1 − d) · weights after
-    every step (Polyak and Juditsky, 1992).
+    divergence of every frame's distribution from the original's where `train` is given one.
     `language_model` adds a language model of the training texts for the beam search.
     """
 
@@ -73,7 +67,6 @@ class TrainConfig:
     mask_spans_per_second: float = 0.7
     mask_span: int = 15
     distillation: float = 1.0
-    averaging: float = 0.0
     language_model: bool = False
     evaluate_every: int = 250
     patience: int = 20
@@ -88,8 +81,6 @@ class TrainConfig:
             raise ValueError(f"the budget must be positive: got steps={self.steps}, seconds={self.seconds}")
         if not all(0 < share <= 1 for share in self.real_share):
             raise ValueError(f"real_share must be two fractions above 0 and up to 1: got {self.real_share}")
-        if not 0 <= self.averaging < 1:
-            raise ValueError(f"averaging must be at least 0 and below 1: got {self.averaging}")
         if not self.tempos or min(self.tempos) <= 0 or (self.hop is not None and self.hop <= 0):
             raise ValueError(f"hop and tempos must be positive: got hop={self.hop}, tempos={self.tempos}")
 
@@ -213,13 +204,6 @@ class _Run:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.average: AveragedModel | None = None
-        self.judged = recogniser
-        if config.averaging:
-            average = get_ema_multi_avg_fn(config.averaging)
-            self.average = AveragedModel(recogniser.model, multi_avg_fn=average, use_buffers=True)
-            self.judged = copy.copy(recogniser)
-            self.judged.model = self.average.module
         self.model, self.optimizer = self.accelerator.prepare(recogniser.model, optimizer)
         if original is not None:
             original.model.to(self.accelerator.device).eval()
@@ -317,8 +301,6 @@ class _Run:
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.recogniser.model)
         return loss.item()
 
     def _divergence(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -341,7 +323,7 @@ class _Run:
         state = self.state
         line = {"step": state.step, "elapsed": round(state.elapsed, 1), "loss": round(loss, 4)}
         if len(self.corpus.dev):
-            scores = evaluate(self.judged, self.corpus.dev)
+            scores = evaluate(self.recogniser, self.corpus.dev)
             better = (scores.wer, scores.cer) < (state.best_wer, state.best_cer)
             state.stale = 0 if better else state.stale + 1
             state.finished |= state.stale >= self.config.patience
@@ -349,7 +331,7 @@ class _Run:
             if better:
                 state.best_wer, state.best_cer, state.best_step = scores.wer, scores.cer, state.step
         if not len(self.corpus.dev) or better:
-            self.judged.save(self.out_dir / "best")
+            self.recogniser.save(self.out_dir / "best")
         with (self.out_dir / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         return ", ".join(f"{name} {value}" for name, value in line.items())
@@ -362,9 +344,6 @@ class _Run:
         partial.mkdir()
         model = self.recogniser.model.state_dict()
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
-        if self.average is not None:
-            average = self.average.state_dict()
-            save_file({name: tensor.contiguous() for name, tensor in average.items()}, partial / _AVERAGE)
         moments = {
             f"{number}.{name}": value.contiguous()
             for number, values in self.optimizer.state_dict()["state"].items()
@@ -386,8 +365,6 @@ class _Run:
             raise ValueError(f"{self.out_dir} holds a run with other settings; choose another directory or delete it")
         self.state = _State(**saved["state"])
         self.recogniser.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
-        if self.average is not None:
-            self.average.load_state_dict(load_file(found[-1] / _AVERAGE))
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(found[-1] / "optimizer.safetensors").items():
             number, name = key.split(".")
