@@ -15,8 +15,9 @@ from mapreuse.convert._fit import _Sums, _Weights
 from mapreuse.models import MapRecorder, find_stack, output_projection
 
 
-def random_weights(heads, inputs, dim, width, *, with_bias=True):
+def random_weights(heads, inputs, dim, width, *, with_bias=True, maps=None):
     return _Weights(
+        maps or tuple(range(heads)),
         torch.randn(heads, inputs, dim).double(),
         torch.randn(heads, dim).double(),
         torch.randn(heads, dim, width).double(),
@@ -29,8 +30,8 @@ def outputs(weights, inputs):
     bias = 0 if weights.bias is None else weights.bias
     size = weights.values.shape[1]
     return bias + sum(
-        (inputs[:, h * size : (h + 1) * size] @ weights.values[h] + weights.value_bias[h]) @ weights.output[h]
-        for h in range(len(weights.values))
+        (inputs[:, m * size : (m + 1) * size] @ weights.values[h] + weights.value_bias[h]) @ weights.output[h]
+        for h, m in enumerate(weights.maps)
     )
 
 
@@ -72,14 +73,15 @@ def test_the_error_summed_over_contexts_is_that_of_the_outputs(with_bias):
     assert judged == pytest.approx(float(expected))
 
 
+@pytest.mark.parametrize("maps", [(0, 1), (0, 1, 1)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(with_bias):
+def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(with_bias, maps):
     torch.manual_seed(1)
-    start = random_weights(2, 5, 3, 4, with_bias=with_bias)
+    start = random_weights(len(maps), 5, 3, 4, with_bias=with_bias, maps=maps)
     inputs, targets = torch.randn(200, 10).double(), torch.randn(200, 4).double()
     sums = summed(start, inputs, targets, torch.zeros_like(targets))
     solved = sums._solve_values(start, start, sums._target, 0.05)
-    gram, product = inputs[:, 5:].mT @ inputs[:, 5:], start.output[1] @ start.output[1].mT
+    gram, product = inputs[:, 5:].mT @ inputs[:, 5:], start.output[-1] @ start.output[-1].mT
     strength = 0.05 * torch.linalg.eigvalsh(gram).mean() * torch.linalg.eigvalsh(product).mean()
 
     def penalised(values):
@@ -90,13 +92,13 @@ def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(
     assert least < penalised(start.values)
     for _ in range(20):
         change = torch.zeros_like(solved.values)
-        change[1] = 0.01 * torch.randn(5, 3).double()
+        change[-1] = 0.01 * torch.randn(5, 3).double()
         assert penalised(solved.values + change) > least
 
 
 def test_the_error_from_sums_is_the_error_of_the_outputs():
     torch.manual_seed(2)
-    weights = random_weights(3, 4, 2, 5)
+    weights = random_weights(4, 4, 2, 5, maps=(0, 1, 1, 2))
     inputs, targets, drift = torch.randn(90, 12).double(), torch.randn(90, 5).double(), torch.randn(90, 5).double()
     found = summed(weights, inputs, targets, drift).error(weights)
 
@@ -123,9 +125,11 @@ def test_a_refit_brings_the_converted_model_closer_on_batches_it_has_not_seen():
     assert distance() < 0.95 * before
 
 
-def test_values_that_were_lost_are_found_again():
+@pytest.mark.parametrize("second", [0, ((0, 2), (0, 0), (0, 2), (0, 2))])
+def test_values_that_were_lost_are_found_again(second):
+    """Where every head applies a map of its own, and where several apply the same."""
     model, _ = build("bert")
-    converted = mr.convert(model, mr.ReusePlan.from_sources([0, 0, 2, 3]))
+    converted = mr.convert(model, mr.ReusePlan((None, second, None, None)))
     torch.manual_seed(0)
     with torch.no_grad():
         converted.encoder.layer[1].attention.self.value.weight.normal_(std=0.3)

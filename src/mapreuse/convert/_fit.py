@@ -40,7 +40,7 @@ _SWEEPS = 3
 """Times that values and output are solved in turn."""
 
 _MOST_INPUTS = 12_288
-"""Heads · width up to which values are refitted: their normal equations take 8 · (heads · width)² bytes."""
+"""Maps · width up to which values are refitted: their normal equations take 8 · (maps · width)² bytes."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
     solved for O and b, then for V one head after the other, in turn, each exactly, from normal equations summed over
     the batches in float64. λ and whether the drift is added are chosen with O alone, then whether V moves, on
     held-out batches by the error of the layer's residual stream; a layer that no candidate improves keeps its
-    weights. Padding is left out. Values stay as they are where heads share them, where some heads of the layer
-    compute, and where heads · width exceeds 12,288.
+    weights. Padding is left out. Heads that apply the same map share its part of the equations. Values stay as they
+    are where heads share them, where some heads of the layer compute, and where maps · width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.
@@ -113,8 +113,9 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
 def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list, valid: list[Tensor]) -> LayerFit:
     layer, reference = find_stack(model).layers[index], find_stack(original).layers[index]
     projection, original_projection = output_projection(layer), output_projection(reference)
-    moves_values = _values_can_move(layer)
-    start = _read(layer, projection, moves_values)
+    maps = _maps(layer)
+    moves_values = _values_can_move(layer, maps)
+    start = _read(layer, projection, maps if moves_values else None)
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of every batch, what is regressed on, the target, and the drift."""
@@ -123,9 +124,10 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
                 continue
             with _inputs_for_values(layer.attention) if moves_values else nullcontext():
                 given, inputs = _until(projection, model, layer, batch)
+            given = start.once_for_each_map(given[rows])
             context, original_inputs = _until(original_projection, original, reference, batch)
             target = original_projection(context).detach()
-            triple = given[rows].double(), target[rows].double(), (original_inputs - inputs)[rows].double()
+            triple = given.double(), target[rows].double(), (original_inputs - inputs)[rows].double()
             if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
                 raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
             yield triple
@@ -163,11 +165,13 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
 class _Weights:
     """The projections of a reusing layer, head by head, in float64.
 
-        output = Σ_h (inputs[h] values[h] + value_bias[h]) output[h] + bias
+        output = Σ_h (inputs[maps[h]] values[h] + value_bias[h]) output[h] + bias
 
-    where inputs[h] = A_h X; or the contexts themselves, `values` being the identity, where values do not move.
+    where inputs[m] = A_m X for each map A_m that the layer applies; or the contexts themselves, one for each head,
+    `values` being the identity, where values do not move.
     """
 
+    maps: tuple[int, ...]
     values: Float[Tensor, "heads inputs head_dim"]
     value_bias: Float[Tensor, "heads head_dim"]
     output: Float[Tensor, "heads head_dim width"]
@@ -175,18 +179,29 @@ class _Weights:
 
     def onto(self, matrix: Float[Tensor, "inputs_and_one columns"]) -> Float[Tensor, "context_and_one columns"]:
         """Bᵀ matrix, where B makes contexts (and a one) of inputs (and a one)."""
-        heads, inputs, _ = self.values.shape
-        context = self.values.mT @ matrix[:-1].view(heads, inputs, -1) + self.value_bias[..., None] * matrix[-1]
+        blocks = matrix[:-1].unflatten(0, (self.num_maps, -1))
+        heads = [values.mT @ blocks[number] for values, number in zip(self.values, self.maps, strict=True)]
+        context = torch.stack(heads) + self.value_bias[..., None] * matrix[-1]
         return torch.cat([context.flatten(0, 1), matrix[-1:]])
 
     def contexts(self, inputs: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows context"]:
-        """inputs[h] values[h] + value_bias[h], head after head."""
-        by_head = inputs.unflatten(1, (len(self.values), -1)).transpose(0, 1)
+        """inputs[maps[h]] values[h] + value_bias[h], head after head."""
+        by_head = inputs.unflatten(1, (self.num_maps, -1)).transpose(0, 1)[list(self.maps)]
         return (by_head @ self.values + self.value_bias[:, None]).transpose(0, 1).flatten(1)
 
     def on_contexts(self) -> _Weights:
         """The same output projection, to be applied to contexts."""
         return _on_contexts(self.output, self.bias)
+
+    def once_for_each_map(self, by_head: Float[Tensor, "rows heads_inputs"]) -> Float[Tensor, "rows inputs"]:
+        """Of inputs that were made head after head, those of the first head that applies each map."""
+        first = [self.maps.index(number) for number in range(self.num_maps)]
+        return by_head.unflatten(1, (len(self.maps), -1))[:, first].flatten(1)
+
+    @property
+    def num_maps(self) -> int:
+        """How many maps the layer applies; they are numbered in the order of the heads."""
+        return max(self.maps) + 1
 
     @property
     def stacked(self) -> Float[Tensor, "context_and_one width"]:
@@ -199,10 +214,9 @@ class _Sums:
     """Normal equations of a layer's output, summed over batches: inputs and a one against targets and drift."""
 
     def __init__(self, weights: _Weights) -> None:
-        heads, inputs, _ = weights.values.shape
-        width = weights.output.shape[-1]
-        self._gram = weights.values.new_zeros(heads * inputs + 1, heads * inputs + 1)
-        self._target = weights.values.new_zeros(heads * inputs + 1, width)
+        size, width = weights.num_maps * weights.values.shape[1] + 1, weights.output.shape[-1]
+        self._gram = weights.values.new_zeros(size, size)
+        self._target = weights.values.new_zeros(size, width)
         self._drift = torch.zeros_like(self._target)
         self._size, self._whole = 0.0, 0.0
         self._eigen: list[tuple[Tensor, Tensor]] = []
@@ -254,24 +268,26 @@ class _Sums:
         )
 
     def _solve_values(self, start: _Weights, weights: _Weights, moment: Tensor, ridge: float) -> _Weights:
-        """Head by head: the minimum over X of ‖inputs[h] X output[h] − what the other heads leave‖² + λ ‖X − X₀‖².
+        """Head by head: the minimum over X of ‖Z X output[h] − what the other heads leave‖² + λ ‖X − X₀‖².
 
-        Its normal equations G X P + λ X = R are diagonal in the eigenvectors of G and of P = output[h] output[h]ᵀ.
+        Z is inputs[maps[h]]. The normal equations G X P + λ X = R are diagonal in the eigenvectors of G = Zᵀ Z and of
+        P = output[h] output[h]ᵀ.
         """
-        heads, inputs, _ = weights.values.shape
+        inputs, maps = weights.values.shape[1], list(weights.maps)
         values, output = weights.values.clone(), weights.output
         constant = torch.einsum("hd,hdw->w", weights.value_bias, output)
         constant = constant if weights.bias is None else constant + weights.bias
         if not self._eigen:
-            blocks = [slice(head * inputs, (head + 1) * inputs) for head in range(heads)]
+            blocks = [slice(start, start + inputs) for start in range(0, len(self._gram) - 1, inputs)]
             self._eigen = [torch.linalg.eigh(self._gram[block, block]) for block in blocks]
-        for head in range(heads):
-            rows = slice(head * inputs, (head + 1) * inputs)
-            met = torch.einsum("wgv,gvd->wgd", self._gram[rows, :-1].view(inputs, heads, inputs), values)
+        for head, number in enumerate(maps):
+            rows = slice(number * inputs, (number + 1) * inputs)
+            of_heads = self._gram[rows, :-1].unflatten(1, (weights.num_maps, inputs))[:, maps]
+            met = torch.einsum("wgv,gvd->wgd", of_heads, values)
             met[:, head] = 0
             left = moment[rows] - met.flatten(1) @ output.flatten(0, 1)
             left -= self._gram[rows, -1:] * constant
-            sizes, vectors = self._eigen[head]
+            sizes, vectors = self._eigen[number]
             widths, turned = torch.linalg.eigh(output[head] @ output[head].mT)
             strength = ridge * sizes.mean() * widths.mean()
             wanted = vectors.mT @ (left @ output[head].mT + strength * start.values[head]) @ turned
@@ -279,29 +295,38 @@ class _Sums:
         return replace(weights, values=values)
 
 
-def _values_can_move(layer: Layer) -> bool:
+def _maps(layer: Layer) -> tuple[int, ...]:
+    """For each head of a layer that reuses, which it applies of the maps that the layer applies."""
+    layout: Any = layer.attention._layout
+    applied = [(source, head) for source, pairs in layout.parts for head, _ in pairs]
+    numbers = {one: number for number, one in enumerate(dict.fromkeys(applied))}
+    return tuple(numbers[one] for one in applied)
+
+
+def _values_can_move(layer: Layer, maps: tuple[int, ...]) -> bool:
     layout: Any = layer.attention._layout
     values = value_projection(layer)
-    inputs = values.num_heads * values.weight.shape[-1]
+    inputs = len(set(maps)) * values.weight.shape[-1]
     return layout.computing == 0 and values.num_heads == layout.num_heads and inputs <= _MOST_INPUTS
 
 
-def _read(layer: Layer, projection: nn.Linear | Conv1D, moves_values: bool) -> _Weights:
+def _read(layer: Layer, projection: nn.Linear | Conv1D, maps: tuple[int, ...] | None) -> _Weights:
+    """Weights to be applied to what these maps make of the layer's input; where None, to its contexts."""
     weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
     layout: Any = layer.attention._layout
     output = weight.detach().double().unflatten(0, (layout.num_heads, -1))
     bias = None if projection.bias is None else projection.bias.detach().double()
-    if moves_values:
-        values = value_projection(layer)
-        value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
-        return _Weights(values.weight.double().mT, value_bias, output, bias)
-    return _on_contexts(output, bias)
+    if maps is None:
+        return _on_contexts(output, bias)
+    values = value_projection(layer)
+    value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
+    return _Weights(maps, values.weight.double().mT, value_bias, output, bias)
 
 
 def _on_contexts(output: Float[Tensor, "heads head_dim width"], bias: Tensor | None) -> _Weights:
     heads, dim, _ = output.shape
     identity = torch.eye(dim, dtype=torch.float64, device=output.device).expand(heads, dim, dim)
-    return _Weights(identity, torch.zeros_like(output[..., 0]), output, bias)
+    return _Weights(tuple(range(heads)), identity, torch.zeros_like(output[..., 0]), output, bias)
 
 
 @torch.no_grad()
