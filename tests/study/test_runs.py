@@ -158,7 +158,7 @@ def test_the_study_knows_its_runs_beforehand_each_once_the_most_important_first(
     assert len({one.key for one in runs}) == len(runs)
     assert [one.technique for one in runs[:4]] == list(config.repeated)
     count = len(config.techniques)
-    assert len(runs) == count + len(config.elsewhere) + (config.seeds - 1) * len(config.repeated)
+    assert len(runs) == count + config.seeds * len(config.elsewhere) + (config.seeds - 1) * len(config.repeated)
     assert {one.technique for one in runs} == set(config.techniques)
 
 

@@ -17,7 +17,7 @@ class FullConfig:
         other_corpus: name of a second one, in another language, for `elsewhere`.
         techniques: names of the rows of the table; those of `study_techniques` where empty.
         repeated: techniques that train with `seeds` seeds; the others with one.
-        elsewhere: techniques that train on the second corpus too.
+        elsewhere: techniques that train on the second corpus too, with as many.
         seeds: how many, counted from 0.
         shown: full attention, and a reuse technique whose maps and breakdown are shown beside its own.
         recipe: how every run trains.
@@ -56,6 +56,7 @@ class FullConfig:
         first = [name for name in names if name in self.repeated]
         runs = [Run(name, self.corpus, 0, self.recipe) for name in dict.fromkeys([*first, *names])]
         runs += [Run(name, self.other_corpus, 0, self.recipe) for name in self.elsewhere]
-        return runs + [
-            Run(name, self.corpus, seed, self.recipe) for seed in range(1, self.seeds) for name in self.repeated
-        ]
+        for seed in range(1, self.seeds):
+            runs += [Run(name, self.corpus, seed, self.recipe) for name in self.repeated]
+            runs += [Run(name, self.other_corpus, seed, self.recipe) for name in self.elsewhere]
+        return runs
