@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 import mapreuse as mr
 from mapreuse.convert import DistillConfig
+from mapreuse.measure import Latency
 from mapreuse.models import find_stack
 
 CONFIG = DistillConfig(steps=30, learning_rate=3e-3, evaluate_every=10)
@@ -65,6 +66,48 @@ def test_the_model_comes_closer_to_the_original_on_batches_it_has_not_seen(origi
     assert report.after == pytest.approx(distance(model, original, unseen), rel=1e-4)
     assert report.after < 0.8 * report.before
     assert all(torch.equal(kept[name], tensor) for name, tensor in original.state_dict().items())
+
+
+def test_what_comes_before_the_first_map_that_is_shared_stays(original):
+    model = mr.convert(original, mr.ReusePlan.from_sources([0, 1, 1, 3]))
+    model.encoder.layer[3].output.dense.bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    mr.distill(model, original, random_batches(8), DistillConfig(steps=4, evaluate_every=1, learning_rate=1e-4))
+
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[2] for name in changed} == {"1", "2", "3"}
+    assert all(name.startswith("encoder.layer.") for name in changed)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["encoder.layer.3.output.dense.bias"]
+    assert not changed & set(frozen)
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.5, True), (0.9, False)])
+def test_products_are_in_bfloat16_where_that_is_measured_to_be_much_faster(original, monkeypatch, seconds, chosen):
+    seen = []
+
+    def timed(calls, **options):
+        seen.clear()
+        for call in calls.values():
+            call()
+        assert seen[-1] == torch.bfloat16, "the second contestant"
+        seen.clear()
+        return {"float32": Latency((1.0,)), "bfloat16": Latency((seconds,))}
+
+    monkeypatch.setattr("mapreuse.convert._distill.time_interleaved", timed)
+    model, unseen = converted(original), random_batches(5, seed=1)
+    expected = distance(model, original, unseen)
+    model.encoder.layer[2].attention.self.value.register_forward_hook(
+        lambda module, args, output: seen.append(output.dtype)
+    )
+    report = mr.distill(model, original, random_batches(24), CONFIG, held_out=unseen)
+
+    assert report.bfloat16 is chosen
+    assert (torch.bfloat16 in seen) is chosen
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert report.before == pytest.approx(expected, rel=1e-4), "judged in float32"
+    assert report.after == pytest.approx(distance(model, original, unseen), rel=1e-4)
+    assert report.after < 0.8 * report.before
 
 
 def test_every_eighth_batch_judges_where_no_others_are_given(original):
