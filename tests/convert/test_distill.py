@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from text_batches import random_batches
 from transformers import BertConfig, BertModel
 
 import mapreuse as mr
-from mapreuse.convert import DistillConfig
+from mapreuse.convert import DistillConfig, _distill
 from mapreuse.measure import Latency
 from mapreuse.models import find_stack
 
@@ -68,11 +69,39 @@ def test_the_model_comes_closer_to_the_original_on_batches_it_has_not_seen(origi
     assert all(torch.equal(kept[name], tensor) for name, tensor in original.state_dict().items())
 
 
+def test_the_means_that_are_pooled_leave_padding_out_and_are_learned_alone_where_they_alone_weigh(original):
+    states, rows = torch.randn(3, 5, 4), torch.arange(5) < torch.tensor([[5], [2], [1]])
+    for mean, one, valid in zip(_distill._means(states, rows), states, rows, strict=True):
+        torch.testing.assert_close(mean, one[valid].mean(0))
+
+    unseen = random_batches(5, seed=1)
+
+    @torch.no_grad()
+    def distance_of_means(model):
+        wrong = size = 0.0
+        for batch in unseen:
+            theirs, ours = original(**batch), model(**batch).last_hidden_state
+            kept = valid_rows(original, batch, theirs)
+            for one, other, valid in zip(ours, theirs.last_hidden_state, kept, strict=True):
+                wrong += (one[valid].mean(0) - other[valid].mean(0)).square().sum()
+                size += other[valid].mean(0).square().sum()
+        return (wrong / size).sqrt().item()
+
+    model = converted(original)
+    before = distance_of_means(model)
+    mr.distill(model, original, random_batches(24), replace(CONFIG, hidden=0.0, pooled=1.0), held_out=unseen)
+    assert distance_of_means(model) < 0.8 * before
+
+
 def test_what_comes_before_the_first_map_that_is_shared_stays(original):
     model = mr.convert(original, mr.ReusePlan.from_sources([0, 1, 1, 3]))
     model.encoder.layer[3].output.dense.bias.requires_grad_(False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.encoder.layer[2].attention.self.value.weight.normal_(std=0.3)
     before = copy.deepcopy(model.state_dict())
-    mr.distill(model, original, random_batches(8), DistillConfig(steps=4, evaluate_every=1, learning_rate=1e-4))
+    report = mr.distill(model, original, random_batches(8), CONFIG)
+    assert report.after < report.before
 
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.split(".")[2] for name in changed} == {"1", "2", "3"}
@@ -94,7 +123,7 @@ def test_products_are_in_bfloat16_where_that_is_measured_to_be_much_faster(origi
         seen.clear()
         return {"float32": Latency((1.0,)), "bfloat16": Latency((seconds,))}
 
-    monkeypatch.setattr("mapreuse.convert._distill.time_interleaved", timed)
+    monkeypatch.setattr(_distill, "time_interleaved", timed)
     model, unseen = converted(original), random_batches(5, seed=1)
     expected = distance(model, original, unseen)
     model.encoder.layer[2].attention.self.value.register_forward_hook(
