@@ -4,7 +4,7 @@ import pytest
 import torch
 from map_cases import make_case
 
-from mapreuse.maps import DenseMap, RecomputedMap, SharedMaps
+from mapreuse.maps import DenseMap, RecomputedMap, SharedMaps, compute
 from mapreuse.maps._scores import shift
 
 
@@ -26,40 +26,47 @@ def test_a_layer_that_did_not_run_has_no_map():
     maps.release(0)
 
 
-def test_the_memory_of_a_released_map_is_handed_out_once():
-    maps, attention_map = SharedMaps(), dense()
-    weights = attention_map.weights
-    maps.publish(0, attention_map)
-    assert maps.buffer(weights, weights.shape) is None, "it is still being read"
-    maps.release(0)
-    assert maps.buffer(weights, weights.shape) is weights
-    assert maps.buffer(weights, weights.shape) is None
+@pytest.mark.parametrize("strategy", ["dense", "dense16", "dense8"])
+def test_the_memory_of_a_released_map_is_handed_out_once(strategy):
+    case, maps = make_case(), SharedMaps(strategy=strategy)
+    with torch.no_grad():
+        attention_map = compute(case.scores, case.values, strategy)[1]
+        maps.publish(0, attention_map)
+        assert maps.buffer(case.scores) is None, "it is still being read"
+        maps.release(0)
+        memory = maps.buffer(case.scores)
+        assert memory is attention_map.weights
+        assert maps.buffer(case.scores) is None
+        expected = attention_map.dense().clone()
+        memory.fill_(77)
+        again = compute(case.scores, case.values, strategy, buffer=memory)[1]
+    assert again.weights is memory
+    assert torch.equal(again.dense(), expected)
 
 
-@pytest.mark.parametrize("change", ["shape", "dtype"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "strategy"])
 def test_memory_that_does_not_fit_is_not_handed_out(change):
-    maps, attention_map = SharedMaps(), dense()
-    weights = attention_map.weights
-    maps.publish(0, attention_map)
+    case, maps = make_case(batch=1), SharedMaps(strategy="dense8" if change == "strategy" else "dense")
+    maps.publish(0, DenseMap(case.map))
     maps.release(0)
-    like = weights.double() if change == "dtype" else weights
-    shape = (1, 1, 1, 1) if change == "shape" else weights.shape
-    assert maps.buffer(like, shape) is None
+    scores = case.scores.to(torch.float64) if change == "dtype" else case.scores
+    assert maps.buffer(make_case(batch=2).scores if change == "shape" else scores) is None
 
 
 def test_a_recomputed_map_leaves_no_memory_to_recycle():
     case, maps = make_case(), SharedMaps()
     maps.publish(0, RecomputedMap(case.scores))
     maps.release(0)
-    assert maps.buffer(case.map, case.map.shape) is None
+    assert maps.buffer(case.scores) is None
 
 
 def test_retained_maps_outlive_their_last_reader_and_are_never_written_over():
-    maps, attention_map = SharedMaps(retain=True), dense()
+    case, maps = make_case(batch=1), SharedMaps(retain=True)
+    attention_map = DenseMap(case.map)
     maps.publish(0, attention_map)
     maps.release(0)
     assert maps.read(0) is attention_map
-    assert maps.buffer(attention_map.weights, attention_map.weights.shape) is None
+    assert maps.buffer(case.scores) is None
 
 
 def test_a_map_without_gradients_is_refused_in_a_pass_that_needs_them():

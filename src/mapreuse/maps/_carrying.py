@@ -36,16 +36,24 @@ def compute(
     gradients are on, and while `torch.compile` traces, weights are kept as they are.
 
     Args:
-        scores, values, dropout_p, buffer: as for `attend`.
+        scores, values, dropout_p: as for `attend`.
+        buffer: memory for the weights, of their shape and `stored_dtype`, to be overwritten; without gradients only.
         strategy: one of `STRATEGIES`.
     """
     if strategy == "recompute":
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)
     if strategy in _LEVELS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _compressed(scores, values, strategy, dropout_p)
+        return _compressed(scores, values, strategy, dropout_p, buffer)
     context, weights = attend(scores, values, keep=True, dropout_p=dropout_p, buffer=buffer)
     assert weights is not None
     return context, DenseMap(weights, extents=None if torch.compiler.is_compiling() else scores.extents)
+
+
+def stored_dtype(strategy: str, scores: Scores) -> torch.dtype | None:
+    """Type of the weights that `compute` stores without gradients; None where it stores none."""
+    if strategy == "recompute":
+        return None
+    return _LEVELS[strategy][0] if strategy in _LEVELS else scores.query.dtype
 
 
 def nbytes(strategy: str, scores: Scores) -> int:
@@ -58,9 +66,11 @@ def nbytes(strategy: str, scores: Scores) -> int:
     return batch * heads * num_queries * per_row
 
 
-def _compressed(scores: Scores, values: Tensor, strategy: str, dropout_p: float) -> tuple[Tensor, DenseMap]:
+def _compressed(
+    scores: Scores, values: Tensor, strategy: str, dropout_p: float, buffer: Tensor | None
+) -> tuple[Tensor, DenseMap]:
     dtype, greatest = _LEVELS[strategy]
-    levels = _in_c.map_memory(scores, dtype)
+    levels = _in_c.map_memory(scores, dtype) if buffer is None else buffer
     scales = values.new_zeros(*scores.shape[:3], 1)
     if dropout_p == 0.0 and _in_c.computes(scores, values):
         return _in_c.compute(scores, values, levels, scales), DenseMap(levels, scales, scores.extents)

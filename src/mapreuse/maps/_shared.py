@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mapreuse.maps._carrying import STRATEGIES
+from mapreuse.maps._carrying import STRATEGIES, stored_dtype
 from mapreuse.maps._choice import Demand, choose
 from mapreuse.maps._map import AttentionMap, DenseMap
 from mapreuse.maps._scores import Scores
@@ -130,9 +130,9 @@ class SharedMaps:
         if isinstance(attention_map, DenseMap):
             self._free = attention_map.weights
 
-    def buffer(self, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Memory of a released map, if it has this shape and `like`'s dtype and device."""
+    def buffer(self, scores: Scores) -> Tensor | None:
+        """Memory of a released map, if it can hold that of these scores; what cannot is given back."""
         free, self._free = self._free, None
-        if free is not None and free.shape == shape and free.dtype == like.dtype and free.device == like.device:
-            return free
-        return None
+        if free is None or free.shape != scores.shape or free.device != scores.query.device:
+            return None
+        return free if free.dtype == stored_dtype(self._strategy, scores) else None

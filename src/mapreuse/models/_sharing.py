@@ -112,7 +112,7 @@ def _compute(
     if not layout.is_read:
         return attend(scores, own_values, keep=False, dropout_p=dropout_p)[0], None
     strategy = maps.strategy(scores, own_values)
-    buffer = maps.buffer(scores.query, scores.shape) if strategy == "dense" else None
+    buffer = maps.buffer(scores)
     context, own = compute(scores, own_values, strategy, dropout_p=dropout_p, buffer=buffer)
     maps.publish(layout.layer, own)
     return context, own
