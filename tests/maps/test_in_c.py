@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from map_cases import make_case
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from mapreuse.maps import _in_c, attend, compute
+from mapreuse.maps import DenseMap, _in_c, attend, compute
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,11 +50,32 @@ def test_other_types_than_float32_are_left_to_pytorch(monkeypatch, dtype):
     assert context.dtype == dtype
 
 
-def test_memory_that_cannot_be_had_is_an_error(monkeypatch):
-    class Library:
-        mapreuse_compute = staticmethod(lambda arguments: 1)
+class _Other(torch.Tensor):
+    """A tensor whose memory may be anything."""
 
-    monkeypatch.setattr(_in_c, "library", Library)
-    case = make_case(num_queries=100, relative=True)
-    with torch.no_grad(), pytest.raises(MemoryError, match="rows of an attention map"):
-        attend(case.scores, case.values, keep=True)
+
+def test_what_follows_operators_is_left_to_pytorch(monkeypatch):
+    if _in_c.library() is None:
+        pytest.skip("the package was installed without a C compiler")
+    tensor = torch.randn(3, 3)
+    with torch.no_grad():
+        assert _in_c.serves(tensor)
+        assert not _in_c.serves(torch._neg_view(tensor))
+        assert not _in_c.serves(tensor.as_subclass(_Other))
+        assert not torch.func.vmap(lambda row: torch.tensor(_in_c.serves(row)), out_dims=None)(tensor)
+        with forward_ad.dual_level():
+            assert not _in_c.serves(tensor)
+        monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+        assert not _in_c.serves(tensor)
+    assert not _in_c.serves(tensor)
+
+
+def test_values_and_heads_that_are_not_of_the_map_are_refused():
+    case = make_case(num_queries=100, num_keys=100)
+    carried = DenseMap(case.map)
+    with torch.no_grad():
+        for values, heads in ((case.values[:, :, :50], None), (case.values[:, :1], None), (case.values, ((5, 0),))):
+            with pytest.raises((ValueError, IndexError, RuntimeError, TypeCheckError)):  # checked shapes, too
+                carried.apply(values, heads)
+        assert carried.apply(case.values, ()).shape[1] == 0
+        torch.testing.assert_close(DenseMap(case.map.mT).apply(case.values), case.map.mT @ case.values)

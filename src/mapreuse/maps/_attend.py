@@ -34,8 +34,8 @@ def attend(
         values: one head of values for each head of the scores.
         keep: return the map too; otherwise it is never stored as a whole.
         dropout_p: probability with which a weight is dropped (training).
-        buffer: memory for the map, of its shape and dtype, to be overwritten; used only where no gradient is
-            needed.
+        buffer: contiguous memory for the map, of its shape and dtype, to be overwritten; used only where no gradient
+            is needed.
     """
     if not keep and scores.relative is None:
         return _fused(scores, values, dropout_p), None

@@ -85,7 +85,8 @@ def _compressed(
         place[..., : block.keys] = numbers
         place[..., block.keys :] = 0
         total = numbers.sum(-1, keepdim=True, dtype=weights.dtype)
-        scales[block.place] = torch.where(total > 0, 1 / total, 0)
+        # A weight that is not a number has none in 8 bits: the scale hands it on.
+        scales[block.place] = torch.where(total > 0, 1 / total, 0) + 0 * weights.sum(-1, keepdim=True)
         return weights
 
     context = blocked(scores, values, map_of, BlockDropout.drawn(dropout_p))

@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest of the candidates that fit `budget` bytes; as text, why."""
+    """The fastest of the candidates that fit `budget` bytes, "dense8" only where more bits do not; as text, why."""
 
     candidates: tuple[Candidate, ...]
     budget: int
@@ -55,6 +55,9 @@ class Choice:
                 f"no strategy carries the shared maps within memory_budget={self.budget}: {least.strategy} needs the "
                 f"least, memory_budget={least.nbytes}"
             )
+        # Eight bits move outputs by thousandths: memory may ask for that, speed alone may not.
+        if {"dense", "dense16"} & {candidate.strategy for candidate in fitting}:
+            fitting = [candidate for candidate in fitting if candidate.strategy != "dense8"]
         return min(fitting, key=lambda candidate: candidate.seconds).strategy
 
     def __str__(self) -> str:

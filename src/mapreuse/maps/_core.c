@@ -7,7 +7,6 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,10 +16,12 @@
 #endif
 
 #define MOST_WIDTH 64 /* columns of the widest panel */
+#define MOST_ROWS 6   /* rows of the highest tile */
 #define MARGIN 80     /* columns before and after a row of scores that slanted tiles may reach into */
 #define DEPTH 128     /* keys whose values stay in the first-level cache while rows are multiplied by them */
 #define CHUNK_ROWS 48 /* rows of a stored map that are applied at a time */
-#define ALIGNMENT 64
+
+_Static_assert(MARGIN >= MOST_WIDTH + MOST_ROWS - 1, "a tile that ends in a row begins at most so far before it");
 
 enum { FLOAT = 0, HALF = 1, BYTE = 2 };
 
@@ -85,13 +86,13 @@ static inline float exp_of_negative(float x)
     return x < -87.0f ? 0.0f : p * power;
 }
 
-/* Numbers from 0 to 1 in half precision, rounded to the nearest; below 2^-14 they have fewer bits. */
+/* Numbers from 0 to 1 in half precision, rounded to the nearest, ties to even; below 2^-14 they have fewer bits. */
 static inline uint16_t half_of(float x)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     uint32_t normal = (bits + 0xfff + ((bits >> 13) & 1) - (112u << 23)) >> 13;
-    uint32_t subnormal = (uint32_t)(int32_t)(x * 16777216.0f + 0.5f);
+    uint32_t subnormal = (uint32_t)(int32_t)((x * 16777216.0f + 12582912.0f) - 12582912.0f);
     return (uint16_t)(x < 6.103515625e-5f ? subnormal : normal);
 }
 
@@ -127,7 +128,7 @@ typedef struct {
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")))
 #define LANES 16
-#define ROWS 6
+#define ROWS MOST_ROWS
 #define VECTORS 4
 #define STREAM(out, vector) _mm512_stream_ps(out, (__m512)(vector))
 #include "_core_kernels.h"
@@ -142,7 +143,7 @@ static const instructions avx512 = KERNELS;
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
-#define ROWS 6
+#define ROWS MOST_ROWS
 #define VECTORS 2
 #define STREAM(out, vector) _mm256_stream_ps(out, (__m256)(vector))
 #include "_core_kernels.h"
@@ -158,7 +159,7 @@ static const instructions avx2 = KERNELS;
 #define NAME(x) x##_any
 #define TARGET
 #define LANES 4
-#define ROWS 6
+#define ROWS MOST_ROWS
 #define VECTORS 2
 #include "_core_kernels.h"
 static const instructions any = KERNELS;
@@ -200,9 +201,10 @@ void mapreuse_advise(void *start, int64_t bytes)
 #endif
 }
 
-static float *memory(int64_t floats)
+/* Floats of a piece of working memory, a whole number of cache lines. */
+static int64_t piece(int64_t floats)
 {
-    return aligned_alloc(ALIGNMENT, (floats * sizeof(float) / ALIGNMENT + 1) * ALIGNMENT);
+    return (floats + 15) / 16 * 16;
 }
 
 static float *at(const matrices *of, int64_t head, int64_t row)
@@ -245,6 +247,12 @@ static void multiply(const instructions *on, const float *weights, int64_t strid
                      num_panels * width, start == 0);
 }
 
+/* What weights are divided by their sum with; a row that attends nothing stays zero, NaN stays NaN. */
+static float reciprocal(float sum)
+{
+    return sum == 0.0f ? 0.0f : 1.0f / sum;
+}
+
 /* Stores a row of a map: e^(score - greatest) / sum. */
 static void keep(const instructions *on, const computing *layer, int64_t head, int64_t row, const float *weights,
                  float sum, int64_t keys)
@@ -254,7 +262,7 @@ static void keep(const instructions *on, const computing *layer, int64_t head, i
     float total = sum;
     if (to->type == FLOAT) {
         float *out = (float *)to->data + place;
-        on->streamed(weights, sum > 0.0f ? 1.0f / sum : 0.0f, out, keys);
+        on->streamed(weights, reciprocal(sum), out, keys);
         memset(out + keys, 0, rest * sizeof *out);
         return;
     }
@@ -267,7 +275,7 @@ static void keep(const instructions *on, const computing *layer, int64_t head, i
         total = on->to_bytes(weights, out, keys);
         memset(out + keys, 0, rest);
     }
-    to->scales[head * to->scales_head + row * to->scales_row] = total > 0.0f ? 1.0f / total : 0.0f;
+    to->scales[head * to->scales_head + row * to->scales_row] = sum == sum ? reciprocal(total) : sum;
 }
 
 typedef struct {
@@ -324,13 +332,14 @@ static void compute_rows(const instructions *on, const computing *layer, const p
         multiply(on, row_scores + start, stride, count, operands->values, layer->keys, start,
                  least(DEPTH, keys - start), layer->value_dim, context);
     for (int64_t i = 0; i < count; i++)
-        on->scaled(context + i * padded, sums[i] > 0.0f ? 1.0f / sums[i] : 0.0f,
+        on->scaled(context + i * padded, reciprocal(sums[i]),
                    at(&layer->context, head, first + i), layer->value_dim);
     phase_ended(seconds, CONTEXT, &since);
 }
 
-/* Context, and map where it is asked for, of all heads and rows of one item. Returns 0, or 1 where memory is short. */
-int mapreuse_compute(const computing *layer)
+/* Context, and map where it is asked for, of all heads and rows of one item. Returns the floats of working memory that
+   it takes; with null, it does nothing else. */
+int64_t mapreuse_compute(const computing *layer, float *memory)
 {
     const instructions *on = available(layer->newest);
     int64_t width = on->width, dim = layer->dim, size = layer->rows_at_a_time;
@@ -341,20 +350,19 @@ int mapreuse_compute(const computing *layer)
     int64_t at_once = least(layer->heads, panels(8 * layer->threads, blocks ? blocks : 1));
     int64_t of_keys = key_panels * width * dim, of_distances = distance_panels * width * dim;
     int64_t of_values = value_panels * width * layer->keys, of_head = of_keys + of_distances + of_values;
-    float *operands = memory(at_once * of_head);
-    if (!operands)
-        return 1;
     /* A row's stride is no multiple of a page, so that rows do not compete for the same places of a cache. */
     int64_t stride = (panels(layer->keys, MOST_WIDTH) * MOST_WIDTH + 2 * MARGIN + 1023) / 1024 * 1024 + 16;
-    int failed = 0;
-#pragma omp parallel num_threads(layer->threads) reduction(| : failed)
+    int64_t of_scores = piece(size * stride), of_query = piece(size * dim);
+    int64_t of_thread = of_scores + of_query + piece(size * value_panels * width), of_operands = piece(at_once * of_head);
+    if (!memory)
+        return of_operands + layer->threads * of_thread;
+    float *operands = memory;
+#pragma omp parallel num_threads(layer->threads)
     {
-        float *scores = memory(size * stride), *query = memory(size * dim);
-        float *context = memory(size * value_panels * width);
+        float *scores = memory + of_operands + omp_get_thread_num() * of_thread;
+        float *query = scores + of_scores, *context = query + of_query;
         double seconds[PHASES] = {0};
-        failed |= !scores || !query || !context;
-        if (!failed)
-            memset(scores, 0, size * stride * sizeof *scores);
+        memset(scores, 0, size * stride * sizeof *scores);
         for (int64_t head = 0; head < layer->heads; head += at_once) {
             int64_t some = least(at_once, layer->heads - head);
             int64_t to_pack = key_panels + distance_panels + value_panels;
@@ -381,37 +389,36 @@ int mapreuse_compute(const computing *layer)
                 const float *own = operands + task / blocks * of_head;
                 packed here = {own, distance_panels ? own + of_keys : 0, own + of_keys + of_distances};
                 int64_t first = task % blocks * size;
-                if (!failed)
-                    compute_rows(on, layer, &here, head + task / blocks, first, least(size, layer->rows - first), query,
-                                 scores, stride, context, seconds);
+                compute_rows(on, layer, &here, head + task / blocks, first, least(size, layer->rows - first), query,
+                             scores, stride, context, seconds);
             }
         }
+#if defined(__x86_64__)
+        _mm_sfence(); /* what went past the caches is there for whoever reads it next */
+#endif
         for (int phase = 0; phase < PHASES && layer->seconds; phase++)
 #pragma omp atomic
             layer->seconds[phase] += seconds[phase];
-        free(scores);
-        free(query);
-        free(context);
     }
-    free(operands);
-    return failed;
+    return of_operands + layer->threads * of_thread;
 }
 
-/* Context of stored weights and another layer's values, of one item. Returns 0, or 1 where memory is short. */
-int mapreuse_apply(const applying *layer)
+/* Context of stored weights and another layer's values, of one item. Returns the floats of working memory that
+   it takes; with null, it does nothing else. */
+int64_t mapreuse_apply(const applying *layer, float *memory)
 {
     const instructions *on = available(layer->newest);
     int64_t width = on->width, value_panels = panels(layer->value_dim, width), padded = value_panels * width;
     int64_t of_head = value_panels * layer->keys * width, blocks = panels(layer->rows, CHUNK_ROWS);
-    float *values = memory(layer->contexts * of_head);
-    if (!values)
-        return 1;
+    int64_t of_values = piece(layer->contexts * of_head), of_context = piece(layer->contexts * CHUNK_ROWS * padded);
+    int64_t of_thread = of_context + piece(CHUNK_ROWS * DEPTH);
+    if (!memory)
+        return of_values + layer->threads * of_thread;
+    float *values = memory;
     const map *from = &layer->weights;
-    int failed = 0;
-#pragma omp parallel num_threads(layer->threads) reduction(| : failed)
+#pragma omp parallel num_threads(layer->threads)
     {
-        float *context = memory(layer->contexts * CHUNK_ROWS * padded), *decompressed = memory(CHUNK_ROWS * DEPTH);
-        failed |= !context || !decompressed;
+        float *context = memory + of_values + omp_get_thread_num() * of_thread, *decompressed = context + of_context;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < layer->contexts * value_panels; task++) {
             int64_t own = task / value_panels, panel = task % value_panels;
@@ -422,8 +429,6 @@ int mapreuse_apply(const applying *layer)
         for (int64_t task = 0; task < layer->map_heads * blocks; task++) {
             int64_t head = task / blocks, first = task % blocks * CHUNK_ROWS;
             int64_t count = least(CHUNK_ROWS, layer->rows - first);
-            if (failed)
-                continue;
             for (int64_t start = 0; start < layer->keys; start += DEPTH) {
                 int64_t depth = least(DEPTH, layer->keys - start), stride = from->row;
                 int64_t place = head * from->head + first * from->row + start;
@@ -451,11 +456,8 @@ int mapreuse_apply(const applying *layer)
                                at(&layer->context, own, first + i), layer->value_dim);
                 }
         }
-        free(context);
-        free(decompressed);
     }
-    free(values);
-    return failed;
+    return of_values + layer->threads * of_thread;
 }
 
 /* out = softmax(scores + addend) over keys; `addend` may be null, `scores` is overwritten and may be `out`. */

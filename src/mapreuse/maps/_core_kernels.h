@@ -34,7 +34,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(const float 
 }
 
 /* scores[i][place + i * slant + c] = (or, with `add`, +=) query[i] . column c of the packed keys, for every panel that
-   holds a column that ends between the scores' columns 0 and `keys`. With a slant of 1 a row's columns start one
+   overlaps the scores' columns 0 ... keys - 1 in some row. With a slant of 1 a row's columns start one
    further than those of the row before: what relative positions ask for. Columns outside reach into the margins. */
 TARGET static void NAME(products)(const float *query, int64_t num_rows, int64_t dim, const float *packed,
                                   int64_t num_panels, float *scores, int64_t stride, int64_t place, int64_t slant,
@@ -67,7 +67,7 @@ TARGET static void NAME(products)(const float *query, int64_t num_rows, int64_t 
     }
 }
 
-/* context[i][:] += weights[i][k] * values[k][:], of one packed panel of values; k < depth. */
+/* context[i][:] += (or, `is_first`, =) weights[i][k] * values[k][:], of one packed panel of values; k < depth. */
 TARGET static void NAME(contexts)(const float *weights, int64_t stride, int64_t num_rows, const float *values,
                                   int64_t depth, float *context, int64_t context_stride, int is_first)
 {
@@ -92,7 +92,8 @@ TARGET static void NAME(contexts)(const float *weights, int64_t stride, int64_t 
 }
 
 /* row = e^(row + addend - most), where most is the greatest of row + addend; returns the sum. Places that `allowed`
-   excludes become 0; a row without any other is all 0, and so is its sum. */
+   excludes become 0; a row without any other is all 0, and so is its sum. A score that is not a number, or nothing but
+   scores of minus infinity, makes the sum NaN. */
 TARGET static float NAME(exponentials)(float *row, const float *addend, const uint8_t *allowed, int64_t keys)
 {
     float most = -FLT_MAX;
@@ -120,6 +121,12 @@ TARGET static float NAME(exponentials)(float *row, const float *addend, const ui
         float weight = exp_of_negative(row[j] - most);
         row[j] = weight;
         sum += weight;
+    }
+    if (sum == 0.0f) {
+        int some = !allowed;
+        for (int64_t j = 0; j < keys && !some; j++)
+            some = allowed[j];
+        return some ? NAN : sum;
     }
     return sum;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -14,6 +15,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mapreuse.maps._scores import Scores
@@ -24,11 +27,13 @@ _NEWEST = 2
 """Vector instructions: those that any processor has, AVX2, AVX512. The newest that the machine has are used."""
 _FEWEST_ROWS, _MOST_ROWS = 12, 48
 """Rows of one head that a thread computes at a time, whole tiles of six: fewer, and keys are read too often."""
+_KEPT = 1 << 24
+"""Bytes of working memory up to which a thread keeps it."""
 _LARGE = 1 << 23
 """Bytes of a map from which its memory is asked for in large pages."""
 
 CORE_IN_C = "mapreuse core in C"
-"""Of the profiler, open while `recorded_phases` is and a computing layer's core runs."""
+"""Name of the profiler's range around the core of a computing layer, where `recorded_phases` are asked for."""
 _PHASES = ("positional_scores", "scores", "softmax", "context")
 _recorded: ContextVar[list[dict[str, float]] | None] = ContextVar("recorded", default=None)
 
@@ -121,20 +126,34 @@ class _Applying(ctypes.Structure):
 def serves(*tensors: Tensor) -> bool:
     """Whether the cores in C compute with these: they were built, and it is float32 on a CPU, without a tape.
 
-    Where a dispatch mode is on (a counter of FLOPs, tensors without memory), it is to see operators of PyTorch.
+    They read memory, and leave no trace for anything that follows operators: compilers and tracers, dispatch modes (a
+    counter of FLOPs, tensors without memory), transforms such as vmap, forward gradients, tensors of other classes.
     """
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and not _follows_tangents()
+        and all(_is_plain(tensor) for tensor in tensors)
         and library() is not None
     )
 
 
 def computes(scores: Scores, values: Tensor) -> bool:
-    """Whether `compute` may be called."""
-    return serves(values, *scores.factors, *([] if scores.bias is None else [scores.bias]))
+    """Whether `compute` may be called; what does not fit together is left to PyTorch, which says so."""
+    batch, heads, num_queries, num_keys = scores.shape
+    relative, mask, bias = scores.relative, scores.mask, scores.bias
+    return (
+        values.shape[:3] == scores.key.shape[:3] == (batch, heads, num_keys)
+        and (relative is None or relative.query.shape[:3] == (batch, heads, num_queries))
+        and (relative is None or relative.key.shape[1:3] == (heads, 2 * num_keys - 1))
+        and (relative is None or num_queries == num_keys)
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[-1] == num_keys))
+        and (bias is None or bias.shape[-1] == num_keys)
+        and serves(values, *scores.factors, *([] if bias is None else [bias]))
+    )
 
 
 def compute(
@@ -151,8 +170,8 @@ def compute(
 
     Args:
         scores, values: as for `attend`.
-        weights: memory for the map, (batch, heads, query, key): as float32, or, over the greatest of their row, as
-            float16 or (in 255ths) as uint8.
+        weights: contiguous memory for the map, (batch, heads, query, key): as float32, or, over the greatest of their
+            row, as float16 or (in 255ths) as uint8.
         scales: memory for what float16 and uint8 are to be multiplied by, so that rows sum to one.
     """
     batch, heads, num_queries, num_keys = scores.shape
@@ -218,21 +237,29 @@ def apply(
         context[h] = (scales · weights)[m_h] @ values[v_h],    (m_h, v_h) = heads[h]
 
     Rows of one head of the map are read once for all heads that apply it, and decompressed in a thread's own cache.
+
+    Raises `ValueError` where values and heads are not those of the map.
     """
-    batch, map_heads, num_queries, _ = weights.shape
+    batch, map_heads, num_queries, num_keys = weights.shape
+    if values.shape[0] != batch or values.shape[2] != num_keys:
+        raise ValueError(f"values of {tuple(values.shape)} do not fit a map of {tuple(weights.shape)}")
+    if any(not (0 <= m < map_heads and 0 <= v < values.shape[1]) for m, v in heads):
+        raise ValueError(
+            f"heads {heads} are not all among {map_heads} of the map and {values.shape[1]} of the values"
+        )
     context = values.new_empty(batch, num_queries, len(heads), values.shape[-1]).transpose(1, 2)
-    map_of, values_of = ((c_int64 * len(heads))(*column) for column in zip(*heads, strict=True))
+    map_of, values_of = ((c_int64 * len(heads))(*(pair[which] for pair in heads)) for which in (0, 1))
     for item, (rows, keys) in enumerate(extents):
         context[item, :, rows:] = 0
         if rows == 0:
             continue
-        own = _adjacent(values[item])
+        stored, own = _adjacent(weights[item]), _adjacent(values[item])
         arguments = _Applying(
             map_heads=map_heads,
             rows=rows,
             keys=keys,
             value_dim=own.shape[-1],
-            weights=_Map.of(weights[item], None if scales is None else scales[item]),
+            weights=_Map.of(stored, None if scales is None else scales[item]),
             values=_Matrices.of(own),
             contexts=len(heads),
             map_of=ctypes.addressof(map_of),
@@ -278,9 +305,37 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    is_float = tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return is_float and type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
+
+
+def _follows_tangents() -> bool:
+    return forward_ad._current_level >= 0
+
+
+class _Memory(threading.local):
+    """A thread's working memory, kept for its next core where it is small: fresh memory costs a fault a page."""
+
+    kept: Tensor | None = None
+
+    def of(self, floats: int) -> Tensor:
+        if self.kept is not None and len(self.kept) >= floats:
+            return self.kept
+        memory = torch.empty(floats, dtype=torch.float32)
+        if memory.nbytes <= _KEPT:
+            self.kept = memory
+        return memory
+
+
+_memory = _Memory()
+
+
 def _call(name: str, arguments: ctypes.Structure) -> None:
-    if getattr(library(), name)(ctypes.byref(arguments)) != 0:
-        raise MemoryError("not enough memory for the rows of an attention map")
+    core = getattr(library(), name)
+    core.restype = c_int64
+    memory = _memory.of(core(ctypes.byref(arguments), None))
+    core(ctypes.byref(arguments), c_void_p(memory.data_ptr()))
 
 
 def _rows_at_a_time(rows: int, heads: int) -> int:

@@ -91,7 +91,7 @@ class DenseMap(AttentionMap):
             return drop(weights, dropout_p) @ values
         batch, num_heads, num_queries, num_keys = self.weights.shape
         if dropout_p == 0.0 and _in_c.serves(values) and self.weights.dtype in _in_c.TYPES:
-            pairs = heads or tuple((head, head) for head in range(num_heads))
+            pairs = tuple((head, head) for head in range(num_heads)) if heads is None else heads
             extents = self.extents or ((num_queries, num_keys),) * batch
             return _in_c.apply(self.weights, self.scales, values, pairs, extents)
         num_heads = num_heads if heads is None else len(heads)

@@ -41,6 +41,8 @@ class SharedMaps:
         output_attentions: the caller wants to see the map in effect in every layer.
     """
 
+    _kept: weakref.ref[_Maps] | None = None  # of the class, too: `torch.compile` makes objects that it never sets up
+
     def __init__(
         self,
         *,
@@ -57,7 +59,7 @@ class SharedMaps:
         self._is_settled = demand is None or (strategy != "auto" and budget is None)
         self.output_attentions = output_attentions
         self._maps: _Maps | None = _Maps()
-        self._kept: weakref.ref[_Maps] | None = None
+        self._kept = None
         self._retain = retain
         self._differentiable = differentiable
         self._free: Tensor | None = None
