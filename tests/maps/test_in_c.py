@@ -62,6 +62,9 @@ def test_what_follows_operators_is_left_to_pytorch(monkeypatch):
         assert _in_c.serves(tensor)
         assert not _in_c.serves(torch._neg_view(tensor))
         assert not _in_c.serves(tensor.as_subclass(_Other))
+        assert _in_c.applies(tensor, tensor)
+        assert not _in_c.applies(tensor.as_subclass(_Other), tensor)
+        assert not _in_c.applies(torch._neg_view(tensor), tensor)
         assert not torch.func.vmap(lambda row: torch.tensor(_in_c.serves(row)), out_dims=None)(tensor)
         with forward_ad.dual_level():
             assert not _in_c.serves(tensor)

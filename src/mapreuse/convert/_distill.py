@@ -40,8 +40,7 @@ class DistillConfig:
     """How `distill` trains.
 
     The budget is `steps` or `seconds` (exactly one); the learning rate rises linearly over the first `warmup`
-    fraction of it and falls to zero along a cosine. `hidden`, `pooled` and `logits` weigh the parts of the loss;
-    `pooled` is for models whose last hidden states are averaged over positions, as sentence embeddings are. Every
+    fraction of it and falls to zero along a cosine. `hidden` and `logits` weigh the two parts of the loss. Every
     `evaluate_every` steps the held-out error is measured; `patience` measurements without a better one end the run.
     """
 
@@ -52,7 +51,6 @@ class DistillConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     hidden: float = 1.0
-    pooled: float = 0.0
     logits: float = 1.0
     evaluate_every: int = 50
     patience: int = 10
@@ -104,10 +102,10 @@ def distill(
 ) -> Distillation:
     """Train a converted model, in place, until its layers say what the original's do; the best weights stay.
 
-    With hₗ the hidden states after layer l over all positions but padding, m the means of the last over the positions
-    of each sequence, and p the outputs' distributions where the model has logits, AdamW on
+    With hₗ the hidden states after layer l over all positions but padding, and p the outputs' distributions where the
+    model has logits, AdamW on
 
-        hidden · meanₗ ‖hₗ − hₗ°‖² / ‖hₗ°‖²  +  pooled · ‖m − m°‖² / ‖m°‖²  +  logits · KL(p° ‖ p),    ° the original
+        hidden · meanₗ ‖hₗ − hₗ°‖² / ‖hₗ°‖²  +  logits · KL(p° ‖ p),        ° the original
 
     without dropout, as it is for inference. The layers from the first whose map others apply learn; what comes before
     them, and after the last, stays. Weights keep their type; products are in bfloat16 (autocast) where a forward pass
@@ -258,9 +256,6 @@ class _Run:
         ours, theirs, rows, output, target = self._pair(batch, bfloat16=self.state.bfloat16 is True)
         distances = [_distance(a[rows], b[rows]) / _size(b[rows]) for a, b in zip(ours, theirs, strict=True)]
         loss = self.config.hidden * torch.stack(distances).mean()
-        if self.config.pooled:
-            means, wanted_means = _means(ours[-1], rows), _means(theirs[-1], rows)
-            loss = loss + self.config.pooled * _distance(means, wanted_means) / _size(wanted_means)
         logits, wanted = getattr(output, "logits", None), getattr(target, "logits", None)
         if logits is not None and wanted is not None:
             if logits.shape[:2] == rows.shape:
@@ -364,13 +359,6 @@ class _Run:
         self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         load_model(self.model, str(found[-1] / "model.safetensors"))
         self.optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", weights_only=True))
-
-
-def _means(
-    states: Float[Tensor, "batch positions width"], rows: Bool[Tensor, "batch positions"]
-) -> Float[Tensor, "batch width"]:
-    """Of each sequence, over its positions but padding."""
-    return (states.float() * rows[..., None]).sum(1) / rows.sum(1, keepdim=True).clamp(min=1)
 
 
 def _distance(ours: Float[Tensor, "rows width"], theirs: Float[Tensor, "rows width"]) -> Tensor:

@@ -16,12 +16,12 @@
 #endif
 
 #define MOST_WIDTH 64 /* columns of the widest panel */
-#define MOST_ROWS 6   /* rows of the highest tile */
+#define ROWS 6        /* rows of a tile */
 #define MARGIN 80     /* columns before and after a row of scores that slanted tiles may reach into */
 #define DEPTH 128     /* keys whose values stay in the first-level cache while rows are multiplied by them */
 #define CHUNK_ROWS 48 /* rows of a stored map that are applied at a time */
 
-_Static_assert(MARGIN >= MOST_WIDTH + MOST_ROWS - 1, "a tile that ends in a row begins at most so far before it");
+_Static_assert(MARGIN >= MOST_WIDTH + ROWS - 1, "a tile that ends in a row begins at most so far before it");
 
 enum { FLOAT = 0, HALF = 1, BYTE = 2 };
 
@@ -118,51 +118,27 @@ typedef struct {
     void (*from_halves)(const uint16_t *, float *, int64_t);
 } instructions;
 
-#define KERNELS                                                                                                       \
-    {                                                                                                                 \
-        LANES *VECTORS, NAME(products), NAME(contexts), NAME(exponentials), NAME(scaled), NAME(streamed),             \
-            NAME(to_bytes), NAME(from_bytes), NAME(to_halves), NAME(from_halves)                                      \
-    }
-
 #if defined(__x86_64__)
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")))
 #define LANES 16
-#define ROWS MOST_ROWS
 #define VECTORS 4
 #define STREAM(out, vector) _mm512_stream_ps(out, (__m512)(vector))
 #include "_core_kernels.h"
-static const instructions avx512 = KERNELS;
-#undef NAME
-#undef TARGET
-#undef LANES
-#undef ROWS
-#undef VECTORS
-#undef STREAM
 
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
-#define ROWS MOST_ROWS
 #define VECTORS 2
 #define STREAM(out, vector) _mm256_stream_ps(out, (__m256)(vector))
 #include "_core_kernels.h"
-static const instructions avx2 = KERNELS;
-#undef NAME
-#undef TARGET
-#undef LANES
-#undef ROWS
-#undef VECTORS
-#undef STREAM
 #endif
 
 #define NAME(x) x##_any
 #define TARGET
 #define LANES 4
-#define ROWS MOST_ROWS
 #define VECTORS 2
 #include "_core_kernels.h"
-static const instructions any = KERNELS;
 
 /* The newest instructions that this processor has, but none newer than `newest`: 0 for any, 1 for AVX2, 2 for AVX512. */
 static const instructions *available(int64_t newest)
@@ -170,12 +146,12 @@ static const instructions *available(int64_t newest)
 #if defined(__x86_64__)
     if (newest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return &avx512;
+        return &kernels_avx512;
     if (newest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return &avx2;
+        return &kernels_avx2;
 #endif
     (void)newest;
-    return &any;
+    return &kernels_any;
 }
 
 static int64_t panels(int64_t columns, int64_t width)
@@ -237,7 +213,8 @@ static void pack_values(const matrices *values, int64_t head, int64_t keys, int6
     pack(at(values, head, 0), values->row, keys, panel * width, value_dim, width, out);
 }
 
-/* Multiplies `depth` weights of some rows with as many packed values: context += weights @ values. */
+/* Multiplies `depth` weights of some rows, from key `start` on, with as many packed values, and adds that to their
+   context; the first of them begin it. */
 static void multiply(const instructions *on, const float *weights, int64_t stride, int64_t rows, const float *values,
                      int64_t keys, int64_t start, int64_t depth, int64_t value_dim, float *context)
 {

@@ -3,9 +3,10 @@
        NAME(x)   the function x for this set
        TARGET    the attribute that allows its instructions
        LANES     floats of a vector
-       ROWS      rows of a tile, and
-       VECTORS   vectors of each, whose sums stay in registers: ROWS x VECTORS of them
-       STREAM    optional: stores a vector past the caches. */
+       VECTORS   vectors of each of a tile's ROWS rows: their sums stay in registers
+       STREAM    optional: stores a vector past the caches
+
+   which it undefines, and ends in the table of its functions. */
 
 #define WIDTH (LANES * VECTORS)
 
@@ -191,4 +192,14 @@ TARGET static void NAME(from_halves)(const uint16_t *row, float *out, int64_t co
         out[j] = float_of(row[j]);
 }
 
+static const instructions NAME(kernels) = {
+    WIDTH,          NAME(products),   NAME(contexts),  NAME(exponentials), NAME(scaled),
+    NAME(streamed), NAME(to_bytes), NAME(from_bytes), NAME(to_halves), NAME(from_halves),
+};
+
 #undef WIDTH
+#undef NAME
+#undef TARGET
+#undef LANES
+#undef VECTORS
+#undef STREAM

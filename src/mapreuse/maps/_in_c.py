@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mapreuse.maps._scores import Scores
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
 """Of weights that are stored, by their number in C."""
 _NEWEST = 2
 """Vector instructions: those that any processor has, AVX2, AVX512. The newest that the machine has are used."""
@@ -76,7 +76,7 @@ class _Map(ctypes.Structure):
         if weights is None:
             return cls(None, 0, 0, 0, None, 0, 0)
         of_scales = (None, 0, 0) if scales is None else (scales.data_ptr(), scales.stride(0), scales.stride(1))
-        return cls(weights.data_ptr(), weights.stride(0), weights.stride(1), TYPES[weights.dtype], *of_scales)
+        return cls(weights.data_ptr(), weights.stride(0), weights.stride(1), _TYPES[weights.dtype], *of_scales)
 
 
 class _Computing(ctypes.Structure):
@@ -272,6 +272,11 @@ def apply(
     return context
 
 
+def applies(weights: Tensor, values: Tensor) -> bool:
+    """Whether `apply` may be called."""
+    return weights.dtype in _TYPES and _is_memory(weights) and serves(values)
+
+
 def map_memory(
     scores: Scores, dtype: torch.dtype
 ) -> Float[Tensor, "batch heads query key"] | UInt8[Tensor, "batch heads query key"]:
@@ -306,8 +311,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    is_float = tensor.device.type == "cpu" and tensor.dtype == torch.float32
-    return is_float and type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
+    return tensor.dtype == torch.float32 and _is_memory(tensor)
+
+
+def _is_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are what stands in its memory, on the CPU."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
 
 
 def _follows_tangents() -> bool:

@@ -90,7 +90,7 @@ class DenseMap(AttentionMap):
                 values = values[:, [pair[1] for pair in heads]]
             return drop(weights, dropout_p) @ values
         batch, num_heads, num_queries, num_keys = self.weights.shape
-        if dropout_p == 0.0 and _in_c.serves(values) and self.weights.dtype in _in_c.TYPES:
+        if dropout_p == 0.0 and _in_c.applies(self.weights, values):
             pairs = tuple((head, head) for head in range(num_heads)) if heads is None else heads
             extents = self.extents or ((num_queries, num_keys),) * batch
             return _in_c.apply(self.weights, self.scales, values, pairs, extents)

@@ -105,9 +105,9 @@ def applied_to(model: nn.Module) -> dict[str, Applied]:
 
 
 def with_projections(model: nn.Module) -> nn.Module:
-    """The model, or, where its projections are no modules of their own, a copy that computes the same by some.
+    """The model; where its projections are no modules of their own, a copy that computes the same by such modules.
 
-    That is so in a `torch.nn.TransformerEncoder` without a plan.
+    They are none in a `torch.nn.TransformerEncoder` without a plan.
     """
     stack = find_stack(model)
     if type(stack.module) is not nn.TransformerEncoder or applied_to(model):
