@@ -49,6 +49,7 @@ def mapreuse(monkeypatch, capsys, *arguments):
         (["train", "--out", "x", "--preset", "huge"], "--preset must be baseline or refinement"),
         (["train", "--out", "x", "--preset", "refinement"], "needs the recogniser that --preset baseline made"),
         (["train", "--out", "x", "--steps", "1", "--plan", "4y4"], "character"),
+        (["train", "--out", "x", "--steps", "1", "--model", "/nowhere"], "/nowhere"),
         (["corpus", "librispeech:/nowhere"], "/nowhere"),
         (["analyze", "recogniser", "--out", "x"], "calibration"),
         (["analyze", "recogniser", "--calibration", "/nowhere", "--out", "x"], "no such folder of wav or flac files"),

@@ -340,8 +340,9 @@ def train(
     if preset == "refinement" and model is None:
         raise ValueError("--preset refinement needs the recogniser that --preset baseline made: give it as --model")
     reuse = None if plan is None else ReusePlan.parse(plan)
+    loaded = Recogniser.load(model) if model else None
     opened = open_corpus(corpus)
-    recogniser = Recogniser.load(model) if model else Recogniser.create(alphabet(opened.language), seed=seed)
+    recogniser = loaded or Recogniser.create(alphabet(opened.language), seed=seed)
     if reuse is not None:
         apply(recogniser.model, reuse)
     config = presets[preset]() if preset else TrainConfig(steps=steps, seconds=seconds)
@@ -363,8 +364,9 @@ def evaluate(
 
     if split not in ("test", "dev"):
         raise ValueError(f"--split must be test or dev, got {split!r}")
+    recogniser = Recogniser.load(model or BASELINE)
     cuts = getattr(open_corpus(corpus), split)
-    console.print(f"{split} {run(Recogniser.load(model or BASELINE), cuts, decoder=decoder)}")
+    console.print(f"{split} {run(recogniser, cuts, decoder=decoder)}")
 
 
 @app.command()
