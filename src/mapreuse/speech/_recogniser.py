@@ -26,6 +26,7 @@ DECODERS = ("greedy", "beam", "beam+lm")
 
 _DESCRIPTION, _LANGUAGE_MODEL, _WEIGHTS = "recogniser.json", "language_model.safetensors", "weights.safetensors"
 _SUBSAMPLING = 4  # features to one frame of the model
+_WIDTH = 64  # prefixes kept with a language model: it tells of a word's context only where the word ends
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Recogniser:
             return [self.decode(numbers) for numbers in greedy(logits, lengths)]
         fused: dict[str, Any] = {}
         if decoder == "beam+lm":
-            fused = {"language_model": self.language_model, **asdict(self.fusion)}
+            fused = {"language_model": self.language_model, "width": _WIDTH, **asdict(self.fusion)}
         log_probabilities = logits.log_softmax(-1).cpu().numpy()
         return [
             self.decode(beam_search(rows[:length], **fused))
