@@ -41,6 +41,11 @@ def report(files: dict[str, Results]) -> list[str]:
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['instructions']}; "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",
+        *(
+            f"`{name}` alone is of another: {own['processor']}, {own['cores']} cores, {own['instructions']}."
+            for name, own in ((name, file["machine"]) for name, file in files.items())
+            if own["processor"] != machine["processor"]
+        ),
         "",
         "| figure | T | measured | goal |",
         "|---|---|---|---|",
