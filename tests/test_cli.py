@@ -130,6 +130,11 @@ def test_a_conversion_within_a_budget_of_error_keeps_to_it(tmp_path, monkeypatch
     assert status == 0, error
     refitted = re.search(r"error, refitted: ([0-9.]+)", printed)
     assert refitted is None or float(refitted[1]) <= 0.01  # none where no plan was measured to be faster
+    converted, original = mr.load(tmp_path / "out"), open_model(directory).model
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")("maps are alike", return_tensors="pt")
+    with torch.inference_mode():
+        outputs, targets = converted(**tokens)[0], original(**tokens)[0]
+    assert (outputs - targets).norm() <= 0.2 * targets.norm()
     status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--budget", "error<=0.01")
     assert status == 2
     assert "exists already" in error
