@@ -1,6 +1,7 @@
 import inspect
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +50,16 @@ def test_every_language_is_spoken_at_eight_kilohertz(language, tmp_path):
 
 
 def test_synthesis_resumes_where_it_stopped_and_repeats_itself(tmp_path):
-    """To the last of 16 bits, which espeak-ng does not always round alike."""
-    texts = generate_texts(6, "en", seed=0)
+    """Bit for bit, in another second too: the library seeds the noise of breathy voices with the time of day."""
+    texts = generate_texts(20, "en", seed=0)
     synthesise(texts[:3], "en", tmp_path / "a", seed=0)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.wav")}
     resumed = synthesise(texts, "en", tmp_path / "a", seed=0)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    time.sleep(1)
     whole = synthesise(texts, "en", tmp_path / "b", seed=0)
     for one, other in zip(resumed, whole, strict=True):
-        np.testing.assert_allclose(one.load_audio(), other.load_audio(), rtol=0, atol=1.01 / 32768)
+        np.testing.assert_array_equal(one.load_audio(), other.load_audio())
     assert [cut.supervisions[0].text for cut in resumed] == texts
 
 

@@ -35,6 +35,7 @@ _VARIANTS = (
 _SYNCHRONOUS, _UTF8, _IPA, _RATE, _PITCH, _RANGE = 2, 1, 2, 1, 3, 4
 _PHONEME_EVENTS, _IPA_EVENTS = 1, 2  # options of espeak_Initialize
 _LAST_EVENT, _PHONEME_EVENT = 0, 7  # types of events
+_SEED = 1  # of the noise of breath and consonants, for which espeak-ng would take the time of day
 
 
 class _Event(ctypes.Structure):
@@ -197,6 +198,7 @@ def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray], list[tuple[s
     rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), options)
     if rate <= 0:
         raise RuntimeError("espeak-ng did not start; reinstall espeakng-loader")
+    library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
     callback = _CALLBACK(receive)
     library.espeak_SetSynthCallback(callback)
     try:
