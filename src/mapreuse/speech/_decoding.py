@@ -49,23 +49,34 @@ def beam_search(
         candidates = [int(n) for n in np.flatnonzero(frame > frame.max() - threshold) if n]
         scores = {number: float(frame[number]) for number in candidates}
         following: dict[tuple[int, ...], list[float]] = {}
+        longer_ones: dict[tuple[int, ...], set[int]] = {}
+        worst = math.inf
         for prefix, (in_blank, in_output, language) in beam.items():
             total = _add(in_blank, in_output)
-            entry = following.setdefault(prefix, [_NONE, _NONE, language])
-            entry[0] = _add(entry[0], total + blank)
+            again = in_output + float(frame[prefix[-1]]) if prefix else _NONE
+            following[prefix] = [total + blank, again, language]
+            worst = min(worst, _add(total + blank, again) + language)
+            if prefix:
+                longer_ones.setdefault(prefix[:-1], set()).add(prefix[-1])
+        # A prefix that is new comes of one other alone. Where the beam is full, one below all that stay is not kept.
+        least = worst if len(beam) == width else _NONE
+        for prefix, (in_blank, in_output, language) in beam.items():
+            total = _add(in_blank, in_output)
             last = prefix[-1] if prefix else 0
-            if last:
-                entry[1] = _add(entry[1], in_output + float(frame[last]))
-            if not scores:
-                continue
-            after = language_model.log_probabilities(prefix) if language_model and weight else None
+            after = None
+            known = longer_ones.get(prefix, ())
             for number, score in scores.items():
-                longer = (*prefix, number)
-                found = following.get(longer)
-                if found is None:
-                    gain = bonus if after is None else bonus + weight * float(after[number])
-                    found = following[longer] = [_NONE, _NONE, language + gain]
-                found[1] = _add(found[1], (in_blank if number == last else total) + score)
+                ended = (in_blank if number == last else total) + score
+                if number in known:
+                    found = following[(*prefix, number)]
+                    found[1] = _add(found[1], ended)
+                    continue
+                gain = bonus
+                if language_model and weight and ended + language + gain >= least:
+                    after = language_model.log_probabilities(prefix) if after is None else after
+                    gain += weight * float(after[number])
+                if ended + language + gain >= least:
+                    following[(*prefix, number)] = [_NONE, ended, language + gain]
         best = sorted(following.items(), key=lambda item: -(_add(item[1][0], item[1][1]) + item[1][2]))[:width]
         beam = {prefix: (entry[0], entry[1], entry[2]) for prefix, entry in best}
         if min(map(len, beam)) > 256:

@@ -63,6 +63,7 @@ class LanguageModel:
         self._cumulated = [0.0, *accumulate(single)]
         self._space = self.characters.index(" ") + 1
         self._cache: dict[tuple[int, ...], ndarray] = {}
+        self._spellings: dict[str, tuple[float, ndarray]] = {}
 
     @classmethod
     def train(
@@ -124,15 +125,22 @@ class LanguageModel:
         *before, partial = text.split(" ")
         history = (*[0] * (_ORDER - 1 if begins else 0), *(self._number.get(w, -1) for w in before if w))
         context = history[-(_ORDER - 1) :]
-        spelt = math.log(self._prefix(partial))
-        outputs = np.array(
-            [0.0, *(math.log(self._prefix(partial + letter)) - spelt for letter in self.characters)],
-        )
+        spelt, letters = self._letters(partial)
+        outputs = letters.copy()
         word = math.log(self._spelt(partial, context)) - spelt if partial else 0.0
         after = (*context, self._number.get(partial, -1))[-(_ORDER - 1) :] if partial else context
         outputs[0] = word + math.log(self._spelt("", after))
         outputs[self._space] = word if partial else _SPACES
         return outputs
+
+    def _letters(self, partial: str) -> tuple[float, ndarray]:
+        """log p that a word begins so, and what every output as its next letter adds, whatever came before."""
+        found = self._spellings.get(partial)
+        if found is None:
+            spelt = math.log(self._prefix(partial))
+            after = [math.log(self._prefix(partial + letter)) - spelt for letter in self.characters]
+            found = self._spellings[partial] = spelt, np.array([0.0, *after])
+        return found
 
     def _spelt(self, word: str, context: tuple[int, ...]) -> float:
         """p(word | context), unknown words by their letters; the end of the text is the word ""."""
