@@ -37,6 +37,30 @@ def by_enumeration(log_probabilities, language_model=None, weight=0.0, bonus=0.0
     return sums
 
 
+def frame_by_frame(log_probabilities, width, language_model, weight, bonus) -> tuple[int, ...]:
+    """Prefix beam search as it is defined: every prefix by every output, then the `width` best."""
+
+    def language(text: tuple[int, ...]) -> float:
+        spoken = sum(language_model.log_probabilities(text[:i])[text[i]] for i in range(len(text)))
+        return weight * spoken + bonus * sum(1 for number in text if number)
+
+    beam = {(): (0.0, -math.inf)}  # alignments that end in blank, and in the last output
+    for frame in log_probabilities:
+        after: dict[tuple[int, ...], list[float]] = {}
+        for prefix, (in_blank, in_output) in beam.items():
+            for number, score in enumerate(frame):
+                total = np.logaddexp(in_blank, in_output)
+                ways = [(prefix, 0, total)] if number == 0 else [((*prefix, number), 1, total)]
+                if number and prefix[-1:] == (number,):
+                    ways = [(prefix, 1, in_output), ((*prefix, number), 1, in_blank)]
+                for text, ending, reached in ways:
+                    sums = after.setdefault(text, [-math.inf, -math.inf])
+                    sums[ending] = np.logaddexp(sums[ending], reached + score)
+        best = sorted(after, key=lambda text: -(np.logaddexp(*after[text]) + language(text)))[:width]
+        beam = {text: tuple(after[text]) for text in best}
+    return max(beam, key=lambda text: np.logaddexp(*beam[text]) + language((*text, 0)))
+
+
 def random_frames(seed: int, frames: int, outputs: int, sharpness: float = 2.0) -> np.ndarray:
     logits = torch.from_numpy(sharpness * np.random.default_rng(seed).standard_normal((frames, outputs)))
     return logits.log_softmax(-1).numpy()
@@ -60,6 +84,17 @@ def test_beam_search_with_a_language_model_maximises_the_sum_of_both(seed, weigh
     fused = {"language_model": model, "weight": weight, "bonus": bonus}
     found = tuple(beam_search(log_probabilities, width=5000, threshold=math.inf, **fused))
     assert scores[found] == pytest.approx(max(scores.values()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), width=st.integers(1, 8), weight=st.floats(0.1, 2), bonus=st.floats(-1, 2))
+def test_a_narrow_beam_keeps_the_best_of_all_that_it_could_go_on_with(seed, width, weight, bonus):
+    model = language_model()
+    log_probabilities = random_frames(seed, 12, 4, sharpness=1.0)
+    found = beam_search(
+        log_probabilities, width=width, threshold=math.inf, language_model=model, weight=weight, bonus=bonus
+    )
+    assert tuple(found) == frame_by_frame(log_probabilities, width, model, weight, bonus)
 
 
 def test_beam_search_prefers_the_summed_text_where_the_best_path_misleads():

@@ -63,7 +63,7 @@ def beam_search(
         for prefix, (in_blank, in_output, language) in beam.items():
             total = _add(in_blank, in_output)
             last = prefix[-1] if prefix else 0
-            after = None
+            after = language_model.log_probabilities(prefix) if language_model and weight and scores else None
             known = longer_ones.get(prefix, ())
             for number, score in scores.items():
                 ended = (in_blank if number == last else total) + score
@@ -71,10 +71,7 @@ def beam_search(
                     found = following[(*prefix, number)]
                     found[1] = _add(found[1], ended)
                     continue
-                gain = bonus
-                if language_model and weight and ended + language + gain >= least:
-                    after = language_model.log_probabilities(prefix) if after is None else after
-                    gain += weight * float(after[number])
+                gain = bonus if after is None else bonus + weight * float(after[number])
                 if ended + language + gain >= least:
                     following[(*prefix, number)] = [_NONE, ended, language + gain]
         best = sorted(following.items(), key=lambda item: -(_add(item[1][0], item[1][1]) + item[1][2]))[:width]
