@@ -36,8 +36,8 @@ def report(files: dict[str, Results]) -> list[str]:
         "# Speed",
         "",
         "Written by `make readme` from the JSON files in this directory, which `make speed` makes, alone on the",
-        "machine. Ratios are medians over rounds in which all contestants took turns; batch 1, float32, 2 CPU",
-        "threads, random weights, inputs like speech (or text).",
+        "machine. Ratios are medians over rounds in which all contestants took turns, each turn one call that is not",
+        "timed and one that is; batch 1, float32, 2 CPU threads, random weights, inputs like speech (or text).",
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['instructions']}; "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",

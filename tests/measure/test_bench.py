@@ -344,7 +344,15 @@ def test_memory_stands_in_the_cells_and_a_killed_contestant_is_not_run_here(monk
     assert rows["sdpa"][-2:] == ["12 MiB", ""]
 
 
-def test_cores_are_set_against_their_products_and_their_growth_is_told():
+@pytest.fixture
+def short_turns(monkeypatch):
+    """Turns of one call: what they take is not looked at here."""
+    from mapreuse.measure import _cores
+
+    monkeypatch.setattr(_cores, "_turns", lambda length: 1)
+
+
+def test_cores_are_set_against_their_products_and_their_growth_is_told(short_turns):
     results = bench_cores(CoresConfig(lengths=(100, 200), repeats=2))
     cores = results["lengths"]["200"]
 
@@ -381,7 +389,7 @@ def test_the_command_prints_ratios_and_writes_everything_to_json(tmp_path):
     assert str(tmp_path) not in file.read_text()
 
 
-def test_the_command_times_cores(tmp_path):
+def test_the_command_times_cores(tmp_path, short_turns):
     file = tmp_path / "cores.json"
     ran = CliRunner().invoke(
         cli.app, ["bench", "--cores", "--lengths", "50,100", "--repeats", "1", "--json", str(file)]

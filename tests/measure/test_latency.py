@@ -1,5 +1,7 @@
 """Interleaved timing: order and arithmetic, never speed."""
 
+import time
+
 import pytest
 import torch
 
@@ -13,6 +15,18 @@ def test_contestants_take_turns_and_warm_up_rounds_do_not_count():
 
     assert calls == ["a", "b"] * 5
     assert {name: len(latency.seconds) for name, latency in measured.items()} == {"a": 3, "b": 3}
+
+
+def test_in_a_settled_turn_the_second_call_is_timed():
+    def contestant():
+        calls.append(None)
+        time.sleep(0.1 if len(calls) % 2 == 0 else 0)  # after one call to warm up, the first of every turn is slow
+
+    calls = []
+    measured = time_interleaved({"a": contestant}, repeats=3, settle=True)
+
+    assert len(calls) == 1 + 2 * 3
+    assert max(measured["a"].seconds) < 0.1
 
 
 def test_median_and_spread_of_repeats():

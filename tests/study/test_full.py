@@ -38,6 +38,11 @@ def found(original, batches, *, error, cache):
     return [Candidate(plan, error, latency=1.0, predicted=1.0, parameters=1) for plan in plans]
 
 
+def in_this_process(function, request):
+    """Processes of their own have tests in the room that measures; each would import everything once more."""
+    return 1 + function(**request)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """Results, where they are, and what was printed."""
@@ -45,6 +50,7 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(internals, "FLOPS_LENGTH", 50)
         patch.setattr(internals, "search", found)
+        patch.setattr(internals, "memory_in_fresh_process", in_this_process)
         patch.setattr(findings, "_PHONEME_SENTENCES", 4)
         output = StringIO()
         results = run_full(CONFIG, place / "out", place / "work", Console(file=output, width=200), workers=2)

@@ -37,7 +37,8 @@ _WARM_LENGTH = 64
 
 
 def bench(config: BenchConfig, progress: Progress = lambda doing, done, total: None) -> dict[str, Any]:
-    """Time an encoder under every contestant, at every length; contestants take turns in one process.
+    """Time an encoder under every contestant, at every length; contestants take turns in one process, each turn a
+    call that settles the process's memory and one that is timed (`time_interleaved`).
 
     Before it is timed, every contestant is compared with the definition (`transformers`' eager attention, maps shared
     as the plan says) at 1000 frames or the greatest length, and at every length with the first contestant that has
@@ -220,7 +221,8 @@ class _Bench:
             timed[self.spec.front] = partial(self._front, self._inputs(length, self.config.batch, "whole"))
         advance = partial(self._advance, f"timing, length {length}", _rough_seconds(length))
         graphs = _graphs()
-        measured = time_interleaved(timed, repeats=self.config.repeats, device=self.config.device, advance=advance)
+        device, repeats = self.config.device, self.config.repeats
+        measured = time_interleaved(timed, repeats=repeats, settle=True, device=device, advance=advance)
         cells = {entry.name: self._cell(entry, measured) | memory.get(entry, {}) for entry in self.entries}
         result: dict[str, Any] = {"contestants": cells, "ratios": _ratios(list(calls), measured)}
         result["compiled_while_timed"] = _graphs() - graphs
