@@ -1,6 +1,7 @@
 """The command line: bad input is one line and exit status 2."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -120,22 +121,34 @@ def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(tmp_path
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_a_conversion_within_a_budget_of_error_keeps_to_it(tmp_path, monkeypatch, capsys):
+def test_a_conversion_within_a_budget_of_error_keeps_to_it(tmp_path, monkeypatch, capsys, regular_times):
     monkeypatch.setattr(cli, "console", Console())
     directory = save_bert(tmp_path / "model")
+    original = open_model(directory).model
+    with torch.no_grad():  # peaked maps: of nearly uniform ones all plans are as good
+        for name, weights in original.named_parameters():
+            weights *= 15 if "attention" in name and weights.dim() == 2 else 1
+    original.save_pretrained(directory)
+    words, draw = sorted({word for sentence in SENTENCES for word in sentence.split()}), random.Random(0)
     sentences = tmp_path / "sentences.txt"
-    sentences.write_text("\n".join(SENTENCES * 20))
-    arguments = ["convert", str(directory), "--calibration", str(sentences), "--out", str(tmp_path / "out")]
-    status, printed, error = mapreuse(monkeypatch, capsys, *arguments, "--budget", "error<=0.01")
-    assert status == 0, error
-    refitted = re.search(r"error, refitted: ([0-9.]+)", printed)
-    assert refitted is None or float(refitted[1]) <= 0.01  # none where no plan was measured to be faster
-    converted, original = mr.load(tmp_path / "out"), open_model(directory).model
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")("maps are alike", return_tensors="pt")
+    sentences.write_text("\n".join(" ".join(draw.choices(words, k=7)) for _ in range(80)))
+    tokens = AutoTokenizer.from_pretrained(directory)("maps are alike", return_tensors="pt")
     with torch.inference_mode():
-        outputs, targets = converted(**tokens)[0], original(**tokens)[0]
-    assert (outputs - targets).norm() <= 0.2 * targets.norm()
-    status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--budget", "error<=0.01")
+        target = original.eval()(**tokens)[0]
+
+    def convert(budget, out):
+        arguments = ["--calibration", str(sentences), "--budget", f"error<={budget}", "--out", str(tmp_path / out)]
+        status, printed, error = mapreuse(monkeypatch, capsys, "convert", str(directory), *arguments)
+        assert status == 0, error
+        with torch.inference_mode():
+            difference = (mr.load(tmp_path / out)(**tokens)[0] - target).norm() / target.norm()
+        return float(re.search(r"error, refitted: ([0-9.]+)", printed)[1]), difference
+
+    (loose, far), (tight, near) = convert(1, "loose"), convert(0.05, "tight")
+    assert tight <= 0.05 < loose
+    assert near < far
+    arguments = ["--calibration", str(sentences), "--budget", "error<=1", "--out", str(tmp_path / "loose")]
+    status, _, error = mapreuse(monkeypatch, capsys, "convert", str(directory), *arguments)
     assert status == 2
     assert "exists already" in error
 

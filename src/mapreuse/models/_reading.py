@@ -11,8 +11,9 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 
@@ -81,6 +82,12 @@ class _Step:
 
 def read_attention(cls: type[nn.Module]) -> AttentionForm:
     """The form of an attention class. Raises `Unsupported` where its forward does not follow the pattern."""
+    return _form(cls, cls.forward)  # type: ignore[arg-type]  # classes are hashable
+
+
+@cache
+def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
+    """Read once for a class and the forward it has: every layer of a model, and every copy, asks again."""
     function = forward_of(cls)
     before, call, after = _split_at_call(cls, list(_straight_line(function.body, certain=True)))
     arguments = _call_arguments(cls, call)
