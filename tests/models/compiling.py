@@ -1,4 +1,4 @@
-"""`python compiling.py FAMILY`: how far compiled and exported models are from the same model run as it is."""
+"""`python compiling.py FAMILY…`: how far compiled and exported models are from the same model run as it is."""
 
 import sys
 import warnings
@@ -18,14 +18,15 @@ def main(family: str) -> None:
         expected = model(**batch).last_hidden_state
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        print("compiled", (compiled(**batch).last_hidden_state - expected).abs().max().item())
+        print(family, "compiled", (compiled(**batch).last_hidden_state - expected).abs().max().item())
     output = compiled(**batch).last_hidden_state
     output.square().mean().backward()
-    print("compiled-training", (output - expected).abs().max().item())
+    print(family, "compiled-training", (output - expected).abs().max().item())
     with torch.no_grad():
         exported = torch.export.export(model, (), batch, strict=False).module()
-        print("exported", (exported(**batch).last_hidden_state - expected).abs().max().item())
+        print(family, "exported", (exported(**batch).last_hidden_state - expected).abs().max().item())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for name in sys.argv[1:]:
+        main(name)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -230,20 +231,21 @@ def test_a_speech_recogniser_transcribes_without_a_cache():
     assert model.generate(**batch).shape == untouched.shape
 
 
-@pytest.mark.parametrize("family", ["parakeet", "llama"])
-def test_compiled_and_exported_models_give_the_same_output(family):
+def test_compiled_and_exported_models_give_the_same_output():
     """In a process without the checks of shapes, which the compiler does not trace."""
+    families = ["parakeet", "llama"]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "compiling.py"), family],
+        [sys.executable, str(Path(__file__).parent / "compiling.py"), *families],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = [line.split() for line in done.stdout.splitlines()]
-    assert [what for what, _ in errors] == ["compiled", "compiled-training", "exported"]
-    assert all(float(error) < 1e-4 for _, error in errors), errors
+    ways = ["compiled", "compiled-training", "exported"]
+    assert [(family, way) for family, way, _ in errors] == list(itertools.product(families, ways))
+    assert all(float(error) < 1e-4 for _, _, error in errors), errors
 
 
 @pytest.mark.parametrize("family", ["bert", "parakeet", "gpt2", "modernbert"])
