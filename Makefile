@@ -41,7 +41,7 @@ readme: setup
 models: setup
 	$(BIN)/python scripts/models.py
 
-# An hour alone on the machine: everything in results/speed.
+# More than an hour alone on the machine: everything in results/speed.
 BENCH := $(BIN)/mapreuse bench --threads 2
 speed: setup
 	$(BENCH) --cores --lengths 500,1000,2000,4000,8000 --json results/speed/cores.json
