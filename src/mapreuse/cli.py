@@ -106,7 +106,8 @@ def bench(
     lengths: Annotated[str | None, typer.Option(help="frames or tokens: 1000,2000,3000")] = None,
     plans: Annotated[str | None, typer.Option(help="plans of ours: full,4x4,1x4,4x3,16x1")] = None,
     contestants: Annotated[
-        str | None, typer.Option(help="eager,sdpa,flex,ours, each also as eager+compile; all if left out")
+        str | None,
+        typer.Option(help="eager,sdpa,sdpa-channels-last,flex,ours, or eager+compile etc.; all if left out"),
     ] = None,
     strategies: Annotated[
         str, typer.Option(help="how ours carry shared maps: dense,dense16,dense8,recompute,auto")
@@ -319,35 +320,41 @@ def corpus(name: Annotated[str, typer.Argument(help="as for --corpus")]) -> None
 def train(
     out: Annotated[Path, typer.Option(help="directory of checkpoints, log and the best recogniser")],
     corpus: CorpusName = "prompts:en",
-    preset: Annotated[str | None, typer.Option(help="of the shipped recogniser: baseline, then refinement")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="of the shipped recogniser: baseline, refinement, then polish")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="directory of a recogniser to start from")] = None,
     plan: Annotated[str | None, typer.Option(help="reuse plan, such as 2x4 or 1x4,4x1")] = None,
     steps: Annotated[int | None, typer.Option(help="budget in steps")] = None,
     seconds: Annotated[float | None, typer.Option(help="budget in seconds")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
-    seed: Annotated[int, typer.Option(help="of weights, batches and augmentation")] = 0,
+    seed: Annotated[int | None, typer.Option(help="of weights, batches and augmentation; 0, or the preset's")] = None,
 ) -> None:
     """Train a recogniser, from scratch or from another; the same command again goes on where it stopped."""
     from mapreuse import ReusePlan, apply
     from mapreuse.speech import Recogniser, TrainConfig, alphabet, open_corpus
     from mapreuse.speech import train as run
 
-    presets = {"baseline": TrainConfig.baseline, "refinement": TrainConfig.refinement}
+    presets = {"baseline": TrainConfig.baseline, "refinement": TrainConfig.refinement, "polish": TrainConfig.polish}
     if preset not in (None, *presets):
-        raise ValueError(f"--preset must be baseline or refinement, got {preset!r}")
+        raise ValueError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
     if sum(budget is not None for budget in (preset, steps, seconds)) != 1:
         raise ValueError("give the budget as --steps or as --seconds, or choose a --preset: exactly one of the three")
-    if preset == "refinement" and model is None:
-        raise ValueError("--preset refinement needs the recogniser that --preset baseline made: give it as --model")
+    if preset not in (None, "baseline") and model is None:
+        raise ValueError(f"--preset {preset} needs the recogniser that the preset before it made: give it as --model")
     reuse = None if plan is None else ReusePlan.parse(plan)
     loaded = Recogniser.load(model) if model else None
     opened = open_corpus(corpus)
-    recogniser = loaded or Recogniser.create(alphabet(opened.language), seed=seed)
+    config = presets[preset]() if preset else TrainConfig(steps=steps, seconds=seconds)
+    config = dataclasses.replace(
+        config,
+        seed=config.seed if seed is None else seed,
+        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
+    )
+    recogniser = loaded or Recogniser.create(alphabet(opened.language), seed=config.seed)
     if reuse is not None:
         apply(recogniser.model, reuse)
-    config = presets[preset]() if preset else TrainConfig(steps=steps, seconds=seconds)
-    rate = config.learning_rate if learning_rate is None else learning_rate
-    scores = run(recogniser, opened, dataclasses.replace(config, seed=seed, learning_rate=rate), out)
+    scores = run(recogniser, opened, config, out)
     console.print(f"{out / 'best'}" if scores is None else f"{out / 'best'}: dev {scores}")
 
 

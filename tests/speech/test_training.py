@@ -35,8 +35,12 @@ class _Stop(Exception):
     pass
 
 
-def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path, monkeypatch):
-    train(make_tiny(), few, SHORT, tmp_path / "whole")
+@pytest.mark.parametrize("averaging", [0.0, 0.5])
+def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(
+    averaging, make_tiny, few, tmp_path, monkeypatch
+):
+    config = replace(SHORT, averaging=averaging)
+    train(make_tiny(), few, config, tmp_path / "whole")
     step, done = _Run._step, []
 
     def until_the_fourth(self, items):
@@ -47,13 +51,35 @@ def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tin
 
     monkeypatch.setattr(_Run, "_step", until_the_fourth)
     with pytest.raises(_Stop):
-        train(make_tiny(), few, SHORT, tmp_path / "broken")
+        train(make_tiny(), few, config, tmp_path / "broken")
     monkeypatch.undo()
-    train(make_tiny(seed=9), few, SHORT, tmp_path / "broken")
-    for file in ("checkpoint-6/model.safetensors", "checkpoint-6/optimizer.safetensors"):
-        whole, broken = (load_file(tmp_path / run / file) for run in ("whole", "broken"))
+    train(make_tiny(seed=9), few, config, tmp_path / "broken")
+    for file in ("model", "optimizer", *(["averaged"] if averaging else [])):
+        whole, broken = (
+            load_file(tmp_path / run / f"checkpoint-6/{file}.safetensors") for run in ("whole", "broken")
+        )
         assert whole.keys() == broken.keys()
         assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_what_is_kept_is_the_running_average_of_the_weights(make_tiny, few, tmp_path, monkeypatch):
+    step, passed = _Run._step, []
+
+    def watched(self, items):
+        loss = step(self, items)
+        passed.append(weights(self.recogniser))
+        return loss
+
+    monkeypatch.setattr(_Run, "_step", watched)
+    recogniser = make_tiny()
+    train(recogniser, few, replace(SHORT, averaging=0.75, evaluate_every=6), tmp_path / "run")
+    average = passed[0]
+    for after in passed[1:]:
+        average = {name: 0.75 * kept + 0.25 * after[name] for name, kept in average.items()}
+    for name, kept in weights(recogniser).items():
+        if kept.is_floating_point():
+            torch.testing.assert_close(kept, average[name], atol=1e-6, rtol=1e-6)
+    assert any(not torch.allclose(kept, passed[-1][name]) for name, kept in weights(recogniser).items())
 
 
 def test_a_finished_run_is_not_repeated(make_tiny, few, tmp_path):
@@ -203,6 +229,8 @@ def test_two_processes_train_one_model(few, tmp_path):
         ({"steps": 5, "real_share": (0.0, 1.0)}, "real_share"),
         ({"steps": 5, "tempos": (1.0, 0.0)}, "tempos must be positive"),
         ({"steps": 5, "tempos": ()}, "tempos must be positive"),
+        ({"steps": 5, "averaging": 1.0}, "averaging must be"),
+        ({"steps": 5, "averaging": -0.5}, "averaging must be"),
         ({"steps": 5, "hop": 0.0}, "hop and tempos must be positive"),
         ({"steps": 5, "hop": -0.01}, "hop and tempos must be positive"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mapreuse.measure._definition import DEFINITION, follow
 from mapreuse.measure._encoders import Encoder, EncoderSpec
 from mapreuse.measure._flex import use_flex_attention
-from mapreuse.models import apply
+from mapreuse.models import apply, lay_out_convolutions
 from mapreuse.plan import ReusePlan
 
 PARTS = ("layers", "whole")
@@ -27,7 +27,7 @@ class Contestant:
     """One way to run an encoder.
 
     Attributes:
-        kind: "eager", "sdpa", "flex" or "ours".
+        kind: "eager", "sdpa", "sdpa-channels-last", "flex" or "ours".
         plan: the plan's notation, or "full"; only ours reuse maps.
         strategy: how ours carry shared maps.
         compiled: run under `torch.compile`.
@@ -57,8 +57,10 @@ class Contestant:
         return self.compiled or self.kind == "flex"
 
 
-KINDS = tuple(kind + suffix for kind in ("eager", "sdpa", "flex", "ours") for suffix in ("", COMPILED))
-"""The contestants to choose from: `transformers`' attentions, FlexAttention, ours; each also compiled."""
+_UNCOMPILED = ("eager", "sdpa", "sdpa-channels-last", "flex", "ours")
+KINDS = tuple(kind + suffix for kind in _UNCOMPILED for suffix in ("", COMPILED))
+"""The contestants to choose from: `transformers`' attentions, also with the convolutions as ours have them,
+FlexAttention, and ours; each also compiled."""
 
 
 def contestants(kinds: tuple[str, ...], plans: tuple[str, ...], strategies: tuple[str, ...]) -> list[Contestant]:
@@ -177,6 +179,12 @@ def _library(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder
     return spec.build(contestant.kind, spec.num_layers, longest)
 
 
+def _library_channels_last(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
+    encoder = spec.build("sdpa", spec.num_layers, longest)
+    lay_out_convolutions(encoder)
+    return encoder
+
+
 def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
     if not spec.has_relative_positions:
         return spec.build("flex_attention", spec.num_layers, longest)
@@ -188,14 +196,14 @@ def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
 def _ours(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
     encoder = spec.build("sdpa", spec.num_layers, longest)
     apply(encoder.layers, plan_of_notation(contestant.plan, spec.num_layers), strategy=contestant.strategy)
-    # The layout in which depthwise convolutions are fast.
-    nn.utils.convert_conv2d_weight_memory_format(encoder.front, torch.channels_last)
+    lay_out_convolutions(encoder.front)
     return encoder
 
 
 BUILDERS: dict[str, Callable[[Contestant, EncoderSpec, int], Encoder]] = {
     "eager": _library,
     "sdpa": _library,
+    "sdpa-channels-last": _library_channels_last,
     "flex": _flex,
     "ours": _ours,
 }

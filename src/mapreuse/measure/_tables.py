@@ -65,7 +65,10 @@ def _bench_table(title: str, measured: dict[str, Any]) -> Table:
         if with_memory:
             row += [_mebibytes(cell), _memory_share(cell, cells)]
         rows.append(row)
-    notes = ["eager and sdpa are transformers' own attentions, flex is FlexAttention; × is how many times as fast."]
+    notes = [
+        "eager and sdpa are transformers' own attentions, flex is FlexAttention; sdpa-channels-last has its "
+        "convolutions laid out as ours are; × is how many times as fast."
+    ]
     notes += [
         f"{name}: not measured: {cell['not_measured']}" for name, cell in cells.items() if "not_measured" in cell
     ]

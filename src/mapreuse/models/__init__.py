@@ -4,6 +4,7 @@ from mapreuse.models import _fused, _packed, _parakeet, _wav2vec2_conformer  # n
 from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
+from mapreuse.models._convolutions import lay_out_convolutions
 from mapreuse.models._files import load, save
 from mapreuse.models._recording import MapRecorder, Recording
 from mapreuse.models._sharing import ARGUMENT
@@ -21,6 +22,7 @@ __all__ = [
     "applied_to",
     "apply",
     "find_stack",
+    "lay_out_convolutions",
     "load",
     "output_projection",
     "plan_of",

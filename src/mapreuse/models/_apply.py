@@ -14,6 +14,7 @@ from mapreuse.maps import STRATEGIES, Demand, SharedMaps
 from mapreuse.models._bearing import bear_maps
 from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
+from mapreuse.models._convolutions import lay_out_convolutions
 from mapreuse.models._packed import unpacked
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
 from mapreuse.models._source import Unsupported, parameter_names
@@ -42,6 +43,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
 
     A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
     maps are applied by permuting the rows of the value projection and the columns of the output projection.
+    Convolutions of Conformer layers run in the layout in which they are fast (`lay_out_convolutions`).
 
     Args:
         model: a `transformers` model with one stack of layers, or the part of a larger model that holds one
@@ -74,6 +76,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         with unchanged_on_failure(conversions):
             for conversion in conversions:
                 convert(conversion)
+    lay_out_convolutions(stack.module)
     applied = Applied(plan, strategy, memory_budget, _demand(plan), names, crossing)
     stack.module._map_reuse = applied  # type: ignore[assignment]
     if not by_keyword:

@@ -17,7 +17,7 @@ from transformers import ParakeetEncoder
 
 from mapreuse.maps import SharedMaps
 from mapreuse.measure import SUBSAMPLING, Latency, peak_memory, time_interleaved
-from mapreuse.models import ARGUMENT, apply, find_stack
+from mapreuse.models import ARGUMENT, apply, find_stack, lay_out_convolutions
 from mapreuse.plan import ReusePlan
 from mapreuse.speech import Corpus, FeatureConfig, features
 from mapreuse.study._runs import Recipe
@@ -184,9 +184,12 @@ def waveform(cut: Cut, settings: FeatureConfig) -> np.ndarray:
 
 
 def _encoder(recipe: Recipe, technique: str) -> ParakeetEncoder:
-    """Under a technique, or as `transformers` makes it."""
-    recogniser = recipe.create("en", None if technique == REFERENCE else technique, 0)
-    return recogniser.model.encoder.eval()
+    """Under a technique, with convolutions as `apply` lays them out, or as `transformers` makes it."""
+    if technique == REFERENCE:
+        return recipe.create("en", None, 0).model.encoder.eval()
+    encoder = recipe.create("en", technique, 0).model.encoder.eval()
+    lay_out_convolutions(encoder)
+    return encoder
 
 
 def _training_step(encoder: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
