@@ -222,7 +222,7 @@ class _Bench:
         advance = partial(self._advance, f"timing, length {length}", _rough_seconds(length))
         graphs = _graphs()
         device, repeats = self.config.device, self.config.repeats
-        measured = time_interleaved(timed, repeats=repeats, settle=True, device=device, advance=advance)
+        measured = time_interleaved(timed, repeats=repeats, device=device, advance=advance)
         cells = {entry.name: self._cell(entry, measured) | memory.get(entry, {}) for entry in self.entries}
         result: dict[str, Any] = {"contestants": cells, "ratios": _ratios(list(calls), measured)}
         result["compiled_while_timed"] = _graphs() - graphs

@@ -39,19 +39,18 @@ def time_interleaved(
     *,
     repeats: int,
     warmup: int = 1,
-    settle: bool = False,
     device: str = "cpu",
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Latency]:
     """Time the contestants in turn: each has one turn per round, for `warmup` + `repeats` rounds.
 
+    A turn that counts is two calls, of which the second is timed. The first, after another contestant's, also pays for
+    memory that the other gave back to the system; a model that is served call after call does not.
+
     Args:
         contestants: calls to time, by name.
         repeats: rounds that count.
         warmup: rounds before them that do not.
-        settle: every turn that counts is two calls, of which the second is timed. The first, after another
-            contestant's, also pays for memory that the other gave back to the system; a model that is served call
-            after call does not.
         device: "cpu", timed by the clock, or "cuda", timed by events, synchronised.
         advance: called after every timed call, to show progress.
     """
@@ -61,7 +60,7 @@ def time_interleaved(
         for round_number in range(warmup + repeats):
             for name, call in contestants.items():
                 counts = round_number >= warmup
-                if settle and counts:
+                if counts:
                     call()
                 taken = timer(call)
                 if counts:
