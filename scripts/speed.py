@@ -253,6 +253,7 @@ def _costs(results: Results) -> list[str]:
                 lines.append(f"| {length} | {name} | {cell['not_measured']} | | |")
                 continue
             memory = f"{cell['memory_bytes'] / 1e9:.2f} GB" if "memory_bytes" in cell else ""
+            name += f": {cell['carried']}" if "carried" in cell else ""
             lines.append(f"| {length} | {name} | {cell['median']:.2f} s | {memory} | {cell['agreement']:.0e} |")
     return lines
 

@@ -151,7 +151,7 @@ def test_a_source_must_be_an_earlier_head_that_computes(layers, problem):
 
 @pytest.mark.parametrize(("num_layers", "group_size"), [(0, 1), (4, 0), (-1, 2), (4, -2)])
 def test_there_are_no_empty_groups(num_layers, group_size):
-    with pytest.raises(ValueError, match=f"at least 1, got {num_layers} and {group_size}"):
+    with pytest.raises(ValueError, match=f"from 1 up, got {num_layers} and {group_size}"):
         ReusePlan.grouped(num_layers, group_size)
 
 

@@ -126,19 +126,15 @@ def bench(
     """Time an encoder under transformers' attentions, FlexAttention and ours, interleaved; ratios first."""
     from mapreuse import measure
 
+    _check_writable(json_file)
     settings: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": device}
     if repeats is not None:
         settings["repeats"] = repeats
     if lengths is not None:
         settings["lengths"] = _numbers("--lengths", lengths)
     if cores:
-        if (encoder, batch, part, memory or training, plans or contestants) != (
-            "conformer-m",
-            1,
-            "layers",
-            False,
-            None,
-        ):
+        given = (encoder, batch, part, memory or training, plans or contestants, strategies)
+        if given != ("conformer-m", 1, "layers", False, None, "dense"):
             raise ValueError("--cores takes --lengths, --threads, --dtype, --device, --repeats and --json only")
         cores_config = measure.CoresConfig(**settings)
         with _progress() as progress:
@@ -152,7 +148,6 @@ def bench(
             results = measure.bench(config, progress)
         tables = measure.bench_tables(results)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     _show(tables)
     console.print(f"Inputs: {results['signal']}.", highlight=False)
@@ -176,6 +171,8 @@ def breakdown(
     """Say where an encoder's forward pass spends its time, FLOPs and bytes, part by part."""
     from mapreuse import load, measure
 
+    _check_writable(json_file)
+    _check_writable(plot)
     config = measure.BreakdownConfig(_numbers("--lengths", lengths), batch, threads, device, repeats)
     if plot is not None and len(set(config.lengths)) < 2:
         raise ValueError("--plot draws time by length and needs at least two lengths")
@@ -185,10 +182,8 @@ def breakdown(
         found = measure.breakdown(encoders, config, progress)
     if json_file is not None:
         results = measure.breakdown_data(found, config, shlex.join(["mapreuse", *sys.argv[1:]]))
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         measure.breakdown_plot(found).savefig(plot, dpi=110, format="png")
     _show(measure.breakdown_tables(found))
 
@@ -289,13 +284,22 @@ def _progress() -> Iterator[Callable[[str, float, float], object]]:
         yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
 
 
+def _check_writable(file: Path | None) -> None:
+    """What takes minutes to measure must have somewhere to go."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"{file} cannot be written: give a file in a directory of yours")
+
+
 def _words(text: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in _words(text))
+        return tuple(dict.fromkeys(int(word) for word in _words(text)))
     except ValueError:
         raise ValueError(
             f"{option} must be whole numbers parted by commas, such as 1000,2000, got {text!r}"
@@ -363,16 +367,17 @@ def evaluate(
     corpus: CorpusName = "prompts:en",
     model: Model = None,
     decoder: Decoder = "greedy",
-    split: Annotated[str, typer.Option(help="test or dev")] = "test",
+    split: Annotated[str, typer.Option(help="test, dev, or all utterances, of a test set")] = "test",
 ) -> None:
     """Error rates of a recogniser on a corpus, with bootstrap intervals."""
     from mapreuse.speech import BASELINE, Recogniser, open_corpus
     from mapreuse.speech import evaluate as run
 
-    if split not in ("test", "dev"):
-        raise ValueError(f"--split must be test or dev, got {split!r}")
+    if split not in ("test", "dev", "all"):
+        raise ValueError(f"--split must be test, dev or all, got {split!r}")
     recogniser = Recogniser.load(model or BASELINE)
-    cuts = getattr(open_corpus(corpus), split)
+    opened = open_corpus(corpus)
+    cuts = [*opened.train, *opened.dev, *opened.test] if split == "all" else getattr(opened, split)
     console.print(f"{split} {run(recogniser, cuts, decoder=decoder)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ LayerSource: TypeAlias = int | tuple[HeadSource, ...] | None
 _FORMAT = "mapreuse-plan"
 _VERSION = 1
 _GROUPS = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
+_MOST_LAYERS = 10_000
+_SHOWN = 200
+"""Characters of a notation that an error repeats."""
 _SINGULAR = {True: "", False: "s"}
 
 
@@ -68,9 +72,9 @@ class ReusePlan:
 
         Shim, Choi & Sung, "Exploring Attention Map Reuse for Efficient Transformer Neural Networks" (2301.12444).
         """
-        if num_layers < 1 or group_size < 1:
+        if not (_is_index(num_layers) and _is_index(group_size) and num_layers >= 1 and group_size >= 1):
             raise ValueError(
-                f"num_layers and group_size must be at least 1, got {num_layers} and {group_size}; "
+                f"num_layers and group_size must be whole numbers from 1 up, got {num_layers!r} and {group_size!r}; "
                 "ReusePlan.grouped(16, 4) is four groups of four layers"
             )
         return cls.from_sources([layer - layer % group_size for layer in range(num_layers)])
@@ -91,8 +95,12 @@ class ReusePlan:
             ((2, 1), (2, 1), (2, 0), None)
         """
         layers: list[LayerSource] = [None if source == layer else source for layer, source in enumerate(sources)]
+        numbers = {layer: len(assignment) for layer, assignment in (heads or {}).items()}
+        if len(set(numbers.values())) > 1:
+            given = ", ".join(f"{number} heads for layer {layer}" for layer, number in numbers.items())
+            raise ValueError(f"all layers of a plan have the same number of heads, got {given}")
         for layer, assignment in (heads or {}).items():
-            if not 0 <= layer < len(layers):
+            if not _is_index(layer) or not 0 <= layer < len(layers):
                 raise ValueError(f"heads are given for layer {layer}, but the plan has layers 0–{len(layers) - 1}")
             source = layers[layer]
             if not isinstance(source, int):
@@ -112,6 +120,8 @@ class ReusePlan:
 
         Raises `ValueError` pointing at the character that does not belong.
         """
+        if not isinstance(text, str):
+            raise ValueError(f'a plan\'s notation is text, such as "4x4", got {text!r}')
         if text.lstrip()[:1] in ("{", "["):
             return cls.from_json(text)
         sources: list[int] = []
@@ -123,6 +133,8 @@ class ReusePlan:
             size, count = int(match[1]), int(match[2])
             if size == 0 or count == 0:
                 raise _notation_error(text, match.start(1), "group size and number of groups must be at least 1")
+            if len(sources) + size * count > _MOST_LAYERS:
+                raise _notation_error(text, match.start(1), f"a plan has at most {_MOST_LAYERS} layers")
             for _ in range(count):
                 sources += [len(sources)] * size
             position = match.end()
@@ -139,6 +151,8 @@ class ReusePlan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise _notation_error(text, error.pos, f"not JSON: {error.msg}") from None
+        except RecursionError:
+            raise ValueError("not a plan: its JSON is nested too deeply") from None
         if isinstance(data, list):
             if not all(_is_index(source) for source in data):
                 raise ValueError(f"a JSON list must hold one source layer for each layer, got {text}")
@@ -256,7 +270,7 @@ def _normalised(source: Any, layer: int) -> LayerSource:
     if source is None:
         return None
     if _is_index(source):
-        return source
+        return operator.index(source)
     if not isinstance(source, list | tuple) or not source:
         raise ValueError(f"layer {layer}: expected None, a source layer, or one entry for each head, got {source!r}")
     entries: list[HeadSource] = []
@@ -264,7 +278,7 @@ def _normalised(source: Any, layer: int) -> LayerSource:
         if entry is None:
             entries.append(None)
         elif isinstance(entry, list | tuple) and len(entry) == 2 and all(map(_is_index, entry)):
-            entries.append((entry[0], entry[1]))
+            entries.append((operator.index(entry[0]), operator.index(entry[1])))
         else:
             raise ValueError(
                 f"layer {layer}, head {head}: expected None or (source layer, source head), got {entry!r}"
@@ -278,10 +292,11 @@ def _normalised(source: Any, layer: int) -> LayerSource:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _notation_error(text: str, position: int, problem: str) -> ValueError:
+    text = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
     return ValueError(f"plan {text!r}, character {position + 1}: {problem}")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case, on_leaves, with_gradients
 
-from mapreuse.maps import DenseMap, RelativePositions, attend
+from mapreuse.maps import DenseMap, RelativePositions, _attend, _blocked, attend
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -87,11 +87,26 @@ def test_a_mask_and_causality_together_can_leave_a_query_nothing(keep):
     assert weights is None or (weights[:, :, 0] == 0).all()
 
 
+@pytest.fixture(params=["whole", "in blocks"])
+def of_any_size(request, monkeypatch):
+    """Maps are computed whole, or two rows at a time, by the hand-written backward pass; tells whether that ran."""
+    calls = []
+    if request.param == "whole":
+        return lambda: True
+    monkeypatch.setattr(_blocked, "_SHORT", 1)
+    monkeypatch.setattr(_blocked, "_BLOCK_SCORES", 8)
+    monkeypatch.setattr(_blocked, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(_blocked, "_MOST_ROWS", 2)
+    written = _attend.blocked_with_gradients
+    monkeypatch.setattr(_attend, "blocked_with_gradients", lambda *a, **k: calls.append(None) or written(*a, **k))
+    return lambda: bool(calls)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("mask", [None, "heads"])
 @pytest.mark.parametrize("bias", [None, "shared"])
-def test_gradients_are_those_of_finite_differences(keep, relative, mask, bias):
+def test_gradients_are_those_of_finite_differences(keep, relative, mask, bias, of_any_size):
     case = make_case(
         batch=2, heads=2, num_queries=4, num_keys=5, relative=relative, mask=mask, bias=bias, dtype=torch.float64
     )
@@ -102,11 +117,12 @@ def test_gradients_are_those_of_finite_differences(keep, relative, mask, bias):
         return [out for out in attend(varied.scores, varied.values, keep=keep) if out is not None]
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert of_any_size() or not (keep or relative), "the hand-written backward pass was not reached"
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
-def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept(keep, relative):
+def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept(keep, relative, of_any_size):
     """With the same seed the same weights are dropped, so that finite differences have a function to differ."""
     case = make_case(batch=2, heads=3, num_queries=5, num_keys=5, relative=relative, dtype=torch.float64)
     _, leaves = with_gradients(case)
@@ -117,6 +133,7 @@ def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept(keep, r
         return [out for out in attend(varied.scores, varied.values, keep=keep, dropout_p=0.4) if out is not None]
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert of_any_size() or not (keep or relative), "the hand-written backward pass was not reached"
 
 
 @given(cases(lengths=(1, 5, 130)), st.booleans())

@@ -10,6 +10,7 @@ from map_cases import cases, defined_map, make_case
 
 from mapreuse.maps import STRATEGIES, Choice, Demand, RelativePositions, Scores, SharedMaps, choose, compute
 from mapreuse.maps._choice import Candidate
+from mapreuse.maps.reference import attention_map
 
 TOLERANCE = {"dense": 1e-5, "recompute": 1e-5, "dense16": 2**-11, "dense8": 1 / 509}
 """Of a weight, beside the greatest of its row."""
@@ -58,6 +59,20 @@ def test_halves_are_rounded_to_the_nearest_down_to_the_least_of_them():
     exact = logits.double().exp()
     spacing = torch.maximum(2.0 ** torch.floor(exact.log2()), torch.tensor(2.0**-14)) * 2**-10
     assert ((levels - exact).abs() <= 0.502 * spacing).all()
+
+
+@pytest.mark.parametrize("strategy", ["dense16", "dense8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_long_rows_of_even_weights_are_carried_in_half_precision(strategy, dtype):
+    """Of 600 weights that are much alike, 255ths add up to more than float16 holds."""
+    case = make_case(batch=1, num_queries=90, num_keys=600)
+    scores = Scores(0.1 * case.scores.query.to(dtype), case.scores.key.to(dtype), case.scores.scaling)
+    values = (case.values + 1).to(dtype)
+    exact = attention_map(scores.query.float(), scores.key.float(), scaling=scores.scaling) @ values.float()
+    with torch.no_grad():
+        found = compute(scores, values, strategy)[1].apply(values)
+    assert found.dtype == dtype
+    assert (found.float() - exact).abs().max() < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -132,7 +147,7 @@ def test_where_nothing_fits_the_budget_that_would_do_is_named():
 @pytest.mark.parametrize("relative", [True, False])
 def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(relative):
     case = make_case(batch=1, heads=2, num_queries=130, num_keys=130, relative=relative)
-    few, many = (choose(case.scores, case.values, Demand(1, 3, alive), budget=10**9) for alive in (1, 2))
+    few, many = (choose(case.scores, case.values, Demand(1, 3, 4, alive), budget=10**9) for alive in (2, 4))
     with torch.no_grad():
         for one, two in zip(few.candidates, many.candidates, strict=True):
             used = compute(case.scores, case.values, one.strategy)[1].nbytes
@@ -142,7 +157,7 @@ def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(rela
     if relative is not None:
         relative = RelativePositions(relative.query.repeat(3, 1, 1, 1), relative.key)
     tripled = Scores(*(t.repeat(3, 1, 1, 1) for t in (case.scores.query, case.scores.key)), 0.7, relative=relative)
-    thrice = choose(tripled, case.values.repeat(3, 1, 1, 1), Demand(1, 3, 1), budget=10**9)
+    thrice = choose(tripled, case.values.repeat(3, 1, 1, 1), Demand(1, 3, 4, 2), budget=10**9)
     for one, three in zip(few.candidates, thrice.candidates, strict=True):
         assert three.seconds == pytest.approx(3 * one.seconds)
 
@@ -150,13 +165,13 @@ def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(rela
 def test_a_pass_settles_its_strategy_once_and_a_training_pass_on_one_with_gradients(monkeypatch):
     case = make_case(num_queries=70, num_keys=70)
     with torch.no_grad():
-        roomy = SharedMaps(strategy="auto", demand=Demand(1, 1, 1), budget=10**9)
+        roomy = SharedMaps(strategy="auto", demand=Demand(1, 1, 3, 3), budget=10**9)
         settled = roomy.strategy(case.scores, case.values)
         assert settled in STRATEGIES
-        short = SharedMaps(strategy="auto", demand=Demand(1, 1, 1), budget=case.scores.nbytes)
+        short = SharedMaps(strategy="auto", demand=Demand(1, 1, 3, 3), budget=case.scores.nbytes)
         assert short.strategy(case.scores, case.values) == "recompute"
     monkeypatch.setattr("mapreuse.maps._shared.choose", None)
     assert roomy.strategy(case.scores, case.values) == settled
     monkeypatch.undo()
-    training = SharedMaps(strategy="auto", demand=Demand(1, 1, 1), budget=2 * 3 * 70 * 70 * 4 - 1)
+    training = SharedMaps(strategy="auto", demand=Demand(1, 1, 3, 3), budget=2 * 3 * 70 * 70 * 4 - 1)
     assert training.strategy(case.scores, case.values) == "recompute", "compressed maps would fit, without gradients"

@@ -25,6 +25,12 @@ def main(family: str) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (), batch, strict=False).module()
         print(family, "exported", (exported(**batch).last_hidden_state - expected).abs().max().item())
+    short = mr.apply(build(family)[0], PLANS["two sources"], memory_budget=1)
+    try:
+        with torch.no_grad():
+            torch.compile(short, backend="eager")(**batch)
+    except ValueError as error:
+        print(family, "over-budget", float("memory_budget=1:" not in str(error)))
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def test_another_version_is_refused(saved, version):
         ({"class": 3}, "'class' is 3, not a str"),
         ({"class": None}, "lacks 'class'"),
         ({"dtype": None}, "lacks 'dtype'"),
-        ({"dtype": "nn"}, "'nn' is not a tensor type"),
+        ({"dtype": "nn"}, "'nn' is not a floating-point type"),
         ({"dtypes": {"embeddings.word_embeddings.weight": "float"}}, None),
         ({"dtypes": {"embeddings.word_embeddings.weight": 3}}, "config.json does not describe a BertModel"),
         ({"sha256": "0"}, "truncated or damaged"),
@@ -364,7 +364,7 @@ def test_only_models_that_transformers_defines_are_saved(tmp_path):
     class Own(tf.BertModel):
         pass
 
-    with pytest.raises(ValueError, match=r"only a model that transformers defines can be saved, got .*Own"):
+    with pytest.raises(ValueError, match="only a whole model that transformers defines can be saved, got Own"):
         mr.save(Own(build("bert")[0].config), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -243,7 +243,7 @@ def test_compiled_and_exported_models_give_the_same_output():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = [line.split() for line in done.stdout.splitlines()]
-    ways = ["compiled", "compiled-training", "exported"]
+    ways = ["compiled", "compiled-training", "exported", "over-budget"]
     assert [(family, way) for family, way, _ in errors] == list(itertools.product(families, ways))
     assert all(float(error) < 1e-4 for _, _, error in errors), errors
 

@@ -101,7 +101,13 @@ def convert_whole(
 
 def copy_companions(source: str | Path, out: str | Path) -> None:
     """Copies what lies beside a model's weights: tokenizer, feature extractor, pooling, model card."""
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns(*_NOT_COPIED), dirs_exist_ok=True)
+    patterns, target = shutil.ignore_patterns(*_NOT_COPIED), Path(out).resolve()
+
+    def ignored(directory: str, names: list[str]) -> set[str]:
+        inside = {name for name in names if (Path(directory) / name).resolve() == target}
+        return patterns(directory, names) | inside
+
+    shutil.copytree(source, out, ignore=ignored, dirs_exist_ok=True)
 
 
 def check_empty(out: str | Path) -> None:

@@ -56,7 +56,8 @@ class DistillConfig:
     patience: int = 10
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.seconds is None) or (self.steps or self.seconds or 0) <= 0:
+        budget = self.steps or self.seconds or 0
+        if (self.steps is None) == (self.seconds is None) or not 0 < budget < math.inf:
             raise ValueError(
                 f"give a positive budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
             )

@@ -11,7 +11,7 @@ from mapreuse.maps._attend import attend
 from mapreuse.maps._blocked import Block, blocked
 from mapreuse.maps._map import AttentionMap, DenseMap, RecomputedMap
 from mapreuse.maps._scores import Scores
-from mapreuse.maps._softmax import BlockDropout
+from mapreuse.maps._softmax import BlockDropout, softmax_dtype
 
 STRATEGIES = ("dense", "dense16", "dense8", "recompute")
 """Weights as they are; compressed to 16 or 8 bits with a scale per row; queries and keys instead of weights."""
@@ -61,8 +61,10 @@ def nbytes(strategy: str, scores: Scores) -> int:
     if strategy == "recompute":
         return scores.nbytes
     batch, heads, num_queries, num_keys = scores.shape
-    size = scores.query.element_size()
-    per_row = num_keys * _LEVELS[strategy][0].itemsize + size if strategy in _LEVELS else num_keys * size
+    if strategy in _LEVELS:
+        per_row = num_keys * _LEVELS[strategy][0].itemsize + softmax_dtype(scores.query).itemsize
+    else:
+        per_row = num_keys * scores.query.element_size()
     return batch * heads * num_queries * per_row
 
 
@@ -71,7 +73,8 @@ def _compressed(
 ) -> tuple[Tensor, DenseMap]:
     dtype, greatest = _LEVELS[strategy]
     levels = _in_c.map_memory(scores, dtype) if buffer is None else buffer
-    scales = values.new_zeros(*scores.shape[:3], 1)
+    # 255 times the row's sum over its greatest weight is more than half precision can tell.
+    scales = values.new_zeros(*scores.shape[:3], 1, dtype=softmax_dtype(values))
     if dropout_p == 0.0 and _in_c.computes(scores, values):
         return _in_c.compute(scores, values, levels, scales), DenseMap(levels, scales, scores.extents)
     for item, (rows, _) in enumerate(scores.extents):
@@ -79,12 +82,13 @@ def _compressed(
 
     def map_of(block: Block) -> Tensor:
         weights = block.compute_map()
-        numbers = weights * (greatest / weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny))
+        wide = weights.to(scales.dtype)
+        numbers = wide * (greatest / wide.amax(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny))
         numbers = (numbers if dtype.is_floating_point else numbers.round_()).to(dtype)
         place = levels[block.place]
         place[..., : block.keys] = numbers
         place[..., block.keys :] = 0
-        total = numbers.sum(-1, keepdim=True, dtype=weights.dtype)
+        total = numbers.sum(-1, keepdim=True, dtype=scales.dtype)
         # A weight that is not a number has none in 8 bits: the scale hands it on.
         scales[block.place] = torch.where(total > 0, 1 / total, 0) + 0 * weights.sum(-1, keepdim=True)
         return weights

@@ -22,12 +22,24 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Demand:
-    """What a plan asks of its maps in one pass: how many are computed, how often they are applied, how many of them
-    are alive at once."""
+    """What a plan asks of its maps in one pass.
+
+    Attributes:
+        computed: how many are computed for other layers.
+        applied: how often they are applied.
+        heads_computed: heads of those that are computed.
+        heads_alive: the most heads alive at once, where a map is dropped after its last reader.
+    """
 
     computed: int
     applied: int
-    alive: int
+    heads_computed: int
+    heads_alive: int
+
+    def nbytes(self, strategy: str, scores: Scores, *, retain: bool) -> int:
+        """Bytes of the maps alive at once, of heads such as those of `scores`; of all maps where none is dropped."""
+        heads = self.heads_computed if retain else self.heads_alive
+        return -(-heads * nbytes(strategy, scores) // scores.shape[1])
 
 
 @dataclass(frozen=True)
@@ -77,12 +89,14 @@ def choose(
     *,
     strategies: Sequence[str] = STRATEGIES,
     budget: int | None = None,
+    retain: bool = False,
 ) -> Choice:
     """The choice among `strategies` for maps such as those of `scores`.
 
     Costs are measured once per process for each device, type, number of threads, head count, head size and power of
     two below the length, on random numbers; longer maps, and batches, are taken to cost in proportion to their
-    numbers. `budget` is a quarter of the device's memory where None.
+    numbers. `budget` is a quarter of the device's memory where None; `retain` says that maps live till the end of the
+    pass.
     """
     batch, heads, num_queries, num_keys = scores.shape
     length = min(max(_SHORTEST, 1 << (max(num_queries, num_keys).bit_length() - 1)), _LONGEST)
@@ -101,7 +115,7 @@ def choose(
     for strategy in strategies:
         computing, applying = measured[strategy]
         seconds = times * (demand.computed * computing + demand.applied * applying)
-        candidates.append(Candidate(strategy, seconds, demand.alive * nbytes(strategy, scores)))
+        candidates.append(Candidate(strategy, seconds, demand.nbytes(strategy, scores, retain=retain)))
     return Choice(tuple(candidates), _quarter_of_memory(values.device) if budget is None else budget)
 
 

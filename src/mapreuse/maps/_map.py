@@ -66,8 +66,9 @@ class DenseMap(AttentionMap):
 
     Attributes:
         weights: the weights, as they are, or compressed to `scales * weights`: float16 from 0 to 1, or uint8 from 0
-            to 255. Those are decompressed some rows at a time, and rows of the context take their scale.
-        scales: of every row, or None where the weights are as they are.
+            to 255. Those are decompressed some rows at a time, and rows of the context take their scale; in half
+            precision, which products of 255ths would overflow, rows of the weights do.
+        scales: of every row, in float32 or wider; None where the weights are as they are.
         extents: for every item, how many leading queries and keys hold all weights that are not zero (see
             `Scores.extents`), so that no product is made with the rest; None for all of them.
     """
@@ -101,13 +102,15 @@ class DenseMap(AttentionMap):
             own = values[item, :, :keys]
             for some in slices(rows, rows if self.scales is None else rows_at_a_time(rows, keys)):
                 weights, out = self.weights[item, :, some, :keys], context[item, :, some]
-                if self.scales is not None:
+                if self.scales is not None and self.scales.dtype != values.dtype:
+                    weights = (weights * self.scales[item, :, some]).to(values.dtype)
+                elif self.scales is not None:
                     weights = weights.to(values.dtype)
                 if heads is None:
                     torch.bmm(drop(weights, dropout_p), own, out=out)
                 else:
                     _apply_in_pairs(weights, own, heads, dropout_p, out)
-            if self.scales is not None:
+            if self.scales is not None and self.scales.dtype == values.dtype:
                 scales = self.scales[item, :, :rows]
                 context[item, :, :rows] *= scales if heads is None else scales[[pair[0] for pair in heads]]
         return context

@@ -69,14 +69,24 @@ class SharedMaps:
 
         Raises `ValueError`, naming the budget that would do, where no map can be carried within the budget.
         """
-        if not self._is_settled and torch.compiler.is_compiling():
-            self._strategy, self._is_settled = "dense" if self._strategy == "auto" else self._strategy, True
-        if not self._is_settled:
-            assert self._demand is not None
-            names: tuple[str, ...] = (self._strategy,)
+        if self._is_settled:
+            return self._strategy
+        assert self._demand is not None
+        # What compresses without gradients stores weights as they are with them, and in compiled code.
+        exact = "recompute" if self._strategy == "recompute" else "dense"
+        if torch.compiler.is_compiling():
+            needed = self._demand.nbytes(exact, scores, retain=self._retain)
+            if self._budget is not None and needed > self._budget:
+                raise ValueError(
+                    f"compiled code carries shared maps as {exact}, which needs memory_budget={needed}, more than "
+                    f"memory_budget={self._budget}"
+                )
+            self._strategy, self._is_settled = exact, True
+        else:
+            names: tuple[str, ...] = (exact if torch.is_grad_enabled() else self._strategy,)
             if self._strategy == "auto":
                 names = _DIFFERENTIABLE if torch.is_grad_enabled() else STRATEGIES
-            choice = choose(scores, values, self._demand, strategies=names, budget=self._budget)
+            choice = choose(scores, values, self._demand, strategies=names, budget=self._budget, retain=self._retain)
             self._strategy, self._is_settled = choice.strategy, True
             logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
         return self._strategy

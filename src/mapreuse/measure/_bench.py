@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from mapreuse.maps import Choice
 from mapreuse.measure._config import DTYPES, BenchConfig, Progress, threads_set
 from mapreuse.measure._contestants import (
     Contestant,
@@ -28,9 +30,9 @@ from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import Killed, memory_in_fresh_process, peak_memory
 
 TOLERANCE = 1e-4
+"""Greatest max |output − definition| / max |definition| of a contestant that is timed in float32."""
 _ROUNDED = {"dense16": 1e-3, "dense8": 1e-2, "auto": 1e-2}
 """What maps that are carried in few bits may differ by."""
-"""Greatest max |output − definition| / max |definition| of a contestant that is timed in float32."""
 
 _CHECKED_LENGTH = 1000
 _WARM_LENGTH = 64
@@ -49,7 +51,8 @@ def bench(config: BenchConfig, progress: Progress = lambda doing, done, total: N
     Returns:
         What JSON can hold: `machine`, `config`, `command`, `signal` (what the inputs are) and, in `lengths`, for each
         length the `contestants` (`median`, `spread` and all `seconds`, `agreement`, `memory_bytes`, `graph_breaks`
-        of compiled ones; or `not_measured` with the reason), the `front` end by itself, and `ratios`: how many times
+        of compiled ones, `carried` and `choice` where strategy "auto" chose, and why; or `not_measured` with the
+        reason), the `front` end by itself, and `ratios`: how many times
         as fast each of ours is as others, the median over rounds of the quotient of two times of the same round, with
         its spread. `compiled_while_timed`, graphs compiled after the first runs, should be 0.
     """
@@ -109,6 +112,8 @@ class _Bench:
         self.failures: dict[Contestant, str] = {}
         self.agreement: dict[Contestant, float] = {}
         self.graph_breaks: dict[Contestant, int] = {}
+        self.choices: dict[Contestant, Choice] = {}
+        self.references: dict[str, Tensor] = {}
         self.tolerance = TOLERANCE
         self._progress = progress
         self._done = 0.0
@@ -173,7 +178,7 @@ class _Bench:
         entries = dict.fromkeys(entry.uncompiled for entry in self.entries)
         for plan in dict.fromkeys(entry.plan for entry in entries):
             definition = build_definition(plan, self.spec, self.longest).to(self.config.device)
-            reference = self._probe(definition, definition.layers, hidden.float())
+            self.references[plan] = reference = self._probe(definition, definition.layers, hidden.float())
             if self.dtype != torch.float32:
                 definition.to(self.dtype)
                 rounded = disagreement(self._probe(definition, definition.layers, hidden), reference)
@@ -254,7 +259,10 @@ class _Bench:
             with self._reported(entry), torch.inference_mode():
                 breaks = _graph_breaks()
                 run, inputs = self.call(entry, length)
-                output = run(inputs)
+                with _choices() as made:
+                    output = run(inputs)
+                if entry.strategy == "auto" and made:
+                    self._check_choice(entry, made[-1])
                 self.graph_breaks[entry] = _graph_breaks() - breaks
                 if self.config.training:
                     encoder = self._encoder(entry)
@@ -265,10 +273,20 @@ class _Bench:
                 calls[entry] = partial(run, inputs)
         return calls
 
+    def _check_choice(self, entry: Contestant, choice: Choice) -> None:
+        """Compare with the definition the way in which "auto" carries maps here; it may be another than before."""
+        self.choices[entry] = choice
+        length = min(_CHECKED_LENGTH, max(self.config.lengths))
+        encoder = self._encoder(replace(entry, strategy=choice.strategy))
+        output = self._probe(encoder, encoder.layers, self._inputs(length, 1, "layers"))
+        self._compare(entry, output, self.references[entry.plan], f"the definition at length {length}")
+
     def _cell(self, entry: Contestant, measured: dict[str, Latency]) -> dict[str, Any]:
         if entry.name not in measured:
             return asdict(entry) | {"not_measured": self.failures[entry]}
         cell = asdict(entry) | described(measured[entry.name]) | {"agreement": self.agreement[entry]}
+        if entry in self.choices:
+            cell |= {"carried": self.choices[entry].strategy, "choice": str(self.choices[entry])}
         return cell | {"graph_breaks": self.graph_breaks[entry]} if entry.compiled else cell
 
     def _advance(self, doing: str, seconds: float) -> None:
@@ -284,6 +302,25 @@ class _Bench:
             total += rounds * _rough_seconds(length) + sum(_first_seconds(entry, length) for entry in entries)
             total += config.memory * sum(_memory_seconds(entry, length) for entry in entries)
         return total
+
+
+@contextlib.contextmanager
+def _choices() -> Iterator[list[Choice]]:
+    """What strategy "auto" chose while it lasts, as the package's log has it."""
+    made: list[Choice] = []
+    logger = logging.getLogger("mapreuse")
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: made.extend(  # type: ignore[method-assign]
+        argument for argument in record.args or () if isinstance(argument, Choice)
+    )
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield made
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _graph_breaks() -> int:

@@ -168,6 +168,8 @@ def encoders_to_compare(
     Raises:
         ValueError: where the model holds no Parakeet encoder, there is no such contestant, or a plan does not fit.
     """
+    if not contestants:
+        raise ValueError(f"--contestants must name some of {', '.join(CONTESTANTS)}")
     encoder = _encoder(model)
     if plan_of(encoder) is not None:
         if plans:
@@ -203,7 +205,8 @@ def _at_length(
         contestants[f"{name}, by parts"] = partial(_keep_profile, profiles[name], encoder, features)
     measured = time_interleaved(contestants, repeats=config.repeats, warmup=1, device=config.device, advance=advance)
     return [
-        _summarised(name, encoder, frames, config.batch, measured[name], profiles[name][1:])
+        # Of the calls that are timed: one to warm up, then every second one.
+        _summarised(name, encoder, frames, config.batch, measured[name], profiles[name][2::2])
         for name, encoder in encoders.items()
     ]
 

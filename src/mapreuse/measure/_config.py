@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from mapreuse.maps import STRATEGIES
 from mapreuse.measure._contestants import KINDS, PARTS, plan_of_notation, split_plans
 from mapreuse.measure._encoders import ENCODERS
 
@@ -65,6 +66,10 @@ class BenchConfig:
         set_default(self, "contestants", ("eager", "sdpa", "ours") if self.training else KINDS)
         for kind in self.contestants:
             one_of("--contestants", kind, KINDS)
+        if not self.strategies:
+            raise ValueError(f"--strategies must name some of {', '.join(STRATEGIES)}, auto")
+        for strategy in self.strategies:
+            one_of("--strategies", strategy, (*STRATEGIES, "auto"))
         for plan in self.plans:
             plan_of_notation(plan, depth)
         check_settings(self.lengths, self.threads, self.dtype, self.device, self.repeats)

@@ -27,7 +27,7 @@ _REUSING, _PRODUCT = "reusing core", "map × values"
 _COMPUTING = ("computing core", "computing core, map kept")
 _FUSED = "fused attention without relative positions"
 _PRODUCTS = ("content scores", "positional scores", "map × values in blocks")
-_SHORTEST_TURN = 4000
+_SHORTEST_TURN, _FEWEST_FRAMES = 4000, 100
 _CHECKED_LENGTH = 2000
 _TOLERANCE = 1e-4
 
@@ -239,7 +239,7 @@ def _repeat(call: Callable[[], object], times: int) -> None:
 
 def _turns(length: int) -> int:
     """Calls in one turn: short ones are over before the clock can tell, and the first finds cold what others left."""
-    return max(1, _SHORTEST_TURN // length) ** 2
+    return max(1, _SHORTEST_TURN // max(length, _FEWEST_FRAMES)) ** 2
 
 
 def _per_call(measured: Latency, length: int) -> Latency:

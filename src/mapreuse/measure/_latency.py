@@ -44,8 +44,8 @@ def time_interleaved(
 ) -> dict[str, Latency]:
     """Time the contestants in turn: each has one turn per round, for `warmup` + `repeats` rounds.
 
-    A turn that counts is two calls, of which the second is timed. The first, after another contestant's, also pays for
-    memory that the other gave back to the system; a model that is served call after call does not.
+    A turn that counts is two calls, of which the second is timed. The first, after another contestant's, also pays
+    for memory that the other gave back to the system; a model that is served call after call does not.
 
     Args:
         contestants: calls to time, by name.

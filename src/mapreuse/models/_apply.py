@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mapreuse.maps import STRATEGIES, Demand, SharedMaps
 from mapreuse.models._bearing import bear_maps
@@ -44,6 +45,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
     A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
     maps are applied by permuting the rows of the value projection and the columns of the output projection.
     Convolutions of Conformer layers run in the layout in which they are fast (`lay_out_convolutions`).
+    `mapreuse.save` saves the model; its `save_pretrained` refuses to.
 
     Args:
         model: a `transformers` model with one stack of layers, or the part of a larger model that holds one
@@ -62,6 +64,8 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         ValueError: naming the class, the layer and the reason, where the plan does not fit the model or the model
             cannot be served. The model is then unchanged.
     """
+    if not isinstance(plan, ReusePlan):
+        raise ValueError(f"apply takes a ReusePlan, such as ReusePlan.parse('4x4'), got {plan!r}")
     if applied_to(model):
         raise ValueError("the model reuses attention maps already; apply a plan to the original model instead")
     if strategy not in (*STRATEGIES, "auto"):
@@ -77,7 +81,9 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
             for conversion in conversions:
                 convert(conversion)
     lay_out_convolutions(stack.module)
-    applied = Applied(plan, strategy, memory_budget, _demand(plan), names, crossing)
+    refuse_save_pretrained(model)
+    demand = _demand(plan, conversions[0].heads.num_heads)
+    applied = Applied(plan, strategy, memory_budget, demand, names, crossing)
     stack.module._map_reuse = applied  # type: ignore[assignment]
     if not by_keyword:
         bear_maps(stack.module, stack.attention_paths)
@@ -90,6 +96,18 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         *(reusing, plan.num_layers, f"{before - after:,}", f"{before:,}"),
     )
     return model
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Have every `transformers` model in this one refuse `save_pretrained`: what it wrote would open without a word,
+    the projections that were removed filled with random numbers."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.save_pretrained = _no_save_pretrained
+
+
+def _no_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError("a model that reuses attention maps is saved by mapreuse.save(model, directory)")
 
 
 def plan_of(model: nn.Module) -> ReusePlan | None:
@@ -118,12 +136,14 @@ def with_projections(model: nn.Module) -> nn.Module:
     return apply(copy.deepcopy(model), ReusePlan.full(len(stack.layers)))
 
 
-def _demand(plan: ReusePlan) -> Demand:
+def _demand(plan: ReusePlan, num_heads: int) -> Demand:
     spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
+    heads = {layer: sum(source is None for source in plan.heads(layer, num_heads)) for layer in spans}
     alive = [
-        sum(source <= layer <= readers[-1] for source, readers in spans.items()) for layer in range(plan.num_layers)
+        sum(heads[source] for source, readers in spans.items() if source <= layer <= readers[-1])
+        for layer in range(plan.num_layers)
     ]
-    return Demand(len(spans), sum(map(len, spans.values())), max(alive))
+    return Demand(len(spans), sum(map(len, spans.values())), sum(heads.values()), max(alive))
 
 
 def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

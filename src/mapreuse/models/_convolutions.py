@@ -7,7 +7,7 @@ channels are adjacent. Attention and feed-forward keep them adjacent anyway, so 
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor, channels_last, is_grad_enabled, nn
+from torch import Tensor, channels_last, float32, is_grad_enabled, nn
 from torch.nn import functional
 
 _CONFORMER = ("pointwise_conv1", "depthwise_conv", "pointwise_conv2")
@@ -17,7 +17,7 @@ class ChannelsLastConv1d(nn.Conv1d):
     """`torch.nn.Conv1d`, pointwise or depthwise: the same sums, over memory in the order (batch, time, channels)."""
 
     def forward(self, input: Float[Tensor, "batch channels time"]) -> Float[Tensor, "batch out_channels out_time"]:
-        if not _is_faster(input, self.weight):
+        if input.dim() != 3 or not _is_faster(input, self.weight):
             return super().forward(input)
         if self.groups == 1 and self.kernel_size == (1,):
             return functional.linear(input.transpose(1, 2), self.weight.squeeze(2), self.bias).transpose(1, 2)
@@ -36,7 +36,7 @@ class ChannelsLastConv2d(nn.Conv2d):
     def forward(
         self, input: Float[Tensor, "batch channels time bins"]
     ) -> Float[Tensor, "batch out_channels out_time out_bins"]:
-        if not _is_faster(input, self.weight):
+        if input.dim() != 4 or not _is_faster(input, self.weight):
             return super().forward(input)
         weight = self.weight.contiguous(memory_format=channels_last)
         return self._conv_forward(input.contiguous(memory_format=channels_last), weight, self.bias)
@@ -46,7 +46,7 @@ def lay_out_convolutions(model: nn.Module) -> None:
     """Have the convolutions of Conformer layers, and of Parakeet's subsampling, run with channels adjacent, in place.
 
     Weights, parameters' names and results (but for rounding) stay the same. It is done where it was found faster: on
-    a CPU, where no gradient is needed.
+    a CPU, in float32, where no gradient is needed.
     """
     for module in model.modules():
         children = [module._modules.get(name) for name in _CONFORMER]
@@ -72,4 +72,5 @@ def _is_plain(convolution: nn.Conv1d) -> bool:
 
 
 def _is_faster(input: Tensor, weight: Tensor) -> bool:
-    return input.device.type == "cpu" and not (is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+    needs_gradient = is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    return input.device.type == "cpu" and input.dtype == float32 and not needs_gradient

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mapreuse.models._apply import applied_to, apply
+from mapreuse.models._apply import applied_to, apply, refuse_save_pretrained
 from mapreuse.plan import ReusePlan
 
 _FORMAT = "mapreuse"
@@ -27,6 +27,7 @@ _VERSION = 1
 _CONFIG = "config.json"
 _WEIGHTS = "mapreuse.safetensors"
 _MODELS = "transformers.models."
+_FOREIGN = ("model*.safetensors*", "pytorch_model*.bin*")
 _FIELDS = {"class": str, "config": dict, "dtype": str, "sha256": str}
 _OPTIONAL = {
     "attn_implementation": str,
@@ -42,7 +43,8 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
     """Write a model, its plans included, to the directory `path`: `config.json` and `mapreuse-….safetensors`.
 
     The names keep a plain `from_pretrained` from opening the directory: it finds no weights that it knows, rather
-    than fill the projections that were removed with random numbers. A directory that is there already keeps its other
+    than fill the projections that were removed with random numbers. For the same reason a directory that holds
+    `transformers`' own weights is refused. A directory that is there already keeps its other
     files (a tokenizer, say), and its old model until the new one is complete: the weights are named by their
     checksum, and replacing `config.json`, which names them, is the one step that makes them the directory's model.
 
@@ -51,11 +53,18 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
         path: the directory.
         dtype: floating-point type on disk (`torch.float16` halves the file); the model's own if None.
             `load` restores the model's own type.
+
+    Raises:
+        ValueError: where the model, its directory or the type cannot be served; nothing is written then.
     """
     cls = type(model)
     if not isinstance(model, PreTrainedModel) or not cls.__module__.startswith(_MODELS):
-        raise ValueError(f"only a model that transformers defines can be saved, got {cls.__module__}.{cls.__name__}")
+        raise ValueError(f"only a whole model that transformers defines can be saved, got {cls.__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"weights are stored as floating-point numbers, such as torch.float16, not as {dtype}")
     path = Path(path)
+    if foreign := sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern)):
+        raise ValueError(f"{path} holds another model's weights ({foreign[0]}); save to a directory of its own")
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as directory:
         weights, config_file = Path(directory) / _WEIGHTS, Path(directory) / _CONFIG
@@ -90,8 +99,10 @@ def load(path: str | Path) -> PreTrainedModel:
             budget = reuse.get("memory_budget")
             stack = model.get_submodule(reuse["stack"])
             apply(stack, plan, strategy=str(reuse["strategy"]), memory_budget=None if budget is None else int(budget))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
+    if applied_to(model):
+        refuse_save_pretrained(model)
     _fill(model, weights)
     return model.eval()
 
@@ -205,7 +216,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a saved model: it holds no {_CONFIG}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{file} is not JSON: it is truncated or damaged") from None
     if not isinstance(config, dict) or config.get("model_type") != _FORMAT:
         raise ValueError(f"{path} was not written by mapreuse.save; open it with transformers' from_pretrained")
@@ -228,8 +239,8 @@ def _name(dtype: torch.dtype) -> str:
 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a tensor type")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name!r} is not a floating-point type")
     return dtype
 
 

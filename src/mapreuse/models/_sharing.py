@@ -213,8 +213,8 @@ def refuse_cache(module: nn.Module, arguments: dict[str, Any], allowed: str | No
     for name in _CACHES:
         if name != allowed and arguments.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} reuses attention maps and keeps no cache, so it cannot take {name}: "
-                "call it with use_cache=False, without generate()"
+                f"{type(module).__name__} reuses attention maps, keeps no cache and attends its own layer only, so "
+                f"it cannot take {name}: call it without, and with use_cache=False"
             )
 
 

@@ -1,5 +1,6 @@
 """A speech recogniser to reuse maps in: corpora, features, model, training, decoding, error rates."""
 
+from mapreuse.speech._audio import waveform_of
 from mapreuse.speech._calibration import calibration_batches
 from mapreuse.speech._corpora import Corpus, open_corpus, split_by_transcript
 from mapreuse.speech._decoding import beam_search, greedy
@@ -43,4 +44,5 @@ __all__ = [
     "split_by_transcript",
     "synthesise",
     "train",
+    "waveform_of",
 ]

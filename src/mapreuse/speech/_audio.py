@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from lhotse.audio import AudioLoadingError
+from lhotse.cut import Cut
 
 from mapreuse.speech._features import resample
 
@@ -33,6 +35,18 @@ def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
                 yield resample(check_waveform(samples, str(path)), source, rate), before, more
     except soundfile.LibsndfileError as problem:
         raise ValueError(f"{path}: not a readable wav or flac file ({problem.error_string.rstrip('.')})") from None
+    except (TypeError, RuntimeError) as problem:  # a raw file, of which nothing says what it holds; no end to seek
+        raise ValueError(f"{path}: not a readable wav or flac file ({problem})") from None
+
+
+def waveform_of(cut: Cut, rate: int) -> np.ndarray:
+    """The samples of a cut's first channel at `rate` Hz; raises `ValueError` where they cannot be read."""
+    try:
+        samples = cut.load_audio()
+    except (AudioLoadingError, AssertionError, OSError) as problem:
+        reason = " ".join(str(problem).split())[:150]
+        raise ValueError(f"{cut.id}: its recording cannot be read ({reason})") from None
+    return resample(samples[0], cut.sampling_rate, rate)
 
 
 def waveform_pieces(samples: np.ndarray, source: int, rate: int, what: str = "the waveform") -> Iterator[Piece]:

@@ -10,7 +10,8 @@ import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
-from mapreuse.speech._features import change_speed, features, resample, spec_augment
+from mapreuse.speech._audio import waveform_of
+from mapreuse.speech._features import change_speed, features, spec_augment
 from mapreuse.speech._recogniser import Recogniser
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def read_batch(items: Sequence[Item], recogniser: Recogniser, config: "TrainConf
     rate = recogniser.feature_config.sampling_rate
     audio, labels = [], []
     for cut, speed in items:
-        samples = change_speed(resample(cut.load_audio()[0], cut.sampling_rate, rate), speed)
+        samples = change_speed(waveform_of(cut, rate), speed)
         if noise.random() < config.noise_probability:
             decibels = noise.uniform(*config.noise_decibels)
             level = np.sqrt(np.mean(samples**2)) * 10 ** (-decibels / 20)

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from mapreuse.convert import batches_by_length, check_enough, sound_files
-from mapreuse.speech._audio import LONGEST_WHOLE, file_pieces, waveform_pieces
+from mapreuse.speech._audio import LONGEST_WHOLE, file_pieces, waveform_of, waveform_pieces
 from mapreuse.speech._corpora import open_corpus
 from mapreuse.speech._features import features
 from mapreuse.speech._recogniser import Recogniser
@@ -50,5 +50,5 @@ def _utterances(source: str, split: str, rate: int) -> Iterator[np.ndarray]:
     if ":" not in source:
         raise ValueError(f"{source}: no such folder of wav or flac files, nor a corpus such as prompts:en")
     for cut in getattr(open_corpus(source), split):
-        pieces = waveform_pieces(cut.load_audio()[0], cut.sampling_rate, rate, cut.id)
+        pieces = waveform_pieces(waveform_of(cut, rate), rate, rate, cut.id)
         yield from (samples for samples, _, _ in pieces)

@@ -50,12 +50,12 @@ def open_corpus(name: str, *, seed: int = 0) -> Corpus:
     - `synthetic:en` (or ...): generated sentences in synthetic voices, 8 kHz.
     - `librispeech:<directory>`: the official layout (`train-*`, `dev-*`, `test-*` below `<directory>`), 16 kHz.
     - `cuts:<manifest>`: any lhotse CutSet, `.jsonl` or `.jsonl.gz`.
-    - `kaldi:<directory>`: a Kaldi data directory (`wav.scp`, `text`, perhaps `segments`).
+    - `kaldi:<directory>`: a Kaldi data directory (`wav.scp`, `text`, perhaps `segments` and `utt2lang`).
 
-    Manifests and Kaldi directories are taken to be English unless their supervisions name another language of the
-    five. All but LibriSpeech, which has official splits (a training utterance whose transcript occurs in dev or test
-    is left out), are split by transcript: of the different transcripts of three
-    words and more, in an order fixed by `seed`, the first 20 % are the test set, the next 10 % dev.
+    Manifests and Kaldi directories are taken to be English unless their supervisions, or `utt2lang`, name another
+    language of the five. All but LibriSpeech, which has official splits (a training utterance whose transcript occurs
+    in dev or test is left out), are split by transcript: of the different transcripts of three words and more, in an
+    order fixed by `seed`, the first 20 % are the test set, the next 10 % dev.
 
     Raises `CorpusError` with one line for a bad name, a missing directory or an unreadable manifest.
     """
@@ -127,8 +127,12 @@ def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
     cuts: dict[str, list[MonoCut]] = {"train": [], "dev": [], "test": []}
     for part, directories in parts.items():
         for directory in directories:
-            found = prepare_librispeech(where, dataset_parts=directory.name)[directory.name]
-            manifest = CutSet.from_manifests(recordings=found["recordings"], supervisions=found["supervisions"])
+            try:
+                found = prepare_librispeech(where, dataset_parts=directory.name)[directory.name]
+                manifest = CutSet.from_manifests(recordings=found["recordings"], supervisions=found["supervisions"])
+            except Exception as problem:  # lhotse's recipes assert what they expect, and raise what their readers do
+                reason = " ".join(str(problem).split())[:150] or "no utterance with a transcript"
+                raise CorpusError(f"{name}: {directory} is not in LibriSpeech's layout ({reason})") from None
             cuts[part] += _normalised(name, manifest, language="en")
     held_out = {cut.supervisions[0].text for cut in cuts["dev"] + cuts["test"]}
     cuts["train"] = [cut for cut in cuts["train"] if cut.supervisions[0].text not in held_out]
@@ -158,19 +162,35 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
             raise CorpusError(f"{name}: wav.scp gives a command for {recording_id}; write the audio to a file first")
         if not (directory / path).is_file():
             raise CorpusError(f"{name}: wav.scp gives {path} for {recording_id}, which does not exist")
-        recordings[recording_id] = Recording.from_file(directory / path, recording_id=recording_id)
+        try:
+            recordings[recording_id] = Recording.from_file(directory / path, recording_id=recording_id)
+        except Exception as problem:  # lhotse tries several readers and raises what they do
+            reason = " ".join(str(problem).split())[:150]
+            raise CorpusError(f"{name}: {path} cannot be read as audio ({reason})") from None
     segments = {key: (key, 0.0, -1.0) for key in recordings}
     if (directory / "segments").exists():
         segments = {}
         for key, rest in _kaldi_lines(name, directory / "segments"):
-            recording_id, first, last = rest.split()
-            segments[key] = (recording_id, float(first), float(last))
+            try:
+                recording_id, first, last = rest.split()
+                segments[key] = (recording_id, float(first), float(last))
+            except ValueError:
+                raise CorpusError(
+                    f"{name}: segments says {rest!r} of {key}; a recording, its start and end in seconds are wanted"
+                ) from None
+    languages = dict(_kaldi_lines(name, directory / "utt2lang")) if (directory / "utt2lang").exists() else {}
     cuts = []
     for key, (recording_id, start, end) in segments.items():
         if key in texts and recording_id in recordings:
             recording = recordings[recording_id]
             duration = (recording.duration if end < 0 else min(end, recording.duration)) - start
-            supervision = SupervisionSegment(key, recording_id, 0.0, duration, text=texts[key])
+            if start < 0 or duration <= 0:
+                raise CorpusError(
+                    f"{name}: {key} is from {start} to {end} s of a recording of {recording.duration:.2f} s"
+                )
+            supervision = SupervisionSegment(
+                key, recording_id, 0.0, duration, text=texts[key], language=languages.get(key)
+            )
             cuts.append(MonoCut(key, start, duration, 0, supervisions=[supervision], recording=recording))
     return _split_corpus(name, _normalised(name, cuts), seed)
 
@@ -178,7 +198,10 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
 def _kaldi_lines(name: str, path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise CorpusError(f"{name}: {path} is missing; a Kaldi data directory has wav.scp and text")
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise CorpusError(f"{name}: {path} is not text in UTF-8") from None
     return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from lhotse.cut import Cut
 from torch import Tensor
 
-from mapreuse.speech._features import resample
+from mapreuse.speech._audio import waveform_of
 from mapreuse.speech._recogniser import Recogniser
 
 
@@ -96,7 +96,7 @@ def logits_of(
 ) -> list[Float[Tensor, "frames outputs"]]:
     """Every cut's logits, without padding, in the order of `cuts`."""
     rate = recogniser.feature_config.sampling_rate
-    audio = [resample(cut.load_audio()[0], cut.sampling_rate, rate) for cut in cuts]
+    audio = [waveform_of(cut, rate) for cut in cuts]
     recogniser.model.eval()
     found: dict[int, Tensor] = {}
     for batch in batches_by_length([len(samples) for samples in audio], round(batch_seconds * rate)):

@@ -72,7 +72,7 @@ class Recogniser:
         feature_config: FeatureConfig | None = None,
         seed: int = 0,
     ) -> "Recogniser":
-        """An untrained recogniser; the defaults are the shipped baseline's size, 3.6 million parameters.
+        """An untrained recogniser; the defaults are the shipped baseline's size, 3.5 million parameters.
 
         `vocabulary` is any iterable of characters (a corpus's text, say); it is sorted and made unique. Weights
         are drawn with deviation 0.08: with transformers' default 0.02 so small a model never leaves the plateau
@@ -248,7 +248,7 @@ class Recogniser:
             recogniser._compressed = compressed
             if (directory / _LANGUAGE_MODEL).exists():
                 recogniser.language_model = LanguageModel.load(directory / _LANGUAGE_MODEL)
-        except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as damage:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as damage:
             reason = " ".join(str(damage).split())[:200]
             raise ValueError(f"{directory} holds a damaged or foreign recogniser: {reason}") from None
         return recogniser

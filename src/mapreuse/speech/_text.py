@@ -29,6 +29,12 @@ _INITIALS = re.compile(r"\b([^\W\d_])\.(?=[^\W\d_]\b|\s|$)")
 _ACRONYM = re.compile(r"\b[A-Z]{2,4}\b")
 _DOTTED = re.compile(r"(?<=[^\W_])\.(?=[^\W_])")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
+_LONGEST_QUANTITY = 15  # digits: more are read one by one
+# Between groups of three digits: a comma in English, elsewhere a point; either is a decimal sign in the other.
+_THOUSANDS = {
+    language: re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{mark}\d{{3}})+(?![\d{mark}])")
+    for language, mark in {"en": ",", "fr": "[.]", "es": "[.]", "it": "[.]", "ru": "[.]"}.items()
+}
 
 
 def alphabet(language: str) -> list[str]:
@@ -39,14 +45,17 @@ def alphabet(language: str) -> list[str]:
 def spell_number(number: str, language: str = "en") -> str:
     """Words of a number as a telephone voice reads it.
 
-    Up to three digits and decimals are read as a quantity ("162": one hundred sixty two), longer runs of digits
-    one by one, as extensions and passwords are ("1234": one two three four).
+    Up to three digits and decimals are read as a quantity ("162": one hundred sixty two), as are numbers whose digits
+    are grouped ("1,000" in English, "1.000" elsewhere: one thousand); longer runs of digits one by one, as extensions
+    and passwords are ("1234": one two three four).
 
     Raises `NotImplementedError` (from num2words) for a language it does not speak.
     """
-    if number.isdigit() and len(number) > 3:
-        return " ".join(num2words(int(digit), lang=language) for digit in number)
-    value = float(number.replace(",", ".")) if not number.isdigit() else int(number)
+    grouped = _THOUSANDS[language].fullmatch(number) is not None
+    digits = re.sub(r"\D", "", number)
+    if len(digits) > _LONGEST_QUANTITY or (number.isdigit() and len(number) > 3):
+        return " ".join(num2words(int(digit), lang=language) for digit in digits)
+    value = int(digits) if grouped or number.isdigit() else float(number.replace(",", "."))
     words = num2words(value, lang=language)
     return words.replace(" and ", " ") if language == "en" else words
 
@@ -63,6 +72,7 @@ def normalise(text: str, language: str = "en") -> str:
     text = _INITIALS.sub(r"\1 ", text)
     for symbol, word in _SYMBOLS[language].items():
         text = text.replace(symbol, f" {word} ")
+    text = _THOUSANDS[language].sub(lambda match: f" {spell_number(match.group(), language)} ", text)
     text = _NUMBER.sub(lambda match: f" {spell_number(match.group(), language)} ", text)
     text = _DOTTED.sub(f" {_DOT[language]} ", text)
     if language == "en":

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from torch.nn.functional import kl_div
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mapreuse.convert import learning_rate, spent
+from mapreuse.models import plan_of
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
 from mapreuse.speech._corpora import Corpus
 from mapreuse.speech._evaluation import Scores, evaluate
@@ -82,8 +84,8 @@ class TrainConfig:
             raise ValueError(
                 f"give the budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
             )
-        if (self.steps or self.seconds or 0) <= 0:
-            raise ValueError(f"the budget must be positive: got steps={self.steps}, seconds={self.seconds}")
+        if not 0 < (self.steps or self.seconds or 0) < math.inf:
+            raise ValueError(f"the budget must be positive, finite: got steps={self.steps}, seconds={self.seconds}")
         if not all(0 < share <= 1 for share in self.real_share):
             raise ValueError(f"real_share must be two fractions above 0 and up to 1: got {self.real_share}")
         if not 0 <= self.averaging < 1:
@@ -170,12 +172,23 @@ def train(
     under a budget in steps bit for bit as if never interrupted, and at once where the run had ended. Without dev
     utterances the last weights are kept, and None is returned.
 
-    Raises `ValueError` where `out_dir` holds a run with other settings.
+    Raises `ValueError` where `out_dir` holds a run with other settings, or from other weights.
     """
     run = _Run(recogniser, corpus, config, Path(out_dir), original)
     run.resume()
     run.go()
     return run.finish()
+
+
+def _fingerprint(recogniser: Recogniser) -> str:
+    """Of all that a run starts from: features, vocabulary, plan and weights."""
+    plan = plan_of(recogniser.model)
+    said = [asdict(recogniser.feature_config), recogniser.vocabulary, None if plan is None else plan.to_json()]
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for name, tensor in sorted(recogniser.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Run:
@@ -188,6 +201,7 @@ class _Run:
         original: Recogniser | None,
     ) -> None:
         self.accelerator = Accelerator()
+        start = _fingerprint(recogniser)
         if config.hop is not None:
             recogniser.feature_config = replace(recogniser.feature_config, hop=config.hop)
         self.recogniser = recogniser
@@ -207,7 +221,7 @@ class _Run:
         self.identity = {
             "config": json.loads(config.to_json()),
             "corpus": corpus.name,
-            "parameters": sum(parameter.numel() for parameter in recogniser.model.parameters()),
+            "start": start,
         }
         optimizer = torch.optim.AdamW(
             recogniser.model.parameters(),
@@ -251,7 +265,9 @@ class _Run:
         self.recogniser.model.load_state_dict(best.model.state_dict())
         self.recogniser.model.eval()
         dev = list(self.corpus.dev)
-        if self.config.language_model:
+        if self.config.language_model and best.language_model is not None:
+            self.recogniser.language_model, self.recogniser.fusion = best.language_model, best.fusion
+        elif self.config.language_model:
             texts = [*self.spoken, *self.spoken_by_flite, *self.concatenated]
             texts += further_texts(self.corpus.language, exclude=self.corpus.held_out)
             add_language_model(self.recogniser, self.transcripts, texts, dev, self.corpus.language)
@@ -388,7 +404,10 @@ class _Run:
             return
         saved = json.loads((found[-1] / "state.json").read_text())
         if saved["run"] != self.identity:
-            raise ValueError(f"{self.out_dir} holds a run with other settings; choose another directory or delete it")
+            raise ValueError(
+                f"{self.out_dir} holds a run with other settings, or from other weights; choose another directory or "
+                "delete it"
+            )
         self.state = _State(**saved["state"])
         self.recogniser.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
         if self.averaged is not None:

@@ -15,7 +15,7 @@ from lhotse.cut import Cut, MonoCut
 from numpy import ndarray
 from rich.progress import track
 
-from mapreuse.speech._features import resample
+from mapreuse.speech._audio import waveform_of
 from mapreuse.speech._forced_alignment import CEPSTRA, HOP, PAUSE, Phone, align_phones, cepstra
 from mapreuse.speech._synthesis import cut_of, pronounce
 
@@ -39,7 +39,7 @@ def concatenate(
     of the cepstra there, so that a word is not said in one way only. A text with a phone that is never said is left
     out. A second call with the same arguments writes only what is missing.
     """
-    audio = [resample(cut.load_audio()[0], cut.sampling_rate, sampling_rate) for cut in cuts]
+    audio = [waveform_of(cut, sampling_rate) for cut in cuts]
     transcripts = [cut.supervisions[0].text for cut in cuts]
     inputs = [[cut.id for cut in cuts], transcripts, language, seed, sampling_rate]
     directory = out_dir / "concatenated" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]

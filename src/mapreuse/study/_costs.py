@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from lhotse.cut import Cut
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +18,7 @@ from mapreuse.maps import SharedMaps
 from mapreuse.measure import SUBSAMPLING, Latency, peak_memory, time_interleaved
 from mapreuse.models import ARGUMENT, apply, find_stack, lay_out_convolutions
 from mapreuse.plan import ReusePlan
-from mapreuse.speech import Corpus, FeatureConfig, features
+from mapreuse.speech import Corpus, FeatureConfig, features, waveform_of
 from mapreuse.study._runs import Recipe
 
 REFERENCE = "transformers"
@@ -101,7 +100,7 @@ def speech_features(corpus: Corpus, settings: FeatureConfig, frames: int) -> Flo
     pieces: list[np.ndarray] = []
     cuts = list(corpus.test)
     while sum(map(len, pieces)) < wanted + settings.sampling_rate:
-        pieces.append(waveform(cuts[len(pieces) % len(cuts)], settings))
+        pieces.append(waveform_of(cuts[len(pieces) % len(cuts)], settings.sampling_rate))
     inputs, _ = features([np.concatenate(pieces)], settings)
     return inputs[:, : frames * SUBSAMPLING]
 
@@ -111,7 +110,7 @@ def utterance_batch(corpus: Corpus, settings: FeatureConfig, seconds: float) -> 
     cuts = sorted(corpus.train, key=lambda cut: (cut.duration, cut.id))
     audio: list[np.ndarray] = []
     for cut in cuts[len(cuts) // 2 :]:
-        audio.append(waveform(cut, settings))
+        audio.append(waveform_of(cut, settings.sampling_rate))
         if sum(map(len, audio)) > seconds * settings.sampling_rate:
             break
     inputs, mask = features(audio, settings)
@@ -175,12 +174,6 @@ def technique_memory(recipe: dict[str, Any], technique: str, frames: int, device
     with torch.inference_mode():
         encoder(input_features=short)  # what is allocated once, whatever the length
         return peak_memory(lambda: encoder(input_features=long), device)
-
-
-def waveform(cut: Cut, settings: FeatureConfig) -> np.ndarray:
-    """A cut's samples, at the rate that the features want."""
-    rate = settings.sampling_rate
-    return (cut if cut.sampling_rate == rate else cut.resample(rate)).load_audio()[0]
 
 
 def _encoder(recipe: Recipe, technique: str) -> ParakeetEncoder:

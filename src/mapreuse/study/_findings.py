@@ -21,9 +21,15 @@ from mapreuse.measure import (
     phoneme_attention_data,
 )
 from mapreuse.models import plan_of
-from mapreuse.speech import Recogniser, calibration_batches, features, open_corpus, phoneme_batches
+from mapreuse.speech import (
+    Recogniser,
+    calibration_batches,
+    features,
+    open_corpus,
+    phoneme_batches,
+    waveform_of,
+)
 from mapreuse.study._config import FullConfig
-from mapreuse.study._costs import waveform
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._runs import Run, RunDirectory
 from mapreuse.study._steps import Steps
@@ -93,7 +99,7 @@ def _maps(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, A
     cut = next((cut for cut in cuts if shortest <= cut.duration <= longest), cuts[0])
     techniques = {}
     for name, recogniser in recognisers.items():
-        audio = waveform(cut, recogniser.feature_config)
+        audio = waveform_of(cut, recogniser.feature_config.sampling_rate)
         inputs, mask = features([audio], recogniser.feature_config)
         with torch.no_grad():
             output = recogniser.model.encoder(input_features=inputs, attention_mask=mask, output_attentions=True)

@@ -25,8 +25,9 @@ from mapreuse.speech import (
     features,
     open_corpus,
     train,
+    waveform_of,
 )
-from mapreuse.study._costs import attention_latency, encoder_latency, speech_features, waveform
+from mapreuse.study._costs import attention_latency, encoder_latency, speech_features
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._report import write_report
 from mapreuse.study._steps import Steps
@@ -85,7 +86,7 @@ class _Quick:
         if missing:
             raise ValueError(
                 f"the recogniser in {config.baseline} has no {' '.join(missing)}, but {config.corpus} does; "
-                f"train one first: mapreuse train --corpus {config.corpus} --out runs/mine, then add --baseline "
+                f"train one first: mapreuse train --corpus {config.corpus} --out runs/mine, then add --model "
                 "runs/mine/best"
             )
         self.identity = {"corpus": config.corpus, "baseline": _digest(Path(config.baseline)), "seed": config.seed}
@@ -139,7 +140,7 @@ class _Quick:
         cuts = sorted(cuts[:: max(1, len(cuts) // 64)][:64], key=lambda cut: cut.duration)
         batches = []
         for start in range(0, len(cuts), 8):
-            audio = [waveform(cut, self.baseline.feature_config) for cut in cuts[start : start + 8]]
+            audio = [waveform_of(cut, self.baseline.feature_config.sampling_rate) for cut in cuts[start : start + 8]]
             inputs, mask = features(audio, self.baseline.feature_config)
             batches.append({"input_features": inputs, "attention_mask": mask})
         return batches
