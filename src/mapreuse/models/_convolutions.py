@@ -7,7 +7,7 @@ channels are adjacent. Attention and feed-forward keep them adjacent anyway, so 
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor, channels_last, float32, is_grad_enabled, nn
+from torch import Tensor, channels_last, compiler, float32, is_grad_enabled, nn
 from torch.nn import functional
 
 _CONFORMER = ("pointwise_conv1", "depthwise_conv", "pointwise_conv2")
@@ -46,7 +46,7 @@ def lay_out_convolutions(model: nn.Module) -> None:
     """Have the convolutions of Conformer layers, and of Parakeet's subsampling, run with channels adjacent, in place.
 
     Weights, parameters' names and results (but for rounding) stay the same. It is done where it was found faster: on
-    a CPU, in float32, where no gradient is needed.
+    a CPU, in float32, where no gradient is needed and nothing is compiled.
     """
     for module in model.modules():
         children = [module._modules.get(name) for name in _CONFORMER]
@@ -72,5 +72,7 @@ def _is_plain(convolution: nn.Conv1d) -> bool:
 
 
 def _is_faster(input: Tensor, weight: Tensor) -> bool:
+    if compiler.is_compiling():
+        return False  # the compiler lays out what it compiles itself
     needs_gradient = is_grad_enabled() and (input.requires_grad or weight.requires_grad)
     return input.device.type == "cpu" and input.dtype == float32 and not needs_gradient
