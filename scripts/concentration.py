@@ -17,8 +17,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from mapreuse.measure import concentration, machine
-from mapreuse.speech import BASELINE, Recogniser, features, open_corpus
-from mapreuse.speech._features import resample
+from mapreuse.speech import BASELINE, Recogniser, features, open_corpus, waveform_of
 
 TARGET = Path(__file__).parent.parent / "results/speed/concentration.json"
 EPSILONS = (0.02, 0.1)
@@ -34,7 +33,8 @@ def main() -> None:
         models[directory.parent.name + "/" + directory.name] = _described(
             AutoModel.from_pretrained(directory).eval(), list(_text(directory))
         )
-    results = {"schema": 1, "command": "python scripts/concentration.py [DIRECTORY]", "machine": machine()}
+    command = "python scripts/concentration.py" + (" DIRECTORY" if len(sys.argv) > 1 else "")
+    results = {"schema": 1, "command": command, "machine": machine()}
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(json.dumps(results | {"models": models}, indent=1) + "\n")
 
@@ -54,7 +54,7 @@ def _described(model: torch.nn.Module, batches: list[dict[str, Any]]) -> dict[st
 def _speech(recogniser: Recogniser):
     longest = sorted(open_corpus("prompts:en").test, key=lambda cut: cut.duration)[-NUM_RECORDINGS:]
     for cut in longest:
-        samples = resample(cut.load_audio()[0], cut.sampling_rate, recogniser.feature_config.sampling_rate)
+        samples = waveform_of(cut, recogniser.feature_config.sampling_rate)
         batch, mask = features([samples], recogniser.feature_config)
         yield {"input_features": batch, "attention_mask": mask}
 

@@ -40,7 +40,8 @@ def report(files: dict[str, Results]) -> list[str]:
         "",
         "Written by `make readme` from the JSON files in this directory, which `make speed` makes, alone on the",
         "machine. Ratios are medians over rounds in which all contestants took turns, each turn one call that is not",
-        "timed and one that is; batch 1, float32, 2 CPU threads, random weights, inputs like speech (or text).",
+        "timed and one that is; those of what would be if something took no time divide times of two runs. Batch 1,",
+        "float32, 2 CPU threads, random weights, inputs like speech (or text). Bold: short of the goal.",
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['instructions']}; "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",
@@ -57,8 +58,9 @@ def report(files: dict[str, Results]) -> list[str]:
         if name not in files:
             continue
         measured = values(files[name])
-        shown = ", ".join(f"{value:.2f}" for value in measured.values())
+        shown = ", ".join(_marked(value, limit) for value, limit in _with_limits(measured, goals))
         lines.append(f"| {figure} | {', '.join(measured)} | {shown} | {goals} |")
+    lines += reasons(files)
     for name, title in TABLES.items():
         if name in files:
             lines += ["", f"## {title}", "", *_costs(files[name])]
@@ -66,6 +68,53 @@ def report(files: dict[str, Results]) -> list[str]:
     for name, results in files.items():
         command = results["command"].partition(" --json")[0]  # `breakdown` names its file itself
         lines.append(f"- `{name}.json`: `{command} --json results/speed/{name}.json`")
+    return lines
+
+
+def _with_limits(measured: dict[str, float], goals: str) -> list[tuple[float, tuple[str, float] | None]]:
+    """Every figure with its goal, "≥" or "≤" a number; one goal is for all of them."""
+    sign, numbers = goals[0], goals[1:].split(",")
+    if sign not in "≥≤":
+        return [(value, None) for value in measured.values()]
+    limits = [float(number) for number in numbers]
+    limits = limits * len(measured) if len(limits) == 1 else limits
+    return [(value, (sign, limit)) for value, limit in zip(measured.values(), limits, strict=True)]
+
+
+def _marked(value: float, limit: tuple[str, float] | None) -> str:
+    short = limit is not None and (round(value, 2) < limit[1] if limit[0] == "≥" else round(value, 2) > limit[1])
+    return f"**{value:.2f}**" if short else f"{value:.2f}"
+
+
+def reasons(files: dict[str, Results]) -> list[str]:
+    """Where the time goes now, and what stands in the way of the goals that are out of reach."""
+    lines = ["", "## What is left, and why", ""]
+    for one in files["breakdown"]["breakdowns"]:
+        if one["name"] != "ours 4x4" or str(one["frames"]) not in files["two"]["lengths"]:
+            continue
+        whole = sum(part["seconds"] for part in one["parts"].values())
+        ranked = sorted(one["parts"].items(), key=lambda item: -item[1]["seconds"])[:5]
+        shares = ", ".join(f"{name.replace('_', '-')} {part['seconds'] / whole:.0%}" for name, part in ranked)
+        lines.append(f"- Of a pass with groups of 4 at T = {one['frames']}, front end included: {shares}.")
+    cores = files["cores"]["lengths"]
+    parts = {one["frames"]: one["parts"] for one in files["breakdown"]["breakdowns"] if one["name"] == "ours full"}
+    for length, at in files["two"]["lengths"].items():
+        if length in cores and int(length) in parts:
+            product = cores[length]["ratios"]["reusing core ÷ map × values"]["median"]
+            full = at["contestants"]["ours full"]["median"]
+            around = sum(parts[int(length)][part]["seconds"] for part in _AROUND_ATTENTION)
+            lines += [
+                f"- Groups of 8, T = {length}: a reusing core takes {product:.2f} of one float32 product already,",
+                f"  and what is not attention {around / full:.0%} of the full model's time, which no plan shares.",
+            ]
+    for length, at in files["memory"]["lengths"].items():
+        memory = {name: cell["memory_bytes"] / 1e6 for name, cell in at["contestants"].items()}
+        quarter, one_map = min(memory["eager"], memory["sdpa"]) / 4, 4 * int(length) ** 2 * 4 / 1e6
+        lines += [
+            f"- Memory, T = {length}: a quarter of `transformers`' least is {quarter:.0f} MB. One float32 map of",
+            f"  four heads takes {one_map:.0f} MB, in 16 bits {one_map / 2:.0f} MB, and beside its map a pass takes",
+            f"  {memory['ours 4x4'] - one_map:.0f} MB. Maps in 8 bits and recomputed maps reach the goal.",
+        ]
     return lines
 
 
@@ -87,6 +136,13 @@ def concentrated(results: Results) -> list[str]:
             layers = ", ".join(f"{share:.0%}" for share in found["layers"])
             least = found["least of any head"]
             lines.append(f"| {name} | {epsilon} | {found['mean']:.0%} | {layers} | {least:.0%} |")
+    least_mean = min(found["mean"] for model in results["models"].values() for found in model.values())
+    lines += [
+        "",
+        f"The least of the means is {least_mean:.0%}: of the products with these maps, no more than "
+        f"{1 - least_mean:.0%} could be saved, for an error of the same size as ε, before what it costs to find the",
+        "intervals. So maps are not carried sparse.",
+    ]
     return lines
 
 

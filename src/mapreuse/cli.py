@@ -324,22 +324,20 @@ def corpus(name: Annotated[str, typer.Argument(help="as for --corpus")]) -> None
 def train(
     out: Annotated[Path, typer.Option(help="directory of checkpoints, log and the best recogniser")],
     corpus: CorpusName = "prompts:en",
-    preset: Annotated[
-        str | None, typer.Option(help="of the shipped recogniser: baseline, refinement, then polish")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="of the shipped recogniser: baseline, then refinement")] = None,
     model: Annotated[Path | None, typer.Option(help="directory of a recogniser to start from")] = None,
     plan: Annotated[str | None, typer.Option(help="reuse plan, such as 2x4 or 1x4,4x1")] = None,
     steps: Annotated[int | None, typer.Option(help="budget in steps")] = None,
     seconds: Annotated[float | None, typer.Option(help="budget in seconds")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
-    seed: Annotated[int | None, typer.Option(help="of weights, batches and augmentation; 0, or the preset's")] = None,
+    seed: Annotated[int, typer.Option(help="of weights, batches and augmentation")] = 0,
 ) -> None:
     """Train a recogniser, from scratch or from another; the same command again goes on where it stopped."""
     from mapreuse import ReusePlan, apply
     from mapreuse.speech import Recogniser, TrainConfig, alphabet, open_corpus
     from mapreuse.speech import train as run
 
-    presets = {"baseline": TrainConfig.baseline, "refinement": TrainConfig.refinement, "polish": TrainConfig.polish}
+    presets = {"baseline": TrainConfig.baseline, "refinement": TrainConfig.refinement}
     if preset not in (None, *presets):
         raise ValueError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
     if sum(budget is not None for budget in (preset, steps, seconds)) != 1:
@@ -352,7 +350,7 @@ def train(
     config = presets[preset]() if preset else TrainConfig(steps=steps, seconds=seconds)
     config = dataclasses.replace(
         config,
-        seed=config.seed if seed is None else seed,
+        seed=seed,
         learning_rate=config.learning_rate if learning_rate is None else learning_rate,
     )
     recogniser = loaded or Recogniser.create(alphabet(opened.language), seed=config.seed)

@@ -369,6 +369,35 @@ def test_only_models_that_transformers_defines_are_saved(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_weights_that_transformers_wrote_are_not_left_beside_a_saved_model(tmp_path):
+    """Plain `from_pretrained` would open them and never know of the plan."""
+    model, _ = build("bert")
+    model.save_pretrained(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    mr.apply(model, PLANS["groups of 2"])
+    with pytest.raises(ValueError, match=r"another model's weights \(model.safetensors\)"):
+        mr.save(model, tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_that_reuses_maps_is_not_saved_in_transformers_way(tmp_path, loaded):
+    model = tf.BertForMaskedLM(build("bert")[0].config)
+    mr.apply(model, PLANS["groups of 2"])
+    if loaded:
+        mr.save(model, tmp_path / "ours")
+        model = mr.load(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"mapreuse\.save"):
+        model.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_weights_are_not_stored_as_whole_numbers(tmp_path):
+    with pytest.raises(ValueError, match=r"not as torch\.int8"):
+        mr.save(build("bert")[0], tmp_path / "new", dtype=torch.int8)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_model_whose_parameters_were_untied_stays_untied(tmp_path):
     model = task_head("GPT2LMHeadModel")
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lhotse import CutSet, MonoCut, SupervisionSegment
 
-from mapreuse.speech import Corpus, CorpusError, normalise, open_corpus, split_by_transcript
+from mapreuse.speech import Corpus, CorpusError, normalise, open_corpus, split_by_transcript, waveform_of
 
 
 def texts(cuts) -> set[str]:
@@ -98,6 +98,62 @@ def kaldi(tmp_path) -> Path:
     (tmp_path / "segments").write_text("one-a one 0.0 0.5\none-b one 0.5 -1\n")
     (tmp_path / "text").write_text("one-a Hello!\none-b Dial 7 now\n")
     return tmp_path
+
+
+def test_a_kaldi_directory_may_name_its_language(kaldi):
+    (kaldi / "text").write_text("one-a Mañana\none-b marque el 7 ahora\n")
+    (kaldi / "utt2lang").write_text("one-a es\none-b es\n")
+    corpus = open_corpus(f"kaldi:{kaldi}")
+    assert corpus.language == "es"
+    assert texts([*corpus.train, *corpus.dev, *corpus.test]) == {"mañana", "marque el siete ahora"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("audio/one.wav", "this is no sound\n" * 100, "audio/one.wav cannot be read as audio"),
+        ("segments", "one-a one 0.5 0.2\n", "one-a is from 0.5 to 0.2 s of a recording of 2.00 s"),
+        ("segments", "one-a one 7.0 9.0\n", "one-a is from 7.0 to 9.0 s of a recording of 2.00 s"),
+        ("segments", "one-a one 0.5\n", "a recording, its start and end in seconds are wanted"),
+        ("segments", "one-a one 0.5 soon\n", "a recording, its start and end in seconds are wanted"),
+        ("utt2lang", "one-a tlh\none-b tlh\n", "in language 'tlh'"),
+    ],
+)
+def test_a_kaldi_directory_that_makes_no_sense_is_refused_in_one_line(kaldi, file, content, problem):
+    (kaldi / file).write_text(content)
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"kaldi:{kaldi}")
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_kaldi_text_that_is_no_text_is_refused(kaldi):
+    (kaldi / "text").write_bytes(b"one-a \xff\xfe\n")
+    with pytest.raises(CorpusError, match="is not text in UTF-8"):
+        open_corpus(f"kaldi:{kaldi}")
+
+
+@pytest.mark.parametrize("what", ["nothing in it", "no transcripts", "no sound"])
+def test_librispeech_in_another_layout_is_refused_in_one_line(tmp_path, what):
+    chapter = tmp_path / "test-clean" / "9" / "3"
+    chapter.mkdir(parents=True)
+    if what != "nothing in it":
+        write_speech(chapter / "9-3-0000.flac")
+    if what == "no sound":
+        (chapter / "9-3-0000.flac").write_text("this is no sound")
+        (chapter / "9-3.trans.txt").write_text("9-3-0000 HELLO\n")
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"librispeech:{tmp_path}")
+    assert "\n" not in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_recordings_that_are_gone_are_named(kaldi):
+    corpus = open_corpus(f"kaldi:{kaldi}")
+    cuts = [*corpus.train, *corpus.dev, *corpus.test]
+    (kaldi / "audio" / "one.wav").unlink()
+    with pytest.raises(ValueError, match="one-a: its recording cannot be read"):
+        waveform_of(min(cuts, key=lambda cut: cut.start), 8000)
 
 
 def test_a_kaldi_directory_is_cut_at_its_segments(kaldi):

@@ -35,12 +35,8 @@ class _Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("averaging", [0.0, 0.5])
-def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(
-    averaging, make_tiny, few, tmp_path, monkeypatch
-):
-    config = replace(SHORT, averaging=averaging)
-    train(make_tiny(), few, config, tmp_path / "whole")
+def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path, monkeypatch):
+    train(make_tiny(), few, SHORT, tmp_path / "whole")
     step, done = _Run._step, []
 
     def until_the_fourth(self, items):
@@ -51,45 +47,35 @@ def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(
 
     monkeypatch.setattr(_Run, "_step", until_the_fourth)
     with pytest.raises(_Stop):
-        train(make_tiny(), few, config, tmp_path / "broken")
+        train(make_tiny(), few, SHORT, tmp_path / "broken")
     monkeypatch.undo()
-    train(make_tiny(seed=9), few, config, tmp_path / "broken")
-    for file in ("model", "optimizer", *(["averaged"] if averaging else [])):
-        whole, broken = (
-            load_file(tmp_path / run / f"checkpoint-6/{file}.safetensors") for run in ("whole", "broken")
-        )
+    train(make_tiny(), few, SHORT, tmp_path / "broken")
+    for file in ("checkpoint-6/model.safetensors", "checkpoint-6/optimizer.safetensors"):
+        whole, broken = (load_file(tmp_path / run / file) for run in ("whole", "broken"))
         assert whole.keys() == broken.keys()
         assert all(torch.equal(whole[name], broken[name]) for name in whole)
-
-
-def test_what_is_kept_is_the_running_average_of_the_weights(make_tiny, few, tmp_path, monkeypatch):
-    step, passed = _Run._step, []
-
-    def watched(self, items):
-        loss = step(self, items)
-        passed.append(weights(self.recogniser))
-        return loss
-
-    monkeypatch.setattr(_Run, "_step", watched)
-    recogniser = make_tiny()
-    train(recogniser, few, replace(SHORT, averaging=0.75, evaluate_every=6), tmp_path / "run")
-    average = passed[0]
-    for after in passed[1:]:
-        average = {name: 0.75 * kept + 0.25 * after[name] for name, kept in average.items()}
-    for name, kept in weights(recogniser).items():
-        if kept.is_floating_point():
-            torch.testing.assert_close(kept, average[name], atol=1e-6, rtol=1e-6)
-    assert any(not torch.allclose(kept, passed[-1][name]) for name, kept in weights(recogniser).items())
 
 
 def test_a_finished_run_is_not_repeated(make_tiny, few, tmp_path):
     first = make_tiny()
     scores = train(first, few, SHORT, tmp_path)
     log = (tmp_path / "log.jsonl").read_text()
-    again = make_tiny(seed=5)
+    again = make_tiny()
     assert train(again, few, SHORT, tmp_path) == scores
     assert (tmp_path / "log.jsonl").read_text() == log
     assert all(torch.equal(weights(first)[name], tensor) for name, tensor in weights(again).items())
+
+
+@pytest.mark.parametrize("change", ["weights", "plan", "hop"])
+def test_a_run_from_another_recogniser_in_the_same_directory_is_refused(change, make_tiny, few, tmp_path):
+    train(make_tiny(), few, SHORT, tmp_path / "run")
+    other = make_tiny(seed=9 if change == "weights" else 0)
+    if change == "plan":
+        apply(other.model, ReusePlan.grouped(other.model.config.encoder_config.num_hidden_layers, 2))
+    if change == "hop":
+        other.feature_config = replace(other.feature_config, hop=0.02)
+    with pytest.raises(ValueError, match="from other weights"):
+        train(other, few, SHORT, tmp_path / "run")
 
 
 def test_other_settings_in_the_same_directory_are_refused(make_tiny, few, tmp_path):
@@ -226,11 +212,10 @@ def test_two_processes_train_one_model(few, tmp_path):
         ({}, "steps or as seconds"),
         ({"steps": 5, "seconds": 5}, "steps or as seconds"),
         ({"seconds": -1}, "must be positive"),
+        ({"seconds": float("nan")}, "must be positive"),
         ({"steps": 5, "real_share": (0.0, 1.0)}, "real_share"),
         ({"steps": 5, "tempos": (1.0, 0.0)}, "tempos must be positive"),
         ({"steps": 5, "tempos": ()}, "tempos must be positive"),
-        ({"steps": 5, "averaging": 1.0}, "averaging must be"),
-        ({"steps": 5, "averaging": -0.5}, "averaging must be"),
         ({"steps": 5, "hop": 0.0}, "hop and tempos must be positive"),
         ({"steps": 5, "hop": -0.01}, "hop and tempos must be positive"),
     ],

@@ -1,4 +1,3 @@
-import copy
 import hashlib
 import json
 import math
@@ -15,9 +14,8 @@ from accelerate.utils import broadcast
 from lhotse.cut import Cut
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mapreuse.convert import learning_rate, spent
 from mapreuse.models import plan_of
@@ -45,8 +43,6 @@ class TrainConfig:
     `hop`, where given, replaces the recogniser's seconds between features. Each utterance is played at one of
     `speeds`, which moves its pitch; each batch is heard at one of `tempos`, which does not (its features are as much
     further apart).
-    `averaging`, where it is not 0, is the decay γ of a running average of the weights, θ̄ ← γ θ̄ + (1 − γ) θ after
-    every step, from θ̄ = θ after the first (Polyak and Juditsky, 1992): what is evaluated and kept is θ̄.
     `patience` evaluations without a better dev WER end the run. `distillation` weighs, against the CTC loss, the
     divergence of every frame's distribution from the original's where `train` is given one.
     `language_model` adds a language model of the training texts for the beam search.
@@ -58,7 +54,6 @@ class TrainConfig:
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
-    averaging: float = 0.0
     batch_seconds: float = 40.0
     synthetic_utterances: int = 0
     flite_utterances: int = 0
@@ -88,8 +83,6 @@ class TrainConfig:
             raise ValueError(f"the budget must be positive, finite: got steps={self.steps}, seconds={self.seconds}")
         if not all(0 < share <= 1 for share in self.real_share):
             raise ValueError(f"real_share must be two fractions above 0 and up to 1: got {self.real_share}")
-        if not 0 <= self.averaging < 1:
-            raise ValueError(f"averaging must be a decay of 0 or more, below 1: got {self.averaging}")
         if not self.tempos or min(self.tempos) <= 0 or (self.hop is not None and self.hop <= 0):
             raise ValueError(f"hop and tempos must be positive: got hop={self.hop}, tempos={self.tempos}")
 
@@ -119,11 +112,6 @@ class TrainConfig:
             hop=0.008,
             tempos=(0.8, 0.9, 1.0, 1.1, 1.2, 1.3),
         )
-
-    @classmethod
-    def polish(cls) -> "TrainConfig":
-        """The run after that: other sentences, and the running average of the weights."""
-        return replace(cls.refinement(), steps=5000, learning_rate=8e-4, averaging=0.998, seed=1)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -231,10 +219,6 @@ class _Run:
             fused=True,
         )
         self.model, self.optimizer = self.accelerator.prepare(recogniser.model, optimizer)
-        self.averaged = None
-        if config.averaging:
-            average = get_ema_multi_avg_fn(config.averaging)
-            self.averaged = AveragedModel(recogniser.model, multi_avg_fn=average, use_buffers=True)
         if original is not None:
             original.model.to(self.accelerator.device).eval()
 
@@ -333,8 +317,6 @@ class _Run:
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.recogniser.model)
         return loss.item()
 
     def _divergence(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -356,12 +338,8 @@ class _Run:
     def _evaluate(self, loss: float) -> str:
         state = self.state
         line = {"step": state.step, "elapsed": round(state.elapsed, 1), "loss": round(loss, 4)}
-        recogniser = self.recogniser
-        if self.averaged is not None:
-            recogniser = copy.copy(recogniser)
-            recogniser.model = self.averaged.module
         if len(self.corpus.dev):
-            scores = evaluate(recogniser, self.corpus.dev)
+            scores = evaluate(self.recogniser, self.corpus.dev)
             better = (scores.wer, scores.cer) < (state.best_wer, state.best_cer)
             state.stale = 0 if better else state.stale + 1
             state.finished |= state.stale >= self.config.patience
@@ -369,7 +347,7 @@ class _Run:
             if better:
                 state.best_wer, state.best_cer, state.best_step = scores.wer, scores.cer, state.step
         if not len(self.corpus.dev) or better:
-            recogniser.save(self.out_dir / "best")
+            self.recogniser.save(self.out_dir / "best")
         with (self.out_dir / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         return ", ".join(f"{name} {value}" for name, value in line.items())
@@ -380,12 +358,8 @@ class _Run:
         partial, complete = self.out_dir / "checkpoint.partial", self.out_dir / f"checkpoint-{self.state.step}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        models: dict[str, nn.Module] = {"model": self.recogniser.model}
-        if self.averaged is not None:
-            models["averaged"] = self.averaged
-        for name, model in models.items():
-            weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-            save_file(weights, partial / f"{name}.safetensors")
+        model = self.recogniser.model.state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
         moments = {
             f"{number}.{name}": value.contiguous()
             for number, values in self.optimizer.state_dict()["state"].items()
@@ -410,8 +384,6 @@ class _Run:
             )
         self.state = _State(**saved["state"])
         self.recogniser.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
-        if self.averaged is not None:
-            self.averaged.load_state_dict(load_file(found[-1] / "averaged.safetensors"))
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(found[-1] / "optimizer.safetensors").items():
             number, name = key.split(".")
