@@ -182,6 +182,7 @@ def _model_class(config_class: type) -> type[PreTrainedModel] | None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    text = re.sub(r"/\S*/site-packages/", "", text)  # where this machine keeps its packages
     return text if isinstance(error, Unsupported | ValueError) else f"{type(error).__name__}: {text}"
 
 

@@ -10,6 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from mapreuse import ReusePlan, cli
+from mapreuse.maps import Choice
+from mapreuse.maps._choice import Candidate
 from mapreuse.measure import (
     BenchConfig,
     CoresConfig,
@@ -40,6 +42,30 @@ def shallow(monkeypatch):
 def config(**settings):
     chosen = {"lengths": (LENGTH,), "repeats": 2, "contestants": ("eager", "sdpa", "ours"), "plans": ("full", "4x1")}
     return BenchConfig(**(chosen | settings))
+
+
+def test_the_librarys_attention_is_timed_with_our_convolutions_too():
+    spec = ENCODERS["conformer-m"]
+    kinds = {type(module).__name__ for module in build(Contestant("sdpa-channels-last"), spec, LENGTH).modules()}
+    assert {"ChannelsLastConv1d", "ChannelsLastConv2d", "ParakeetEncoderAttention"} <= kinds
+    results = bench(config(contestants=("sdpa", "sdpa-channels-last", "ours"), plans=("full",)))
+    measured = results["lengths"][str(LENGTH)]
+    assert list(measured["ratios"]["ours full"]) == ["sdpa", "sdpa-channels-last"]
+    assert all(cell["agreement"] <= 1e-5 for cell in measured["contestants"].values())
+
+
+def test_what_auto_chooses_at_a_length_is_told_and_compared_with_the_definition(monkeypatch):
+    def choosing(scores, *rest, **settings):
+        strategy = "dense" if scores.shape[2] <= LENGTH else "dense8"
+        return Choice((Candidate(strategy, 1.0, 1),), 1)
+
+    monkeypatch.setattr(internals, "_CHECKED_LENGTH", LENGTH)
+    monkeypatch.setattr("mapreuse.maps._shared.choose", choosing)
+    results = bench(config(lengths=(2 * LENGTH,), contestants=("ours",), plans=("4x1",), strategies=("auto",)))
+    cell = results["lengths"][str(2 * LENGTH)]["contestants"]["ours 4x1 auto"]
+    assert cell["carried"] == "dense8"
+    assert cell["choice"].startswith("dense8 is the fastest")
+    assert cell["agreement"] > 1e-4, "weights in 8 bits are thousandths off"
 
 
 @pytest.mark.parametrize("encoder", ["conformer-m", "plain-conformer-m", "bert-base"])

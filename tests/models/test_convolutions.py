@@ -74,6 +74,17 @@ def test_a_convolution_of_another_kind_is_left_alone(depthwise):
     assert all(type(child) is nn.Conv1d for child in convolution.children())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_of_numbers_are_left_to_torch(dtype):
+    torch.manual_seed(0)
+    original = Convolution(8, 5, 2, True).to(dtype)
+    laid_out = copy.deepcopy(original)
+    lay_out_convolutions(laid_out)
+    inputs = torch.randn(2, 8, 30, dtype=dtype)
+    with torch.inference_mode():
+        assert torch.equal(laid_out(inputs), original(inputs))
+
+
 def test_gradients_are_bit_for_bit_those_of_the_original():
     torch.manual_seed(0)
     original = Convolution(8, 5, 2, True)
@@ -97,8 +108,9 @@ def test_apply_lays_out_a_conformer_and_changes_neither_weights_nor_outputs(name
         rows = valid_rows(model, inputs, original)
         apply(model, ReusePlan.full(len(find_stack(model).layers)))
         found = model(**inputs).last_hidden_state
-    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv1d)}
+    kinds = {type(module).__name__ for module in model.modules()}
     assert "ChannelsLastConv1d" in kinds
+    assert ("ChannelsLastConv2d" in kinds) == (name == "parakeet"), "Parakeet's subsampling has such"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert disagreement(found, original.last_hidden_state, rows) < 1e-5
 

@@ -511,7 +511,7 @@ class TestBorneMaps:
     def test_saving_is_refused_in_one_line(self, kind, tmp_path):
         make, _ = MODELS[kind]
         model = mr.apply(make(), PLANS["groups of 2"])
-        with pytest.raises(ValueError, match="only a model that transformers defines can be saved") as error:
+        with pytest.raises(ValueError, match="only a whole model that transformers defines can be saved") as error:
             mr.save(model, tmp_path)
         assert "\n" not in str(error.value)
         assert not list(tmp_path.iterdir())

@@ -236,6 +236,8 @@ class _Sums:
 
     def error(self, weights: _Weights) -> float:
         """√(Σ ‖output − target − drift‖² / Σ ‖target‖²): the residual stream's error, by the output's size."""
+        if not self._size:
+            raise ValueError("the calibration batches hold no activations but zeros: is all of them padding?")
         stacked = weights.stacked
         wrong = (stacked * (self._reduced(weights) @ stacked)).sum()
         wrong -= 2 * (stacked * weights.onto(self._target + self._drift)).sum()

@@ -237,8 +237,11 @@ class _Quick:
 
 
 def recogniser_plans(num_layers: int, measured: Similarity) -> dict[str, ReusePlan]:
-    """The plans that the study compares, heads by index: groups of 2 and of 4, one group, and the most alike."""
-    similar = group_by(measured, max(1, num_layers // 3))
+    """The plans that the study compares, heads by index: groups of 2 and of 4, one group, and the most alike.
+
+    The most alike are in a number of groups between those of the fixed plans, so that it is a plan of its own.
+    """
+    similar = group_by(measured, max(1, (num_layers // 2 + num_layers // 4) // 2))
     return {
         "groups of 2": ReusePlan.grouped(num_layers, 2),
         "groups of 4": ReusePlan.grouped(num_layers, 4),
