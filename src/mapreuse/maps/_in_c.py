@@ -1,4 +1,4 @@
-"""The cores in C (`_core.c`), where they were built: on a CPU, in float32, where no gradient is needed."""
+"""The cores in C (`_core.c`), where they were built: on a CPU, in float32, where gradients are off."""
 
 from __future__ import annotations
 
