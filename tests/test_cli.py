@@ -61,7 +61,7 @@ def mapreuse(monkeypatch, capsys, *arguments):
         (["bench", "--strategies", "fast"], "--strategies must be one of"),
         (["bench", "--strategies", ","], "--strategies must name some of"),
         (["bench", "--cores", "--strategies", "auto"], "--cores takes --lengths"),
-        (["bench", "--json", "/proc/version"], "/proc/version cannot be written"),
+        (["bench", "--json", "/proc"], "/proc cannot be written"),
         (["train", "--out", "x", "--seconds", "nan"], "must be positive, finite"),
         (["frobnicate"], "No such command"),
         ([], "Missing command"),
