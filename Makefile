@@ -51,7 +51,7 @@ TEXT_ENCODER ?=
 BENCH := $(BIN)/mapreuse bench --threads 2
 speed: setup
 	$(BENCH) --cores --lengths 500,1000,2000,4000,8000 --json results/speed/cores.json
-	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,sdpa-channels-last,ours --repeats 7 --json results/speed/encoder.json
+	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,sdpa-tuned,ours --repeats 7 --json results/speed/encoder.json
 	$(BENCH) --lengths 2000,3000,4000 --plans full,8x2 --contestants ours --repeats 7 --json results/speed/two.json
 	$(BENCH) --encoder plain-conformer-m --lengths 2000,4000 --plans full,4x4 --contestants sdpa,ours --repeats 7 --json results/speed/plain.json
 	$(BENCH) --lengths 3000 --plans 4x4 --contestants eager,sdpa,ours --strategies dense,dense16,dense8,recompute --repeats 1 --memory --json results/speed/memory.json

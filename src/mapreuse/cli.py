@@ -107,7 +107,7 @@ def bench(
     plans: Annotated[str | None, typer.Option(help="plans of ours: full,4x4,1x4,4x3,16x1")] = None,
     contestants: Annotated[
         str | None,
-        typer.Option(help="eager,sdpa,sdpa-channels-last,flex,ours, or eager+compile etc.; all if left out"),
+        typer.Option(help="eager,sdpa,sdpa-tuned,flex,ours, or eager+compile etc.; all if left out"),
     ] = None,
     strategies: Annotated[
         str, typer.Option(help="how ours carry shared maps: dense,dense16,dense8,recompute,auto")
@@ -345,14 +345,14 @@ def train(
     if preset not in (None, "baseline") and model is None:
         raise ValueError(f"--preset {preset} needs the recogniser that the preset before it made: give it as --model")
     reuse = None if plan is None else ReusePlan.parse(plan)
-    loaded = Recogniser.load(model) if model else None
-    opened = open_corpus(corpus)
     config = presets[preset]() if preset else TrainConfig(steps=steps, seconds=seconds)
     config = dataclasses.replace(
         config,
         seed=seed,
         learning_rate=config.learning_rate if learning_rate is None else learning_rate,
     )
+    loaded = Recogniser.load(model) if model else None
+    opened = open_corpus(corpus)
     recogniser = loaded or Recogniser.create(alphabet(opened.language), seed=config.seed)
     if reuse is not None:
         apply(recogniser.model, reuse)

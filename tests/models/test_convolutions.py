@@ -14,7 +14,8 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCo
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertConvolutionModule
 
 from mapreuse import ReusePlan, apply
-from mapreuse.models import find_stack, lay_out_convolutions
+from mapreuse.models import find_stack
+from mapreuse.models._convolutions import lay_out_convolutions
 
 CONFORMERS = [name for name in families.FAMILIES if "parakeet" in name or "conformer" in name]
 

@@ -3,7 +3,7 @@
 from mapreuse.maps._attend import attend
 from mapreuse.maps._carrying import STRATEGIES, compute
 from mapreuse.maps._choice import Choice, Demand, choose
-from mapreuse.maps._in_c import CORE_IN_C, recorded_phases
+from mapreuse.maps._in_c import CORE_IN_C, are_unobserved, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._shared import SharedMaps
@@ -20,6 +20,7 @@ __all__ = [
     "RelativePositions",
     "Scores",
     "SharedMaps",
+    "are_unobserved",
     "attend",
     "choose",
     "compute",

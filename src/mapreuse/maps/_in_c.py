@@ -124,10 +124,15 @@ class _Applying(ctypes.Structure):
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the cores in C compute with these: they were built, and it is float32 on a CPU, without a tape.
+    """Whether the cores in C compute with these: they were built, and the tensors are unobserved."""
+    return are_unobserved(*tensors) and library() is not None
 
-    They read memory, and leave no trace for anything that follows operators: compilers and tracers, dispatch modes (a
-    counter of FLOPs, tensors without memory), transforms such as vmap, forward gradients, tensors of other classes.
+
+def are_unobserved(*tensors: Tensor) -> bool:
+    """Whether these are float32 on a CPU, without a tape, and nothing follows what is done with them.
+
+    What reads memory leaves no trace for compilers and tracers, dispatch modes (a counter of FLOPs, tensors without
+    memory), transforms such as vmap, forward gradients, tensors of other classes.
     """
     return (
         not torch.is_grad_enabled()
@@ -137,7 +142,6 @@ def serves(*tensors: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not _follows_tangents()
         and all(_is_plain(tensor) for tensor in tensors)
-        and library() is not None
     )
 
 
@@ -316,7 +320,12 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _is_memory(tensor: Tensor) -> bool:
     """Whether a tensor's numbers are what stands in its memory, on the CPU."""
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter) and not tensor.is_neg()
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and type(tensor) in (Tensor, Parameter)
+        and not tensor.is_neg()
+    )
 
 
 def _follows_tangents() -> bool:

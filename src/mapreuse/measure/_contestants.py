@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mapreuse.measure._definition import DEFINITION, follow
 from mapreuse.measure._encoders import Encoder, EncoderSpec
 from mapreuse.measure._flex import use_flex_attention
-from mapreuse.models import apply, lay_out_convolutions
+from mapreuse.models import apply, tune
 from mapreuse.plan import ReusePlan
 
 PARTS = ("layers", "whole")
@@ -27,7 +27,7 @@ class Contestant:
     """One way to run an encoder.
 
     Attributes:
-        kind: "eager", "sdpa", "sdpa-channels-last", "flex" or "ours".
+        kind: "eager", "sdpa", "sdpa-tuned", "flex" or "ours".
         plan: the plan's notation, or "full"; only ours reuse maps.
         strategy: how ours carry shared maps.
         compiled: run under `torch.compile`.
@@ -57,7 +57,7 @@ class Contestant:
         return self.compiled or self.kind == "flex"
 
 
-_UNCOMPILED = ("eager", "sdpa", "sdpa-channels-last", "flex", "ours")
+_UNCOMPILED = ("eager", "sdpa", "sdpa-tuned", "flex", "ours")
 KINDS = tuple(kind + suffix for kind in _UNCOMPILED for suffix in ("", COMPILED))
 """The contestants to choose from: `transformers`' attentions, also with the convolutions as ours have them,
 FlexAttention, and ours; each also compiled."""
@@ -179,9 +179,9 @@ def _library(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder
     return spec.build(contestant.kind, spec.num_layers, longest)
 
 
-def _library_channels_last(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
+def _library_tuned(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
     encoder = spec.build("sdpa", spec.num_layers, longest)
-    lay_out_convolutions(encoder)
+    tune(encoder)
     return encoder
 
 
@@ -196,14 +196,14 @@ def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
 def _ours(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
     encoder = spec.build("sdpa", spec.num_layers, longest)
     apply(encoder.layers, plan_of_notation(contestant.plan, spec.num_layers), strategy=contestant.strategy)
-    lay_out_convolutions(encoder.front)
+    tune(encoder.front)
     return encoder
 
 
 BUILDERS: dict[str, Callable[[Contestant, EncoderSpec, int], Encoder]] = {
     "eager": _library,
     "sdpa": _library,
-    "sdpa-channels-last": _library_channels_last,
+    "sdpa-tuned": _library_tuned,
     "flex": _flex,
     "ours": _ours,
 }

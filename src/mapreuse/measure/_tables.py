@@ -66,8 +66,8 @@ def _bench_table(title: str, measured: dict[str, Any]) -> Table:
             row += [_mebibytes(cell), _memory_share(cell, cells)]
         rows.append(row)
     notes = [
-        "eager and sdpa are transformers' own attentions, flex is FlexAttention; sdpa-channels-last has its "
-        "convolutions laid out as ours are; × is how many times as fast."
+        "eager and sdpa are transformers' own attentions, flex is FlexAttention; sdpa-tuned has its convolutions and "
+        "linear layers run as ours do; × is how many times as fast."
     ]
     notes += [
         f"{name}: not measured: {cell['not_measured']}" for name, cell in cells.items() if "not_measured" in cell

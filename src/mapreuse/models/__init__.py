@@ -4,12 +4,12 @@ from mapreuse.models import _fused, _packed, _parakeet, _wav2vec2_conformer  # n
 from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
-from mapreuse.models._convolutions import lay_out_convolutions
 from mapreuse.models._files import load, save
 from mapreuse.models._recording import MapRecorder, Recording
 from mapreuse.models._sharing import ARGUMENT
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, find_stack
+from mapreuse.models._tuning import tune
 from mapreuse.models._values import ValueProjection, value_projection
 
 __all__ = [
@@ -22,12 +22,12 @@ __all__ = [
     "applied_to",
     "apply",
     "find_stack",
-    "lay_out_convolutions",
     "load",
     "output_projection",
     "plan_of",
     "possible_sources",
     "save",
+    "tune",
     "value_projection",
     "with_projections",
 ]

@@ -106,4 +106,4 @@ def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Con
     if form.output or not feeds_output(layer):
         return None
     beside = layer.parent.get_submodule("output.dense")
-    return beside if type(beside) is nn.Linear else None
+    return beside if isinstance(beside, nn.Linear) else None

@@ -15,11 +15,11 @@ from mapreuse.maps import STRATEGIES, Demand, SharedMaps
 from mapreuse.models._bearing import bear_maps
 from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
-from mapreuse.models._convolutions import lay_out_convolutions
 from mapreuse.models._packed import unpacked
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
 from mapreuse.models._source import Unsupported, parameter_names
 from mapreuse.models._stack import ENCODER_STATES, cross_attends_beside, find_stack, maps_travel_by_keyword
+from mapreuse.models._tuning import tune
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -44,7 +44,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
 
     A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
     maps are applied by permuting the rows of the value projection and the columns of the output projection.
-    Convolutions of Conformer layers run in the layout in which they are fast (`lay_out_convolutions`).
+    Convolutions and linear layers run in the layout, and by the library, in which they are fast (`tune`).
     `mapreuse.save` saves the model; its `save_pretrained` refuses to.
 
     Args:
@@ -80,7 +80,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         with unchanged_on_failure(conversions):
             for conversion in conversions:
                 convert(conversion)
-    lay_out_convolutions(stack.module)
+    tune(stack.module)
     refuse_save_pretrained(model)
     demand = _demand(plan, conversions[0].heads.num_heads)
     applied = Applied(plan, strategy, memory_budget, demand, names, crossing)

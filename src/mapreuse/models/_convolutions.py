@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, channels_last, compiler, float32, is_grad_enabled, nn
 from torch.nn import functional
 
+from mapreuse.models._linear import linear
+
 _CONFORMER = ("pointwise_conv1", "depthwise_conv", "pointwise_conv2")
 
 
@@ -20,7 +22,7 @@ class ChannelsLastConv1d(nn.Conv1d):
         if input.dim() != 3 or not _is_faster(input, self.weight):
             return super().forward(input)
         if self.groups == 1 and self.kernel_size == (1,):
-            return functional.linear(input.transpose(1, 2), self.weight.squeeze(2), self.bias).transpose(1, 2)
+            return linear(input.transpose(1, 2), self.weight.squeeze(2), self.bias).transpose(1, 2)
         return functional.conv2d(
             input.unsqueeze(2).contiguous(memory_format=channels_last),
             self.weight.unsqueeze(2).contiguous(memory_format=channels_last),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from mapreuse.models._linear import linear
+
 
 class HeadSubsetLinear(nn.Linear):
     """A projection of some heads only; the others read zero.
@@ -30,7 +32,7 @@ class HeadSubsetLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch whole"]:
-        return functional.pad(super().forward(input), (0, self.padding))
+        return functional.pad(linear(input, self.weight, self.bias), (0, self.padding))
 
 
 def head_rows(heads: Sequence[int], head_dim: int) -> list[int]:

@@ -16,7 +16,7 @@ from transformers import ParakeetEncoder
 
 from mapreuse.maps import SharedMaps
 from mapreuse.measure import SUBSAMPLING, Latency, peak_memory, time_interleaved
-from mapreuse.models import ARGUMENT, apply, find_stack, lay_out_convolutions
+from mapreuse.models import ARGUMENT, apply, find_stack, tune
 from mapreuse.plan import ReusePlan
 from mapreuse.speech import Corpus, FeatureConfig, features, waveform_of
 from mapreuse.study._runs import Recipe
@@ -177,11 +177,11 @@ def technique_memory(recipe: dict[str, Any], technique: str, frames: int, device
 
 
 def _encoder(recipe: Recipe, technique: str) -> ParakeetEncoder:
-    """Under a technique, with convolutions as `apply` lays them out, or as `transformers` makes it."""
+    """Under a technique, with convolutions and linear layers as `apply` has them, or as `transformers` makes it."""
     if technique == REFERENCE:
         return recipe.create("en", None, 0).model.encoder.eval()
     encoder = recipe.create("en", technique, 0).model.encoder.eval()
-    lay_out_convolutions(encoder)
+    tune(encoder)
     return encoder
 
 
