@@ -444,6 +444,7 @@ def test_json_holds_every_part_of_every_encoder_and_length(measured):
             assert list(parts) == list(PARTS)
             assert all(cost.keys() == {"seconds", "flops", "bytes"} for cost in parts.values())
         assert sum(cost["seconds"] for cost in one["parts"].values()) == pytest.approx(one["attributed"])
+        assert one["coverage"] == pytest.approx(one["attributed"] / one["whole"]["seconds"])  # there was one round
         assert sum(layer["count"] for layer in one["layers"]) == LAYERS
 
 
@@ -459,8 +460,7 @@ def test_tables_show_each_length_once_and_leave_out_no_encoder(measured):
 
 def test_parts_that_do_not_add_up_are_pointed_out(measured):
     found = measured[0]
-    wrong = dataclasses.replace(found, whole=Latency((1.2 * found.attributed,)))
-    right = dataclasses.replace(found, whole=Latency((1.04 * found.attributed,)))
+    wrong, right = (dataclasses.replace(found, coverage=coverage) for coverage in (0.833, 1.04))
 
     assert "83.3%" in breakdown_tables([wrong])[0].notes[0]
     assert breakdown_tables([right])[0].notes == []

@@ -94,6 +94,8 @@ class Breakdown:
         frames: encoder frames T.
         batch: inputs of this length, side by side.
         whole: latency of the pass as it is, without hooks or profiler.
+        coverage: seconds of all parts together over those of the pass as it is, of the same round; the median over
+            rounds. It says how true the attribution is.
         parts: cost of each part, over the whole encoder; medians over repeats.
         layers: the same for one layer of each kind that the encoder has.
     """
@@ -102,6 +104,7 @@ class Breakdown:
     frames: int
     batch: int
     whole: Latency
+    coverage: float
     parts: dict[str, PartCost]
     layers: tuple[LayerBreakdown, ...]
 
@@ -109,11 +112,6 @@ class Breakdown:
     def attributed(self) -> float:
         """Seconds of all parts together."""
         return sum(part.seconds for part in self.parts.values())
-
-    @property
-    def coverage(self) -> float:
-        """Seconds of all parts together over those of the pass as it is: how true the attribution is."""
-        return self.attributed / self.whole.median
 
 
 def breakdown(
@@ -239,7 +237,9 @@ def _summarised(
         parts = _parts(profiles, [(layer, in_layers[layer]) for layer in members], len(members))
         layers.append(LayerBreakdown(kind, len(members), parts))
     everything: list[tuple[int | None, dict[str, Work]]] = [(None, outside), *enumerate(in_layers)]
-    return Breakdown(name, frames, batch, whole, _parts(profiles, everything, 1), tuple(layers))
+    rounds = zip(profiles, whole.seconds, strict=True)
+    coverage = statistics.median(sum(spent.values()) / seconds for spent, seconds in rounds)
+    return Breakdown(name, frames, batch, whole, coverage, _parts(profiles, everything, 1), tuple(layers))
 
 
 def _parts(
