@@ -28,7 +28,6 @@ from mapreuse.maps import CORE_IN_C, _blocked
 from mapreuse.measure import (
     PARTS,
     BreakdownConfig,
-    Latency,
     breakdown,
     breakdown_data,
     breakdown_plot,
