@@ -1,4 +1,7 @@
-"""Put the figures of results/quick and results/full into README.md and docs/papers.md; with --check fail on drift."""
+"""Put the figures of results/quick and results/full into README.md, docs/papers.md and the reports.
+
+With --check fail where one of them differs, or results have other error rates than the runs they come from.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mapreuse.study import error_table, latency_table, markdown, papers_page, summary_table
+from mapreuse.study import (
+    Errors,
+    error_table,
+    latency_table,
+    markdown,
+    page,
+    page_results,
+    papers_page,
+    report,
+    summary_table,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,14 +29,18 @@ def main() -> int:
     quick, full = _results("quick"), _results("full")
     tables: dict[str, list[str]] = {}
     files: dict[str, str] = {}
-    if quick is not None:
-        tables["error"] = error_table(quick)
-        tables["latency"] = latency_table(quick["latency"]["conformer-m"])
-    if full is not None:
-        tables["technique"] = summary_table(full)
-        tables["verdict"] = [f"- {sentence}" for sentence in full["verdict"]]
-        files["docs/papers.md"] = papers_page(full)
-        files["results/full/report.md"] = markdown(full)
+    tables["error"] = error_table(quick)
+    tables["latency"] = latency_table(quick["latency"]["conformer-m"])
+    tables["technique"] = summary_table(full)
+    tables["verdict"] = [f"- {sentence}" for sentence in full["verdict"]]
+    files["results/quick/report.md"] = report(quick)
+    files["results/quick/report.html"] = page(page_results(quick))
+    files["docs/papers.md"] = papers_page(full)
+    files["results/full/report.md"] = markdown(full)
+    files["results/full/report.html"] = page(full)
+    if wrong := _differing_runs(full):
+        print(f"results/full/results.json does not have the error rates of its runs: {', '.join(wrong)}")
+        return 1
     try:
         files["README.md"] = _with_tables((ROOT / "README.md").read_text(), tables)
     except ValueError as missing:
@@ -38,12 +55,30 @@ def main() -> int:
     return 0
 
 
-def _results(preset: str) -> dict[str, Any] | None:
+def _results(preset: str) -> dict[str, Any]:
     file = ROOT / "results" / preset / "results.json"
     if not file.is_file():
-        print(f"results/{preset} holds no results: their figures are not shown")
-        return None
+        raise SystemExit(f"results/{preset}/results.json is missing; its figures stand in README.md")
     return json.loads(file.read_text())
+
+
+def _differing_runs(full: dict[str, Any]) -> list[str]:
+    """Finished runs whose recorded hypotheses have another CER than the results say, or that are not recorded."""
+    scores = {technique["name"]: technique["scores"] for technique in full["techniques"]}
+    wrong = []
+    for run in full["runs"]:
+        file = ROOT / "results/full/runs" / f"{run['key']}.json"
+        if run["state"] != "finished":
+            continue
+        if not file.is_file():
+            wrong.append(run["key"])
+            continue
+        test = json.loads(file.read_text())["test"]
+        recorded = Errors.of(test["references"], [test["hypotheses"]]).rate("cer")
+        said = scores[run["technique"]][run["corpus"]]
+        if abs(said["cer_by_seed"][said["seeds"].index(run["seed"])] - recorded) > 1e-9:
+            wrong.append(run["key"])
+    return wrong
 
 
 def _with_tables(text: str, tables: dict[str, list[str]]) -> str:

@@ -39,6 +39,7 @@ def study_results():
     reference = {
         "latency": {length: _timed(1.6 * one["median"], random) for length, one in full["latency"].items()},
         "memory": {length: round(2.4 * one) for length, one in full["memory"].items()},
+        "flops": {length: round(1.2 * one) for length, one in full["flops"].items()},
     }
     fronts = {length: _front(techniques, length) for length in full["latency"]}
     command = "mapreuse study --preset full --out results/full"
@@ -185,6 +186,7 @@ def _runs(techniques, random):
                 runs.append(
                     {"key": key, "technique": one["name"], "corpus": corpus, "seed": seed, "state": "finished"}
                     | {"steps": 3000, "seconds": float(random.uniform(300, 900)), "commit": "b4802daf01ab"}
+                    | {"processor": "Intel(R) Xeon(R) Processor @ 2.90GHz", "instructions": "AVX2"}
                     | {"learning_curve": curve}
                 )
     runs[-3] |= {"state": "failed", "error": "loss was not finite after step 1250", "steps": 1250}

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from mapreuse.study._compare import Errors, difference, seed_deviation
+from mapreuse.study._compare import Errors, SeedNoise, difference, seed_noise
 
 REFERENCES = [f"one two three {number}" for number in range(40)]
 """Forty utterances of four words."""
+
+
+NONE = SeedNoise(0.0, 0)
 
 
 def wrong(references, every):
@@ -26,15 +29,15 @@ def test_rates_are_pooled_over_seeds_and_utterances():
 
 def test_the_same_hypotheses_differ_by_nothing():
     errors = Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
-    found = difference(errors, errors, "cer", 0.0)
+    found = difference(errors, errors, "cer", NONE)
     assert (found.difference, found.interval, found.found) == (0.0, (0.0, 0.0), "no difference found")
     assert found.over_utterances == (0.0, 0.0)
 
 
 def test_a_great_difference_is_found_and_its_sign_told():
     good, bad = Errors.of(REFERENCES, [wrong(REFERENCES, 20)]), Errors.of(REFERENCES, [wrong(REFERENCES, 2)])
-    assert difference(bad, good, "wer", 0.0).found == "worse"
-    assert difference(good, bad, "wer", 0.0).found == "better"
+    assert difference(bad, good, "wer", NONE).found == "worse"
+    assert difference(good, bad, "wer", NONE).found == "better"
 
 
 def test_pairing_finds_what_two_separate_intervals_overlap_on():
@@ -43,27 +46,45 @@ def test_pairing_finds_what_two_separate_intervals_overlap_on():
     other = [text if index % 10 != 1 else "" for index, text in enumerate(one)]
     first, second = Errors.of(REFERENCES, [one]), Errors.of(REFERENCES, [other])
     assert first.interval("wer")[1] > second.interval("wer")[0]
-    assert difference(second, first, "wer", 0.0).found == "worse"
+    assert difference(second, first, "wer", NONE).found == "worse"
 
 
-def test_chance_between_seeds_widens_the_interval_as_stated():
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (1000, 1.962)])
+def test_chance_between_seeds_widens_the_interval_as_stated(freedom, quantile):
     good, bad = Errors.of(REFERENCES, [wrong(REFERENCES, 4)]), Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
-    narrow, wide = (difference(bad, good, "wer", deviation) for deviation in (0.0, 2.0))
+    narrow, wide = difference(bad, good, "wer", NONE), difference(bad, good, "wer", SeedNoise(2.0, freedom))
     assert wide.difference == narrow.difference
     assert wide.over_utterances == narrow.over_utterances == narrow.interval
     width = wide.interval[1] - wide.interval[0]
-    assert width == pytest.approx(2 * 1.96 * 2.0 * 2**0.5 * good.rate("wer"), rel=0.2)
+    assert width == pytest.approx(2 * quantile * 2.0 * 2**0.5 * good.rate("wer"), rel=0.15)
     assert wide.found == "no difference found"
 
 
-def test_the_deviation_between_seeds_is_that_within_techniques_relative_to_their_rates():
-    spread = [
-        Errors.of(REFERENCES, [wrong(REFERENCES, 2), wrong(REFERENCES, 4)]),
-        Errors.of(REFERENCES, [REFERENCES]),
-    ]
-    rates = np.array([20 / 160, 10 / 160])
-    assert seed_deviation(spread, "wer") == pytest.approx(np.std(rates, ddof=1) / rates.mean())
-    assert seed_deviation(spread[1:], "wer") == 0.0
+def test_a_pair_needs_as_many_seeds_of_both():
+    one = Errors.of(REFERENCES, [wrong(REFERENCES, 4), REFERENCES])
+    assert one.some([1]).by_seed("wer").tolist() == [0.0]
+    with pytest.raises(ValueError, match="the same seeds: got 1 and 2"):
+        difference(one.some([0]), one, "wer", NONE)
+
+
+def rated(rates):
+    """A technique with these error rates, seed by seed, of a hundred words."""
+    counts = np.array([[[round(100 * rate), 100]] for rate in rates])
+    return Errors({"wer": counts})
+
+
+def test_what_a_seed_does_to_all_techniques_alike_is_no_noise():
+    alike = [rated([0.2, 0.3, 0.1]), rated([0.4, 0.6, 0.2])]
+    assert seed_noise([alike], "wer").deviation == pytest.approx(0)
+    assert seed_noise([alike], "wer").freedom == 2
+
+
+def test_the_noise_is_what_two_factors_leave():
+    """Two techniques, two seeds: relative rates ±0.5 and ∓0.5 leave four residuals of 0.5, one degree of freedom."""
+    crossed = [rated([0.3, 0.1]), rated([0.1, 0.3])]
+    assert seed_noise([crossed], "wer") == SeedNoise(pytest.approx(1.0), 1)
+    assert seed_noise([crossed, crossed], "wer") == SeedNoise(pytest.approx(1.0), 2)
+    assert seed_noise([], "wer") == seed_noise([[rated([0.3, 0.1])]], "wer") == SeedNoise(0.0, 0)
 
 
 def test_hypotheses_of_another_test_set_are_refused():

@@ -150,6 +150,7 @@ def test_another_machine_goes_on_with_what_the_results_hold(done, tmp_path, monk
     monkeypatch.setattr(internals, "get_context", None)
     there = run_full(CONFIG, place / "out", tmp_path / "work", Console(file=StringIO()), training_only=True)
     assert there["runs"] == results["runs"]
+    assert json.loads((place / "out" / "results.json").read_text()) == json.loads(json.dumps(results)), "left alone"
     assert "latency" not in by_name(there)["full"]
     assert by_name(there)["full"]["scores"] == by_name(results)["full"]["scores"]
 
@@ -159,7 +160,51 @@ def test_a_study_that_cannot_run_says_so_before_anything_is_written(tmp_path):
         run_full(CONFIG, tmp_path / "out", tmp_path / "work", Console(file=StringIO()), workers=0)
     with pytest.raises(ValueError, match="no corpus 'nonsense'"):
         run_full(replace(CONFIG, corpus="nonsense"), tmp_path / "out", tmp_path / "work", Console(file=StringIO()))
+    for changed, message in (
+        ({"device": "gpu"}, "--device must be cpu or cuda"),
+        ({"other_corpus": CONFIG.corpus}, "needs two corpora"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(CONFIG, **changed)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_the_system_ends_is_replaced_as_long_as_runs_get_done(tmp_path, monkeypatch):
+    config = replace(CONFIG, techniques=("full", "reuse-2x2", "diagonal"), seeds=1)
+    output = StringIO()
+    study = internals._Full(config, tmp_path / "out", tmp_path / "work", Console(file=output, width=200), workers=1)
+    runs, asked = config.runs()[:3], []
+
+    def killed_once(left):
+        asked.append(len(left))
+        if len(asked) > 3:
+            raise AssertionError("it goes on for ever")
+        if len(asked) == 1:
+            (study.runs.results / f"{left[0].key}.json").write_text('{"done": 1}')
+        return [-9]
+
+    monkeypatch.setattr(study, "_work_off", killed_once)
+    study._train(runs)
+    assert asked == [3, 2], "once more, since a run got done, and then no more"
+    assert "a worker ended with exit status -9; 2 runs are left" in output.getvalue()
+
+
+def test_memory_that_cannot_be_measured_is_left_out_and_said(done, monkeypatch):
+    _, place, _ = done
+
+    def killed(function, request):
+        raise RuntimeError("its process was ended by SIGKILL; out of memory, most likely")
+
+    for name in ("get_context", "search", "technique_latency", "training_latency"):
+        monkeypatch.setattr(internals, name, None)
+    monkeypatch.setattr(internals, "FLOPS_LENGTH", 50)
+    monkeypatch.setattr(internals, "memory_in_fresh_process", killed)
+    output = StringIO()
+    config = replace(CONFIG, memory_length=41)
+    found = run_full(config, place / "out", place / "work", Console(file=output, width=200), workers=2)
+    assert all("memory" not in technique for technique in found["techniques"])
+    assert "memory of full: not measured, its process was ended by SIGKILL" in output.getvalue()
+    assert set(by_name(found)["full"]["latency"]) == {"20", "40"}
 
 
 def test_the_settings_are_kept_with_the_results(done):

@@ -119,6 +119,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_unbroken(small_
             work_off([run(steps=6)], broken)
     assert broken.finished(run(steps=6)) is None
     assert broken.progress(run(steps=6)) == pytest.approx(1 / 3)
+    log = tmp_path / "other" / run(steps=6).key / "log.jsonl"
+    log.write_text(log.read_text() + log.read_text().replace('"step": 2', '"step": 4') + '{"step": 5, "lo')
     work_off([run(steps=6)], broken)
     one, other = (d.finished(run(steps=6)) for d in (unbroken, broken))
     assert one["test"] == other["test"]

@@ -85,7 +85,7 @@ def test_linformer_is_attention_to_learned_mixtures_of_frames(frames):
             place = min(max((frame + 0.5) * 256 / number - 0.5, 0), 255)
             left, share = min(int(place), 254), place - min(int(place), 254)
             weights[:, frame] = attention.mixture[:, left] * (1 - share) + attention.mixture[:, left + 1] * share
-        mixed = weights * 256 / number @ hidden_states
+        mixed = weights * 16 / number @ hidden_states
         query, key = by_head(attention.q_proj(hidden_states)), by_head(attention.k_proj(mixed))
         return joined(content_map(query, key) @ by_head(attention.v_proj(mixed)))
 

@@ -373,6 +373,23 @@ class _Run:
                 shutil.rmtree(older)
 
     def resume(self) -> None:
+        self._restore()
+        if self.accelerator.is_main_process:
+            self._forget_what_comes_again()
+
+    def _forget_what_comes_again(self) -> None:
+        """Take from the log what was said after the checkpoint, by a run that was ended before its next."""
+        log = self.out_dir / "log.jsonl"
+        if not log.is_file():
+            return
+        lines = log.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.state.step]
+        if kept != lines:
+            partial = log.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(log)
+
+    def _restore(self) -> None:
         found = sorted(self.out_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         if not found:
             return

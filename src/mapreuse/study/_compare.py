@@ -40,6 +40,10 @@ class Errors:
         """95 % bootstrap interval of the rate over utterances."""
         return _middle(_resampled(self.counts[measure]))
 
+    def some(self, seeds: Sequence[int]) -> Errors:
+        """Of the seeds at these places."""
+        return Errors({measure: counts[list(seeds)] for measure, counts in self.counts.items()})
+
     def by_seed(self, measure: str) -> np.ndarray:
         """The rate of each seed."""
         errors, units = np.moveaxis(self.counts[measure].sum(1), -1, 0)
@@ -67,34 +71,58 @@ class Difference:
         return "better" if high < 0 else "worse" if low > 0 else "no difference found"
 
 
-def difference(technique: Errors, full: Errors, measure: str, seed_deviation: float) -> Difference:
-    """Paired bootstrap over utterances, pooled over seeds, and widened by the chance that lies in a seed.
+@dataclass(frozen=True)
+class SeedNoise:
+    """How much a rate depends on the seed, beyond what a seed does to all techniques alike.
+
+    Attributes:
+        deviation: standard deviation of the rate of a run, relative to its technique's mean.
+        freedom: degrees of freedom that it was estimated with; 0 where no technique has two seeds.
+    """
+
+    deviation: float
+    freedom: int
+
+
+def difference(technique: Errors, full: Errors, measure: str, noise: SeedNoise) -> Difference:
+    """Paired bootstrap over utterances, pooled over the same seeds of both, and widened by the chance in a seed.
 
         d* = rate(technique, U*) − rate(full, U*)
-        widened: d* + N(0, (s · rate(full))² · (1/n_technique + 1/n_full))
+        widened: d* + t · s · rate(full) · √(2 / n),    t ~ Student(f)
 
-    U* are the test utterances drawn with replacement, the same for both; s is the relative deviation of rates between
-    seeds of one technique (see `seed_deviation`). The second term is what a bootstrap over utterances alone leaves
-    out: a run with another seed gives another rate on the very same utterances.
+    U* are the test utterances drawn with replacement, the same for both; n is the number of seeds, s the relative
+    deviation of a run and f its degrees of freedom (see `seed_noise`). The second term is what a bootstrap over
+    utterances alone leaves out: a run with another seed gives another rate on the very same utterances.
+
+    Raises `ValueError` where the two have not as many seeds.
     """
     one, other = technique.counts[measure], full.counts[measure]
+    if len(one) != len(other):
+        raise ValueError(f"pairs need the same seeds: got {len(one)} and {len(other)}")
     drawn = _resampled(one) - _resampled(other)
-    deviation = seed_deviation * full.rate(measure) * (1 / len(one) + 1 / len(other)) ** 0.5
-    widened = drawn + np.random.default_rng(1).normal(0.0, 1.0, len(drawn)) * deviation
+    widened = drawn
+    if noise.freedom:
+        chance = np.random.default_rng(1).standard_t(noise.freedom, len(drawn))
+        widened = drawn + chance * noise.deviation * full.rate(measure) * (2 / len(one)) ** 0.5
     return Difference(technique.rate(measure) - full.rate(measure), _middle(drawn), _middle(widened))
 
 
-def seed_deviation(techniques: Sequence[Errors], measure: str) -> float:
-    """Standard deviation of the rate between seeds of one technique, relative to its mean; 0 without repeated seeds.
+def seed_noise(corpora: Sequence[Sequence[Errors]], measure: str) -> SeedNoise:
+    """From techniques that were trained with the same several seeds, corpus by corpus.
 
-        s² = Σ_techniques Σ_seeds (rate / the technique's mean − 1)² / Σ_techniques (seeds − 1)
+        x = rate / the technique's mean − 1,    s² = Σ (x − the seed's mean x)² / f,    f = Σ_corpora (T − 1)(S − 1)
 
-    Relative, so that what several seeds tell on one corpus holds on another, where rates are higher or lower.
+    for T techniques with S seeds. What a seed does to all of them (easy batches, say) cancels in a difference of the
+    same seeds and does not count. Relative, so that what is learned on one corpus holds on another, where rates are
+    higher or lower.
     """
-    rates = [technique.by_seed(measure) for technique in techniques]
-    freedom = sum(len(rate) - 1 for rate in rates)
-    squares = sum((float(((rate / rate.mean() - 1) ** 2).sum()) for rate in rates if len(rate) > 1), 0.0)
-    return (squares / freedom) ** 0.5 if freedom else 0.0
+    squares, freedom = 0.0, 0
+    for techniques in corpora:
+        rates = np.stack([technique.by_seed(measure) for technique in techniques])
+        relative = rates / rates.mean(1, keepdims=True) - 1
+        squares += float(((relative - relative.mean(0)) ** 2).sum())
+        freedom += (rates.shape[0] - 1) * (rates.shape[1] - 1)
+    return SeedNoise((squares / freedom) ** 0.5 if freedom else 0.0, freedom)
 
 
 def _middle(drawn: np.ndarray) -> tuple[float, float]:

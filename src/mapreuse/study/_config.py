@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from mapreuse.study._runs import Recipe, Run
 from mapreuse.techniques import study_techniques
 
@@ -27,7 +29,8 @@ class FullConfig:
         device: "cpu" or "cuda", of the timing; training takes what `accelerate` finds.
 
     Raises:
-        ValueError: where `repeated`, `elsewhere` or `shown` names what is not among the techniques.
+        ValueError: where `repeated`, `elsewhere` or `shown` names what is not among the techniques, both corpora are
+            the same, or the device is not one that is here.
     """
 
     corpus: str = "prompts:en"
@@ -49,6 +52,9 @@ class FullConfig:
             object.__setattr__(self, "techniques", names)
         if unknown := sorted({*self.repeated, *self.elsewhere, *self.shown} - set(self.techniques)):
             raise ValueError(f"{', '.join(unknown)}: not among the study's techniques, {', '.join(self.techniques)}")
+        if self.corpus == self.other_corpus:
+            raise ValueError(f"the study needs two corpora: --corpus is {self.corpus}, which is the second one, too")
+        check_device(self.device)
 
     def runs(self) -> list[Run]:
         """All training runs that are known beforehand, the most important first."""
@@ -60,3 +66,11 @@ class FullConfig:
             runs += [Run(name, self.corpus, seed, self.recipe) for name in self.repeated]
             runs += [Run(name, self.other_corpus, seed, self.recipe) for name in self.elsewhere]
         return runs
+
+
+def check_device(device: str) -> None:
+    """Raises `ValueError` where there is no such device, or it is not here."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA GPU; leave the option out to run on the CPU")

@@ -17,6 +17,7 @@ from mapreuse.measure import (
     analyze,
     breakdown,
     encoders_to_compare,
+    machine,
     phoneme_attention,
     phoneme_attention_data,
 )
@@ -32,7 +33,10 @@ from mapreuse.speech import (
 from mapreuse.study._config import FullConfig
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._runs import Run, RunDirectory
-from mapreuse.study._steps import Steps
+from mapreuse.study._steps import Steps, where
+
+_VERSION = 1
+"""Of what is found in trained models; a greater one has it measured again, where the weights are."""
 
 _DIGITS = 4
 _UTTERANCE_SECONDS = (3.0, 4.5)
@@ -46,11 +50,14 @@ def findings(config: FullConfig, runs: RunDirectory, directory: Path, console: C
     """
     shown = config.shown
     trained = {name: Run(name, config.corpus, 0, config.recipe) for name in shown}
-    keys = {name: run.key for name, run in trained.items()}
-    steps = Steps(directory, ("plan.py", "maps", "models", "measure", "study/_findings.py"))
+    keys: dict[str, Any] = {name: run.key for name, run in trained.items()} | {"version": _VERSION}
+    timed = Steps(directory, ("plan.py", "maps", "models", "measure", "study/_findings.py"))
+    steps = Steps(directory, ())  # kept for machines without the weights, though code that measured them may change
     found: dict[str, Any] = {}
 
-    def add(name: str, what: str, inputs: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+    def add(
+        name: str, what: str, inputs: dict[str, Any], measure: Callable[[], dict[str, Any]], steps: Steps = steps
+    ) -> None:
         if not steps.is_done(name, inputs):
             console.print(f"[bold]{name}[/]: {what}")
         try:
@@ -70,10 +77,12 @@ def findings(config: FullConfig, runs: RunDirectory, directory: Path, console: C
             raise _Missing(f"the weights of {', '.join(missing)} are not on this machine")
         return {name: Recogniser.load(path) for name, path in weights.items() if path is not None}
 
-    add("similarity", "comparing attention maps", keys, lambda: _likeness(full(), config.corpus))
-    add("maps", "keeping the maps of one utterance", keys, lambda: _maps(both(), config))
-    add("phonemes", "which phonemes attend which", keys, lambda: _phonemes(both(), config))
-    add("breakdown", "where the time goes", asdict(config), lambda: _breakdown(config, console))
+    commit = {"commit": machine()["commit"]}
+    add("similarity", "comparing attention maps", keys, lambda: _likeness(full(), config.corpus) | commit)
+    add("maps", "keeping the maps of one utterance", keys, lambda: _maps(both(), config) | commit)
+    add("phonemes", "which phonemes attend which", keys, lambda: _phonemes(both(), config) | commit)
+    inputs = asdict(config) | where()
+    add("breakdown", "where the time goes", inputs, lambda: _breakdown(config, console), timed)
     return found
 
 

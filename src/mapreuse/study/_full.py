@@ -34,11 +34,17 @@ from mapreuse.study._findings import findings
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._results import study_results, write_full
 from mapreuse.study._runs import Recipe, Run, RunDirectory, worker
-from mapreuse.study._steps import Steps
+from mapreuse.study._steps import Steps, where
 from mapreuse.techniques import Reuse, Technique, parse
 
 FLOPS_LENGTH = 1000
 """Encoder frames at which FLOPs are counted, and at which a training step is timed beside one of short utterances."""
+
+_COSTLY = (
+    *("plan.py", "maps", "models", "techniques", "study/_costs.py"),
+    *("measure/_latency.py", "measure/_memory.py"),
+)
+"""Code on which latencies, memory and FLOPs depend."""
 
 _ANY_ERROR = 1.0
 """No plan's error is greater: the search ends when every map that can be shared is."""
@@ -64,7 +70,7 @@ def run_full(
         work_dir: directory of what this machine alone needs.
         console: where progress is shown.
         workers: training processes at a time, which share the processor's cores.
-        training_only: leave timing and analysis out, as a machine that only helps with training does.
+        training_only: only train, as a machine that helps does; no report is written.
 
     Raises:
         ValueError: where a corpus cannot be opened, or the device is not there.
@@ -74,8 +80,6 @@ def run_full(
 
 class _Full:
     def __init__(self, config: FullConfig, out_dir: Path, work_dir: Path, console: Console, workers: int) -> None:
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine has no CUDA GPU; leave the option out to run on the CPU")
         if workers < 1:
             raise ValueError(f"--workers must be at least 1, got {workers}")
         self.config = config
@@ -91,23 +95,32 @@ class _Full:
         runs = self.config.runs()
         self._train(runs)
         searched = self._searched()
-        if searched is not None:
+        if searched is not None and searched.name not in self.config.techniques:
             self.techniques.append(searched)
             runs.append(Run(searched.name, self.config.corpus, 0, self.config.recipe))
             self._train(runs[-1:])
-        measured: dict[str, Any] = {}
-        if not training_only:
-            measured = self._costs() | findings(self.config, self.runs, self.out_dir / "findings", self.console)
-        results = study_results(self.config, self.techniques, runs, self.runs, self.corpora, measured)
+        if training_only:
+            return study_results(self.config, self.techniques, runs, self.runs, self.corpora, {}, searched)
+        measured = self._costs() | findings(self.config, self.runs, self.out_dir / "findings", self.console)
+        results = study_results(self.config, self.techniques, runs, self.runs, self.corpora, measured, searched)
         write_full(results, self.out_dir)
         return results
 
     def _train(self, runs: Sequence[Run]) -> None:
-        """Let the workers do what is not done; shows how far they are."""
+        """Let workers do what is not done; those that the system ends are replaced as long as runs get done."""
         left = [run for run in runs if self.runs.finished(run) is None]
-        if not left:
-            return
         self.runs.forget_failures(left)
+        while left:
+            ended = [code for code in self._work_off(left) if code]
+            before, left = len(left), [r for r in left if not (self.runs.finished(r) or self.runs.failed(r))]
+            if not ended:
+                return  # what is left belongs to workers elsewhere
+            self.console.print(f"[red]a worker ended with exit status {ended[0]}[/]; {len(left)} runs are left")
+            if len(left) == before:
+                return
+
+    def _work_off(self, left: Sequence[Run]) -> list[int | None]:
+        """Exit statuses of the workers; shows how far they are."""
         log = self.work_dir / "workers.log"
         arguments = (left, self.runs, max(1, torch.get_num_threads() // self.workers), log)
         processes = [get_context("spawn").Process(target=worker, args=arguments) for _ in range(self.workers)]
@@ -125,6 +138,7 @@ class _Full:
         for run in left:
             if failure := self.runs.failed(run):
                 self.console.print(f"[red]failed[/] {run.key}: {failure['error']}", highlight=False)
+        return [process.exitcode for process in processes]
 
     def _searched(self) -> Technique | None:
         """The plan that `search` finds in the trained full model, as a technique; None without that model's weights.
@@ -152,10 +166,10 @@ class _Full:
     def _costs(self) -> dict[str, Any]:
         """Latency by length, training steps, peak memory and FLOPs of every technique."""
         config, names = self.config, [technique.name for technique in self.techniques]
-        steps = Steps(self.work_dir / "costs", ("plan.py", "maps", "models", "techniques", "study/_costs.py"))
+        steps = Steps(self.work_dir / "costs", _COSTLY)
         recipe = asdict(config.recipe)
         inputs = {"techniques": names, "recipe": recipe, "device": config.device, "repeats": config.repeats}
-        inputs["threads"] = torch.get_num_threads()
+        inputs |= where()
         corpus, settings = self.corpora[config.corpus], config.recipe.create("en", None, 0).feature_config
 
         def timed(measure: Callable[..., dict[str, Any]], title: str, what: Any) -> dict[str, Any]:
@@ -186,7 +200,10 @@ class _Full:
         with ProgressBar(self.console, "memory and FLOPs", len(names) + 1) as bar:
             for name in (*names, REFERENCE):
                 asked = {"recipe": recipe, "technique": name, "frames": config.memory_length, "device": config.device}
-                memory[name] = steps.do("memory", asked, partial(_memory, asked))["bytes"]
+                try:
+                    memory[name] = steps.do("memory", asked, partial(_memory, asked))["bytes"]
+                except (RuntimeError, ValueError) as error:  # of its process: killed, or no way to tell
+                    self.console.print(f"memory of {name}: not measured, {error}", highlight=False)
                 asked = {"recipe": recipe, "technique": name, "frames": FLOPS_LENGTH}
                 flops[name] = steps.do("flops", asked, partial(_flops, config.recipe, name))["flops"]
                 bar.advance()

@@ -17,6 +17,9 @@ Results = dict[str, Any]
 
 NOT_MEASURED = "not measured"
 
+_LONGEST_NAME = 40
+"""Characters of a technique's name that a table shows; a plan head by head would take hundreds."""
+
 _MAP_PARTS = {"query", "key", "positions", "positional_scores", "scores", "softmax", "fused"}
 _VALUE_PARTS = {"value", "context", "output"}
 
@@ -168,7 +171,8 @@ def technique_grid(results: Results) -> Grid:
         reference = results["reference"]
         same = Cell("as full")
         cells = [Cell("transformers (sdpa)", "the library's full attention", mark="reference"), Cell("kept")]
-        cells += [same, same, *[same] * (4 * len(named or [""]))]
+        cells += [same, _scaled(results, reference, ("flops", counted), lambda n: f"{n / 1e9:.3g} GFLOP")]
+        cells += [same] * (4 * len(named or [""]))
         cells += [_timed(results, reference, "latency", length) for length in times or [""]]
         cells += [_scaled(results, reference, ("memory", length), _mebibytes) for length in stored or [""]]
         cells += [_timed(results, reference, "training_step", key) for key in steps or [""]]
@@ -206,9 +210,10 @@ def run_grid(results: Results) -> Grid:
                 _count(run.get("steps")),
                 Cell(NOT_MEASURED) if seconds is None else Cell(f"{seconds / 60:.1f}", value=seconds),
                 Cell(str(run.get("commit", NOT_MEASURED))),
+                Cell(", ".join(str(run[key]) for key in ("processor", "instructions") if key in run) or NOT_MEASURED),
             ]
         )
-    header = ["technique", "corpus", "seed", "state", "steps", "minutes", "commit"]
+    header = ["technique", "corpus", "seed", "state", "steps", "minutes", "commit", "machine"]
     return Grid(_columns(header, numeric=("seed", "steps", "minutes")), rows)
 
 
@@ -330,7 +335,8 @@ def _flops_length(techniques: list[dict[str, Any]]) -> str:
 def _name(results: Results, one: dict[str, Any]) -> Cell:
     fronts = [length for length, names in results.get("fronts", {}).items() if one["name"] in names]
     at = "every T" if len(fronts) > 1 and len(fronts) == len(results["fronts"]) else f"T = {', '.join(fronts)}"
-    small = one["name"] + (f" · front at {at}" if fronts else "")
+    name = one["name"] if len(one["name"]) <= _LONGEST_NAME else f"{one['name'][: _LONGEST_NAME - 1]}…"
+    small = name + (f" · front at {at}" if fronts else "")
     return Cell(one.get("title", one["name"]), small, mark=one.get("kind", "other"))
 
 

@@ -90,8 +90,7 @@ def _where(results: Results) -> Claim:
         _ICLR,
         "no figure in the abstract",
         "; ".join(cells.values()) if len(cells) == 2 else NOT_MEASURED,
-        "Differences so small lie within what another seed makes; models trained this briefly show phonetic and "
-        "diagonal layers only faintly (see below).",
+        "Differences so small lie within what another seed makes.",
     )
 
 
@@ -115,7 +114,9 @@ def _training(results: Results) -> Claim:
     found = []
     for name, title in ((n, techniques[n]["title"]) for n in steps if n.startswith("reuse-") and "partial" not in n):
         saved = [1 - steps[name][batch]["median"] / steps["full"][batch]["median"] for batch in steps["full"]]
-        found.append(f"{title} {', '.join(f'{share:.0%}' for share in saved)}")
+        noise = [max(steps[one][batch]["spread"] for one in (name, "full")) for batch in steps["full"]]
+        shown = (f"{share:.0%} ± {spread:.0%}" for share, spread in zip(saved, noise, strict=True))
+        found.append(f"{title} {', '.join(shown)}")
     batches = " and ".join(f"T = {b}" if b.isdigit() else b for b in steps["full"]) if "full" in steps else ""
     return Claim(
         "Reuse saves training time.",

@@ -27,6 +27,7 @@ from mapreuse.speech import (
     train,
     waveform_of,
 )
+from mapreuse.study._config import check_device
 from mapreuse.study._costs import attention_latency, encoder_latency, speech_features
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._report import write_report
@@ -74,8 +75,7 @@ def run_quick(config: QuickConfig, out_dir: Path, work_dir: Path, console: Conso
 
 class _Quick:
     def __init__(self, config: QuickConfig, work_dir: Path, console: Console) -> None:
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine has no CUDA GPU; leave the option out to run on the CPU")
+        check_device(config.device)
         self.config = config
         self.console = console
         self.steps = Steps(work_dir)

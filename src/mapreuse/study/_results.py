@@ -11,7 +11,7 @@ from typing import Any
 
 from mapreuse.measure import machine
 from mapreuse.speech import Corpus
-from mapreuse.study._compare import Errors, difference, seed_deviation
+from mapreuse.study._compare import Errors, SeedNoise, difference, seed_noise
 from mapreuse.study._config import FullConfig
 from mapreuse.study._costs import REFERENCE
 from mapreuse.study._files import write_whole
@@ -33,8 +33,12 @@ def study_results(
     directory: RunDirectory,
     corpora: Mapping[str, Corpus],
     measured: Mapping[str, Any],
+    searched: Technique | None = None,
 ) -> Results:
-    """All that is known, from the results of finished runs and from what was measured here; the rest is absent."""
+    """All that is known, from the results of finished runs and from what was measured here; the rest is absent.
+
+    `searched` is the one of the techniques that the search found, and its title says so.
+    """
     finished = {run: result for run in runs if (result := directory.finished(run)) is not None}
     scores = _scores(finished)
     results: Results = {
@@ -50,6 +54,9 @@ def study_results(
         ],
         "runs": [_run(run, directory) for run in runs],
     }
+    for entry in results["techniques"]:
+        if searched is not None and entry["name"] == searched.name:
+            entry["title"] += ", searched"
     if "latency" in measured:
         results["reference"] = _costs(REFERENCE, measured)
     for name in ("similarity", "maps", "phonemes", "breakdown"):
@@ -83,8 +90,7 @@ def _scores(finished: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, di
             references = finished[own[0]]["test"]["references"]
             said = [finished[run]["test"]["hypotheses"] for run in own]
             errors.setdefault(corpus, {})[technique] = [run.seed for run in own], Errors.of(references, said)
-    everything = [pooled for of_corpus in errors.values() for _, pooled in of_corpus.values()]
-    deviations = {measure: seed_deviation(everything, measure) for measure in MEASURES}
+    noise = {measure: _noise(errors, measure) for measure in MEASURES}
     scores: dict[str, dict[str, dict[str, Any]]] = {}
     for corpus, of_corpus in errors.items():
         for technique, (seeds, pooled) in of_corpus.items():
@@ -94,13 +100,34 @@ def _scores(finished: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, di
                 entry[f"{measure}_interval"] = pooled.interval(measure)
                 entry[f"{measure}_by_seed"] = pooled.by_seed(measure).tolist()
             if technique != "full" and "full" in of_corpus:
-                against: dict[str, Any] = {"seeds": of_corpus["full"][0]}
-                for measure in MEASURES:
-                    found = difference(pooled, of_corpus["full"][1], measure, deviations[measure])
-                    against[measure] = asdict(found) | {"found": found.found}
-                entry["against_full"] = against
+                common, one, full = _same_seeds(of_corpus[technique], of_corpus["full"])
+                if common:
+                    against: dict[str, Any] = {"seeds": common}
+                    for measure in MEASURES:
+                        found = difference(one, full, measure, noise[measure])
+                        against[measure] = asdict(found) | {"found": found.found}
+                    entry["against_full"] = against
             scores.setdefault(technique, {})[corpus] = entry
     return scores
+
+
+def _noise(errors: Mapping[str, Mapping[str, tuple[list[int], Errors]]], measure: str) -> SeedNoise:
+    """From the techniques that have the same several seeds as full attention has."""
+    blocks = []
+    for of_corpus in errors.values():
+        seeds, _ = of_corpus.get("full", ([], None))
+        if len(seeds) > 1:
+            blocks.append([pooled for own, pooled in of_corpus.values() if own == seeds])
+    return seed_noise(blocks, measure)
+
+
+def _same_seeds(
+    technique: tuple[list[int], Errors], full: tuple[list[int], Errors]
+) -> tuple[list[int], Errors, Errors]:
+    """The seeds that both were trained with, and the errors of those alone."""
+    common = [seed for seed in technique[0] if seed in full[0]]
+    own, other = (errors.some([seeds.index(seed) for seed in common]) for seeds, errors in (technique, full))
+    return common, own, other
 
 
 def _technique(
@@ -136,9 +163,11 @@ def _costs(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
     costs: dict[str, Any] = {
         "latency": {frames: by_name[name] for frames, by_name in measured["latency"].items()},
         "training_step": {batch: by_name[name] for batch, by_name in measured["training"].items()},
-        "memory": {measured["memory_length"]: measured["memory"][name]},
+        "flops": {measured["flops_length"]: measured["flops"][name]},
     }
-    return costs | {"flops": {measured["flops_length"]: measured["flops"][name]}}
+    if name in measured["memory"]:
+        costs["memory"] = {measured["memory_length"]: measured["memory"][name]}
+    return costs
 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:
@@ -156,7 +185,8 @@ def _run(run: Run, directory: RunDirectory) -> dict[str, Any]:
     entry = {"key": run.key, "technique": run.technique, "corpus": run.corpus, "seed": run.seed}
     if result := directory.finished(run):
         kept = {name: result[name] for name in ("steps", "seconds", "learning_curve", "finished")}
-        return entry | {"state": "finished", "commit": result["machine"]["commit"]} | kept
+        where = {name: result["machine"][name] for name in ("commit", "processor", "instructions")}
+        return entry | {"state": "finished"} | where | kept
     if failure := directory.failed(run):
         return entry | {"state": "failed", "error": failure["error"]}
     return entry | {"state": "not run"}

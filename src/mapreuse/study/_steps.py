@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mapreuse
+from mapreuse.measure import machine
 from mapreuse.study._files import write_whole
 
 
@@ -47,11 +48,17 @@ class Steps:
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+def where() -> dict[str, Any]:
+    """What a time depends on beside the code: processor, instructions, threads, GPU and version of torch."""
+    here = machine()
+    return {name: here[name] for name in ("processor", "instructions", "threads", "gpu", "torch")}
+
+
 def source_digest(sources: Sequence[str] | None = None) -> str:
-    """Digest of the package's Python files, or of those in some of its folders."""
+    """Digest of the package's files of Python and C, or of those in some of its folders."""
     root = Path(mapreuse.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(one for one in root.rglob("*") if one.suffix in (".py", ".c", ".h")):
         name = file.relative_to(root).as_posix()
         if sources is None or any(name == source or name.startswith(f"{source}/") for source in sources):
             digest.update(name.encode())

@@ -387,10 +387,17 @@
   }
 
   const figures = [...document.querySelectorAll("figure[data-plot]")];
-  const render = (figure) => {
+  const draw = (figure) => {
     const area = figure.querySelector(".area");
     if (figure.dataset.plot === "maps") maps(figure);
     else if (area) plots[figure.dataset.plot](figure, area);
+  };
+  const render = (figure) => {
+    try {
+      draw(figure);
+    } catch (error) {  // the other plots, and the tables, do not depend on this one
+      figure.querySelector("figcaption")?.append(` This could not be drawn: ${error.message}`);
+    }
   };
   for (const figure of figures) {
     figure.addEventListener("input", () => render(figure));

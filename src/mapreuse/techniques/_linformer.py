@@ -6,11 +6,11 @@ Cost: 2·k·T·C FLOPs to project along time, 4·k·T·C for scores and context;
 Stored: k·T weights of E, H·T·k of the map.
 
 Linformer's E has a column for every position up to a greatest length. Utterances differ in length, so here E is
-learned at 256 points from the beginning to the end of an utterance and interpolated to its frames (times 256 / T, so
-that sums do not grow with T): every slot reads the same part of an utterance however long it is, and nothing depends
-on padding. E is shared by keys, values and heads (the paper's key-value sharing), so frames are mixed before they are
-projected, which is the same but for the biases; every layer has its own. Positions
-are dropped: a slot has none.
+learned at 256 points from the beginning to the end of an utterance and interpolated to its frames (times √256 / T, so
+that sums do not grow with T, and a step of the optimiser moves them about as far as other projections): every slot
+reads the same part of an utterance however long it is, and nothing depends on padding. E is shared by keys, values
+and heads (the paper's key-value sharing), so frames are mixed before they are projected, which is the same but for the
+biases; every layer has its own. Positions are dropped: a slot has none.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LinformerAttention(ContentAttention):
     def __init__(self, original: ParakeetEncoderAttention, slots: int) -> None:
         super().__init__(original)
         weight = original.q_proj.weight
-        self.mixture = nn.Parameter(weight.new_empty(slots, POINTS).normal_(std=POINTS**-0.5))
+        self.mixture = nn.Parameter(weight.new_empty(slots, POINTS).normal_())
 
     def context(
         self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
@@ -86,5 +86,5 @@ class LinformerAttention(ContentAttention):
         left = places.floor().long().clamp(max=POINTS - 2)
         share = (places - left).to(self.mixture.dtype)
         between = self.mixture[:, left] * (1 - share) + self.mixture[:, left + 1] * share
-        weights = between.transpose(0, 1) * (POINTS / lengths)[:, None]
+        weights = between.transpose(0, 1) * (POINTS**0.5 / lengths)[:, None]
         return weights if valid is None else weights * valid[:, None]
