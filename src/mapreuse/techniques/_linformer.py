@@ -9,8 +9,8 @@ Linformer's E has a column for every position up to a greatest length. Utterance
 learned at 256 points from the beginning to the end of an utterance and interpolated to its frames (times √256 / T, so
 that sums do not grow with T, and a step of the optimiser moves them about as far as other projections): every slot
 reads the same part of an utterance however long it is, and nothing depends on padding. E is shared by keys, values
-and heads (the paper's key-value sharing), so frames are mixed before they are projected, which is the same but for the
-biases; every layer has its own. Positions are dropped: a slot has none.
+and heads (the paper's key-value sharing), so frames are mixed before they are projected, which is the same but for
+the biases; every layer has its own. Positions are dropped: a slot has none.
 """
 
 from __future__ import annotations
