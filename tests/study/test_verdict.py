@@ -84,6 +84,11 @@ def test_no_worse_says_what_each_interval_excludes():
     assert sentence.endswith("so that more than 1 point worse is not excluded.")
 
 
+def test_a_technique_that_has_not_learned_is_named():
+    said = verdict(results(technique("slots", "other", 0.84, (0.8, 0.5), (0.4, 0.6, WORSE))))
+    assert said[-1].startswith("the slots has hardly begun to transcribe when training ends (CER 84.0%)")
+
+
 def test_without_a_trained_or_timed_technique_there_is_no_verdict():
     empty = results()
     empty["techniques"][0]["latency"] = {}

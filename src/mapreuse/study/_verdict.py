@@ -13,6 +13,9 @@ BUDGETS = (0.01, 0.02, 0.05)
 ALLOWED = 0.01
 """How much worse than full attention one map for two layers may be, to be called no worse."""
 
+_UNLEARNED = 0.6
+"""CER above which a technique has hardly begun to transcribe by the end of training."""
+
 _LONG = 1000
 """Encoder frames from which on the best reuse is set against the others."""
 
@@ -26,6 +29,7 @@ def verdict(results: Results) -> list[str]:
     """The verdict first, then what it rests on; what is not known yet is said."""
     done = sum(run["state"] == "finished" for run in results["runs"])
     sentences = _winners(results) + _without_attention(results) + _against_reuse(results) + _no_worse(results)
+    sentences += _unlearned(results)
     if done < len(results["runs"]):
         sentences.append(
             f"{done} of {len(results['runs'])} training runs are finished; what the others would say is not measured."
@@ -172,6 +176,17 @@ def _no_worse(results: Results) -> list[str]:
             f"so that {_within(lowest, highest)}."
         )
     return sentences
+
+
+def _unlearned(results: Results) -> list[str]:
+    """Techniques that training ended too early for, of which error rates say little."""
+    corpus = main_corpus(results)
+    early = [t for t in _judged(results) if t["scores"][corpus]["cer"] > _UNLEARNED]
+    return [
+        f"{t['title']} has hardly begun to transcribe when training ends (CER {t['scores'][corpus]['cer']:.1%}): "
+        "what it could do with more is not known."
+        for t in early
+    ]
 
 
 def _within(low: float, high: float) -> str:
