@@ -20,6 +20,7 @@ from mapreuse.study import (
     papers_page,
     report,
     summary_table,
+    verdict,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,9 @@ def main() -> int:
     tables["latency"] = latency_table(quick["latency"]["conformer-m"])
     tables["technique"] = summary_table(full)
     tables["verdict"] = [f"- {sentence}" for sentence in full["verdict"]]
+    if full["verdict"] != verdict(full):
+        print("results/full/results.json has another verdict than its figures give; run mapreuse study --preset full")
+        return 1
     files["results/quick/report.md"] = report(quick)
     files["results/quick/report.html"] = page(page_results(quick))
     files["docs/papers.md"] = papers_page(full)
@@ -63,7 +67,7 @@ def _results(preset: str) -> dict[str, Any]:
 
 
 def _differing_runs(full: dict[str, Any]) -> list[str]:
-    """Finished runs whose recorded hypotheses have another CER than the results say, or that are not recorded."""
+    """Finished runs whose recorded hypotheses have another CER or WER than the results say, or are not recorded."""
     scores = {technique["name"]: technique["scores"] for technique in full["techniques"]}
     wrong = []
     for run in full["runs"]:
@@ -74,9 +78,10 @@ def _differing_runs(full: dict[str, Any]) -> list[str]:
             wrong.append(run["key"])
             continue
         test = json.loads(file.read_text())["test"]
-        recorded = Errors.of(test["references"], [test["hypotheses"]]).rate("cer")
+        recorded = Errors.of(test["references"], [test["hypotheses"]])
         said = scores[run["technique"]][run["corpus"]]
-        if abs(said["cer_by_seed"][said["seeds"].index(run["seed"])] - recorded) > 1e-9:
+        place = said["seeds"].index(run["seed"])
+        if any(abs(said[f"{measure}_by_seed"][place] - recorded.rate(measure)) > 1e-9 for measure in ("cer", "wer")):
             wrong.append(run["key"])
     return wrong
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mapreuse import ReusePlan, apply
+from mapreuse.maps import are_unobserved
 from mapreuse.models import _linear, find_stack, tune
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -86,6 +87,23 @@ def test_many_rows_without_gradients_go_to_onednn_and_few_do_not(by_onednn):
 
 
 @needs_onednn
+def test_onednn_can_be_switched_off(by_onednn):
+    linear = tuned(nn.Linear(8, 5))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Intel's GPUs, which have nothing to do with it
+        with torch.backends.mkldnn.flags(enabled=False):
+            linear(torch.randn(40, 8))
+    assert by_onednn == []
+
+
+def test_nested_tensors_are_left_to_torch():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are a prototype
+        assert not are_unobserved(torch.nested.nested_tensor([torch.randn(40, 8), torch.randn(50, 8)]))
+        assert are_unobserved(torch.randn(40, 8))
+
+
+@needs_onednn
 def test_whoever_follows_operators_sees_those_of_torch(by_onednn):
     linear = tuned(nn.Linear(8, 5))
     x = torch.randn(40, 8)
@@ -132,9 +150,18 @@ def test_a_subclass_is_left_alone_and_a_tuned_model_can_be_copied_and_pickled(fa
             assert torch.equal(one(x), model(x))
 
 
+def test_a_tuned_model_can_be_given_a_plan():
+    model, inputs = families.build("bert")
+    tune(model)
+    apply(model, ReusePlan.parse("2x2"))
+    with torch.inference_mode():
+        assert model(**inputs).last_hidden_state.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "vit", "parakeet"])
-def test_apply_changes_neither_weights_nor_outputs(name, faster):
+def test_apply_changes_neither_weights_nor_outputs(name, faster, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(_linear, "_FEWEST_ROWS", 1)
     model, inputs = families.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.inference_mode():

@@ -56,7 +56,8 @@ def test_chance_between_seeds_widens_the_interval_as_stated(freedom, quantile):
     assert wide.difference == narrow.difference
     assert wide.over_utterances == narrow.over_utterances == narrow.interval
     width = wide.interval[1] - wide.interval[0]
-    assert width == pytest.approx(2 * quantile * 2.0 * 2**0.5 * good.rate("wer"), rel=0.15)
+    rates = (good.rate("wer") ** 2 + bad.rate("wer") ** 2) ** 0.5
+    assert width == pytest.approx(2 * quantile * 2.0 * rates, rel=0.15)
     assert wide.found == "no difference found"
 
 

@@ -323,6 +323,7 @@ def _is_memory(tensor: Tensor) -> bool:
     return (
         tensor.device.type == "cpu"
         and tensor.layout == torch.strided
+        and not tensor.is_nested
         and type(tensor) in (Tensor, Parameter)
         and not tensor.is_neg()
     )

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from mapreuse.models._adapters import Adapter, adapter_of, find_output_projection
 from mapreuse.models._conversion import Conversion, Heads
 from mapreuse.models._layout import lay_out
+from mapreuse.models._linear import FastLinear
 from mapreuse.models._reading import HEAD_DIM
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, Stack, find_stack
@@ -76,7 +77,7 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
             stored = [] if parameter is None else [parameter]
         else:
             cls = type(module)
-            plain = cls in (nn.Linear, Conv1D) or (
+            plain = cls in (nn.Linear, FastLinear, Conv1D) or (
                 attribute != form.value and cls.__module__.startswith(_PLAIN_MODULES)
             )
             if not plain or "forward" in vars(module):
@@ -84,7 +85,7 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
                     f"{name}: {attribute} is a {cls.__module__}.{cls.__name__}, not a plain projection; merge "
                     "adapters (merge_and_unload), load the model unquantised and on one device before reusing maps"
                 )
-            if cls in (nn.Linear, Conv1D) and module._parameters.get("weight") is None:
+            if cls in (nn.Linear, FastLinear, Conv1D) and module._parameters.get("weight") is None:
                 raise Unsupported(f"{name}: the weight of {attribute} is not a parameter, but made from others")
             stored = list(module.parameters())
         for one in stored:
@@ -143,7 +144,7 @@ def _check_partial(name: str, attention: nn.Module, adapter: Adapter, heads: Hea
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         parameters = {a: attention._parameters[a] for a in attributes if a in attention._parameters}
-        linear = [attribute for attribute, module in modules.items() if type(module) is nn.Linear]
+        linear = [attribute for attribute, module in modules.items() if type(module) in (nn.Linear, FastLinear)]
         if len(linear) != 1:
             raise Unsupported(f"{name}: partial reuse needs one plain projection each of queries and keys")
         for attribute, module in modules.items():

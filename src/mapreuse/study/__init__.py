@@ -9,7 +9,7 @@ from mapreuse.study._papers import papers_page
 from mapreuse.study._quick import QuickConfig, run_quick
 from mapreuse.study._report import error_table, latency_table, page_results, report
 from mapreuse.study._runs import Recipe
-from mapreuse.study._verdict import summary_table
+from mapreuse.study._verdict import summary_table, verdict
 
 __all__ = [
     "Errors",
@@ -26,4 +26,5 @@ __all__ = [
     "run_full",
     "run_quick",
     "summary_table",
+    "verdict",
 ]

@@ -88,11 +88,12 @@ def difference(technique: Errors, full: Errors, measure: str, noise: SeedNoise) 
     """Paired bootstrap over utterances, pooled over the same seeds of both, and widened by the chance in a seed.
 
         d* = rate(technique, U*) − rate(full, U*)
-        widened: d* + t · s · rate(full) · √(2 / n),    t ~ Student(f)
+        widened: d* + t · s · √((rate(technique)² + rate(full)²) / n),    t ~ Student(f)
 
     U* are the test utterances drawn with replacement, the same for both; n is the number of seeds, s the relative
     deviation of a run and f its degrees of freedom (see `seed_noise`). The second term is what a bootstrap over
-    utterances alone leaves out: a run with another seed gives another rate on the very same utterances.
+    utterances alone leaves out: a run with another seed gives another rate on the very same utterances. It is assumed
+    to be as great for every technique as for those with several seeds, and left out where there are none.
 
     Raises `ValueError` where the two have not as many seeds.
     """
@@ -103,7 +104,8 @@ def difference(technique: Errors, full: Errors, measure: str, noise: SeedNoise) 
     widened = drawn
     if noise.freedom:
         chance = np.random.default_rng(1).standard_t(noise.freedom, len(drawn))
-        widened = drawn + chance * noise.deviation * full.rate(measure) * (2 / len(one)) ** 0.5
+        rates = technique.rate(measure) ** 2 + full.rate(measure) ** 2
+        widened = drawn + chance * noise.deviation * (rates / len(one)) ** 0.5
     return Difference(technique.rate(measure) - full.rate(measure), _middle(drawn), _middle(widened))
 
 

@@ -43,7 +43,7 @@ class FullConfig:
     recipe: Recipe = field(default_factory=Recipe)
     lengths: tuple[int, ...] = (250, 500, 1000, 2000, 4000, 8000)
     memory_length: int = 3000
-    repeats: int = 3
+    repeats: int = 5
     device: str = "cpu"
 
     def __post_init__(self) -> None:

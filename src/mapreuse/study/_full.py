@@ -73,7 +73,7 @@ def run_full(
         training_only: only train, as a machine that helps does; no report is written.
 
     Raises:
-        ValueError: where a corpus cannot be opened, or the device is not there.
+        ValueError: where a corpus cannot be opened, or `workers` is below 1.
     """
     return _Full(config, out_dir, work_dir, console, workers).run(training_only)
 
@@ -107,7 +107,8 @@ class _Full:
         return results
 
     def _train(self, runs: Sequence[Run]) -> None:
-        """Let workers do what is not done; those that the system ends are replaced as long as runs get done."""
+        """Let workers do what is not done; where the system ended one, once more when the others are through, as long
+        as runs get done."""
         left = [run for run in runs if self.runs.finished(run) is None]
         self.runs.forget_failures(left)
         while left:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,13 +118,14 @@ def latency_ratio(results: Results, measured: dict[str, Any], length: str) -> fl
 def front(results: Results, length: str, corpus: str, metric: str) -> list[str]:
     """Names of the techniques that no other is as good as in one of error and latency and better than in the other.
 
-    Fastest first. For CER on the main corpus it is the study's own list, where it has one.
+    Errors are compared as `loss` has them. Fastest first. For CER on the main corpus it is the study's own list,
+    where it has one.
     """
     points = []
     for one in results.get("techniques", []):
-        seconds, error = number(one, "latency", length, "median"), number(one, "scores", corpus, metric)
-        if seconds is not None and error is not None:
-            points.append((seconds, error, one["name"]))
+        seconds = number(one, "latency", length, "median")
+        if seconds is not None and number(one, "scores", corpus, metric) is not None:
+            points.append((seconds, loss(one, corpus, metric), one["name"]))
     given = results.get("fronts", {}).get(length)
     if given is not None and metric == "cer" and corpora(results)[:1] == [corpus]:
         return [name for _, _, name in sorted(points) if name in given]
@@ -133,6 +134,14 @@ def front(results: Results, length: str, corpus: str, metric: str) -> list[str]:
         for seconds, error, name in sorted(points)
         if not any(s <= seconds and e <= error and (s, e) != (seconds, error) for s, e, _ in points)
     ]
+
+
+def loss(technique: Mapping[str, Any], corpus: str, metric: str) -> float:
+    """Error rate above full attention's with the same seeds, 0 for full; the rate where it was not compared."""
+    scores = technique["scores"][corpus]
+    if "against_full" in scores:
+        return scores["against_full"][metric]["difference"]
+    return 0.0 if technique.get("kind") == "full" else scores[metric]
 
 
 def technique_grid(results: Results) -> Grid:

@@ -99,7 +99,7 @@ def _where(results: Results) -> Claim:
 def _inference(results: Results) -> Claim:
     techniques = by_name(results)
     found = [t for name, t in techniques.items() if name.startswith("reuse-2x") and "latency" in t]
-    ours = ", ".join(f"{speedup(results, found[0], T):.2f}× at T = {T}" for T in lengths(results)) if found else ""
+    ours = ", ".join(f"{_faster(results, found[0], T)} at T = {T}" for T in lengths(results)) if found else ""
     return Claim(
         "Reuse makes inference faster.",
         _ICLR,
@@ -116,7 +116,7 @@ def _training(results: Results) -> Claim:
     found = []
     for name, title in ((n, techniques[n]["title"]) for n in steps if n.startswith("reuse-") and "partial" not in n):
         saved = [1 - steps[name][batch]["median"] / steps["full"][batch]["median"] for batch in steps["full"]]
-        noise = [max(steps[one][batch]["spread"] for one in (name, "full")) for batch in steps["full"]]
+        noise = [sum(steps[one][batch]["spread"] for one in (name, "full")) for batch in steps["full"]]
         shown = (f"{share:.0%} ± {spread:.0%}" for share, spread in zip(saved, noise, strict=True))
         found.append(f"{title} {', '.join(shown)}")
     batches = " and ".join(f"T = {b}" if b.isdigit() else b for b in steps["full"]) if "full" in steps else ""
@@ -138,7 +138,7 @@ def _against_others(results: Results) -> Claim:
         own = [t for t in equal if t["kind"] == kind]
         if own and timed:
             best = max(own, key=lambda t: speedup(results, t, timed[-1]))
-            ours.append(f"{best['title']} {speedup(results, best, timed[-1]):.2f}×")
+            ours.append(f"{best['title']} {_faster(results, best, timed[-1])}")
     return Claim(
         "On long sequences reuse compares well with other ways to compress self-attention, on CPU and GPU.",
         _STUDY,
@@ -149,6 +149,12 @@ def _against_others(results: Results) -> Claim:
         else NOT_MEASURED,
         "A reusing layer still multiplies a T × T map; windows and fixed maps do not. On a CPU alone.",
     )
+
+
+def _faster(results: Results, technique: Mapping[str, Any], length: str) -> str:
+    """How many times as fast as full, with the spread of both times."""
+    spread = technique["latency"][length]["spread"] + by_name(results)["full"]["latency"][length]["spread"]
+    return f"{speedup(results, technique, length):.2f}× ± {spread:.0%}"
 
 
 def _no_loss_found(scores: Mapping[str, Any]) -> bool:

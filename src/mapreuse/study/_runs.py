@@ -161,7 +161,8 @@ class RunDirectory:
             return 1.0
         log = self.work / run.key / "log.jsonl"
         lines = log.read_text().splitlines() if log.is_file() else []
-        return json.loads(lines[-1])["step"] / run.recipe.steps if lines else 0.0
+        whole = [line for line in lines if line.endswith("}")]  # the last may not be, of a run that was killed
+        return json.loads(whole[-1])["step"] / run.recipe.steps if whole else 0.0
 
     @contextmanager
     def claimed(self, run: Run) -> Iterator[bool]:

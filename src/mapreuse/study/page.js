@@ -396,7 +396,7 @@
     try {
       draw(figure);
     } catch (error) {  // the other plots, and the tables, do not depend on this one
-      figure.querySelector("figcaption")?.append(` This could not be drawn: ${error.message}`);
+      figure.dataset.failed ??= figure.querySelector("figcaption")?.append(` Not drawn: ${error.message}`) ?? "";
     }
   };
   for (const figure of figures) {
