@@ -61,7 +61,7 @@ speed: setup
 	$(BENCH) --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,sdpa,ours --json results/speed/bert.json
 	$(BENCH) --lengths 1000 --plans 4x4 --contestants ours --strategies dense,dense16,dense8,recompute,auto --repeats 3 --memory --json results/speed/strategies.json
 	$(BENCH) --lengths 30000 --plans 4x4 --contestants ours --strategies auto --repeats 1 --memory --json results/speed/long.json
-	$(BIN)/mapreuse breakdown --threads 2 --lengths 1000,2000,3000 --contestants sdpa,ours --repeats 9 --json results/speed/breakdown.json
+	$(BIN)/mapreuse breakdown --threads 2 --lengths 1000,2000,3000 --contestants sdpa,ours --repeats 7 --json results/speed/breakdown.json
 	$(BIN)/python scripts/concentration.py $(TEXT_ENCODER)
 
 # Only where the processor multiplies bfloat16 fast (AMX): elsewhere it takes hours.
