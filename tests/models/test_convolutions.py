@@ -7,14 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import disagreement, valid_rows
+from oracle import kinds_after_a_full_plan
 from torch import nn
 from transformers import SeamlessM4TConfig, Wav2Vec2BertConfig
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TConformerConvolutionModule
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertConvolutionModule
 
-from mapreuse import ReusePlan, apply
-from mapreuse.models import find_stack
 from mapreuse.models._convolutions import lay_out_convolutions
 
 CONFORMERS = [name for name in families.FAMILIES if "parakeet" in name or "conformer" in name]
@@ -101,19 +99,9 @@ def test_gradients_are_bit_for_bit_those_of_the_original():
 @pytest.mark.parametrize("name", CONFORMERS)
 def test_apply_lays_out_a_conformer_and_changes_neither_weights_nor_outputs(name):
     torch.manual_seed(0)
-    model, inputs = families.build(name)
-
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with torch.inference_mode():
-        original = model(**inputs)
-        rows = valid_rows(model, inputs, original)
-        apply(model, ReusePlan.full(len(find_stack(model).layers)))
-        found = model(**inputs).last_hidden_state
-    kinds = {type(module).__name__ for module in model.modules()}
+    kinds = kinds_after_a_full_plan(*families.build(name))
     assert "ChannelsLastConv1d" in kinds
     assert ("ChannelsLastConv2d" in kinds) == (name == "parakeet"), "Parakeet's subsampling has such"
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert disagreement(found, original.last_hidden_state, rows) < 1e-5
 
 
 @pytest.mark.parametrize(

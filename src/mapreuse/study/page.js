@@ -396,7 +396,8 @@
     try {
       draw(figure);
     } catch (error) {  // the other plots, and the tables, do not depend on this one
-      figure.dataset.failed ??= figure.querySelector("figcaption")?.append(` Not drawn: ${error.message}`) ?? "";
+      if (!figure.dataset.failed) figure.append(`Not drawn: ${error.message}`);
+      figure.dataset.failed = "yes";
     }
   };
   for (const figure of figures) {
