@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from plotly.offline import get_plotlyjs
+from py_mini_racer import MiniRacer
 from study_results import study_results
 
 from mapreuse.study._page import embedded, page, plot_data
@@ -275,6 +276,12 @@ def test_runs_that_did_not_finish_are_shown_with_their_reason(parsed):
     text = section(parsed, "runs")
     assert "1 failed, 1 not run" in text
     assert text.index("loss was not finite after step 1250") < text.index("All 74 runs")
+
+
+def test_the_script_of_the_page_is_javascript(results):
+    script = re.findall(r"<script>(.*?)</script>", page(results), re.DOTALL)[-1]
+    assert "figure[data-plot]" in script
+    MiniRacer().eval(f"new Function({json.dumps(script)})")
 
 
 @pytest.fixture(scope="module")

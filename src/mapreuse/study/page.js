@@ -387,14 +387,14 @@
   }
 
   const figures = [...document.querySelectorAll("figure[data-plot]")];
-  const draw = (figure) => {
+  const fill = (figure) => {
     const area = figure.querySelector(".area");
     if (figure.dataset.plot === "maps") maps(figure);
     else if (area) plots[figure.dataset.plot](figure, area);
   };
   const render = (figure) => {
     try {
-      draw(figure);
+      fill(figure);
     } catch (error) {  // the other plots, and the tables, do not depend on this one
       if (!figure.dataset.failed) figure.append(`Not drawn: ${error.message}`);
       figure.dataset.failed = "yes";
