@@ -28,7 +28,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
-from mapreuse.convert import assign, fit, hidden_state_error, output_errors, relative_latency
+from mapreuse.convert import assign, fit, hidden_state_error, output_errors, relative_latencies
 from mapreuse.measure import machine
 from mapreuse.models import possible_sources, tune
 from mapreuse.speech._documentation import docstrings
@@ -97,7 +97,7 @@ def main() -> None:
     row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching), timed_as=three)
     for name, found in results["rows"].items():
         if "latency" not in found:
-            found["latency"] = relative_latency(original, shapes[name](), judging)
+            found["latency"] = relative_latencies(original, {name: shapes[name]()}, judging)[name]
             print(name, found["latency"], flush=True)
     write()
     _write_page(results)

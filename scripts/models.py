@@ -28,7 +28,8 @@ PAGE = ROOT / "docs/models.md"
 
 JUSTIFICATIONS = {
     "no list of layers with attention": "There is nothing to share: convolutions, state spaces or Fourier "
-    "transforms mix the positions, or attention stands in some layers only, between layers of another kind.",
+    "transforms mix the positions, attention stands in some layers only, between layers of another kind, or all "
+    "layers are one and the same module, run again and again (ALBERT).",
     "does not go through transformers' attention interface": "The class computes its softmax itself, each in its own "
     "way; there is no place at which its map could be taken or given without rewriting its attention.",
     "calls attention_interface": "It attends in several places: images or windows packed into one sequence are cut "

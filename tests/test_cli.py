@@ -124,7 +124,70 @@ def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(tmp_path
         assert f"error, {step}: " in printed
     numbers = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (original, converted)]
     assert f"parameters: {numbers[0]} before, {numbers[1]} after" in printed
-    assert not list(tmp_path.glob("*.jsonl"))
+    assert not list(tmp_path.glob("*.work"))
+    assert (f"{out}: open it with mapreuse.load") in printed.replace("\n", "")
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_sentence_transformers_directory_is_converted_whole(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console())
+    model = tmp_path / "model"
+    save_bert(model / place)
+    modules = [{"path": place}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (model / "modules.json").write_text(json.dumps(modules))
+    kept = {"1_Pooling/config.json": "{}", "2_Dense/config.json": "{}", "2_Dense/model.safetensors": "weights"}
+    for name, text in kept.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(text)
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    arguments = ["--calibration", str(tmp_path / "sentences.txt"), "--plan", "[0,0,2]"]
+    status, _, error = mapreuse(
+        monkeypatch, capsys, "convert", str(model), *arguments, "--out", str(model / "converted")
+    )
+    assert status == 0, error
+    assert {name: (model / "converted" / name).read_text() for name in kept} == kept
+    assert mr.plan_of(mr.load(model / "converted")).reuses(1)
+    assert not (model / "converted" / "converted.work").exists()
+
+    monkeypatch.setattr(sys, "argv", ["mapreuse"])
+    out = ["--out", str(tmp_path / "maps")]
+    status, _, error = mapreuse(monkeypatch, capsys, "analyze", str(model / "converted"), *arguments[:2], *out)
+    assert (status, error.strip()) == (0, "")
+
+
+def test_a_conversion_that_fails_while_it_is_written_leaves_no_directory(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "console", Console())
+    directory = save_bert(tmp_path / "model")
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    out = tmp_path / "converted"
+    arguments = ["convert", str(directory), "--calibration", str(tmp_path / "sentences.txt"), "--plan", "[0,0,2]"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["mapreuse.convert"], "copy_companions", interrupted)
+        status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--out", str(out))
+    assert (status, out.exists()) == (130, False)
+    assert error.strip().endswith("interrupted; the same command goes on from here")
+    assert mapreuse(monkeypatch, capsys, *arguments, "--out", str(out))[0] == 0
+    assert mr.load(out)
+
+
+def test_a_budget_of_latency_that_exact_attention_meets_is_said_to_need_no_reuse(tmp_path, monkeypatch, capsys):
+    def times(models, batch):
+        return {name: 1.0 if mr.plan_of(model) is None else 0.5 for name, model in models.items()}
+
+    monkeypatch.setattr(sys.modules[mr.search.__module__], "_times", times)
+    monkeypatch.setattr(cli, "console", Console(width=200))
+    directory = save_bert(tmp_path / "model")
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    arguments = ["--calibration", str(tmp_path / "sentences.txt"), "--out", str(tmp_path / "out")]
+    status, printed, error = mapreuse(
+        monkeypatch, capsys, "convert", str(directory), *arguments, "--budget", "latency<=5e-1"
+    )
+    assert status == 0, error
+    assert "met without reuse" in printed
+    assert "latency: 0.50× of the original's; without reuse 0.50×" in printed
 
 
 def test_a_conversion_within_a_budget_of_error_keeps_to_it(tmp_path, monkeypatch, capsys, regular_times):

@@ -19,20 +19,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from mapreuse import measure
+    from mapreuse.convert import OpenedModel
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
+
+_INTERRUPTED = 130
+_FEWEST_BATCHES = 16  # of which four judge, and the others teach as long as they last
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 ModelName = Annotated[str, typer.Argument(help="recogniser (the shipped one), or a directory of a model")]
 CalibrationData = Annotated[
-    str, typer.Option(help="text file, folder of wav or flac, datasets directory; of a recogniser, also a corpus")
+    str, typer.Option(help="text file, folder of wav or flac, datasets directory; of a recogniser, folder or corpus")
 ]
+Stack = Annotated[str, typer.Option(help="of a model with several stacks of layers: path of one, model.encoder")]
 MaxBatches = Annotated[int, typer.Option(help="read no more than 8 sequences for each")]
 CorpusName = Annotated[str, typer.Option(help="prompts:en, synthetic:fr, librispeech:DIR, cuts:FILE or kaldi:DIR")]
 Model = Annotated[Path | None, typer.Option("--model", help="directory of a recogniser; the shipped one if left out")]
@@ -42,9 +47,12 @@ Decoder = Annotated[str, typer.Option(help="greedy, beam or beam+lm")]
 def main() -> None:
     """Entry point: bad input is one line on standard error and exit status 2, never a traceback."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
+        if status == _INTERRUPTED:  # which typer returns, and says nothing
+            raise KeyboardInterrupt
+        sys.exit(status)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command goes on from here", 130)
+        _fail("interrupted; the same command goes on from here", _INTERRUPTED)
     except typer.TyperException as error:
         _fail(f"{error}; see mapreuse --help")
     except (ValueError, OSError) as error:
@@ -193,15 +201,17 @@ def analyze(
     model: ModelName,
     calibration: CalibrationData,
     out: Annotated[Path, typer.Option(help="directory of tables, heat maps and the page")],
+    stack: Stack = "",
     max_batches: MaxBatches = 64,
     epsilon: Annotated[float, typer.Option(help="mass of a row that concentration leaves out")] = 0.02,
 ) -> None:
     """Say what a model's attention maps are like: similarity, entropy, diagonality, concentration."""
     from mapreuse import measure
 
-    opened, batches = _calibrated(model, calibration, max_batches, split="dev")
+    opened, batches = _calibrated(model, calibration, max_batches, stack, split="dev")
+    _check_writable(out / "index.html")
     with _progress() as progress:
-        found = measure.analyze(opened, batches, epsilon=epsilon, progress=progress)
+        found = measure.analyze(opened.part, batches, epsilon=epsilon, progress=progress)
     command = shlex.join(["mapreuse", *sys.argv[1:]])
     measure.write_analysis(found, out, model=model, calibration=calibration, command=command)
     _show(measure.analysis_tables(found))
@@ -216,53 +226,63 @@ def convert(
     budget: Annotated[str | None, typer.Option(help="latency<=0.7 (of the original's time) or error<=0.02")] = None,
     plan: Annotated[str | None, typer.Option(help="a reuse plan instead, such as 2x3 or [0,1,1,3]")] = None,
     distill_seconds: Annotated[float | None, typer.Option(help="distil from the original this long")] = None,
+    stack: Stack = "",
     max_batches: MaxBatches = 64,
 ) -> None:
     """Convert a model to one that reuses maps: search, align, refit, and distil where asked to."""
     from mapreuse import ReusePlan, save, speech
-    from mapreuse.convert import check_empty, convert_whole, copy_companions, open_model, parse_budget
+    from mapreuse.convert import check_new, convert_whole, copy_companions, parse_budget, written_whole
 
-    check_empty(out)
+    check_new(out)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
-    opened, batches = _calibrated(model, calibration, max_batches, split="train")
-    cache = out.with_name(f"{out.name}.search.jsonl")
-    converted, report = convert_whole(
-        opened, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, cache=cache
+    opened, batches = _calibrated(model, calibration, max_batches, stack, split="train")
+    work = out.with_name(f"{out.name}.work")
+    part, report = convert_whole(
+        opened.part, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, work_dir=work
     )
-    if model == "recogniser" or speech.Recogniser.is_saved_in(model):
-        recogniser = speech.Recogniser.load(speech.BASELINE if model == "recogniser" else model)
-        recogniser.model = converted
-        recogniser.save(out)
-    else:
-        save(converted, out / open_model(model).directory.relative_to(model))
-        copy_companions(model, out)
-    cache.unlink(missing_ok=True)
+    converted = opened.with_part(part)
+    with written_whole(out, work) as written:
+        if model == "recogniser" or speech.Recogniser.is_saved_in(model):
+            recogniser = speech.Recogniser.load(opened.directory)
+            recogniser.model = converted
+            recogniser.save(written)
+        else:
+            save(converted, written / opened.directory.relative_to(model))
+            copy_companions(model, written, work_dir=work)
     console.print(str(report.plan), markup=False, highlight=False)
+    if report.plan.is_full:
+        console.print("The budget is met without reuse: no layer shares a map. A lower latency would need it.")
     for step, error in report.errors.items():
         console.print(f"error, {step}: {error:.4f}", highlight=False)
     before, after = report.parameters
-    console.print(f"latency: {report.latency:.2f}× of the original's", highlight=False)
+    console.print(
+        f"latency: {report.latency:.2f}× of the original's; without reuse {report.exact_latency:.2f}×",
+        highlight=False,
+    )
     console.print(f"parameters: {before:,} before, {after:,} after ({1 - after / before:.1%} less)", highlight=False)
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
 def _calibrated(
-    model: str, calibration: str, max_batches: int, *, split: str
-) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    model: str, calibration: str, max_batches: int, stack: str, *, split: str
+) -> tuple[OpenedModel, list[dict[str, Tensor]]]:
     """The model that the command line names, and batches for it: of a corpus, from this split."""
     from transformers.utils.logging import disable_progress_bar
 
     from mapreuse import speech
-    from mapreuse.convert import open_batches, open_model
+    from mapreuse.convert import OpenedModel, open_batches, open_model
 
     disable_progress_bar()
     if model == "recogniser" or speech.Recogniser.is_saved_in(model):
-        recogniser = speech.Recogniser.load(speech.BASELINE if model == "recogniser" else model)
+        if stack:
+            raise ValueError("--stack is for models with several stacks of layers; a recogniser has one")
+        directory = speech.BASELINE if model == "recogniser" else Path(model)
+        recogniser = speech.Recogniser.load(directory)
         batches = speech.calibration_batches(recogniser, calibration, split=split, max_batches=max_batches)
-        return recogniser.model, batches
-    opened = open_model(model)
-    return opened.model, open_batches(opened, calibration, max_batches=max_batches)
+        return OpenedModel(recogniser.model, directory), batches
+    opened = open_model(model, stack)
+    return opened, open_batches(opened, calibration, max_batches=max_batches, fewest_batches=_FEWEST_BATCHES)
 
 
 def _show(tables: list[measure.Table]) -> None:

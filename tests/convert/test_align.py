@@ -155,7 +155,15 @@ def test_align_takes_the_head_of_least_error_by_default():
 def test_a_plan_for_another_depth_and_an_unknown_mode_are_refused():
     with pytest.raises(ValueError, match="plan speaks of 4 layers, but the model has 6"):
         align_by(random_similarity(0), ReusePlan.full(4))
-    with pytest.raises(ValueError, match="mode must be best or one-to-one"):
+    with pytest.raises(ValueError, match="mode must be error, best or one-to-one"):
         _assign(random_similarity(0).heads[0, :, 1], "closest")
     with pytest.raises(ValueError, match="num_groups must be between 1 and"):
         group_by(random_similarity(0), 7)
+
+
+@pytest.mark.parametrize("mode", ["error", "best"])
+@pytest.mark.parametrize("depth", [3, 7])
+def test_align_refuses_a_plan_of_another_depth(mode, depth):
+    model, batch = build("bert")
+    with pytest.raises(ValueError, match=f"the plan speaks of {depth} layers, but the model has"):
+        mr.align(model, mr.ReusePlan.full(depth), [batch], mode=mode)

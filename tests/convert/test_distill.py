@@ -197,7 +197,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path):
 
 def test_a_directory_of_another_run_is_refused(original, tmp_path):
     mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=1), out_dir=tmp_path)
-    with pytest.raises(ValueError, match="holds a run with other settings"):
+    with pytest.raises(ValueError, match="holds a run of other models, batches or settings"):
         mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=2), out_dir=tmp_path)
 
 
@@ -247,3 +247,26 @@ def test_two_processes_learn_one_model(tmp_path, original):
     assert errors[0] == pytest.approx(distance(converted(original), original, unseen), rel=1e-4)
     assert min(errors.values()) < 0.9 * errors[0]
     assert sorted(errors) == [0, 10, 20, 30]
+
+
+def test_a_run_of_another_model_or_of_other_batches_is_not_gone_on_with(original, tmp_path):
+    config = DistillConfig(steps=2, evaluate_every=1)
+    mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
+    other = converted(original)
+    with torch.no_grad():
+        next(other.parameters())[0] += 1
+    for model, batches in ((other, random_batches(8)), (converted(original), random_batches(8, seed=2))):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="holds a run of other models, batches or settings"):
+            mr.distill(model, original, batches, config, out_dir=tmp_path)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    (state,) = tmp_path.glob("checkpoint-*/state.json")
+    state.write_text(state.read_text()[:30])
+    with pytest.raises(ValueError, match="not a checkpoint of distill"):
+        mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"evaluate_every": 0}, {"patience": 0}])
+def test_an_interval_of_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="at least 1"):
+        DistillConfig(steps=1, **wrong)

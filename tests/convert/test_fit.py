@@ -1,5 +1,6 @@
 """Closed-form refit, against least squares and against the held-out error measured independently."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -232,3 +233,13 @@ def test_too_few_batches_a_missing_plan_and_nan_activations_are_refused():
         converted.encoder.layer[0].output.dense.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="layer 1: activations are not finite"):
         mr.fit(converted, model, random_batches(4))
+
+
+def test_a_layer_without_values_keeps_finite_weights():
+    original = build("bert")[0]
+    with torch.no_grad():
+        value = find_stack(original).layers[1].attention.get_submodule("value")
+        value.weight.zero_(), value.bias.zero_()
+    model = mr.apply(copy.deepcopy(original), mr.ReusePlan.grouped(len(find_stack(original).layers), 2))
+    mr.fit(model, original, random_batches(8))
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 from families import build
+from packed_encoders import LAYERS, WIDTH, encoder, peaked
 from text_batches import random_batches
 from torch.nn import functional
 
 import mapreuse as mr
-from mapreuse.convert import hidden_state_error
+from mapreuse.convert import _search, hidden_state_error
 from mapreuse.convert._search import _Costs, _front, _Ranking
 
 
@@ -135,6 +136,77 @@ def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
         mr.search(bert, batches, latency=0.001, breadth=1)
     with pytest.raises(ValueError, match="in bfloat16 on the CPU"):
         mr.search(copy.deepcopy(bert).bfloat16(), batches, error=0.1)
+    spoilt = copy.deepcopy(bert)
+    with torch.no_grad():
+        next(spoilt.encoder.layer[1].parameters())[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        mr.search(spoilt, batches, error=0.1)
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1: not a judged plan"):
         mr.search(bert, batches, error=0.1, cache=tmp_path / "other.jsonl")
+
+
+def test_errors_of_another_judge_or_of_other_judging_batches_do_not_count(bert, tmp_path, regular_times):
+    batches, cache = random_batches(8), tmp_path / "judged.jsonl"
+    mr.search(bert, batches, error=0.2, breadth=2, cache=cache)
+    others = [random_batches(8, seed=3)[i] if i % 4 == 1 else batch for i, batch in enumerate(batches)]
+    for options in (
+        {"batches": others},
+        {"batches": batches, "judge": lambda model: 0.0 if plan_is_full(model) else 0.1},
+    ):
+        afresh = mr.search(bert, error=0.2, breadth=2, **options)
+        assert mr.search(bert, error=0.2, breadth=2, cache=cache, **options) == afresh
+
+
+def plan_is_full(model):
+    plan = mr.plan_of(model)
+    return plan is None or plan.is_full
+
+
+def test_a_search_goes_on_after_a_line_that_was_cut_short(bert, tmp_path, regular_times):
+    cache = tmp_path / "judged.jsonl"
+    first = mr.search(bert, random_batches(8), error=0.2, breadth=2, cache=cache)
+    lines = cache.read_text()
+    cache.write_text(lines[:-20])
+
+    assert mr.search(bert, random_batches(8), error=0.2, breadth=2, cache=cache) == first
+    assert cache.read_text() == lines
+
+
+def test_a_budget_of_latency_is_kept_by_measurement_where_the_cost_model_promises_too_much(bert, monkeypatch):
+    def times(models, batch):
+        """As the cost model wants them, but for plans of its own a tenth more."""
+        found = {}
+        for name, model in models.items():
+            plan = mr.plan_of(model)
+            saved = 0.0 if plan is None else sum(plan.reuses(layer) for layer in range(plan.num_layers)) / 10
+            found[name] = 1 - saved + (0.1 if name.isdigit() and saved else 0.0)
+        return found
+
+    monkeypatch.setattr(_search, "_times", times)
+    found = mr.search(bert, random_batches(8), latency=0.85, breadth=8)
+    assert min(candidate.latency for candidate in found) <= 0.85
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the original, which is timed, too
+def test_layers_of_torchs_own_encoder_are_searched_and_their_padding_left_out():
+    model = peaked(encoder(batch_first=True))
+    generator = torch.Generator().manual_seed(0)
+    padding = torch.tensor([[False] * 9, [False] * 5 + [True] * 4, [False] * 2 + [True] * 7])
+    batches = [
+        {"src": torch.randn(3, 9, WIDTH, generator=generator), "src_key_padding_mask": padding} for _ in range(8)
+    ]
+    plan = mr.ReusePlan.from_sources([0, *[0] * (LAYERS - 1)])
+    with torch.no_grad():
+        cosines = []
+        changed = mr.apply(copy.deepcopy(model), plan)
+        for batch in batches:
+            ours, theirs = changed(**batch), mr.apply(copy.deepcopy(model), mr.ReusePlan.full(LAYERS))(**batch)
+            cosines.append(functional.cosine_similarity(ours[~padding], theirs[~padding], dim=-1))
+    expected = 1 - torch.cat(cosines).mean().item()
+
+    assert hidden_state_error(model, batches)(changed) == pytest.approx(expected, abs=1e-5)
+    assert expected > 1e-3
+    found = mr.search(model, batches, error=2.0, breadth=1)
+    assert found[0].error == pytest.approx(0, abs=1e-6)
+    assert len(found) > 1

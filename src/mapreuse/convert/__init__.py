@@ -10,11 +10,18 @@ from mapreuse.convert._calibration import (
     sound_files,
 )
 from mapreuse.convert._convert import convert
-from mapreuse.convert._directory import Converted, check_empty, convert_whole, copy_companions, parse_budget
+from mapreuse.convert._directory import (
+    Converted,
+    check_new,
+    convert_whole,
+    copy_companions,
+    parse_budget,
+    written_whole,
+)
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
 from mapreuse.convert._schedule import learning_rate, spent
-from mapreuse.convert._search import Candidate, relative_latency, search
+from mapreuse.convert._search import Candidate, relative_latencies, search
 from mapreuse.convert._states import hidden_state_error
 
 __all__ = [
@@ -28,8 +35,8 @@ __all__ = [
     "align_by",
     "assign",
     "batches_by_length",
-    "check_empty",
     "check_enough",
+    "check_new",
     "convert",
     "convert_whole",
     "copy_companions",
@@ -42,8 +49,9 @@ __all__ = [
     "open_model",
     "output_errors",
     "parse_budget",
-    "relative_latency",
+    "relative_latencies",
     "search",
     "sound_files",
     "spent",
+    "written_whole",
 ]

@@ -20,6 +20,8 @@ Head: TypeAlias = tuple[int, int]
 
 Mode = Literal["error", "best", "one-to-one"]
 
+_WRONG_DEPTH = "the plan speaks of {} layers, but the model has {}"
+
 
 def align(
     original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], *, mode: Mode = "error"
@@ -45,6 +47,8 @@ def align(
     """
     if mode != "error":
         return align_by(similarity(original, batches), plan, mode=mode)
+    if plan.num_layers != (num_layers := len(find_stack(original).layers)):
+        raise ValueError(_WRONG_DEPTH.format(plan.num_layers, num_layers))
     layers = list(plan.layers)
     sources = {layer: (source,) for layer, source in enumerate(plan.layers) if isinstance(source, int)}
     for layer, errors in output_errors(original, sources, batches).items():
@@ -155,7 +159,7 @@ def align_by(measured: Similarity, plan: ReusePlan, *, mode: Literal["best", "on
     over all assignments ("best"), or over those that use every source head once ("one-to-one").
     """
     if plan.num_layers != len(measured.heads):
-        raise ValueError(f"the plan speaks of {plan.num_layers} layers, but the model has {len(measured.heads)}")
+        raise ValueError(_WRONG_DEPTH.format(plan.num_layers, len(measured.heads)))
     layers: list[LayerSource] = []
     for layer, source in enumerate(plan.layers):
         if isinstance(source, int):
@@ -205,4 +209,4 @@ def _assign(alike: Tensor, mode: str) -> list[int]:
     if mode == "one-to-one":
         heads, sources = linear_sum_assignment(alike.T.numpy(), maximize=True)
         return [int(source) for _, source in sorted(zip(heads, sources, strict=True))]
-    raise ValueError(f"mode must be best or one-to-one, got {mode!r}")
+    raise ValueError(f"mode must be error, best or one-to-one, got {mode!r}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def calibration_batches(batches: Iterable[Mapping[str, Any]], fewest: int, reader: str) -> list[Mapping[str, Any]]:
@@ -28,3 +29,14 @@ def check_precision(model: nn.Module) -> None:
                 f"{name} is in {str(parameter.dtype).removeprefix('torch.')} on the CPU; "
                 "convert the model in float32: model.float(), or load it with dtype=torch.float32"
             )
+
+
+def digest(*tensors: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits of these tensors' contents."""
+    summed = hashlib.sha256()
+    for named in tensors:
+        for name, value in named.items():
+            summed.update(name.encode())
+            if isinstance(value, Tensor):
+                summed.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return summed.hexdigest()[:16]

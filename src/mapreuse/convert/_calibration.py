@@ -6,6 +6,7 @@ import inspect
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,13 +26,16 @@ from mapreuse.convert._batches import check_precision
 FEWEST = 4
 """Fewer sequences than these say too little about a model."""
 
-_CONFIG, _MODULES = "config.json", "modules.json"
+_CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 _EXTRACTORS = ("preprocessor_config.json", "processor_config.json")
 _SOUNDS = (".wav", ".flac")
 _DATASETS = ("dataset_info.json", "dataset_dict.json")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises on directories that are damaged or foreign."""
+
+_OPTIONAL = re.compile(r"(^|\.)pooler\.|(^|\.)masked_spec_embed$|(^|\.)mask_token$")
+"""Weights that a model of hidden states does without: directories often lack them."""
 
 _MOST_TOKENS = 256
 _SHORTEST, _LONGEST = 0.05, 20.0  # seconds of audio
@@ -43,35 +47,61 @@ class OpenedModel:
 
     model: PreTrainedModel
     directory: Path
+    stack: str = ""
+    """Path of the module that holds the stack of layers in question; empty where the model has but one."""
+
+    @property
+    def part(self) -> nn.Module:
+        """The module that holds the stack of layers in question."""
+        return self.model.get_submodule(self.stack)
+
+    def with_part(self, part: nn.Module) -> PreTrainedModel:
+        """The model with this module in place of `part`."""
+        if not self.stack:
+            return part
+        self.model.set_submodule(self.stack, part)
+        self.model.tie_weights()
+        return self.model
 
 
-def open_model(path: str | Path) -> OpenedModel:
+def open_model(path: str | Path, stack: str = "") -> OpenedModel:
     """Opens a model's directory: one that `save_pretrained` wrote, `mapreuse.save`, or sentence-transformers.
 
     Weights are read from safetensors only, in the type they are stored in; the class is the one that the directory
     names. Of a sentence-transformers directory (`modules.json`) it is the transformer, its first module.
 
+    Args:
+        path: of the directory.
+        stack: path of the module that holds the stack of layers in question, such as `model.encoder`, where the model
+            has several.
+
     Raises:
-        ValueError: in one line, where there is no such directory, it holds no model, weights of its layers are
-            missing or do not fit, or they are in half precision.
+        ValueError: in one line, where there is no such directory, it holds no model, weights are missing or do not
+            fit, they are in half precision, or there is no stack of layers there.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise ValueError(f"{path}: no such directory")
     try:
-        if (directory / _MODULES).is_file():
-            directory /= _first_module(directory / _MODULES)
+        directory = models.transformer_directory(directory)
         if not (directory / _CONFIG).is_file():
             raise ValueError(f"it holds no model: {_CONFIG} is missing")
         model = _model(directory)
         check_precision(model)
+        opened = OpenedModel(model.eval(), directory, stack)
+        models.find_stack(opened.part)
     except _UNREADABLE as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
-    return OpenedModel(model.eval(), directory)
+    return opened
 
 
 def open_batches(
-    opened: OpenedModel, path: str | Path, *, batch_size: int = 8, max_batches: int | None = None
+    opened: OpenedModel,
+    path: str | Path,
+    *,
+    batch_size: int = 8,
+    max_batches: int | None = None,
+    fewest_batches: int = 1,
 ) -> list[dict[str, Tensor]]:
     """Calibration batches for a model, on the CPU: keyword dictionaries for its forward.
 
@@ -89,6 +119,7 @@ def open_batches(
         path: of the text or the audio.
         batch_size: most sequences in a batch.
         max_batches: read no more than the first `max_batches · batch_size` sequences.
+        fewest_batches: make batches smaller where there would be fewer than these.
 
     Raises:
         ValueError: in one line, where the path is missing, empty, too short (fewer than 4 sequences), not text or
@@ -100,14 +131,15 @@ def open_batches(
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory")
     most = None if max_batches is None else max_batches * batch_size
-    reads = opened.model.main_input_name
+    part = opened.part
+    reads = getattr(part, "main_input_name", opened.model.main_input_name)
     if reads == "input_ids":
-        batches = _token_batches(opened, path, batch_size, most)
+        batches = _token_batches(opened, path, batch_size, most, fewest_batches)
     elif reads in ("input_values", "input_features"):
-        batches = _audio_batches(opened, path, batch_size, most)
+        batches = _audio_batches(opened, path, batch_size, most, fewest_batches)
     else:
-        raise ValueError(f"{type(opened.model).__name__} reads {reads}; calibration takes text or audio")
-    taken = _taken(opened.model)
+        raise ValueError(f"{type(part).__name__} reads {reads}; calibration takes text or audio")
+    taken = _taken(part)
     return [{name: tensor for name, tensor in batch.items() if taken(name)} for batch in batches]
 
 
@@ -141,14 +173,6 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, budget: int) -> l
     return batches
 
 
-def _first_module(file: Path) -> str:
-    """The folder of a sentence-transformers model's first module, its transformer."""
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))[0]["path"])
-    except (LookupError, TypeError, ValueError):
-        raise ValueError(f"{_MODULES} does not say where its modules lie") from None
-
-
 def _model(directory: Path) -> PreTrainedModel:
     config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
     if config.get("model_type") == "mapreuse":
@@ -158,15 +182,15 @@ def _model(directory: Path) -> PreTrainedModel:
     cls: Any = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     model, found = cls.from_pretrained(directory, **options)
-    stack = models.find_stack(model)
-    layers = f"{stack.path}.{stack.list_name}.".removeprefix(".")
-    missing = sorted(name for name in found["missing_keys"] if name.startswith(layers))
+    missing = sorted(name for name in found["missing_keys"] if not _OPTIONAL.search(name))
     if missing:
         raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others of {type(model).__name__}")
     return model
 
 
-def _token_batches(opened: OpenedModel, path: Path, batch_size: int, most: int | None) -> list[Mapping[str, Tensor]]:
+def _token_batches(
+    opened: OpenedModel, path: Path, batch_size: int, most: int | None, fewest: int
+) -> list[Mapping[str, Tensor]]:
     tokenizer = _beside(opened, AutoTokenizer, _TOKENIZERS, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -174,6 +198,7 @@ def _token_batches(opened: OpenedModel, path: Path, batch_size: int, most: int |
         raise ValueError(f"{opened.directory}: its tokenizer has no token to pad with")
     texts = list(itertools.islice(_texts(path), most))
     check_enough(texts, path, "sentences")
+    batch_size = min(batch_size, max(1, len(texts) // fewest))
     most_tokens = min(_MOST_TOKENS, tokenizer.model_max_length, _positions(opened.model))
     encoded = tokenizer(texts, truncation=True, max_length=most_tokens)["input_ids"]
     unknown = max(max(tokens, default=0) for tokens in encoded)
@@ -195,11 +220,14 @@ def _token_batches(opened: OpenedModel, path: Path, batch_size: int, most: int |
     ]
 
 
-def _audio_batches(opened: OpenedModel, path: Path, batch_size: int, most: int | None) -> list[Mapping[str, Tensor]]:
+def _audio_batches(
+    opened: OpenedModel, path: Path, batch_size: int, most: int | None, fewest: int
+) -> list[Mapping[str, Tensor]]:
     extractor = _beside(opened, AutoFeatureExtractor, _EXTRACTORS, "feature extractor")
     rate = extractor.sampling_rate
     audio = [_read_audio(file, rate, name) for file, name in itertools.islice(_sounds(path), most)]
     check_enough(audio, path, "recordings")
+    batch_size = min(batch_size, max(1, len(audio) // fewest))
     lengths = [len(samples) for samples in audio]
     return [
         extractor(
@@ -226,7 +254,16 @@ def _beside(opened: OpenedModel, kind: Any, files: Iterable[str], what: str) -> 
 def _positions(model: PreTrainedModel) -> int:
     """How many positions the model takes; many, where it has no limit."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else _MOST_TOKENS
+    if not isinstance(positions, int) or positions < 1:
+        return _MOST_TOKENS
+    for name, module in model.named_modules():  # RoBERTa's count from the one after its padding's
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            return positions - module.padding_idx - 1
+    return positions
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -253,6 +290,8 @@ def _sounds(path: Path) -> Iterator[tuple[Path | io.BytesIO, str]]:
         yield from ((file, str(file)) for file in sound_files(path))
         return
     for number, row in enumerate(_column(path, "audio")):
+        if row is None or not (row["bytes"] or row["path"]):
+            continue
         yield io.BytesIO(row["bytes"]) if row["bytes"] else Path(row["path"]), f"{path}, row {number}"
 
 
@@ -271,6 +310,8 @@ def _column(path: Path, name: str) -> Iterator[Any]:
     except _UNREADABLE as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
+        if not loaded:
+            raise ValueError(f"{path}: holds no split")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     audio = {column for column, kind in loaded.features.items() if isinstance(kind, datasets.Audio)}
     texts = {
@@ -280,7 +321,8 @@ def _column(path: Path, name: str) -> Iterator[Any]:
     }
     columns = audio if name == "audio" else texts
     if name not in columns and len(columns) != 1:
-        raise ValueError(f"{path}: name the column that holds {name} {name!r}, among {', '.join(loaded.features)}")
+        found = ", ".join(f"{column} of {getattr(kind, 'dtype', kind)}" for column, kind in loaded.features.items())
+        raise ValueError(f"{path}: one column should hold {name}, and if there are several, be named so; got {found}")
     chosen = name if name in columns else columns.pop()
     loaded = loaded.select_columns([chosen])  # a row would decode all its columns
     if name == "audio":

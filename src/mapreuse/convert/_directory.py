@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import AutoTokenizer
 
 from mapreuse.convert._align import align
 from mapreuse.convert._batches import calibration_batches, check_precision
 from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
-from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latency, search
+from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latencies, search
 from mapreuse.convert._states import hidden_state_error
-from mapreuse.models import apply
+from mapreuse.models import apply, transformer_directory
 from mapreuse.plan import ReusePlan
 
-_BUDGET = re.compile(r"\s*(latency|error)\s*(?:<=|≤|=)\s*([0-9.]+)\s*[x×]?\s*")
+_BUDGET = re.compile(r"\s*(latency|error)\s*(?:<=|≤|=)\s*([0-9.]+(?:e-?[0-9]+)?)\s*[x×]?\s*")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx")
-_NOT_COPIED = (*_WEIGHTS, "config.json", "onnx", "openvino", ".git*", "__pycache__")
+_NOT_COPIED = (*_WEIGHTS, "config.json", "onnx", "openvino")
+_OF_NO_MODEL = (".git*", "__pycache__")
+
+_FEWEST_TO_DISTIL = 8
+"""Batches: `distill` keeps every eighth apart."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,14 @@ class Converted:
         errors: the error (`hidden_state_error` on calibration batches kept apart) after each step: `aligned`,
             `refitted` and, where it was asked for, `distilled`.
         latency: time of a forward pass on the calibration batch of median size, by the original's in the same run.
+        exact_latency: the same of the model under a plan that reuses nothing.
         parameters: of the original and of the converted model.
     """
 
     plan: ReusePlan
     errors: dict[str, float]
     latency: float
+    exact_latency: float
     parameters: tuple[int, int]
 
 
@@ -63,13 +72,13 @@ def convert_whole(
     budget: Mapping[str, float] | None = None,
     plan: ReusePlan | None = None,
     distill_seconds: float | None = None,
-    cache: str | Path | None = None,
+    work_dir: str | Path | None = None,
 ) -> tuple[nn.Module, Converted]:
     """A converted copy of `original`, by the best plan that `search` finds within the budget, or by the plan given.
 
     Of the plans within a budget of latency, the one with the least error is taken; within one of error, the fastest.
     Heads of a plan given are assigned by `align`. The copy is refitted, and distilled where `distill_seconds` says
-    how long.
+    how long. With a `work_dir`, a search or distillation that was stopped goes on from there.
 
     Raises:
         ValueError: where not exactly one of budget and plan is given, no plan is within the budget, or `search`,
@@ -80,6 +89,10 @@ def convert_whole(
     check_precision(original)
     given = calibration_batches(batches, FEWEST, "convert")
     calibration, judging = calibrating_and_judging(given)
+    training = None if distill_seconds is None else DistillConfig(seconds=distill_seconds)
+    if training is not None:
+        calibration_batches(calibration, _FEWEST_TO_DISTIL, "distilling, beside those that judge,")
+    cache, checkpoints = (None if work_dir is None else Path(work_dir) / name for name in ("search.jsonl", "distill"))
     if budget is not None:
         latency, error = budget.get("latency"), budget.get("error")
         plan = _within(search(original, given, latency=latency, error=error, cache=cache), latency, error).plan
@@ -90,31 +103,60 @@ def convert_whole(
     errors = {"aligned": judge(model)}
     fit(model, original, calibration)
     errors["refitted"] = judge(model)
-    if distill_seconds is not None:
+    if training is not None:
         teaching = random.Random(0).sample(calibration, len(calibration))  # not from short to long
-        distill(model, original, teaching, DistillConfig(seconds=distill_seconds))
+        distill(model, original, teaching, training, out_dir=checkpoints)
         errors["distilled"] = judge(model)
     numbers = [sum(parameter.numel() for parameter in one.parameters()) for one in (original, model)]
-    latency = relative_latency(original, model, given)
-    return model, Converted(plan, errors, latency, (numbers[0], numbers[1]))
+    exact = apply(copy.deepcopy(original), ReusePlan.full(plan.num_layers))
+    latencies = relative_latencies(original, {"converted": model, "exact": exact}, given)
+    return model, Converted(plan, errors, latencies["converted"], latencies["exact"], (numbers[0], numbers[1]))
 
 
-def copy_companions(source: str | Path, out: str | Path) -> None:
-    """Copies what lies beside a model's weights: tokenizer, feature extractor, pooling, model card."""
-    patterns, target = shutil.ignore_patterns(*_NOT_COPIED), Path(out).resolve()
+def copy_companions(source: str | Path, out: str | Path, *, work_dir: str | Path) -> None:
+    """Copies what lies beside a model's weights: tokenizer, feature extractor, model card; and whole, the modules
+    of a sentence-transformers model that are not its transformer.
+
+    `out` lies in `work_dir`, which is not copied where it lies in `source`.
+    """
+    of_model, of_none = shutil.ignore_patterns(*_NOT_COPIED), shutil.ignore_patterns(*_OF_NO_MODEL)
+    models_own, work = transformer_directory(source).resolve(), Path(work_dir).resolve()
 
     def ignored(directory: str, names: list[str]) -> set[str]:
-        inside = {name for name in names if (Path(directory) / name).resolve() == target}
-        return patterns(directory, names) | inside
+        here = Path(directory).resolve()
+        left_out = of_none(directory, names) | {name for name in names if here / name == work}
+        return left_out | of_model(directory, names) if here == models_own else left_out
 
     shutil.copytree(source, out, ignore=ignored, dirs_exist_ok=True)
+    if (models_own / "vocab.txt").is_file() and not (models_own / "tokenizer_config.json").is_file():
+        # Of what class it is, only the original's config.json says.
+        AutoTokenizer.from_pretrained(models_own).save_pretrained(
+            Path(out) / models_own.relative_to(Path(source).resolve())
+        )
 
 
-def check_empty(out: str | Path) -> None:
-    """Raises `ValueError` where `out` exists and is not an empty directory."""
+@contextmanager
+def written_whole(out: str | Path, work_dir: str | Path) -> Iterator[Path]:
+    """A new directory in `work_dir`, which becomes `out` when all is written; then `work_dir` is deleted."""
+    out, work = Path(out), Path(work_dir)
+    shutil.rmtree(work / "written", ignore_errors=True)
+    (work / "written").mkdir(parents=True)
+    yield work / "written"
+    check_new(out)
+    if out.exists():
+        out.rmdir()
+    (work / "written").rename(out)
+    shutil.rmtree(work)
+
+
+def check_new(out: str | Path) -> None:
+    """Raises `ValueError` where `out` exists and is not an empty directory, or cannot be made."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; choose another directory or delete it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{out} cannot be made: {above} is no directory that you may write to")
 
 
 def _within(found: Sequence[Candidate], latency: float | None, error: float | None) -> Candidate:

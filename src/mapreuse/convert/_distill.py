@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
+from mapreuse.convert._batches import digest
 from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.convert._states import not_padding, recorded_states
 from mapreuse.measure import time_interleaved
-from mapreuse.models import find_stack, plan_of
+from mapreuse.models import find_stack, plan_of, with_projections
 from mapreuse.plan import ReusePlan
 
 _HELD_OUT = 8
@@ -60,6 +61,10 @@ class DistillConfig:
         if (self.steps is None) == (self.seconds is None) or not 0 < budget < math.inf:
             raise ValueError(
                 f"give a positive budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
+            )
+        if self.evaluate_every < 1 or self.patience < 1:
+            raise ValueError(
+                f"evaluate_every and patience must be at least 1, got {self.evaluate_every} and {self.patience}"
             )
 
 
@@ -124,7 +129,7 @@ def distill(
 
     Raises:
         ValueError: where no plan is in force, there are too few batches, an activation or the loss is not finite, or
-            `out_dir` holds a run with other settings.
+            `out_dir` holds a run of other models, batches or settings, or a damaged one.
     """
     plan = plan_of(model)
     if plan is None:
@@ -132,10 +137,14 @@ def distill(
     teaching, judging = batches, held_out
     if judging is None:
         teaching, judging = _EveryEighth(batches, of_them=False), _EveryEighth(batches, of_them=True)
+    first: list[Mapping[str, Any]] = []
     for name, some in (("to learn from", teaching), ("held out", judging)):
-        if next(iter(some), None) is None:
+        if (one := next(iter(some), None)) is None:
             raise ValueError(f"distill has no batches {name}: give at least {_HELD_OUT}, or some of each kind")
+        first.append(one)
     identity = {"config": asdict(config), "plan": json.loads(plan.to_json())}
+    if out_dir is not None:
+        identity["given"] = digest(model.state_dict(), original.state_dict(), *first)
     modes = model.training, original.training
     try:
         with _only_sharing_layers_learn(model, plan):
@@ -185,7 +194,7 @@ class _Run:
     ) -> None:
         self.accelerator = Accelerator()
         self.model = model.eval().to(self.accelerator.device)
-        self.original = original.eval().to(self.accelerator.device)
+        self.original = with_projections(original).eval().to(self.accelerator.device)
         self.teaching, self.judging, self.config = teaching, judging, config
         self.out_dir, self.identity = out_dir, identity
         self.state = Distillation()
@@ -351,11 +360,19 @@ class _Run:
         found = sorted(self.out_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         if not found:
             return
-        saved = json.loads((found[-1] / "state.json").read_text())
-        if saved["run"] != self.identity:
-            raise ValueError(f"{self.out_dir} holds a run with other settings; choose another directory or delete it")
-        saved["state"]["errors"] = {int(step): error for step, error in saved["state"]["errors"].items()}
-        self.state = Distillation(**saved["state"])
+        try:
+            saved = json.loads((found[-1] / "state.json").read_text())
+            identity = saved["run"]
+            saved["state"]["errors"] = {int(step): error for step, error in saved["state"]["errors"].items()}
+            state = Distillation(**saved["state"])
+        except (OSError, LookupError, AttributeError, TypeError, ValueError) as damage:
+            raise ValueError(f"{found[-1]}: not a checkpoint of distill ({damage}); delete it") from None
+        if identity != self.identity:
+            raise ValueError(
+                f"{self.out_dir} holds a run of other models, batches or settings; choose another directory or "
+                "delete it"
+            )
+        self.state = state
         load_model(self.model, str(found[-1] / "best.safetensors"))
         self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         load_model(self.model, str(found[-1] / "model.safetensors"))

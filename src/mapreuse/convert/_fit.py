@@ -218,7 +218,7 @@ class _Sums:
         self._gram = weights.values.new_zeros(size, size)
         self._target = weights.values.new_zeros(size, width)
         self._drift = torch.zeros_like(self._target)
-        self._size, self._whole = 0.0, 0.0
+        self._rows, self._size, self._whole = 0, 0.0, 0.0
         self._eigen: list[tuple[Tensor, Tensor]] = []
 
     def add(
@@ -231,17 +231,19 @@ class _Sums:
         self._gram.addmm_(extended.mT, extended)
         self._target.addmm_(extended.mT, target)
         self._drift.addmm_(extended.mT, drift)
+        self._rows += len(target)
         self._size += float(target.square().sum())
         self._whole += float((target + drift).square().sum())
 
     def error(self, weights: _Weights) -> float:
-        """√(Σ ‖output − target − drift‖² / Σ ‖target‖²): the residual stream's error, by the output's size."""
-        if not self._size:
-            raise ValueError("the calibration batches hold no activations but zeros: is all of them padding?")
+        """√(Σ ‖output − target − drift‖² / Σ ‖target‖²): the residual stream's error, by the output's size, or as it is
+        where that is zero."""
+        if not self._rows:
+            raise ValueError("the calibration batches hold no position but padding")
         stacked = weights.stacked
         wrong = (stacked * (self._reduced(weights) @ stacked)).sum()
         wrong -= 2 * (stacked * weights.onto(self._target + self._drift)).sum()
-        return (max(float(wrong) + self._whole, 0.0) / self._size) ** 0.5
+        return (max(float(wrong) + self._whole, 0.0) / (self._size or 1.0)) ** 0.5
 
     def solve(self, start: _Weights, ridge: float, share: float, *, sweeps: int = 0) -> _Weights:
         """Output, then `sweeps` times values and output, each solved exactly and held to `start` by the ridge."""
@@ -261,7 +263,7 @@ class _Sums:
         if start.bias is None:
             gram, moment, anchor = gram[:size, :size], moment[:size], anchor[:size]
         penalty = torch.zeros_like(gram.diagonal())
-        penalty[:size] = ridge * gram.diagonal()[:size].mean()
+        penalty[:size] = ridge * _positive(gram.diagonal()[:size].mean())
         solved = anchor + torch.linalg.solve(gram + penalty.diag(), moment - gram @ anchor)
         return replace(
             weights,
@@ -291,10 +293,15 @@ class _Sums:
             left -= self._gram[rows, -1:] * constant
             sizes, vectors = self._eigen[number]
             widths, turned = torch.linalg.eigh(output[head] @ output[head].mT)
-            strength = ridge * sizes.mean() * widths.mean()
+            strength = ridge * _positive(sizes.mean() * widths.mean())
             wanted = vectors.mT @ (left @ output[head].mT + strength * start.values[head]) @ turned
             values[head] = vectors @ (wanted / (sizes[:, None] * widths + strength)) @ turned.mT
         return replace(weights, values=values)
+
+
+def _positive(size: Tensor) -> Tensor:
+    """1 for a size of zero, as of a layer whose values are: its weights are then held, by whatever strength."""
+    return torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _maps(layer: Layer) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mapreuse.convert._align import Head, assign, output_errors
-from mapreuse.convert._batches import calibration_batches, check_precision
+from mapreuse.convert._batches import calibration_batches, check_precision, digest
 from mapreuse.convert._fit import fit
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.measure import time_interleaved
@@ -32,6 +31,9 @@ FEWEST = 8
 
 _ROUNDS = 7
 """Timed rounds, of the cost model and of the plans that are returned."""
+
+_TIMED_AT_ONCE = 4
+"""Plans timed in turns beside the original and the cost model's three: so many models are in memory, not all."""
 
 _TOLERANCE = 0.1
 """How far the cost model may be from a real run, relative to it, before that is said."""
@@ -72,10 +74,10 @@ def search(
     the one whose map changes its layer's output least (`align`). From the full plan on, R grows by all heads of a
     layer that still compute, or by the half of them that should cost least. The `breadth` extensions with the least
     predicted error for the time they save are converted, refitted and judged, and the one with the least error for
-    the time it saves is extended further, until the budget is met. What is predicted is how much each head's new map
-    changes its layer's output, weighed by what that layer did to the model's error when it alone reused. Everything
-    judged on the way competes for the result, whose latencies are then measured in turns, on the calibration
-    batch of median size.
+    the time it saves is extended further, until the budget is met, one of latency by measurement. What is predicted
+    is how much each head's new map changes its layer's output, weighed by what that layer did to the model's error
+    when it alone reused. Everything judged on the way competes for the result, whose latencies are then measured in
+    turns, on the calibration batch of median size.
 
     The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
     plans timed on this device. Those are timed again, in turns with every plan that is returned, and where a plan's
@@ -108,14 +110,21 @@ def search(
     given = calibration_batches(batches, FEWEST, "search")
     calibration, judging = calibrating_and_judging(given)
     judge = judge or hidden_state_error(original, judging)
-    judged = _Judged(original, calibration, judge, cache)
     batch = _of_median_size(given)
     ranking = _Ranking(original, calibration, judge)
+    # By its errors of layers that reuse alone one judge is told from another.
+    errors = {"judge": torch.tensor(list(ranking.alone.values()))}
+    judged = _Judged(original, calibration, judge, cache, digest(original.state_dict(), errors, *given))
     costs = _Costs(original, batch, ranking)
     reusing: frozenset[Head] = frozenset()
     visited = {reusing: ranking.plan(reusing)}
+    found: list[Candidate] = []
     with tqdm(desc="Searching", unit="plan") as bar:
-        while latency is None or costs.of(reusing) > latency:
+        while True:
+            if latency is not None and costs.of(reusing) <= latency:
+                found = _measured(original, visited, judged, costs, batch)
+                if any(candidate.latency <= latency for candidate in found):
+                    return found
             extensions = {e: ranking.plan(e) for e in ranking.extensions(reusing, costs)[:breadth]}
             for plan in extensions.values():
                 judged(plan)
@@ -127,10 +136,9 @@ def search(
             before, time = judged(visited[reusing]), costs.of(reusing)
             reusing = min(within, key=lambda e: (judged(within[e]) - before) / _saved(time, costs.of(e)))
             bar.set_postfix_str(f"error {judged(visited[reusing]):.4f} at {costs.of(reusing):.2f}×")
-    if latency is not None and costs.of(reusing) > latency:
-        raise ValueError(
-            f"no plan takes {latency} of the original's time: with all maps shared it is {costs.of(reusing):.2f}"
-        )
+    if latency is not None:
+        fastest = min((candidate.latency for candidate in found), default=costs.of(reusing))
+        raise ValueError(f"no plan takes {latency} of the original's time: with all maps shared it is {fastest:.2f}")
     return _measured(original, visited, judged, costs, batch)
 
 
@@ -141,10 +149,12 @@ def calibrating_and_judging(
     return [batch for index, batch in enumerate(batches) if index % 4 != 1], list(batches[1::4])
 
 
-def relative_latency(original: nn.Module, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Time of the model's forward pass, by the original's, in turns, on the batch of median size."""
-    times = _times({"original": original, "model": model}, _of_median_size(batches))
-    return times["model"] / times["original"]
+def relative_latencies(
+    original: nn.Module, models: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Times of the models' forward passes, by the original's, in turns, on the batch of median size."""
+    times = _times({"": original} | dict(models), _of_median_size(batches))
+    return {name: times[name] / times[""] for name in models}
 
 
 def _of_median_size(batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -170,7 +180,9 @@ class _Ranking:
         self.num_layers = len(find_stack(original).layers)
         self.num_heads = next(iter(self._errors.values())).shape[-1]
         self.partial = self._allows_partial(original)
-        self._weights = {layer: self._weigh(original, layer, judge) for layer in sources}
+        self.alone = {layer: judge(self._reusing_alone(original, layer)) for layer in sources}
+        of_original = judge(original)
+        self._weights = {layer: self._weigh(layer, error - of_original) for layer, error in self.alone.items()}
 
     def plan(self, reusing: frozenset[Head]) -> ReusePlan:
         """The plan where these heads reuse, each its best source."""
@@ -197,12 +209,16 @@ class _Ranking:
         before, time = self.predicted(reusing), costs.of(reusing)
         return sorted(found, key=lambda e: (self.predicted(e) - before) / _saved(time, costs.of(e)))
 
-    def _weigh(self, original: nn.Module, layer: int, judge: Callable[[nn.Module], float]) -> float:
+    def _heads(self, layer: int) -> frozenset[Head]:
+        return frozenset((layer, head) for head in range(self.num_heads))
+
+    def _reusing_alone(self, original: nn.Module, layer: int) -> nn.Module:
+        return apply(copy.deepcopy(original), self.plan(self._heads(layer)))
+
+    def _weigh(self, layer: int, error: float) -> float:
         """Error of the model, by what changed in the output of this layer, where it alone reuses."""
-        reusing = frozenset((layer, head) for head in range(self.num_heads))
-        changed = sum(assign(self._errors, self.sharing, reusing, self.num_layers)[1].values())
-        model = apply(copy.deepcopy(original), self.plan(reusing))
-        return max(judge(model) - judge(original), 0.0) / max(changed, 1e-9)
+        changed = sum(assign(self._errors, self.sharing, self._heads(layer), self.num_layers)[1].values())
+        return max(error, 0.0) / max(changed, 1e-9)
 
     def _allows_partial(self, original: nn.Module) -> bool:
         if self.num_heads == 1:
@@ -253,7 +269,8 @@ class _Costs:
 
 
 class _Judged:
-    """The error of a plan after `apply` and `fit`; every plan is judged once, also over several searches."""
+    """The error of a plan after `apply` and `fit`; every plan is judged once, also over several searches: errors in
+    the cache count where they are of the same `identity`."""
 
     def __init__(
         self,
@@ -261,14 +278,19 @@ class _Judged:
         batches: Sequence[Mapping[str, Any]],
         judge: Callable[[nn.Module], float],
         cache: str | Path | None,
+        identity: str,
     ) -> None:
         self._original, self._batches, self._judge = original, batches, judge
         self._path = None if cache is None else Path(cache)
-        self._identity = _digest(original.state_dict(), *batches)
+        self._identity = identity
         self.errors: dict[ReusePlan, float] = {}
         self.of_original = judge(original)
         if self._path is not None and self._path.exists():
-            for number, line in enumerate(self._path.read_text().splitlines(), start=1):
+            text = self._path.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:  # a line that was being written when the search was stopped
+                self._path.write_text(whole)
+            for number, line in enumerate(whole.splitlines(), start=1):
                 try:
                     entry = json.loads(line)
                     if entry["search"] == self._identity:
@@ -297,16 +319,18 @@ def _measured(
     """Of the plans judged, those that no other beats, timed; the cost model is that of the same run."""
     heads = {plan: reusing for reusing, plan in visited.items()}
     chosen = _front({plan: (judged(plan), costs.of(reusing)) for plan, reusing in heads.items()})
-    models = {str(number): apply(copy.deepcopy(original), plan) for number, plan in enumerate(chosen)}
-    times = _times({"original": original} | costs.models | models, batch)
-    costs.calibrate(times)
     found = []
-    for number, plan in enumerate(chosen):
-        predicted, measured = costs.of(heads[plan]), times[str(number)] / times["original"]
-        if abs(predicted - measured) > _TOLERANCE * measured:
-            logger.warning("a plan was predicted to take %.2f×, and takes %.2f×", predicted, measured)
-        parameters = sum(parameter.numel() for parameter in models[str(number)].parameters())
-        found.append(Candidate(plan, judged(plan), measured, predicted, parameters))
+    for start in range(0, len(chosen), _TIMED_AT_ONCE):
+        some = chosen[start : start + _TIMED_AT_ONCE]
+        models = {str(number): apply(copy.deepcopy(original), plan) for number, plan in enumerate(some)}
+        times = _times({"original": original} | costs.models | models, batch)
+        costs.calibrate(times)
+        for number, plan in enumerate(some):
+            predicted, measured = costs.of(heads[plan]), times[str(number)] / times["original"]
+            if abs(predicted - measured) > _TOLERANCE * measured:
+                logger.warning("a plan was predicted to take %.2f×, and takes %.2f×", predicted, measured)
+            parameters = sum(parameter.numel() for parameter in models[str(number)].parameters())
+            found.append(Candidate(plan, judged(plan), measured, predicted, parameters))
     best = _front({candidate: (candidate.error, candidate.latency) for candidate in found})
     return sorted(best, key=lambda candidate: candidate.error)
 
@@ -333,14 +357,3 @@ def _times(models: Mapping[str, nn.Module], batch: Mapping[str, Any]) -> dict[st
 
 def _size(batch: Mapping[str, Any]) -> int:
     return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
-
-
-def _digest(*tensors: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits of these tensors' contents."""
-    digest = hashlib.sha256()
-    for named in tensors:
-        for name, value in named.items():
-            digest.update(name.encode())
-            if isinstance(value, Tensor):
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mapreuse.models import find_stack
+from mapreuse.models import find_stack, with_projections
 
 
 def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Callable[[nn.Module], float]:
@@ -21,6 +21,8 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
         error = 1 − mean over positions of cos(h, h₀)
 
     with h and h₀ the two models' states after the last layer; from 0 (the same) to 2. Padding is left out.
+
+    Raises `ValueError`, now or when it is called, where states are not finite.
     """
     batches = list(batches)
 
@@ -32,11 +34,17 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
         for batch in batches:
             with recorded_states(model) as (states, masks):
                 model(**batch)
-            found.append((states[-1], not_padding(masks[0], states[-1])))
+            rows = not_padding(masks[0], states[-1])
+            if not bool(torch.isfinite(states[-1][rows]).all()):
+                raise ValueError(
+                    f"{type(model).__name__}: its last hidden states are not finite; check its weights and the "
+                    "calibration batches"
+                )
+            found.append((states[-1], rows))
         model.train(was_training)
         return found
 
-    wanted = last_states(original)
+    wanted = last_states(with_projections(original))
 
     def error(model: nn.Module) -> float:
         pairs = zip(last_states(model), wanted, strict=True)
@@ -50,18 +58,26 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
 
 @contextmanager
 def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
-    """Hidden states after every layer of a pass, and the attention mask that the first was given."""
+    """Hidden states after every layer of a pass, and the attention mask that the first was given.
+
+    Of a `torch.nn.TransformerEncoder`, the mask is the one of its keys, as it reaches the layers: of numbers.
+    """
     states: list[Tensor] = []
     masks: list[Tensor | None] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        masks.append(given.get("attention_mask", given.get("kwargs", {}).get("attention_mask")))
+        given |= given.get("kwargs", {})
+        masks.append(given.get("attention_mask", given.get("src_key_padding_mask")))
+
+    stack = find_stack(model)
+    batch_first = getattr(stack.layers[0].attention, "batch_first", True)  # of torch's own attention
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
+        found = output[0] if isinstance(output, tuple) else output
+        states.append(found if batch_first else found.transpose(0, 1))
 
-    layers = [layer.layer for layer in find_stack(model).layers]
+    layers = [layer.layer for layer in stack.layers]
     handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
     handles += [layer.register_forward_hook(after) for layer in layers]
     try:

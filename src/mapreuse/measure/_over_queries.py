@@ -27,7 +27,7 @@ def mean_over_queries(
 
     Raises `ValueError` where there are no batches, or a map is not finite.
     """
-    recorder = MapRecorder(model)
+    recorder = MapRecorder(model, under_plan=True)
     totals: list[Tensor | float] = [0.0] * len(measures)
     num_queries, num_batches = 0, operator.length_hint(batches)
     for done, batch in enumerate(batches, start=1):

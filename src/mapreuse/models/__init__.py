@@ -4,7 +4,7 @@ from mapreuse.models import _fused, _packed, _parakeet, _wav2vec2_conformer  # n
 from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
-from mapreuse.models._files import load, save
+from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._recording import MapRecorder, Recording
 from mapreuse.models._sharing import ARGUMENT
 from mapreuse.models._source import Unsupported
@@ -27,6 +27,7 @@ __all__ = [
     "plan_of",
     "possible_sources",
     "save",
+    "transformer_directory",
     "tune",
     "value_projection",
     "with_projections",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from mapreuse.models._adapters import Adapter, adapter_of, find_output_projectio
 from mapreuse.models._conversion import Conversion, Heads
 from mapreuse.models._layout import lay_out
 from mapreuse.models._linear import FastLinear
+from mapreuse.models._packed import unpacked
 from mapreuse.models._reading import HEAD_DIM
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, Stack, find_stack
@@ -202,8 +204,10 @@ def possible_sources(model: nn.Module) -> dict[int, tuple[int, ...]]:
 
     Raises `ValueError`, as `apply` would, where the model cannot be served at all.
     """
-    stack = find_stack(model)
-    conversions = check(model, stack, ReusePlan.full(len(stack.layers)))
+    if type(find_stack(model).module) is nn.TransformerEncoder:
+        model = copy.deepcopy(model)  # its attention is unpacked where it stands
+    with unpacked(find_stack(model)) as stack:
+        conversions = check(model, stack, ReusePlan.full(len(stack.layers)))
 
     def fits(layer: int, source: int) -> bool:
         try:

@@ -82,10 +82,12 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
 def load(path: str | Path) -> PreTrainedModel:
     """The model that `save` wrote to `path`, bit for bit, in evaluation mode.
 
+    Of a sentence-transformers directory it is the transformer, its first module.
+
     Raises:
         ValueError: in one line, where the directory is not such a model, or is damaged.
     """
-    path = Path(path)
+    path = transformer_directory(path)
     config = _read_config(path)
     weights = path / config.get("weights", _WEIGHTS)
     if not weights.is_file():
@@ -105,6 +107,21 @@ def load(path: str | Path) -> PreTrainedModel:
         refuse_save_pretrained(model)
     _fill(model, weights)
     return model.eval()
+
+
+def transformer_directory(path: str | Path) -> Path:
+    """Where in a sentence-transformers directory its transformer lies; any other directory as it is.
+
+    Raises `ValueError` where `modules.json` does not say so.
+    """
+    path = Path(path)
+    modules = path / "modules.json"
+    if not modules.is_file():
+        return path
+    try:
+        return path / str(json.loads(modules.read_text(encoding="utf-8"))[0]["path"])
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"{modules.name} does not say where its modules lie") from None
 
 
 def _describe(model: PreTrainedModel, weights: str, checksum: str) -> dict[str, Any]:

@@ -81,7 +81,10 @@ def find_stack(model: nn.Module) -> Stack:
         name = type(model).__name__
         if not innermost:
             raise Unsupported(f"{name} holds no list of layers with attention in every layer")
-        raise Unsupported(f"{name} holds several stacks of layers: {paths}; pass the module that holds one of them")
+        raise Unsupported(
+            f"{name} holds several stacks of layers: {paths}; pass the module that holds one of them "
+            "(to the command: --stack)"
+        )
     name, layers = innermost[0]
     # A sequence runs its layers itself; a list is run by the module that holds it.
     path, _, list_name = (name, "", "") if isinstance(layers, nn.Sequential) else name.rpartition(".")
