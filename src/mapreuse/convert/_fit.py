@@ -236,8 +236,8 @@ class _Sums:
         self._whole += float((target + drift).square().sum())
 
     def error(self, weights: _Weights) -> float:
-        """√(Σ ‖output − target − drift‖² / Σ ‖target‖²): the residual stream's error, by the output's size, or as it is
-        where that is zero."""
+        """√(Σ ‖output − target − drift‖² / Σ ‖target‖²): the residual stream's error, by the output's size, or as
+        it is where that is zero."""
         if not self._rows:
             raise ValueError("the calibration batches hold no position but padding")
         stacked = weights.stacked

@@ -29,6 +29,7 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
     @torch.no_grad()
     def last_states(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         found = []
+        model = with_projections(model)
         was_training = model.training
         model.eval()
         for batch in batches:
@@ -44,7 +45,7 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
         model.train(was_training)
         return found
 
-    wanted = last_states(with_projections(original))
+    wanted = last_states(original)
 
     def error(model: nn.Module) -> float:
         pairs = zip(last_states(model), wanted, strict=True)
