@@ -83,7 +83,7 @@ def _compared(
     name: str, original: nn.Module, calibration: Sequence[Batch], error: Judge, timed: Batch
 ) -> dict[str, Any]:
     cache = Path("runs/pareto") / f"{name}.jsonl"
-    found = mr.search(original, calibration, error=MOST_ERROR[name], cache=cache)
+    found = mr.search(original, calibration, error=MOST_ERROR[name], timed=timed, cache=cache)
     models = {"original": original}
     for number, candidate in enumerate(found):
         models[f"searched {number}"] = _refitted(original, candidate.plan, calibration)
@@ -146,11 +146,13 @@ def _page(results: dict[str, Any]) -> str:
     ]
     for name, compared in results["models"].items():
         lines += [f"## {name}", "", f"![{name}](pareto-{name}.png)", ""]
-        lines += [f"| plan | {ERRORS[name]} | time | time by the cost model |", "|---|---|---|---|"]
+        lines += [f"| plan | {ERRORS[name]} | time | in the search, by the cost model |", "|---|---|---|---|"]
         for key, point in sorted(compared["points"].items(), key=lambda item: item[1]["latency"]):
             predicted = compared["predicted"].get(key)
             cells = [key, f"{point['error']:.4f}", f"{point['latency']:.2f} ± {point['spread']:.0%}"]
-            lines.append(f"| {' | '.join([*cells, '' if predicted is None else f'{predicted:.2f}'])} |")
+            if predicted is not None:
+                cells.append(f"{compared['measured_by_search'][key]:.2f}, {predicted:.2f}")
+            lines.append(f"| {' | '.join([*cells, ''][:4])} |")
         lines.append("")
     return "\n".join(lines)
 

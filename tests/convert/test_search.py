@@ -210,3 +210,17 @@ def test_layers_of_torchs_own_encoder_are_searched_and_their_padding_left_out():
     found = mr.search(model, batches, error=2.0, breadth=1)
     assert found[0].error == pytest.approx(0, abs=1e-6)
     assert len(found) > 1
+
+
+def test_the_batch_that_is_timed_may_be_given(bert, monkeypatch):
+    seen = []
+
+    def times(models, batch):
+        seen.append(batch)
+        return dict.fromkeys(models, 1.0)
+
+    monkeypatch.setattr(_search, "_times", times)
+    (timed,) = random_batches(1, seed=7)
+    mr.search(bert, random_batches(8), error=0.0, breadth=1, timed=timed)
+    assert seen
+    assert all(batch is timed for batch in seen)

@@ -65,6 +65,7 @@ def search(
     latency: float | None = None,
     error: float | None = None,
     judge: Callable[[nn.Module], float] | None = None,
+    timed: Mapping[str, Any] | None = None,
     breadth: int = 4,
     cache: str | Path | None = None,
 ) -> list[Candidate]:
@@ -77,7 +78,7 @@ def search(
     the time it saves is extended further, until the budget is met, one of latency by measurement. What is predicted
     is how much each head's new map changes its layer's output, weighed by what that layer did to the model's error
     when it alone reused. Everything judged on the way competes for the result, whose latencies are then measured in
-    turns, on the calibration batch of median size.
+    turns.
 
     The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
     plans timed on this device. Those are timed again, in turns with every plan that is returned, and where a plan's
@@ -90,6 +91,8 @@ def search(
         error: stop where every extension has a greater error than this; only plans within it are returned.
         judge: the error of a converted model, 0 for the original; by default `hidden_state_error` on the batches
             kept apart.
+        timed: the batch whose latency counts, such as one of the size that the model will meet; by default the
+            calibration batch of median size.
         breadth: extensions judged in each step.
         cache: a file to which every judged plan is written, one JSON object a line; the same search goes on from it.
 
@@ -110,7 +113,7 @@ def search(
     given = calibration_batches(batches, FEWEST, "search")
     calibration, judging = calibrating_and_judging(given)
     judge = judge or hidden_state_error(original, judging)
-    batch = _of_median_size(given)
+    batch = timed or _of_median_size(given)
     ranking = _Ranking(original, calibration, judge)
     # By its errors of layers that reuse alone one judge is told from another.
     errors = {"judge": torch.tensor(list(ranking.alone.values()))}
