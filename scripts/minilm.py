@@ -138,6 +138,8 @@ def _write_page(results: dict[str, Any]) -> None:
             f"{row['parameters']:,}",
         )
         lines.append(f"| {name} | {' | '.join(shown)} |")
+    lines += ["", "Beside this: [searched plans and fixed groups](pareto.md), [speech recognisers](recovery.md), and"]
+    lines += ["[time and memory of converting a model of BERT-base's size](bert_base.md)."]
     (TARGET.parent / "README.md").write_text("\n".join(lines) + "\n")
 
 
