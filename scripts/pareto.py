@@ -142,7 +142,7 @@ def _page(results: dict[str, Any]) -> str:
         "",
         f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores). Judged on data that",
         "neither calibration nor search saw. Time: by the original's, all models in turns. No training. How fast the",
-        "original is depends on what memory the process holds already, so that ratios in the search, and here, differ:",
+        "original is depends on what memory the process holds already, so that ratios in the search and here differ:",
         "compare plans within a column. In the search: as measured, and by its cost model calibrated in that run.",
         "",
     ]

@@ -189,7 +189,7 @@ def test_a_budget_of_latency_is_kept_by_measurement_where_the_cost_model_promise
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the original, which is timed, too
-def test_layers_of_torchs_own_encoder_are_searched_and_their_padding_left_out():
+def test_layers_of_torchs_own_encoder_are_searched_and_their_padding_left_out(regular_times):
     model = peaked(encoder(batch_first=True))
     generator = torch.Generator().manual_seed(0)
     padding = torch.tensor([[False] * 9, [False] * 5 + [True] * 4, [False] * 2 + [True] * 7])
@@ -224,3 +224,11 @@ def test_the_batch_that_is_timed_may_be_given(bert, monkeypatch):
     mr.search(bert, random_batches(8), error=0.0, breadth=1, timed=timed)
     assert seen
     assert all(batch is timed for batch in seen)
+
+
+def test_hidden_states_that_are_not_finite_have_no_error(bert):
+    converted = mr.apply(copy.deepcopy(bert), mr.ReusePlan.grouped(4, 2))
+    with torch.no_grad():
+        next(converted.encoder.layer[3].output.parameters())[0] = float("nan")
+    with pytest.raises(ValueError, match="last hidden states are not finite"):
+        hidden_state_error(bert, random_batches(2))(converted)
