@@ -135,7 +135,7 @@ def _write_page(results: dict[str, Any]) -> None:
             f"{row['cosine']:.4f}",
             f"{row['top10_overlap']:.3f}",
             f"{row['latency']:.2f}" if "latency" in row else "not measured",
-            f"{row['parameters']:,}",
+            f"{row['parameters']:,}" if name != FLOOR else "not counted",
         )
         lines.append(f"| {name} | {' | '.join(shown)} |")
     lines += ["", "Beside this: [searched plans and fixed groups](pareto.md), [speech recognisers](recovery.md), and"]
