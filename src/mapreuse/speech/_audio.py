@@ -9,6 +9,7 @@ from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from mapreuse.speech._features import resample
+from mapreuse.speech._files import write_whole
 
 # Longer audio is recognised in pieces: what one piece decides, and what it hears on either side, in seconds. Both are
 # whole numbers of the recogniser's frames (40 or 32 ms).
@@ -88,3 +89,8 @@ def _spans(num_samples: int, rate: int) -> Iterator[tuple[int, int, float, bool]
         more = end < num_samples
         yield start, min(end, num_samples), before, more
         number += 1
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
+    """A wav file of 16 bits, whole or not at all."""
+    write_whole(path, lambda file: soundfile.write(file, samples, rate, subtype="PCM_16", format="WAV"))

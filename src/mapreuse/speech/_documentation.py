@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from mapreuse.speech._files import write_whole
 from mapreuse.speech._prompts import cache_dir
 
 _PACKAGES = ("accelerate", "lhotse", "matplotlib", "numpy", "scipy", "torch", "transformers")
@@ -34,9 +35,7 @@ def documentation() -> list[str]:
         for package in _PACKAGES:
             files += _files(Path(str(importlib.resources.files(package))))
         found = {sentence for file in track(files, description="Reading docstrings") for sentence in _sentences(file)}
-        partial = path.with_suffix(".partial")
-        partial.write_text("\n".join(sorted(found)))
-        partial.replace(path)
+        write_whole(path, lambda unfinished: unfinished.write_text("\n".join(sorted(found))))
     return path.read_text().splitlines()
 
 

@@ -14,6 +14,7 @@ import soundfile
 from lhotse.cut import MonoCut
 from rich.progress import track
 
+from mapreuse.speech._audio import write_wav
 from mapreuse.speech._errors import CorpusError
 from mapreuse.speech._features import resample
 from mapreuse.speech._prompts import cache_dir, fetch_packages
@@ -59,7 +60,7 @@ def _speak(command: tuple[str, dict[str, str]], text: str, key: str, path: Path,
     (voice,) = generator.choices(list(_VOICES), _WEIGHTS)
     pitch, stretch = generator.uniform(*_VOICES[voice]), generator.uniform(*_STRETCH)
     path.parent.mkdir(parents=True, exist_ok=True)
-    spoken, partial = path.with_suffix(".spoken"), path.with_suffix(".partial")
+    spoken = path.with_name(f".{path.stem}.{os.getpid()}")
     settings = ["--setf", f"int_f0_target_mean={pitch:.0f}", "--setf", f"duration_stretch={stretch:.2f}"]
     program, environment = command
     arguments = [program, "-voice", voice, *settings, "-t", text, "-o", str(spoken)]
@@ -68,7 +69,4 @@ def _speak(command: tuple[str, dict[str, str]], text: str, key: str, path: Path,
         raise CorpusError(f"flite said nothing for {text!r}: {done.stderr.strip() or 'no output'}")
     samples, rate = soundfile.read(spoken, dtype="float32")
     spoken.unlink()
-    soundfile.write(
-        partial, resample(samples, rate, sampling_rate).clip(-1, 1), sampling_rate, subtype="PCM_16", format="WAV"
-    )
-    partial.replace(path)
+    write_wav(path, resample(samples, rate, sampling_rate).clip(-1, 1), sampling_rate)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import espeakng_loader
 import numpy as np
-import soundfile
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+from mapreuse.speech._audio import write_wav
 from mapreuse.speech._features import resample
 
 _ACCENTS = {
@@ -88,9 +88,7 @@ def synthesise(
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 samples, _ = speak(text, language, random.Random(key), sampling_rate)
-                partial = path.with_suffix(".partial")
-                soundfile.write(partial, samples, sampling_rate, subtype="PCM_16", format="WAV")
-                partial.replace(path)
+                write_wav(path, samples, sampling_rate)
             cuts.append(cut_of(path, key, text, language))
     return CutSet.from_cuts(cuts)
 

@@ -10,12 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from lhotse.cut import Cut, MonoCut
 from numpy import ndarray
 from rich.progress import track
 
-from mapreuse.speech._audio import waveform_of
+from mapreuse.speech._audio import waveform_of, write_wav
 from mapreuse.speech._forced_alignment import CEPSTRA, HOP, PAUSE, Phone, align_phones, cepstra
 from mapreuse.speech._synthesis import cut_of, pronounce
 
@@ -58,9 +57,7 @@ def concatenate(
             if samples is None:
                 continue
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(".partial")
-            soundfile.write(partial, samples, sampling_rate, subtype="PCM_16", format="WAV")
-            partial.replace(path)
+            write_wav(path, samples, sampling_rate)
         made.append(cut_of(path, f"{directory.name}-{key}", text, language))
     return made
 

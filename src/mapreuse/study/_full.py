@@ -19,6 +19,7 @@ from mapreuse.convert import search
 from mapreuse.measure import memory_in_fresh_process
 from mapreuse.plan import ReusePlan
 from mapreuse.speech import Corpus, calibration_batches, open_corpus
+from mapreuse.speech._files import write_whole
 from mapreuse.study._config import FullConfig
 from mapreuse.study._costs import (
     REFERENCE,
@@ -29,7 +30,6 @@ from mapreuse.study._costs import (
     training_latency,
     utterance_batch,
 )
-from mapreuse.study._files import write_whole
 from mapreuse.study._findings import findings
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._results import study_results, write_full

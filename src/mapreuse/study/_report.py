@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mapreuse.study._files import write_whole
+from mapreuse.speech._files import write_whole
 from mapreuse.study._page import page
 from mapreuse.study._page_tables import Results
 

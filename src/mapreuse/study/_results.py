@@ -11,10 +11,10 @@ from typing import Any
 
 from mapreuse.measure import machine
 from mapreuse.speech import Corpus
+from mapreuse.speech._files import write_whole
 from mapreuse.study._compare import Errors, SeedNoise, difference, seed_noise
 from mapreuse.study._config import FullConfig
 from mapreuse.study._costs import REFERENCE
-from mapreuse.study._files import write_whole
 from mapreuse.study._markdown import markdown
 from mapreuse.study._page import page
 from mapreuse.study._page_tables import Results

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from mapreuse.measure import machine
 from mapreuse.speech import Recogniser, TrainConfig, alphabet, evaluate, open_corpus, train
-from mapreuse.study._files import write_whole
+from mapreuse.speech._files import write_whole
 from mapreuse.techniques import parse
 
 
@@ -82,6 +82,28 @@ class Recipe:
                 torch.manual_seed(seed)
                 recogniser.compress(parse(technique))
         return recogniser
+
+
+@dataclass(frozen=True)
+class LongRecipe(Recipe):
+    """The same recogniser, trained for longer on more: recordings, and sentences put together from pieces of them.
+
+    Attributes:
+        concatenated_utterances, real_share: as `TrainConfig` takes them.
+    """
+
+    steps: int = 4000
+    evaluate_every: int = 500
+    concatenated_utterances: int = 16_000
+    real_share: tuple[float, float] = (0.1, 0.25)
+
+    def training(self, seed: int) -> TrainConfig:
+        """The settings of one run; the sentences, too, are other ones for another seed."""
+        return replace(
+            super().training(seed),
+            concatenated_utterances=self.concatenated_utterances,
+            real_share=self.real_share,
+        )
 
 
 @dataclass(frozen=True)

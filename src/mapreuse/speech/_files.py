@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, also by several processes at a time."""
 
 from __future__ import annotations
 
