@@ -68,9 +68,13 @@ def _results(preset: str) -> dict[str, Any]:
 
 def _differing_runs(full: dict[str, Any]) -> list[str]:
     """Finished runs whose recorded hypotheses have another CER or WER than the results say, or are not recorded."""
-    scores = {technique["name"]: technique["scores"] for technique in full["techniques"]}
+    return [*_wrong_runs(full), *_wrong_runs(full.get("longer", {"techniques": [], "runs": []}))]
+
+
+def _wrong_runs(part: dict[str, Any]) -> list[str]:
+    scores = {technique["name"]: technique["scores"] for technique in part["techniques"]}
     wrong = []
-    for run in full["runs"]:
+    for run in part["runs"]:
         file = ROOT / "results/full/runs" / f"{run['key']}.json"
         if run["state"] != "finished":
             continue

@@ -1,9 +1,11 @@
 """The full study, small: tiny recognisers on real prompts, two workers, every step of it."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from io import StringIO
 
+import jiwer
 import pytest
 from rich.console import Console
 
@@ -11,7 +13,7 @@ from mapreuse.convert._search import FEWEST, Candidate
 from mapreuse.models import plan_of
 from mapreuse.plan import ReusePlan
 from mapreuse.speech import open_corpus
-from mapreuse.study import FullConfig, Recipe, papers_page, run_full, summary_table
+from mapreuse.study import FullConfig, LongRecipe, Recipe, papers_page, run_full, summary_table
 from mapreuse.study import _findings as findings
 from mapreuse.study import _full as internals
 
@@ -24,6 +26,9 @@ CONFIG = FullConfig(
     shown=("full", "reuse-2x2"),
     seeds=2,
     recipe=RECIPE,
+    longer=("full", "diagonal"),
+    longer_seeds=1,
+    longer_recipe=LongRecipe(**(asdict(RECIPE) | {"steps": 3, "concatenated_utterances": 0})),
     lengths=(20, 40),
     memory_length=40,
     repeats=1,
@@ -71,6 +76,8 @@ def test_every_run_is_done_by_one_of_two_workers(done):
     results, place, _ = done
     assert [run["state"] for run in results["runs"]] == ["finished"] * len(results["runs"])
     expected = [one.key for one in CONFIG.runs()]
+    assert [run["key"] for run in results["longer"]["runs"]] == [one.key for one in CONFIG.longer_runs()]
+    assert [run["state"] for run in results["longer"]["runs"]] == ["finished", "finished"]
     assert [run["key"] for run in results["runs"]][: len(expected)] == expected
     log = (place / "work" / "workers.log").read_text()
     for key in expected:
@@ -105,6 +112,40 @@ def test_every_technique_is_judged_timed_and_compared(done):
     assert flops["diagonal"] < flops["reuse-2x2"] < flops["full"]
     assert techniques["reuse-2x2"]["parameters"] < techniques["full"]["parameters"]
     assert set(results["reference"]["latency"]) == {"20", "40"}
+
+
+def test_runs_by_the_longer_recipe_are_compared_with_one_another(done):
+    results, place, _ = done
+    full, diagonal = results["longer"]["techniques"]
+    assert [full["name"], diagonal["name"]] == ["full", "diagonal"]
+    for one in (full, diagonal):
+        key = next(run["key"] for run in results["longer"]["runs"] if run["technique"] == one["name"])
+        recorded = json.loads((place / "out" / "runs" / f"{key}.json").read_text())
+        assert recorded["steps"] == 3
+        rate = jiwer.cer(recorded["test"]["references"], recorded["test"]["hypotheses"])
+        assert one["scores"]["prompts:en"]["cer"] == pytest.approx(rate)
+    lost = diagonal["scores"]["prompts:en"]["against_full"]["cer"]["difference"]
+    assert lost == pytest.approx(diagonal["scores"]["prompts:en"]["cer"] - full["scores"]["prompts:en"]["cer"])
+    assert any(sentence.startswith("Trained for longer") for sentence in results["verdict"])
+
+
+def test_only_one_voices_recordings_are_put_together():
+    assert FullConfig().longer
+    assert set(FullConfig().longer) <= set(FullConfig().techniques)
+    assert FullConfig(corpus="librispeech:there").longer == ()
+    with pytest.raises(ValueError, match="heads-3: not among the study's techniques"):
+        FullConfig(longer=("full", "heads-3"))
+
+
+def test_results_that_were_judged_by_other_transcripts_are_refused(done, tmp_path):
+    _, place, _ = done
+    shutil.copytree(place / "out", tmp_path / "out")
+    file = tmp_path / "out" / "runs" / f"{CONFIG.longer_runs()[1].key}.json"
+    changed = json.loads(file.read_text())
+    changed["test"]["references"][3] += " more"
+    file.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=rf"{file.name} was judged by other transcripts than prompts:en has here"):
+        run_full(CONFIG, tmp_path / "out", tmp_path / "work", Console(file=StringIO()))
 
 
 def test_what_the_papers_look_at_is_there(done):

@@ -13,13 +13,22 @@ from py_mini_racer import MiniRacer
 from study_results import study_results
 
 from mapreuse.study._page import embedded, page, plot_data
-from mapreuse.study._page_tables import corpora, front, grouping, technique_grid
+from mapreuse.study._page_tables import (
+    all_runs,
+    corpora,
+    front,
+    grouping,
+    longer_grid,
+    run_grid,
+    technique_grid,
+)
 
 VOID = {"meta", "input", "br", "link", "img"}
 SECTIONS = {
     "front": "techniques",
     "techniques": "techniques",
     "grouping": "techniques",
+    "longer": "longer",
     "speed-up": "techniques",
     "breakdown": "breakdown",
     "similarity": "similarity",
@@ -121,7 +130,8 @@ def test_every_technique_has_a_row(results, parsed):
 
 @pytest.mark.parametrize(("name", "part"), SECTIONS.items())
 def test_a_section_whose_part_is_absent_says_not_measured(results, name, part):
-    without = {key: value for key, value in results.items() if key not in (part, part.removesuffix("s"))}
+    absent = {part, part.removesuffix("s"), "longer" if part == "runs" else part}
+    without = {key: value for key, value in results.items() if key not in absent}
     text = section(Parsed(shown(without)), name)
     assert text.strip().endswith("not measured")
     assert len(text.strip().splitlines()) == 2
@@ -275,7 +285,18 @@ def test_grouping_counts_the_layers_that_compute_their_map():
 def test_runs_that_did_not_finish_are_shown_with_their_reason(parsed):
     text = section(parsed, "runs")
     assert "1 failed, 1 not run" in text
-    assert text.index("loss was not finite after step 1250") < text.index("All 74 runs")
+    assert text.index("loss was not finite after step 1250") < text.index("All 76 runs")
+
+
+def test_runs_by_the_longer_recipe_stand_among_the_runs_and_in_a_table_of_their_own(results):
+    rows = [[cell.text for cell in row] for row in run_grid(all_runs(results)).rows]
+    assert len(rows) == len(results["runs"]) + 2
+    assert ["diagonal", "prompts:en", "0", "finished", "4,000"] in [row[:5] for row in rows]
+    (full, diagonal) = longer_grid(results).rows
+    before = results["techniques"][0]["scores"]["prompts:en"]["cer"]
+    assert [cell.value for cell in full] == [None, 0.101, 0.31, 0.0, 0.0, before]
+    assert diagonal[3].text == "worse"
+    assert diagonal[3].small == "+2.0 [+1.1, +2.9] points"
 
 
 def test_the_script_of_the_page_is_javascript(results):

@@ -90,6 +90,17 @@ def test_a_technique_that_has_not_learned_is_named():
     assert said[-1].startswith("the slots has hardly begun to transcribe when training ends (CER 84.0%)")
 
 
+def test_what_longer_training_makes_of_it_is_told_with_its_intervals():
+    longer = results(technique("diagonal", "other", 0.12, (0.5, 0.5), (0.005, 0.021, WORSE)))
+    longer["techniques"][0]["scores"]["prompts:en"]["cer"] = 0.1
+    found = results(technique("diagonal", "other", 0.30, (0.5, 0.5), (-0.01, 0.01, EQUAL))) | {"longer": longer}
+    (sentence,) = (one for one in verdict(found) if one.startswith("Trained for longer"))
+    assert sentence == (
+        "Trained for longer and on more speech, full attention has a CER of 10.0%, and against it, in points: "
+        "the diagonal +1.3 [+0.5, +2.1], worse."
+    )
+
+
 def test_without_a_trained_or_timed_technique_there_is_no_verdict():
     empty = results()
     empty["techniques"][0]["latency"] = {}

@@ -8,12 +8,13 @@ from mapreuse.study._page import page
 from mapreuse.study._papers import papers_page
 from mapreuse.study._quick import QuickConfig, run_quick
 from mapreuse.study._report import error_table, latency_table, page_results, report
-from mapreuse.study._runs import Recipe
+from mapreuse.study._runs import LongRecipe, Recipe
 from mapreuse.study._verdict import summary_table, verdict
 
 __all__ = [
     "Errors",
     "FullConfig",
+    "LongRecipe",
     "QuickConfig",
     "Recipe",
     "error_table",

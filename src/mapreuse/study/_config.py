@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mapreuse.study._runs import Recipe, Run
+from mapreuse.study._runs import LongRecipe, Recipe, Run
 from mapreuse.techniques import study_techniques
+
+_LONGER = ("full", "reuse-2x3", "reuse-6x1", "heads-2", "window-16", "diagonal")
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,18 @@ class FullConfig:
         seeds: how many, counted from 0.
         shown: full attention, and a reuse technique whose maps and breakdown are shown beside its own.
         recipe: how every run trains.
+        longer: techniques that also train by `longer_recipe`, on `corpus`; where None, some of one voice's recordings
+            (`prompts:…`), which it puts sentences together from, and none of another corpus.
+        longer_seeds: with how many seeds.
+        longer_recipe: how.
         lengths: encoder frames at which latency is measured.
         memory_length: encoder frames at which peak memory is.
         repeats: rounds of the interleaved timing.
         device: "cpu" or "cuda", of the timing; training takes what `accelerate` finds.
 
     Raises:
-        ValueError: where `repeated`, `elsewhere` or `shown` names what is not among the techniques, both corpora are
-            the same, or the device is not one that is here.
+        ValueError: where `repeated`, `elsewhere`, `shown` or `longer` names what is not among the techniques, both
+            corpora are the same, or the device is not one that is here.
     """
 
     corpus: str = "prompts:en"
@@ -41,6 +47,9 @@ class FullConfig:
     seeds: int = 3
     shown: tuple[str, str] = ("full", "reuse-2x3")
     recipe: Recipe = field(default_factory=Recipe)
+    longer: tuple[str, ...] | None = None
+    longer_seeds: int = 2
+    longer_recipe: LongRecipe = field(default_factory=LongRecipe)
     lengths: tuple[int, ...] = (250, 500, 1000, 2000, 4000, 8000)
     memory_length: int = 3000
     repeats: int = 5
@@ -50,7 +59,10 @@ class FullConfig:
         if not self.techniques:
             names = tuple(technique.name for technique in study_techniques(self.recipe.num_layers))
             object.__setattr__(self, "techniques", names)
-        if unknown := sorted({*self.repeated, *self.elsewhere, *self.shown} - set(self.techniques)):
+        if self.longer is None:
+            object.__setattr__(self, "longer", _LONGER if self.corpus.startswith("prompts:") else ())
+        named = {*self.repeated, *self.elsewhere, *self.shown, *(self.longer or ())}
+        if unknown := sorted(named - set(self.techniques)):
             raise ValueError(f"{', '.join(unknown)}: not among the study's techniques, {', '.join(self.techniques)}")
         if self.corpus == self.other_corpus:
             raise ValueError(f"the study needs two corpora: --corpus is {self.corpus}, which is the second one, too")
@@ -66,6 +78,14 @@ class FullConfig:
             runs += [Run(name, self.corpus, seed, self.recipe) for name in self.repeated]
             runs += [Run(name, self.other_corpus, seed, self.recipe) for name in self.elsewhere]
         return runs
+
+    def longer_runs(self) -> list[Run]:
+        """The runs of `longer`, seed by seed."""
+        return [
+            Run(name, self.corpus, seed, self.longer_recipe)
+            for seed in range(self.longer_seeds)
+            for name in self.longer or ()
+        ]
 
 
 def check_device(device: str) -> None:

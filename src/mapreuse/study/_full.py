@@ -92,19 +92,34 @@ class _Full:
         self.techniques: list[Technique] = [parse(name) for name in config.techniques]
 
     def run(self, training_only: bool) -> dict[str, Any]:
-        runs = self.config.runs()
+        runs, longer = self.config.runs(), self.config.longer_runs()
+        self._check_judged([*runs, *longer])
         self._train(runs)
         searched = self._searched()
         if searched is not None and searched.name not in self.config.techniques:
             self.techniques.append(searched)
             runs.append(Run(searched.name, self.config.corpus, 0, self.config.recipe))
             self._train(runs[-1:])
+        self._train(longer)
+        known = partial(study_results, self.config, self.techniques, runs, self.runs, self.corpora)
+        known = partial(known, longer=longer, searched=searched)
         if training_only:
-            return study_results(self.config, self.techniques, runs, self.runs, self.corpora, {}, searched)
+            return known(measured={})
         measured = self._costs() | findings(self.config, self.runs, self.out_dir / "findings", self.console)
-        results = study_results(self.config, self.techniques, runs, self.runs, self.corpora, measured, searched)
+        results = known(measured=measured)
         write_full(results, self.out_dir)
         return results
+
+    def _check_judged(self, runs: Sequence[Run]) -> None:
+        """Raises `ValueError` where a finished run was judged by other transcripts than the corpus has here."""
+        here = {name: [cut.supervisions[0].text for cut in corpus.test] for name, corpus in self.corpora.items()}
+        for run in runs:
+            result = self.runs.finished(run)
+            if result is not None and result["test"]["references"] != here[run.corpus]:
+                raise ValueError(
+                    f"{self.runs.results / run.key}.json was judged by other transcripts than {run.corpus} has here; "
+                    "delete it, or choose another --out"
+                )
 
     def _train(self, runs: Sequence[Run]) -> None:
         """Let workers do what is not done; where the system ended one, once more when the others are through, as long
@@ -145,24 +160,31 @@ class _Full:
         """The plan that `search` finds in the trained full model, as a technique; None without that model's weights.
 
         Of the plans found, the one with about as many reusing heads as the reuse technique that the report shows.
-        What was found once is kept beside the runs, so that every machine trains the same.
+        What was found once is kept beside the runs, so that every machine trains the same; one worker searches, and
+        others wait for what it finds.
         """
         full = Run("full", self.config.corpus, 0, self.config.recipe)
         file = self.runs.results / f"{full.key}.search.json"
-        if not file.is_file():
-            recogniser = self.runs.original(full)
-            if recogniser is None:
+        with self.runs.lock(file.stem):
+            if not file.is_file() and not self._search(full, file):
                 return None
-            shown = parse(self.config.shown[1])
-            assert isinstance(shown, Reuse)
-            num_heads = recogniser.model.config.encoder_config.num_attention_heads
-            wanted = _reusing_heads(shown.plan, num_heads)
-            batches = calibration_batches(recogniser, self.config.corpus, split="train", max_batches=8)
-            plans = search(recogniser.model, batches, error=_ANY_ERROR, cache=self.work_dir / "search.jsonl")
-            chosen = min(plans, key=lambda one: (abs(_reusing_heads(one.plan, num_heads) - wanted), one.error))
-            found = {"plan": json.loads(chosen.plan.to_json()), "error": chosen.error, "latency": chosen.latency}
-            write_whole(file, lambda unfinished: unfinished.write_text(json.dumps(found) + "\n"))
         return Reuse(ReusePlan.from_json(json.dumps(json.loads(file.read_text())["plan"])))
+
+    def _search(self, full: Run, file: Path) -> bool:
+        """Write down what the search finds in the trained full model; False without its weights."""
+        recogniser = self.runs.original(full)
+        if recogniser is None:
+            return False
+        shown = parse(self.config.shown[1])
+        assert isinstance(shown, Reuse)
+        num_heads = recogniser.model.config.encoder_config.num_attention_heads
+        wanted = _reusing_heads(shown.plan, num_heads)
+        batches = calibration_batches(recogniser, self.config.corpus, split="train", max_batches=8)
+        plans = search(recogniser.model, batches, error=_ANY_ERROR, cache=self.work_dir / "search.jsonl")
+        chosen = min(plans, key=lambda one: (abs(_reusing_heads(one.plan, num_heads) - wanted), one.error))
+        found = {"plan": json.loads(chosen.plan.to_json()), "error": chosen.error, "latency": chosen.latency}
+        write_whole(file, lambda unfinished: unfinished.write_text(json.dumps(found) + "\n"))
+        return True
 
     def _costs(self) -> dict[str, Any]:
         """Latency by length, training steps, peak memory and FLOPs of every technique."""

@@ -7,10 +7,12 @@ import re
 from typing import Any
 
 from mapreuse.study._page_tables import (
+    LONGER,
     NOT_MEASURED,
     Cell,
     Grid,
     Results,
+    all_runs,
     breakdown_grid,
     clean,
     corpora,
@@ -19,6 +21,7 @@ from mapreuse.study._page_tables import (
     front,
     grouping,
     lengths,
+    longer_grid,
     paper_grid,
     percent,
     run_grid,
@@ -42,12 +45,13 @@ def markdown(results: Results) -> str:
         "Accuracy against latency": _fronts(results),
         "All techniques": _techniques(results),
         "Error against grouping": _grouping(results),
+        "Trained for longer": _longer(results),
         "Speed-up by length": _speed(results),
         "Where the time goes": _breakdown(results),
         "Likeness of attention maps": _similarity(results),
         "Published claims": _rows(paper_grid(results)),
         "Corpora": _rows(corpus_grid(results)),
-        "Runs": _rows(run_grid(results)),
+        "Runs": _rows(run_grid(all_runs(results))),
         "Commands": _commands(results),
         "Machine and versions": _definitions(results.get("machine")),
         "Settings and seeds": _definitions(results.get("config")),
@@ -101,6 +105,11 @@ def _grouping(results: Results) -> list[str]:
         rates = (percent(one["scores"].get(name, {}).get("wer")) for name in names)
         lines.append(f"| {_text(one['name'])} | {counted} | " + " | ".join(rates) + " |")
     return lines
+
+
+def _longer(results: Results) -> list[str]:
+    rows = _rows(longer_grid(results))
+    return [LONGER, "", *rows] if rows else []
 
 
 def _speed(results: Results) -> list[str]:

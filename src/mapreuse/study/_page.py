@@ -12,8 +12,10 @@ from plotly.offline import get_plotlyjs
 
 from mapreuse.study._page_html import absent, definitions, figure, picker, same, select, slider, table
 from mapreuse.study._page_tables import (
+    LONGER,
     NOT_MEASURED,
     Results,
+    all_runs,
     breakdown_grid,
     clean,
     corpora,
@@ -22,6 +24,7 @@ from mapreuse.study._page_tables import (
     full_technique,
     grouping,
     lengths,
+    longer_grid,
     paper_grid,
     part_family,
     part_label,
@@ -178,6 +181,11 @@ def _grouping_plot(results: Results) -> str:
     )
 
 
+def _longer(results: Results) -> str:
+    grid = longer_grid(results)
+    return table("longer-table", grid, "Trained for longer") if grid.rows else ""
+
+
 def _speed_plot(results: Results) -> str:
     if not full_technique(results).get("latency"):
         return ""
@@ -288,14 +296,14 @@ def _corpora(results: Results) -> str:
 
 
 def _runs(results: Results) -> str:
-    runs = results.get("runs")
+    runs = all_runs(results)
     if not runs:
         return ""
     states = [run.get("state") for run in runs]
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(["finished", *states]))
-    wrong = {**results, "runs": [run for run in runs if run.get("state") != "finished"]}
-    shown = table("", run_grid(wrong), "Runs that did not finish", prose=True) if wrong["runs"] else ""
-    every = table("runs-table", run_grid(results), "Runs")
+    wrong = [run for run in runs if run.get("state") != "finished"]
+    shown = table("", run_grid(wrong), "Runs that did not finish", prose=True) if wrong else ""
+    every = table("runs-table", run_grid(runs), "Runs")
     return f"<p>{escape(counted)}.</p>{shown}<details><summary>All {len(runs)} runs</summary>{every}</details>"
 
 
@@ -335,6 +343,7 @@ _SECTIONS: list[tuple[str, str, str, Callable[[Results], str]]] = [
         "dotted line is full attention.",
         _grouping_plot,
     ),
+    ("longer", "Trained for longer", LONGER, _longer),
     (
         "speed-up",
         "Speed-up by length",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,12 @@ from mapreuse.techniques import parse
 Results = dict[str, Any]
 
 NOT_MEASURED = "not measured"
+
+LONGER = (
+    "Some techniques trained once more, in the same recogniser, for more steps and on more speech: sentences put "
+    "together from pieces of the recordings, beside these. Settings under longer_recipe."
+)
+"""What a table of `longer_grid` shows."""
 
 _LONGEST_NAME = 40
 """Characters of a technique's name that a table shows; a plan head by head would take hundreds."""
@@ -189,6 +195,29 @@ def technique_grid(results: Results) -> Grid:
     return Grid(columns, rows)
 
 
+def longer_grid(results: Results) -> Grid:
+    """Techniques trained by the longer recipe, beside what the recipe of all made of them."""
+    corpus = next(iter(corpora(results)), "")
+    columns = [Column("technique", numeric=False)]
+    columns += [Column(title, corpus) for title in ("CER", "WER", "CER against full", "WER against full")]
+    columns.append(Column("CER", "by the recipe of all"))
+    before: dict[str, dict[str, Any]] = {one["name"]: one for one in results.get("techniques", [])}
+    rows = []
+    for one in results.get("longer", {}).get("techniques", []):
+        scores = one.get("scores", {}).get(corpus, {})
+        cells = [Cell(one.get("title", one["name"]), one["name"], mark=one.get("kind", "other"))]
+        cells += [_rate(scores, metric) for metric in ("cer", "wer")]
+        cells += [_against(one, scores, metric) for metric in ("cer", "wer")]
+        cells.append(_rate(before.get(one["name"], {}).get("scores", {}).get(corpus, {}), "cer"))
+        rows.append(cells)
+    return Grid(columns, rows)
+
+
+def all_runs(results: Results) -> list[dict[str, Any]]:
+    """Every training run, those by the longer recipe last."""
+    return [*results.get("runs", []), *results.get("longer", {}).get("runs", [])]
+
+
 def corpus_grid(results: Results) -> Grid:
     """What each corpus holds and whose it is."""
     header = ["corpus", "language", "test utterances", "test words", "minutes of training speech", "attribution"]
@@ -204,11 +233,11 @@ def corpus_grid(results: Results) -> Grid:
     return Grid(_columns(header, numeric=("test utterances", "test words", "minutes of training speech")), rows)
 
 
-def run_grid(results: Results) -> Grid:
-    """Every training run, those that did not finish first."""
+def run_grid(runs: Sequence[dict[str, Any]]) -> Grid:
+    """Training runs, those that did not finish first."""
     order = {"failed": 0, "not run": 1}
     rows = []
-    for run in sorted(results.get("runs", []), key=lambda run: order.get(run.get("state"), 2)):
+    for run in sorted(runs, key=lambda run: order.get(str(run.get("state")), 2)):
         seconds = number(run, "seconds")
         rows.append(
             [

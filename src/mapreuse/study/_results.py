@@ -33,14 +33,16 @@ def study_results(
     directory: RunDirectory,
     corpora: Mapping[str, Corpus],
     measured: Mapping[str, Any],
+    *,
+    longer: Sequence[Run] = (),
     searched: Technique | None = None,
 ) -> Results:
     """All that is known, from the results of finished runs and from what was measured here; the rest is absent.
 
-    `searched` is the one of the techniques that the search found, and its title says so.
+    `longer` are the runs by the longer recipe, which are compared with one another; `searched` is the one of the
+    techniques that the search found, and its title says so.
     """
-    finished = {run: result for run in runs if (result := directory.finished(run)) is not None}
-    scores = _scores(finished)
+    scores = _scores(_finished(runs, directory))
     results: Results = {
         "schema": 2,
         "preset": "full",
@@ -54,6 +56,8 @@ def study_results(
         ],
         "runs": [_run(run, directory) for run in runs],
     }
+    if longer:
+        results["longer"] = _longer(longer, techniques, directory)
     for entry in results["techniques"]:
         if searched is not None and entry["name"] == searched.name:
             entry["title"] += ", searched"
@@ -78,6 +82,23 @@ def write_full(results: Results, out_dir: Path) -> None:
     }
     for name, text in files.items():
         write_whole(out_dir / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def _finished(runs: Sequence[Run], directory: RunDirectory) -> dict[Run, dict[str, Any]]:
+    return {run: result for run in runs if (result := directory.finished(run)) is not None}
+
+
+def _longer(runs: Sequence[Run], techniques: Sequence[Technique], directory: RunDirectory) -> dict[str, Any]:
+    scores = _scores(_finished(runs, directory))
+    named = {run.technique for run in runs}
+    return {
+        "techniques": [
+            {"name": one.name, "title": one.title, "kind": _kind(one), "scores": scores.get(one.name, {})}
+            for one in techniques
+            if one.name in named
+        ],
+        "runs": [_run(run, directory) for run in runs],
+    }
 
 
 def _scores(finished: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -186,12 +186,16 @@ class RunDirectory:
         whole = [line for line in lines if line.endswith("}")]  # the last may not be, of a run that was killed
         return json.loads(whole[-1])["step"] / run.recipe.steps if whole else 0.0
 
+    def lock(self, name: str) -> FileLock:
+        """That only one worker holds."""
+        locks = self.results / ".locks"
+        locks.mkdir(exist_ok=True)
+        return FileLock(locks / name)
+
     @contextmanager
     def claimed(self, run: Run) -> Iterator[bool]:
         """Whether the run is this worker's, for as long as the context lasts."""
-        locks = self.results / ".locks"
-        locks.mkdir(exist_ok=True)
-        lock = FileLock(locks / run.key)
+        lock = self.lock(run.key)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mapreuse.study._page_tables import Results, front, lengths, loss
+from mapreuse.study._page_tables import Results, all_runs, front, lengths, loss, points
 
 BUDGETS = (0.01, 0.02, 0.05)
 """Losses of CER, as fractions, for which the fastest technique that excludes a greater one is named."""
@@ -27,12 +27,13 @@ def fronts(results: Results) -> dict[str, list[str]]:
 
 def verdict(results: Results) -> list[str]:
     """The verdict first, then what it rests on; what is not known yet is said."""
-    done = sum(run["state"] == "finished" for run in results["runs"])
+    runs = all_runs(results)
+    done = sum(run["state"] == "finished" for run in runs)
     sentences = _winners(results) + _without_attention(results) + _against_reuse(results) + _no_worse(results)
-    sentences += _unlearned(results)
-    if done < len(results["runs"]):
+    sentences += _longer(results) + _unlearned(results)
+    if done < len(runs):
         sentences.append(
-            f"{done} of {len(results['runs'])} training runs are finished; what the others would say is not measured."
+            f"{done} of {len(runs)} training runs are finished; what the others would say is not measured."
         )
     return sentences
 
@@ -186,6 +187,25 @@ def _no_worse(results: Results) -> list[str]:
 def _lost(technique: Mapping[str, Any], corpus: str) -> str:
     lost = 100 * loss(technique, corpus, "cer")
     return f"CER {abs(lost):.1f} points {'higher' if lost > 0 else 'lower'}"
+
+
+def _longer(results: Results) -> list[str]:
+    """What the same techniques come to with more training and more speech."""
+    corpus = main_corpus(results)
+    trained = [t for t in results.get("longer", {}).get("techniques", []) if corpus in t["scores"]]
+    full = next((t for t in trained if t["name"] == "full"), None)
+    others = [t for t in trained if "against_full" in t["scores"][corpus]]
+    if full is None or not others:
+        return []
+    told = []
+    for one in others:
+        found = one["scores"][corpus]["against_full"]["cer"]
+        low, high = (points(end) for end in found["interval"])
+        told.append(f"{one['title']} {points(found['difference'])} [{low}, {high}], {found['found']}")
+    return [
+        "Trained for longer and on more speech, full attention has a CER of "
+        f"{full['scores'][corpus]['cer']:.1%}, and against it, in points: {'; '.join(told)}."
+    ]
 
 
 def _unlearned(results: Results) -> list[str]:
