@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from mapreuse.study._page_tables import (
+    GROUPING,
     LONGER,
     NOT_MEASURED,
     Cell,
@@ -97,7 +98,11 @@ def _grouping(results: Results) -> list[str]:
     if not techniques:
         return []
     names = corpora(results)
-    lines = ["| technique | maps computed | " + " | ".join(f"WER, {_text(name)}" for name in names) + " |"]
+    lines = [
+        GROUPING,
+        "",
+        "| technique | maps computed | " + " | ".join(f"WER, {_text(name)}" for name in names) + " |",
+    ]
     lines.append("|---|---|" + "---|" * len(names))
     for one in techniques:
         found = grouping(one)

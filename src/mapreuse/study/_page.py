@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from mapreuse.study._page_html import absent, definitions, figure, picker, same, select, slider, table
 from mapreuse.study._page_tables import (
+    GROUPING,
     LONGER,
     NOT_MEASURED,
     Results,
@@ -339,8 +340,7 @@ _SECTIONS: list[tuple[str, str, str, Callable[[Results], str]]] = [
     (
         "grouping",
         "Error against grouping",
-        "How the error rate moves as fewer layers compute their own attention map. Bars are 95 % intervals; the "
-        "dotted line is full attention.",
+        f"{GROUPING} Bars are 95 % intervals; the dotted line is full attention.",
         _grouping_plot,
     ),
     ("longer", "Trained for longer", LONGER, _longer),

@@ -8,13 +8,16 @@ from mapreuse.techniques._technique import Technique, parse
 def study_techniques(num_layers: int, num_heads: int = 4) -> list[Technique]:
     """The rows of the study's default table, for an encoder of this size; sizes suit utterances of a few seconds.
 
+    Layers share maps in groups of 2, 4 and 8 and in one of all, which in an encoder of 8 layers or fewer is the same.
+
     Raises `ValueError` for fewer than 4 layers or fewer than 2 heads, too few to share or remove.
     """
     if num_layers < 4 or num_heads < 2:
         raise ValueError(f"the study needs at least 4 layers and 2 heads, got {num_layers} and {num_heads}")
     half, rest = num_layers // 2, num_layers - num_layers // 2
     in_pairs = _groups(num_layers, 2)
-    reuse = [in_pairs, _groups(num_layers, 4), f"{num_layers}x1", f"1x{half},{rest}x1", f"{half}x1,1x{rest}"]
+    reuse = [in_pairs, *(_groups(num_layers, size) for size in (4, 8, num_layers))]
+    reuse += [f"1x{half},{rest}x1", f"{half}x1,1x{rest}"]
     names = [
         "full",
         *(f"reuse-{plan}" for plan in dict.fromkeys(reuse)),
