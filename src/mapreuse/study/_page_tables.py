@@ -19,7 +19,8 @@ NOT_MEASURED = "not measured"
 
 GROUPING = (
     "How the error rate moves as fewer layers compute their own attention map. Plans are group size × number of "
-    "groups; where a group would have more layers than there are, as groups of 8 in an encoder of 6, it is one map for all."
+    "groups; where a group would have more layers than there are, as groups of 8 in an encoder of 6, it is one map "
+    "for all."
 )
 """What the figures of `grouping` show."""
 
