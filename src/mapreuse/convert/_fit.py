@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.convert._batches import calibration_batches, check_precision
+from mapreuse.convert._states import recorded_states
 from mapreuse.models import (
     Layer,
     MapRecorder,
@@ -49,7 +51,7 @@ class LayerFit:
 
     Attributes:
         layer: index of the layer.
-        before: held-out error of the attention's output with the weights it had, relative to the output's own size.
+        before: held-out error of the layer's output, relative to its size, with the weights the layer had.
         after: the same with the weights it has now; equal to `before` where the refit did not help.
         ridge: the ridge chosen, or None where the layer kept its weights.
         values: whether the value projection was refitted too.
@@ -72,9 +74,10 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
         V, O, b = argmin ‖Σ_h A_h X V_h O_h + b − Y‖² + λ ‖V − V₀‖² + λ ‖O − O₀‖²
 
     solved for O and b, then for V one head after the other, in turn, each exactly, from normal equations summed over
-    the batches in float64. λ and whether the drift is added are chosen with O alone, then whether V moves, on
-    held-out batches by the error of the layer's residual stream; a layer that no candidate improves keeps its
-    weights. Padding is left out. Heads that apply the same map share its part of the equations. Values stay as they
+    the batches in float64. λ is chosen with O alone, on held-out batches by the error of the attention's output; then
+    whether the drift is added, which helps only where nothing but a sum comes after O, and whether V moves, by the
+    error of what the whole layer puts out there. A layer whose output no candidate improves keeps its weights.
+    Padding is left out. Heads that apply the same map share its part of the equations. Values stay as they
     are where heads share them, where some heads of the layer compute, and where maps · width exceeds 12,288.
 
     Args:
@@ -120,7 +123,7 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of every batch, what is regressed on, the target, and the drift."""
         for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)):
-            if (number % _HELD_OUT == _HELD_OUT - 1) != held_out:
+            if _judges(number) != held_out:
                 continue
             with _inputs_for_values(layer.attention) if moves_values else nullcontext():
                 given, inputs = _until(projection, model, layer, batch)
@@ -132,33 +135,75 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
                 raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
             yield triple
 
-    def held_out_contexts(weights: _Weights) -> _Sums:
-        """Sums by which weights of the same values are judged: of contexts, far narrower than inputs."""
-        sums = _Sums(weights.on_contexts())
-        for given, target, drift in observed(held_out=True):
-            sums.add(weights.contexts(given), target, drift)
-        return sums
+    def solved(share: float) -> tuple[float, _Weights]:
+        """The ridge that fits the held-out attention's outputs best, and the output projection by it."""
+        found = [(ridge, fitted.solve(start, ridge, share)) for ridge in _RIDGES]
+        return min(found, key=lambda one: held_out.error(one[1].on_contexts(), share))
 
-    fitted, held_out = _Sums(start), held_out_contexts(start)
+    fitted, held_out = _Sums(start), _Sums(start.on_contexts())
     for triple in observed(held_out=False):
         fitted.add(*triple)
-    before = held_out.error(start.on_contexts())
-    best, ridge, share, weights = before, None, 0.0, start
-    for candidate_share, candidate_ridge in itertools.product(_DRIFT, _RIDGES):
-        candidate = fitted.solve(start, candidate_ridge, candidate_share)
-        error = held_out.error(candidate.on_contexts())
-        if error < best:
-            best, ridge, share, weights = error, candidate_ridge, candidate_share, candidate
-    if ridge is None:
+    for given, target, drift in observed(held_out=True):
+        held_out.add(start.contexts(given), target, drift)
+    judged = [
+        (batch, rows) for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)) if _judges(number)
+    ]
+    errors = partial(_layer_errors, index, model, original, judged)
+    kept = _Kept(layer, projection)
+    candidates = [(share, *solved(share)) for share in _DRIFT]
+    before, *after = errors([kept.restore, *(partial(_write, layer, projection, one[2]) for one in candidates)])
+    best, (share, ridge, weights) = min(zip(after, candidates, strict=True), key=lambda pair: pair[0])
+    if best >= before:
+        kept.restore()
         return LayerFit(index, before, before, None, False)
     moved = False
     if moves_values:
         candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
-        error = held_out_contexts(candidate).error(candidate.on_contexts())
+        (error,) = errors([partial(_write, layer, projection, candidate, moved=True)])
         if error < best:
             best, moved, weights = error, True, candidate
-    _write(layer, projection, weights, moved)
+    kept.restore()
+    _write(layer, projection, weights, moved=moved)
     return LayerFit(index, before, best, ridge, moved)
+
+
+def _judges(number: int) -> bool:
+    """Whether this batch chooses between the candidates."""
+    return number % _HELD_OUT == _HELD_OUT - 1
+
+
+class _Kept:
+    """The projections of a layer as they are, to be put back."""
+
+    def __init__(self, layer: Layer, projection: nn.Linear | Conv1D) -> None:
+        self._parameters = [*projection.parameters(), *value_projection(layer).module.parameters()]
+        self._were = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, was in zip(self._parameters, self._were, strict=True):
+            parameter.copy_(was)
+
+
+@torch.no_grad()
+def _layer_errors(
+    index: int,
+    model: nn.Module,
+    original: nn.Module,
+    batches: Sequence[tuple[Mapping[str, Any], Tensor]],
+    changes: Sequence[Callable[[], None]],
+) -> list[float]:
+    """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of these changes of weights."""
+    wrong, size = [0.0] * len(changes), 0.0
+    for batch, rows in batches:
+        wanted = _output_of(original, index, batch)[rows].double()
+        size += float(wanted.square().sum())
+        for number, change in enumerate(changes):
+            change()
+            wrong[number] += float((_output_of(model, index, batch)[rows].double() - wanted).square().sum())
+    if not math.isfinite(size + sum(wrong)):
+        raise ValueError(f"layer {index}: its output is not finite; check the calibration batches")
+    return [(one / (size or 1.0)) ** 0.5 for one in wrong]
 
 
 @dataclass(frozen=True)
@@ -218,7 +263,8 @@ class _Sums:
         self._gram = weights.values.new_zeros(size, size)
         self._target = weights.values.new_zeros(size, width)
         self._drift = torch.zeros_like(self._target)
-        self._rows, self._size, self._whole = 0, 0.0, 0.0
+        self._rows, self._size = 0, 0.0
+        self._whole = dict.fromkeys(_DRIFT, 0.0)
         self._eigen: list[tuple[Tensor, Tensor]] = []
 
     def add(
@@ -233,17 +279,17 @@ class _Sums:
         self._drift.addmm_(extended.mT, drift)
         self._rows += len(target)
         self._size += float(target.square().sum())
-        self._whole += float((target + drift).square().sum())
+        for share in _DRIFT:
+            self._whole[share] += float((target + share * drift).square().sum())
 
-    def error(self, weights: _Weights) -> float:
-        """√(Σ ‖output − target − drift‖² / Σ ‖target‖²): the residual stream's error, by the output's size, or as
-        it is where that is zero."""
+    def error(self, weights: _Weights, share: float) -> float:
+        """√(Σ ‖output − target − share · drift‖² / Σ ‖target‖²), or the root as it is where the target is zero."""
         if not self._rows:
             raise ValueError("the calibration batches hold no position but padding")
         stacked = weights.stacked
         wrong = (stacked * (self._reduced(weights) @ stacked)).sum()
-        wrong -= 2 * (stacked * weights.onto(self._target + self._drift)).sum()
-        return (max(float(wrong) + self._whole, 0.0) / (self._size or 1.0)) ** 0.5
+        wrong -= 2 * (stacked * weights.onto(self._target + share * self._drift)).sum()
+        return (max(float(wrong) + self._whole[share], 0.0) / (self._size or 1.0)) ** 0.5
 
     def solve(self, start: _Weights, ridge: float, share: float, *, sweeps: int = 0) -> _Weights:
         """Output, then `sweeps` times values and output, each solved exactly and held to `start` by the ridge."""
@@ -339,7 +385,7 @@ def _on_contexts(output: Float[Tensor, "heads head_dim width"], bias: Tensor | N
 
 
 @torch.no_grad()
-def _write(layer: Layer, projection: nn.Linear | Conv1D, weights: _Weights, moved: bool) -> None:
+def _write(layer: Layer, projection: nn.Linear | Conv1D, weights: _Weights, *, moved: bool = False) -> None:
     output = weights.output.flatten(0, 1)
     projection.weight.copy_(output if isinstance(projection, Conv1D) else output.mT)
     if weights.bias is not None:
@@ -360,7 +406,25 @@ def _inputs_for_values(attention: nn.Module) -> Iterator[None]:
 
 
 class _Seen(Exception):
-    """The context has been made; the rest of the forward pass is not needed."""
+    """What was looked for has been made; the rest of the forward pass is not needed."""
+
+
+@torch.no_grad()
+def _output_of(model: nn.Module, index: int, batch: Mapping[str, Any]) -> Float[Tensor, "batch positions width"]:
+    """What a layer puts out."""
+    with recorded_states(model) as (states, _):
+        handle = find_stack(model).layers[index].layer.register_forward_hook(_stop)
+        try:
+            model(**batch)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+    return states[index]
+
+
+def _stop(module: nn.Module, args: tuple, output: Any) -> None:
+    raise _Seen
 
 
 @torch.no_grad()
