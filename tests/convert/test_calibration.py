@@ -233,10 +233,10 @@ def test_a_directory_without_tokenizer_or_extractor_and_one_with_another_models_
         open_batches(open_model(deaf), sentences)
 
 
-def test_a_model_that_reads_pictures_is_refused(tmp_path):
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    tf.ViTModel(tf.ViTConfig(**size, image_size=16, patch_size=4)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="ViTModel reads pixel_values; calibration takes text or audio"):
+def test_a_model_that_reads_something_else_is_refused(tmp_path):
+    config = tf.PatchTSTConfig(d_model=16, num_hidden_layers=2, num_attention_heads=2)
+    tf.PatchTSTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PatchTSTModel reads past_values; calibration takes text, audio or images"):
         open_batches(open_model(tmp_path), tmp_path)
 
 
@@ -288,9 +288,36 @@ def test_datasets_that_do_not_say_what_to_read_are_refused(bert, tmp_path, data,
         open_batches(open_model(bert), tmp_path)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_datasets_directory_without_rows_is_refused_on_one_line(bert, tmp_path, split):
+    empty = datasets.Dataset.from_dict({"text": []})
+    made = datasets.DatasetDict({"train": empty}) if split else empty
+    made.save_to_disk(str(tmp_path))
+    with pytest.raises(ValueError, match="holds no rows") as refused:
+        open_batches(open_model(bert), tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(refused.value)
+
+
 def test_batches_are_made_smaller_where_there_would_be_too_few(bert, sentences):
     batches = open_batches(open_model(bert), sentences, fewest_batches=3)
     assert [len(batch["input_ids"]) for batch in batches] == [len(SENTENCES) // 3] * 3
+
+
+@pytest.mark.parametrize("number", [8, 9, 15, 17, 31, 32])
+def test_as_many_batches_are_made_as_samples_are_needed(bert, tmp_path, number):
+    file = few(tmp_path, "maps\n" * number)
+    assert len(open_batches(open_model(bert), file, fewest_batches=16, fewest=8)) >= 8
+
+
+def test_how_many_samples_are_needed_is_said_at_once(bert, wav2vec2, recordings, tmp_path):
+    for number in (3, 5, 7):
+        with pytest.raises(ValueError, match=f"few.txt: {number} sentences, at least 8 are wanted"):
+            open_batches(open_model(bert), few(tmp_path, "maps\n" * number), fewest=8)
+    with pytest.raises(ValueError, match="4 recordings, at least 8 are wanted"):
+        open_batches(open_model(wav2vec2), recordings, fewest=8)
+    with pytest.raises(ValueError, match="max_batches of 1 reads 8 samples, at least 11 are wanted"):
+        open_batches(open_model(bert), few(tmp_path, "maps\n" * 20), max_batches=1, fewest=11)
 
 
 def test_a_long_sentence_is_cut_to_the_positions_that_roberta_has(tmp_path):

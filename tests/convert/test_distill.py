@@ -11,7 +11,7 @@ import torch
 from families import build
 from oracle import valid_rows
 from text_batches import random_batches
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import mapreuse as mr
 from mapreuse.convert import DistillConfig, _distill
@@ -54,6 +54,42 @@ def distance(model, original, batches):
         wrong += (model(**batch).last_hidden_state - theirs.last_hidden_state)[rows].square().sum()
         size += theirs.last_hidden_state[rows].square().sum()
     return (wrong / size).sqrt().item()
+
+
+@pytest.mark.parametrize("length", [11, 12])
+def test_a_classifier_learns_from_sentences_of_as_many_tokens_as_it_has_labels(length):
+    torch.manual_seed(0)
+    config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    model = BertForSequenceClassification(BertConfig(**config, num_labels=12)).eval()
+    ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+    report = mr.distill(ours, model, random_batches(8, length=length), DistillConfig(steps=2, evaluate_every=1))
+    assert report.after <= report.before
+
+
+def test_what_cannot_be_learned_from_is_refused_before_anything_is_changed(original):
+    batches, config = random_batches(8), DistillConfig(steps=2)
+    padding = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches]
+    half = original.__class__(original.config).bfloat16()
+    for model, given, message in (
+        (original, (batch for batch in batches), "give a list, not a generator"),
+        (original, padding, "the held-out batches hold no position but padding"),
+        (half, batches, "in bfloat16 on the CPU"),
+    ):
+        ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+        before = copy.deepcopy(ours.state_dict())
+        with pytest.raises(ValueError, match=message):
+            mr.distill(ours, model, given, config)
+        assert all(torch.equal(before[name], now) for name, now in ours.state_dict().items())
+    with pytest.raises(ValueError, match="give a list, not a generator"):
+        mr.distill(converted(original), original, batches, config, held_out=iter(batches))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_both_models_are_on_their_device_again_afterwards(original):
+    model = converted(original)
+    mr.distill(model, original, random_batches(8), DistillConfig(steps=2))
+    for one in (model, original):
+        assert {parameter.device.type for parameter in one.parameters()} == {"cpu"}
 
 
 def test_the_model_comes_closer_to_the_original_on_batches_it_has_not_seen(original):

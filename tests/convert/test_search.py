@@ -130,6 +130,10 @@ def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
         mr.search(bert, batches, error=0.1, latency=0.5)
     with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
         mr.search(bert, batches, latency=1.5)
+    with pytest.raises(ValueError, match="error must be at least 0, got nan"):
+        mr.search(bert, batches, error=float("nan"))
+    with pytest.raises(ValueError, match="breadth must be at least 1, got 0"):
+        mr.search(bert, batches, error=0.1, breadth=0)
     with pytest.raises(ValueError, match="search needs at least 8 calibration batches, got 3"):
         mr.search(bert, batches[:3], error=0.1)
     with pytest.raises(ValueError, match=r"no plan takes 0\.001 of the original's time"):
@@ -144,6 +148,30 @@ def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
     (tmp_path / "other.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1: not a judged plan"):
         mr.search(bert, batches, error=0.1, cache=tmp_path / "other.jsonl")
+
+
+def test_a_latency_that_no_plan_takes_is_refused_before_any_is_refitted(bert, regular_times, monkeypatch):
+    monkeypatch.setattr(_search, "fit", None)
+    with pytest.raises(
+        ValueError, match=r"no plan takes 0\.1 of the original's time: with all maps shared it is 0\.\d"
+    ):
+        mr.search(bert, random_batches(8), latency=0.1)
+
+
+def test_settings_among_the_batches_values_do_not_matter(bert):
+    batches = [{"output_attentions": False, **batch} for batch in random_batches(8)]
+    assert mr.search(bert, batches, error=1.0, breadth=1)
+
+
+def test_errors_that_another_library_rounds_otherwise_count_all_the_same(bert, tmp_path, regular_times):
+    batches, cache = random_batches(8), tmp_path / "judged.jsonl"
+    found = mr.search(bert, batches, error=0.2, breadth=2, cache=cache)
+    entries = [json.loads(line) for line in cache.read_text().splitlines()]
+    for entry in entries:
+        entry["alone"] = [error * (1 + 1e-6) for error in entry["alone"]]
+    cache.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert mr.search(bert, batches, error=0.2, breadth=2, cache=cache) == found
+    assert len(cache.read_text().splitlines()) == len(entries), "nothing judged again"
 
 
 def test_errors_of_another_judge_or_of_other_judging_batches_do_not_count(bert, tmp_path, regular_times):

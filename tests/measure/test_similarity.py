@@ -5,7 +5,9 @@ import torch
 from families import build
 from torch import nn
 
-from mapreuse.measure import similarity
+from mapreuse.measure import analyze, similarity
+from mapreuse.measure._similarity import summed_similarity
+from mapreuse.models import MapRecorder
 
 
 def eager_maps(monkeypatch, family):
@@ -53,6 +55,41 @@ def test_every_map_is_most_like_itself_and_layers_take_the_best_head():
     torch.testing.assert_close(flat, flat.T)
     assert (measured.layers.diagonal() > 0.999).all()
     assert measured.layers[0, 1] == pytest.approx(measured.heads[0, :, 1].amax(0).mean().item())
+
+
+def test_similarity_of_long_peaked_maps_is_that_of_sums_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    maps = (6 * torch.randn(2, 2, 2000, 2000, generator=generator)).softmax(-1)
+    heads = maps.flatten(0, 1).double()
+    variation = torch.stack([(heads - one).abs().sum((-2, -1)) / 2 for one in heads])
+
+    measured = summed_similarity(maps)
+
+    assert measured.dtype == torch.float64
+    expected = (1 - variation / 2000).view(2, 2, 2, 2)
+    torch.testing.assert_close(measured / 2000, expected, atol=1e-7, rtol=0)
+
+
+def test_similarity_does_not_depend_on_how_many_rows_are_compared_at_a_time(monkeypatch):
+    maps = torch.randn(3, 2, 21, 17, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    whole = summed_similarity(maps)
+    monkeypatch.setattr("mapreuse.measure._similarity._MOST_COMPARED", 4 * 6 * 17)
+
+    torch.testing.assert_close(summed_similarity(maps), whole)
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_maps_in_half_precision_are_compared_in_float32(precision):
+    model, batch = build("bert")
+    model.to(precision)
+    batch = {"input_ids": batch["input_ids"]}
+    maps = torch.stack(MapRecorder(model)(batch).maps, 1)
+    assert maps.dtype == precision
+    rows = maps.double().permute(0, 3, 1, 2, 4).flatten(2, 3)  # sequence, query, layer and head, key
+    expected = 1 - (rows[:, :, :, None] - rows[:, :, None]).abs().sum(-1).mean((0, 1)) / 2
+
+    for measured in (similarity(model, [batch]), analyze(model, [batch]).similarity):
+        torch.testing.assert_close(measured.heads.flatten(0, 1).flatten(1).double(), expected, atol=1e-6, rtol=0)
 
 
 def test_the_model_is_left_as_it_was():

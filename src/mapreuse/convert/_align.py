@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mapreuse.convert._batches import check_plan, check_precision
 from mapreuse.measure import Similarity, similarity
 from mapreuse.models import MapRecorder, Unsupported, find_stack, output_projection, with_projections
 from mapreuse.plan import LayerSource, ReusePlan
@@ -43,8 +44,13 @@ def align(
             with "error"; "one-to-one" uses every source head once (the Hungarian assignment).
 
     Raises:
-        ValueError: where there are no batches, or the plan does not fit the model.
+        ValueError: where there are no batches, the plan does not fit the model, the mode is none of the three, or the
+            model is in half precision on a CPU.
     """
+    check_plan(plan)
+    check_precision(original)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}: got {mode!r}")
     if mode != "error":
         return align_by(similarity(original, batches), plan, mode=mode)
     if plan.num_layers != (num_layers := len(find_stack(original).layers)):

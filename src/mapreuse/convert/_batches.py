@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mapreuse.plan import ReusePlan
+
 
 def calibration_batches(batches: Iterable[Mapping[str, Any]], fewest: int, reader: str) -> list[Mapping[str, Any]]:
     """The batches as a list. Raises `ValueError` where there are fewer than `reader` needs."""
@@ -19,6 +21,12 @@ def calibration_batches(batches: Iterable[Mapping[str, Any]], fewest: int, reade
             "give more samples, or split them into smaller batches"
         )
     return found
+
+
+def check_plan(plan: object) -> None:
+    """Raises `ValueError` for what is not a plan, such as the notation of one."""
+    if not isinstance(plan, ReusePlan):
+        raise ValueError(f"the plan must be a ReusePlan, such as ReusePlan.parse({str(plan)!r}): got {plan!r}")
 
 
 def check_precision(model: nn.Module) -> None:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mapreuse.convert._align import align
+from mapreuse.convert._batches import check_plan
+from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
 from mapreuse.models import apply
 from mapreuse.plan import ReusePlan
@@ -21,6 +23,7 @@ def convert(
     plan: ReusePlan,
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
+    distillation: DistillConfig | None = None,
     strategy: str = "dense",
     memory_budget: int | None = None,
 ) -> Model:
@@ -31,12 +34,21 @@ def convert(
         plan: which layers share.
         batches: calibration batches, at least four; with them, heads are assigned by `align`, and projections
             refitted by `fit`. Without, each head applies the head that the plan names, and weights stay.
+        distillation: with it, the refitted copy is trained by `distill` on the same batches.
         strategy, memory_budget: as for `apply`.
+
+    Raises:
+        ValueError: where a distillation is asked for without batches, or `align`, `apply`, `fit` or `distill` does.
     """
+    check_plan(plan)
+    if distillation is not None and batches is None:
+        raise ValueError("distillation needs batches to learn from")
     if batches is not None:
         batches = list(batches)
         plan = align(original, plan, batches)
     model = apply(copy.deepcopy(original), plan, strategy=strategy, memory_budget=memory_budget)
     if batches is not None:
         fit(model, original, batches)
+    if batches is not None and distillation is not None:
+        distill(model, original, batches, distillation)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import re
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoTokenizer
 
 from mapreuse.convert._align import align
-from mapreuse.convert._batches import calibration_batches, check_precision
+from mapreuse.convert._batches import calibration_batches, check_precision, digest
 from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
 from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latencies, search
@@ -78,7 +80,8 @@ def convert_whole(
 
     Of the plans within a budget of latency, the one with the least error is taken; within one of error, the fastest.
     Heads of a plan given are assigned by `align`. The copy is refitted, and distilled where `distill_seconds` says
-    how long. With a `work_dir`, a search or distillation that was stopped goes on from there.
+    how long. With a `work_dir`, what was found before a stop is not sought again: judged plans, the plan chosen, the
+    refitted copy, and how far its distillation is.
 
     Raises:
         ValueError: where not exactly one of budget and plan is given, no plan is within the budget, or `search`,
@@ -93,16 +96,26 @@ def convert_whole(
     if training is not None:
         calibration_batches(calibration, _FEWEST_TO_DISTIL, "distilling, beside those that judge,")
     cache, checkpoints = (None if work_dir is None else Path(work_dir) / name for name in ("search.jsonl", "distill"))
-    if budget is not None:
-        latency, error = budget.get("latency"), budget.get("error")
-        plan = _within(search(original, given, latency=latency, error=error, cache=cache), latency, error).plan
-    assert plan is not None
-    plan = align(original, plan, calibration)
     judge = hidden_state_error(original, judging)
-    model = apply(copy.deepcopy(original), plan)
-    errors = {"aligned": judge(model)}
-    fit(model, original, calibration)
-    errors["refitted"] = judge(model)
+    asked = {"budget": None if budget is None else dict(budget), "plan": None if plan is None else plan.to_json()}
+    asked["of"] = digest(original.state_dict(), *given)
+    refitted = None if work_dir is None else Path(work_dir) / "refitted"
+    if refitted is not None and (found := _refitted(refitted, asked)) is not None:
+        plan, errors = found
+        model = apply(copy.deepcopy(original), plan)
+        load_model(model, refitted / "model.safetensors")
+    else:
+        if budget is not None:
+            latency, error = budget.get("latency"), budget.get("error")
+            plan = _within(search(original, given, latency=latency, error=error, cache=cache), latency, error).plan
+        assert plan is not None
+        plan = align(original, plan, calibration)
+        model = apply(copy.deepcopy(original), plan)
+        errors = {"aligned": judge(model)}
+        fit(model, original, calibration)
+        errors["refitted"] = judge(model)
+        if refitted is not None:
+            _keep_refitted(refitted, model, {"asked": asked, "plan": plan.to_json(), "errors": errors})
     if training is not None:
         teaching = random.Random(0).sample(calibration, len(calibration))  # not from short to long
         distill(model, original, teaching, training, out_dir=checkpoints)
@@ -133,6 +146,24 @@ def copy_companions(source: str | Path, out: str | Path, *, work_dir: str | Path
         AutoTokenizer.from_pretrained(models_own).save_pretrained(
             Path(out) / models_own.relative_to(Path(source).resolve())
         )
+
+
+def _keep_refitted(directory: Path, model: nn.Module, described: dict[str, Any]) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    save_model(model, str(directory / "model.safetensors"))
+    (directory / "found.json").write_text(json.dumps(described))
+
+
+def _refitted(directory: Path, asked: Mapping[str, Any]) -> tuple[ReusePlan, dict[str, float]] | None:
+    """The plan and the errors of a refitted copy that is kept there, where the same was asked for."""
+    try:
+        described = json.loads((directory / "found.json").read_text())  # written last
+    except (OSError, ValueError):
+        return None
+    if described["asked"] != asked:
+        return None
+    return ReusePlan.from_json(described["plan"]), described["errors"]
 
 
 @contextmanager

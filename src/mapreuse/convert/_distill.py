@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-from mapreuse.convert._batches import digest
+from mapreuse.convert._batches import check_precision, digest
 from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.convert._states import not_padding, recorded_states
 from mapreuse.measure import time_interleaved
@@ -120,7 +120,7 @@ def distill(
 
     Args:
         model: a converted model with a plan in force.
-        original: the model it was converted from; it stays as it is.
+        original: the model it was converted from; it stays as it is. Both are on their device again afterwards.
         batches: any re-iterable of keyword dictionaries for both; read again and again in its own order.
         config: budget and hyper-parameters.
         held_out: batches to judge by; where None, every eighth of `batches`, which then does not teach.
@@ -128,12 +128,17 @@ def distill(
             if never interrupted. Without it, nothing is written.
 
     Raises:
-        ValueError: where no plan is in force, there are too few batches, an activation or the loss is not finite, or
-            `out_dir` holds a run of other models, batches or settings, or a damaged one.
+        ValueError: where no plan is in force, there are too few batches or they can be read only once, a model is in
+            half precision on a CPU, an activation or the loss is not finite, or `out_dir` holds a run of other
+            models, batches or settings, or a damaged one.
     """
     plan = plan_of(model)
     if plan is None:
         raise ValueError("distill needs a converted model: apply a plan to it first")
+    check_precision(model)
+    check_precision(original)
+    if any(iter(given) is given for given in (batches, held_out) if given is not None):
+        raise ValueError("distill reads its batches again and again: give a list, not a generator")
     teaching, judging = batches, held_out
     if judging is None:
         teaching, judging = _EveryEighth(batches, of_them=False), _EveryEighth(batches, of_them=True)
@@ -146,12 +151,14 @@ def distill(
     if out_dir is not None:
         identity["given"] = digest(model.state_dict(), original.state_dict(), *first)
     modes = model.training, original.training
+    devices = [next(one.parameters()).device for one in (model, original)]
     try:
         with _only_sharing_layers_learn(model, plan):
             folder = None if out_dir is None else Path(out_dir)
             return _Run(model, original, teaching, judging, config, folder, identity).go()
     finally:
-        model.train(modes[0]), original.train(modes[1])
+        for which, mode, device in zip((model, original), modes, devices, strict=True):
+            which.train(mode).to(device)
 
 
 @contextmanager
@@ -268,7 +275,7 @@ class _Run:
         loss = self.config.hidden * torch.stack(distances).mean()
         logits, wanted = getattr(output, "logits", None), getattr(target, "logits", None)
         if logits is not None and wanted is not None:
-            if logits.shape[:2] == rows.shape:
+            if logits.dim() > 2 and logits.shape[:2] == rows.shape:
                 logits, wanted = logits[rows], wanted[rows]
             logits, wanted = logits.flatten(0, -2).float(), wanted.flatten(0, -2).float()
             divergence = kl_div(
@@ -317,6 +324,8 @@ class _Run:
             ours, theirs, rows, *_ = self._pair(send_to_device(dict(batch), self.accelerator.device))
             wrong += torch.stack([_distance(ours[-1][rows], theirs[-1][rows]), _size(theirs[-1][rows])]).double()
         wrong = self.accelerator.reduce(wrong, "sum")
+        if not wrong.any():
+            raise ValueError("distill: the held-out batches hold no position but padding")
         error = (wrong[0] / wrong[1]).sqrt().item()
         if not math.isfinite(error):
             raise ValueError(

@@ -6,13 +6,13 @@ import copy
 import functools
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,6 +34,11 @@ _ROUNDS = 7
 
 _TIMED_AT_ONCE = 4
 """Plans timed in turns beside the original and the cost model's three: so many models are in memory, not all."""
+
+_TOO_FAST = "no plan takes {} of the original's time: with all maps shared it is {:.2f}"
+
+_SAME, _SAME_AT_LEAST = 1e-2, 1e-4
+"""How near, relatively or in all, two errors are of one model by one judge: another library rounds otherwise."""
 
 _TOLERANCE = 0.1
 """How far the cost model may be from a real run, relative to it, before that is said."""
@@ -105,8 +110,10 @@ def search(
         raise ValueError("give the budget as latency=0.7 (of the original's time) or as error=0.02, one of the two")
     if latency is not None and not 0 < latency < 1:
         raise ValueError(f"latency must be a share of the original's time between 0 and 1, got {latency}")
-    if error is not None and error < 0:
+    if error is not None and not error >= 0:
         raise ValueError(f"error must be at least 0, got {error}")
+    if breadth < 1:
+        raise ValueError(f"breadth must be at least 1, got {breadth}")
     check_precision(original)
     if plan_of(original) is not None:
         raise ValueError("the model reuses attention maps already; search plans for the original model instead")
@@ -115,10 +122,11 @@ def search(
     judge = judge or hidden_state_error(original, judging)
     batch = timed or _of_median_size(given)
     ranking = _Ranking(original, calibration, judge)
-    # By its errors of layers that reuse alone one judge is told from another.
-    errors = {"judge": torch.tensor(list(ranking.alone.values()))}
-    judged = _Judged(original, calibration, judge, cache, digest(original.state_dict(), errors, *given))
     costs = _Costs(original, batch, ranking)
+    if latency is not None and (least := costs.of(ranking.all)) > latency * (1 + _TOLERANCE):
+        raise ValueError(_TOO_FAST.format(latency, least))
+    identity = digest(original.state_dict(), *given)
+    judged = _Judged(original, calibration, judge, cache, identity, list(ranking.alone.values()))
     reusing: frozenset[Head] = frozenset()
     visited = {reusing: ranking.plan(reusing)}
     found: list[Candidate] = []
@@ -141,7 +149,7 @@ def search(
             bar.set_postfix_str(f"error {judged(visited[reusing]):.4f} at {costs.of(reusing):.2f}×")
     if latency is not None:
         fastest = min((candidate.latency for candidate in found), default=costs.of(reusing))
-        raise ValueError(f"no plan takes {latency} of the original's time: with all maps shared it is {fastest:.2f}")
+        raise ValueError(_TOO_FAST.format(latency, fastest))
     return _measured(original, visited, judged, costs, batch)
 
 
@@ -186,6 +194,11 @@ class _Ranking:
         self.alone = {layer: judge(self._reusing_alone(original, layer)) for layer in sources}
         of_original = judge(original)
         self._weights = {layer: self._weigh(layer, error - of_original) for layer, error in self.alone.items()}
+
+    @property
+    def all(self) -> frozenset[Head]:
+        """Every head of every layer that can reuse."""
+        return frozenset().union(*map(self._heads, self.sharing))
 
     def plan(self, reusing: frozenset[Head]) -> ReusePlan:
         """The plan where these heads reuse, each its best source."""
@@ -240,10 +253,7 @@ class _Costs:
 
     def __init__(self, original: nn.Module, batch: Mapping[str, Any], ranking: _Ranking) -> None:
         heads = range(ranking.num_heads)
-        plans = {
-            "none": frozenset[Head](),
-            "all": frozenset((layer, head) for layer in ranking.sharing for head in heads),
-        }
+        plans = {"none": frozenset[Head](), "all": ranking.all}
         if ranking.partial:
             plans["half"] = frozenset((layer, head) for layer in ranking.sharing for head in heads[1::2])
         self.models = {name: apply(copy.deepcopy(original), ranking.plan(heads)) for name, heads in plans.items()}
@@ -273,7 +283,8 @@ class _Costs:
 
 class _Judged:
     """The error of a plan after `apply` and `fit`; every plan is judged once, also over several searches: errors in
-    the cache count where they are of the same `identity`."""
+    the cache count where they are of the same `identity`, and of the same judge, which is told by its errors of
+    layers that reuse `alone`."""
 
     def __init__(
         self,
@@ -282,10 +293,11 @@ class _Judged:
         judge: Callable[[nn.Module], float],
         cache: str | Path | None,
         identity: str,
+        alone: list[float],
     ) -> None:
         self._original, self._batches, self._judge = original, batches, judge
         self._path = None if cache is None else Path(cache)
-        self._identity = identity
+        self._identity, self._alone = identity, alone
         self.errors: dict[ReusePlan, float] = {}
         self.of_original = judge(original)
         if self._path is not None and self._path.exists():
@@ -296,10 +308,14 @@ class _Judged:
             for number, line in enumerate(whole.splitlines(), start=1):
                 try:
                     entry = json.loads(line)
-                    if entry["search"] == self._identity:
+                    if entry["search"] == self._identity and self._agrees(entry["alone"]):
                         self.errors[ReusePlan.from_json(entry["plan"])] = float(entry["error"])
                 except (KeyError, TypeError, ValueError) as damage:
                     raise ValueError(f"{self._path}, line {number}: not a judged plan ({damage})") from None
+
+    def _agrees(self, alone: list[float]) -> bool:
+        pairs = zip(alone, self._alone, strict=True)
+        return all(math.isclose(one, other, rel_tol=_SAME, abs_tol=_SAME_AT_LEAST) for one, other in pairs)
 
     def __call__(self, plan: ReusePlan) -> float:
         if plan.is_full:
@@ -310,7 +326,8 @@ class _Judged:
             self.errors[plan] = self._judge(model)
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                entry = {"search": self._identity, "plan": plan.to_json(), "error": self.errors[plan]}
+                judged = {"plan": plan.to_json(), "error": self.errors[plan]}
+                entry = {"search": self._identity, "alone": self._alone, **judged}
                 with self._path.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
         return self.errors[plan]
@@ -350,7 +367,7 @@ def _front(points: Mapping[Any, tuple[float, float]]) -> list[Any]:
 def _times(models: Mapping[str, nn.Module], batch: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a forward pass of each, in turns."""
     modes = {name: model.training for name, model in models.items()}
-    device = next(iter(batch.values())).device.type
+    device = next(value for value in batch.values() if isinstance(value, Tensor)).device.type
     calls = {name: functools.partial(model.eval(), **batch) for name, model in models.items()}
     timed = time_interleaved(calls, repeats=_ROUNDS, warmup=2, device=device)
     for name, model in models.items():

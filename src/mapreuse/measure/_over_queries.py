@@ -45,12 +45,14 @@ def sequences(
 ) -> Iterator[tuple[int, Bool[Tensor, " positions"], Float[Tensor, "layers heads query key"]]]:
     """Of every sequence of a batch: its number, which positions are not padding, and the maps between those.
 
-    A sequence that is all padding is left out. Raises `ValueError` where a map is not finite.
+    Maps in half precision come in float32. A sequence that is all padding is left out. Raises `ValueError` where a
+    map is not finite.
     """
     for item, rows in enumerate(recording.valid):
         if not bool(rows.any()):
             continue
         maps = torch.stack([weights[item][:, rows][:, :, rows] for weights in recording.maps])
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
         if not bool(torch.isfinite(maps).all()):
             raise ValueError("an attention map is not finite: check the model's weights and the calibration batches")
         yield item, rows, maps

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from mapreuse.measure._over_queries import mean_over_queries
 
+_MOST_COMPARED = 2**20
+"""Elements of the maps whose differences are in memory at a time."""
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -46,8 +49,12 @@ def similarity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Simila
 
 
 def summed_similarity(maps: Float[Tensor, "layers heads query key"]) -> Float[Tensor, "layers heads layers heads"]:
-    """The similarity of every pair of maps of one sequence, summed over its queries."""
-    layers, heads, queries, _ = maps.shape
-    flat = maps.flatten(0, 1).flatten(1)
-    alike = queries - torch.cdist(flat, flat, p=1) / 2
-    return alike.double().view(layers, heads, layers, heads)
+    """The similarity of every pair of maps of one sequence, summed over its queries in float64."""
+    layers, heads, queries, keys = maps.shape
+    flat = maps.flatten(0, 1)
+    distances = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=maps.device)  # later head, earlier head
+    for rows in flat.split(max(1, _MOST_COMPARED // (len(flat) * keys)), dim=1):
+        for head in range(1, len(flat)):
+            variation = (rows[:head] - rows[head]).abs().sum(-1)  # of each row: float32 would lose a sum of all
+            distances[head, :head] += variation.sum(-1, dtype=torch.float64)
+    return (queries - (distances + distances.T) / 2).view(layers, heads, layers, heads)

@@ -1,0 +1,60 @@
+"""A whole conversion: goes on where it was stopped, with what it had found."""
+
+import copy
+import json
+
+import pytest
+import torch
+from families import build
+from text_batches import random_batches
+
+import mapreuse as mr
+from mapreuse.convert import _directory, convert_whole
+from mapreuse.models import _linear
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return build("bert")[0]
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_a_conversion_stopped_in_distillation_goes_on_with_the_plan_and_the_weights_it_had(
+    bert, tmp_path, regular_times, monkeypatch
+):
+    """Also where linear layers are taken to another library meanwhile, in which products round otherwise."""
+    batches, given = random_batches(24), {"budget": {"error": 0.5}, "distill_seconds": 1.0, "work_dir": tmp_path}
+    with monkeypatch.context() as patch:
+        patch.setattr(_directory, "distill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert_whole(bert, batches, **given)
+    kept = json.loads((tmp_path / "refitted" / "found.json").read_text())
+    before = {}
+
+    def noted(model, *args, **kwargs):
+        before.update(copy.deepcopy(model.state_dict()))
+
+    monkeypatch.setattr(_directory, "distill", noted)
+    for name in ("search", "align", "fit"):
+        monkeypatch.setattr(_directory, name, None)
+    monkeypatch.setattr(_linear, "onednn_is_faster", lambda threads: not torch.backends.mkldnn.is_available())
+    model, report = convert_whole(bert, batches, **given)
+    assert report.plan == mr.plan_of(model) == mr.ReusePlan.from_json(kept["plan"])
+    assert {name: report.errors[name] for name in ("aligned", "refitted")} == kept["errors"]
+    refitted = mr.apply(copy.deepcopy(bert), report.plan)
+    mr.fit(refitted, bert, _directory.calibrating_and_judging(batches)[0])
+    for name, weight in refitted.state_dict().items():
+        torch.testing.assert_close(before[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_what_was_kept_of_other_batches_or_of_another_budget_does_not_count(bert, tmp_path, regular_times):
+    given = {"plan": mr.ReusePlan.grouped(4, 2), "work_dir": tmp_path}
+    convert_whole(bert, random_batches(8), **given)
+    other_plan = {**given, "plan": mr.ReusePlan.grouped(4, 4)}
+    for batches, other in ((random_batches(8, seed=5), given), (random_batches(8), other_plan)):
+        _, report = convert_whole(bert, batches, **other)
+        _, afresh = convert_whole(bert, batches, plan=other["plan"])
+        assert (report.plan, report.errors) == (afresh.plan, afresh.errors)
