@@ -1,4 +1,5 @@
 import gzip
+import json
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
-from lhotse import CutSet, MonoCut, SupervisionSegment
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 from mapreuse.speech import Corpus, CorpusError, normalise, open_corpus, split_by_transcript, waveform_of
 
@@ -114,6 +115,7 @@ def test_a_kaldi_directory_may_name_its_language(kaldi):
         ("audio/one.wav", "this is no sound\n" * 100, "audio/one.wav cannot be read as audio"),
         ("segments", "one-a one 0.5 0.2\n", "one-a is from 0.5 to 0.2 s of a recording of 2.00 s"),
         ("segments", "one-a one 7.0 9.0\n", "one-a is from 7.0 to 9.0 s of a recording of 2.00 s"),
+        ("segments", "one-a one nan nan\n", "segments says one-a is from nan to nan s"),
         ("segments", "one-a one 0.5\n", "a recording, its start and end in seconds are wanted"),
         ("segments", "one-a one 0.5 soon\n", "a recording, its start and end in seconds are wanted"),
         ("utt2lang", "one-a tlh\none-b tlh\n", "in language 'tlh'"),
@@ -148,6 +150,17 @@ def test_librispeech_in_another_layout_is_refused_in_one_line(tmp_path, what):
     assert str(tmp_path) in str(refused.value)
 
 
+def test_a_librispeech_that_lacks_recordings_is_refused_in_one_line(tmp_path, capsys, caplog):
+    chapter = tmp_path / "test-clean" / "9" / "3"
+    write_speech(chapter / "9-3-0000.flac")
+    (chapter / "9-3.trans.txt").write_text("9-3-0000 HELLO\n9-3-0001 YOU\n9-3-0002 THERE\n")
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"librispeech:{tmp_path}")
+    named = f"{chapter / '9-3-0001.flac'}, {chapter / '9-3-0002.flac'}"
+    assert str(refused.value).endswith(f"2 of 3 recordings with a transcript are missing: {named}")
+    assert (*capsys.readouterr(), caplog.text) == ("", "", "")
+
+
 def test_recordings_that_are_gone_are_named(kaldi):
     corpus = open_corpus(f"kaldi:{kaldi}")
     cuts = [*corpus.train, *corpus.dev, *corpus.test]
@@ -178,6 +191,55 @@ def test_any_cut_manifest_is_a_corpus(prompts, tmp_path, suffix):
     assert texts([*corpus.train, *corpus.dev, *corpus.test]) == texts(list(prompts.test)[:30])
     assert (len(corpus.train), corpus.sampling_rate) > (15, 8000)
     assert len(corpus.test) > len(corpus.dev) > 0
+
+
+def _reverberated(cut: dict, path: Path) -> None:
+    response = {**cut["recording"], "sources": [{"type": "command", "channels": [0], "source": f"touch {path}"}]}
+    cut["recording"]["transforms"] = [{"name": "ReverbWithImpulseResponse", "kwargs": {"rir": response}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda cut, _: cut.pop("recording"), "no recording"),
+        (
+            lambda cut, _: cut["supervisions"][0].update(start=1.5),
+            "its supervision one is from 1.5 to 3.5 s of 2.00 s",
+        ),
+        (lambda cut, _: cut["supervisions"][0].update(start=-0.5), "its supervision one is from -0.5 to 1.5 s"),
+        (lambda cut, _: cut["supervisions"][0].update(duration=float("nan")), "is from 0.0 to nan s of 2.00 s"),
+        (lambda cut, _: cut["supervisions"][0].update(start="x"), "not a cut that lhotse can read"),
+        (lambda cut, _: cut["supervisions"][0].update(text=7), "has text 7"),
+        (lambda cut, _: cut["supervisions"][0].update(language=7), "language 7; strings are wanted"),
+        (lambda cut, _: cut.update(start=1.0), "from 1.0 to 3.0 s of a recording of 2.00 s"),
+        (lambda cut, _: cut["recording"]["sources"][0].update(source="gone.wav"), "gone.wav does not exist"),
+        (
+            lambda cut, path: cut["recording"]["sources"][0].update(type="command", source=f"touch {path}"),
+            "its recording is of type command",
+        ),
+        (_reverberated, "its recording is of type command"),
+    ],
+)
+def test_a_cut_that_makes_no_sense_is_refused_by_name_in_one_line_and_runs_nothing(tmp_path, change, problem):
+    write_speech(tmp_path / "one.wav", seconds=2.0)
+    cut = Recording.from_file(tmp_path / "one.wav").to_cut()
+    cut.supervisions = [SupervisionSegment("one", cut.recording_id, 0.0, 2.0, text="dial seven now")]
+    written = cut.to_dict()
+    change(written, tmp_path / "ran")
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(written) + "\n")
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"cuts:{tmp_path / 'cuts.jsonl'}")
+    assert f"cuts.jsonl: {cut.id}: " in str(refused.value)
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_whose_name_a_shell_would_run_is_refused(kaldi):
+    (kaldi / "x;touch ran;.sph").write_bytes(b"")
+    (kaldi / "wav.scp").write_text("one x;touch ran;.sph\n")
+    with pytest.raises(CorpusError, match="shell command that its name could change"):
+        open_corpus(f"kaldi:{kaldi}")
 
 
 def test_synthetic_speech_is_a_corpus_of_its_own(monkeypatch, tmp_path):

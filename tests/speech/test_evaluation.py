@@ -48,6 +48,13 @@ def test_the_shipped_recogniser_has_the_error_rates_its_page_claims(baseline, pr
     wer, cer = (float(rate) / 100 for rate in row.groups())
     assert scores.wer == pytest.approx(wer, abs=0.01)
     assert scores.cer == pytest.approx(cer, abs=0.01)
+    trained = [f" {cut.supervisions[0].text} " for cut in prompts.train]
+    pairs = zip(scores.references, scores.hypotheses, strict=True)
+    others = [pair for pair in pairs if not any(f" {pair[0]} " in text for text in trained)]
+    stated = re.search(r"other (\d+)\s+utterances", PAGE.read_text())
+    rate = re.search(rf"([\d.]+) % \[[^]]*\]\s+by {re.escape(decoder)}\b", PAGE.read_text())
+    assert len(others) == int(stated.group(1))
+    assert score(*zip(*others, strict=True)).wer == pytest.approx(float(rate.group(1)) / 100, abs=0.01)
 
 
 def test_the_shipped_recogniser_names_whose_voice_it_learnt_from():
@@ -58,6 +65,11 @@ def test_error_rates_do_not_depend_on_the_batches(baseline, prompts):
     cuts = [cut for cut in prompts.dev if cut.duration < 4]
     small, large = (evaluate(baseline, cuts, batch_seconds=seconds) for seconds in (1.0, 30.0))
     assert small.hypotheses == large.hypotheses
+
+
+def test_an_empty_split_is_refused_with_a_way_out(baseline):
+    with pytest.raises(ValueError, match=r"this split of the corpus is empty; .* \(--split all\)"):
+        evaluate(baseline, [])
 
 
 def test_an_unknown_decoder_is_refused(baseline, prompts):

@@ -36,6 +36,33 @@ def test_loudness_drops_out(prompts):
     assert torch.allclose(loud, soft, atol=1e-4)
 
 
+def test_audio_of_any_level_that_single_precision_holds_has_features(prompts):
+    samples = next(iter(prompts.test)).load_audio()[0]
+    expected, _ = features([samples], CONFIG)
+    loud, _ = features([samples * np.float32(1e30)], CONFIG)
+    assert torch.allclose(loud, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"sampling_rate": "x"},
+        {"sampling_rate": 8000.0},
+        {"window": -1.0},
+        {"window": 1e-6},
+        {"hop": 0},
+        {"hop": float("nan")},
+        {"num_mel_bins": 6.5},
+        {"lowest": 5000.0},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_features_are_refused(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"features.* {name.split('_')[0]}"):
+        FeatureConfig(**setting)
+
+
 @pytest.mark.parametrize("hertz", [200, 1000, 3000])
 def test_a_tone_is_loudest_in_the_band_that_holds_it(hertz):
     filters = mel_filters(CONFIG, 512)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import jiwer
 import numpy as np
@@ -83,6 +84,46 @@ def test_a_damaged_or_foreign_directory_is_one_clear_error(tiny, tmp_path, damag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "reason"),
+    [
+        ("vocabulary", list(range(28)), "must list single characters: got 0"),
+        ("vocabulary", ["ab"] * 28, "must list single characters: got 'ab'"),
+        ("features", {"sampling_rate": "x"}, "sampling_rate must be a positive whole number: got 'x'"),
+        ("features", {"hop": 0}, "hop must be a positive finite number: got 0"),
+        ("features", {"window": -1}, "window must be a positive finite number: got -1"),
+        ("features", {"num_mel_bins": 40}, "the model reads 32 mel bins, the features have 40"),
+        ("fusion", {"weight": "x"}, "weight must be a positive finite number: got 'x'"),
+        ("fusion", {"bonus": float("nan")}, "bonus must be a finite number: got nan"),
+    ],
+)
+def test_a_damaged_description_is_one_clear_error(tiny, tmp_path, part, value, reason):
+    tiny.save(tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "recogniser.json").read_text())
+    description[part] = description[part] | value if isinstance(value, dict) else value
+    (tmp_path / "model" / "recogniser.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="model holds a damaged or foreign recogniser") as caught:
+        Recogniser.load(tmp_path / "model")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interrupted_save_leaves_the_description_that_was_there(tiny, tmp_path, monkeypatch):
+    tiny.save(tmp_path)
+    before = (tmp_path / "recogniser.json").read_bytes()
+    write_text = Path.write_text
+
+    def interrupted(path, text, **settings):
+        write_text(path, text[:5] if "recogniser.json" in path.name else text, **settings)
+        if "recogniser.json" in path.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.save(tmp_path)
+    assert (tmp_path / "recogniser.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["window-3", "skip-1", "window-3+reuse-2x1", "full"])
 def test_a_technique_is_saved_with_its_weights(name, tmp_path, rng):
     recogniser = Recogniser.create("abc ", num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
@@ -104,10 +145,12 @@ def test_damaged_weights_of_a_technique_are_one_clear_error(tmp_path):
     (tmp_path / "model" / "recogniser.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="weights of 'window-3' do not belong in a model under 'window-4'"):
         Recogniser.load(tmp_path / "model")
-    (tmp_path / "model" / "weights.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="damaged or foreign") as caught:
-        Recogniser.load(tmp_path / "model")
-    assert "\n" not in str(caught.value)
+    weights = tmp_path / "model" / "weights.safetensors"
+    for damage in (lambda: weights.write_bytes(b"no"), weights.unlink):
+        damage()
+        with pytest.raises(ValueError, match="damaged or foreign") as caught:
+            Recogniser.load(tmp_path / "model")
+        assert "\n" not in str(caught.value)
 
 
 def test_text_that_cannot_be_written_is_refused(tiny):
@@ -182,7 +225,7 @@ def test_what_is_not_audio_is_refused_in_one_line(baseline, tmp_path):
         tmp_path / "empty.wav": "not a readable wav or flac",
         tmp_path / "nothing.wav": "lasts 0.000 s",
         tmp_path / "missing.wav": "no such file",
-        tmp_path: "no such file",
+        tmp_path: "a directory; a wav or flac file is wanted",
     }
     for path, reason in bad.items():
         with pytest.raises(ValueError, match=reason) as caught:

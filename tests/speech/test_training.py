@@ -6,14 +6,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+import soundfile
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, Recording
 from safetensors.torch import load_file
 
 from mapreuse import ReusePlan, apply
 from mapreuse.speech import Recogniser, TrainConfig, evaluate, train
 from mapreuse.speech._batches import RoundPlan, read_batch
-from mapreuse.speech._training import _Run
+from mapreuse.speech._training import _Run, _State
 
 SHORT = TrainConfig(steps=6, batch_seconds=5, evaluate_every=2, learning_rate=3e-3)
 
@@ -82,6 +83,57 @@ def test_other_settings_in_the_same_directory_are_refused(make_tiny, few, tmp_pa
     train(make_tiny(), few, SHORT, tmp_path)
     with pytest.raises(ValueError, match="holds a run with other settings"):
         train(make_tiny(), few, replace(SHORT, steps=8), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(make_tiny, few, tmp_path):
+    train(make_tiny(), few, SHORT, tmp_path)
+    checkpoint = tmp_path / "checkpoint-6"
+    state = (checkpoint / "state.json").read_bytes()
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    damages = {
+        "state.json": [b"{}", b"[]", b"\xff", state[: len(state) // 2], state.replace(b'"step": 6', b'"step": "x"')],
+        "model.safetensors": [weights[: len(weights) // 2], b""],
+        "optimizer.safetensors": [b"junk", weights],
+    }
+    for file, contents in damages.items():
+        whole = (checkpoint / file).read_bytes()
+        for content in contents:
+            (checkpoint / file).write_bytes(content)
+            with pytest.raises(
+                ValueError, match=r"checkpoint-6: not a checkpoint of train \(.+\); delete it"
+            ) as refused:
+                train(make_tiny(), few, SHORT, tmp_path)
+            assert "\n" not in str(refused.value)
+        (checkpoint / file).write_bytes(whole)
+    for junk in ("{junk}\n", "{}\n", '[{"step": 1}\n', '{"step": {}}\n'):
+        (tmp_path / "log.jsonl").write_text(junk)
+        with pytest.raises(ValueError, match=r"log.jsonl: not a log of train \(.+\); delete it"):
+            train(make_tiny(), few, SHORT, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_weights(make_tiny, few, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is not finite at step \d+; lower the learning rate"):
+        train(make_tiny(), few, replace(SHORT, learning_rate=1e30, warmup=0.0), tmp_path)
+
+
+def test_a_recording_that_is_not_finite_is_named_before_it_spoils_the_weights(make_tiny, few, tmp_path):
+    cut = min(few.train, key=lambda cut: cut.duration)
+    samples = cut.load_audio()[0]
+    samples[100] = float("nan")
+    soundfile.write(tmp_path / "nan.wav", samples, cut.sampling_rate, subtype="FLOAT")
+    damaged = cut.recording.to_cut().with_id("spoilt")
+    damaged.recording = Recording.from_file(tmp_path / "nan.wav")
+    damaged.supervisions = cut.supervisions
+    corpus = replace(few, train=CutSet.from_cuts([damaged]))
+    with pytest.raises(ValueError, match="spoilt: holds samples that are not finite"):
+        train(make_tiny(), corpus, SHORT, tmp_path / "run")
+    with pytest.raises(ValueError, match="spoilt: holds samples that are not finite"):
+        evaluate(make_tiny(), corpus.train)
+
+
+def test_a_run_without_dev_speech_claims_no_error_rate():
+    assert _State(step=3).description == "Step 3"
+    assert _State(step=3, best_wer=0.25).description == "Step 3, best dev WER 25.0%"
 
 
 def test_a_recogniser_learns_what_a_few_recordings_say(make_tiny, few, tmp_path):

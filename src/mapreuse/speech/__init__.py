@@ -7,6 +7,7 @@ from mapreuse.speech._decoding import beam_search, greedy
 from mapreuse.speech._errors import CorpusError
 from mapreuse.speech._evaluation import Scores, error_counts, evaluate, score
 from mapreuse.speech._features import FeatureConfig, features
+from mapreuse.speech._files import write_whole
 from mapreuse.speech._language_model import LanguageModel
 from mapreuse.speech._phonemes import SpokenPhonemes, phoneme_batches, speak_with_phonemes
 from mapreuse.speech._recogniser import BASELINE, DECODERS, Fusion, Recogniser
@@ -45,4 +46,5 @@ __all__ = [
     "synthesise",
     "train",
     "waveform_of",
+    "write_whole",
 ]

@@ -8,6 +8,7 @@ import soundfile
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
+from mapreuse.speech._errors import in_short
 from mapreuse.speech._features import resample
 from mapreuse.speech._files import write_whole
 
@@ -24,6 +25,8 @@ def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
 
     Reads no more of the file at a time than one piece. Raises `ValueError` with one line for what is not audio.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: a directory; a wav or flac file is wanted")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -41,13 +44,15 @@ def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
 
 
 def waveform_of(cut: Cut, rate: int) -> np.ndarray:
-    """The samples of a cut's first channel at `rate` Hz; raises `ValueError` where they cannot be read."""
+    """The samples of a cut's first channel at `rate` Hz.
+
+    Raises `ValueError` with one line where they cannot be read, or are not finite.
+    """
     try:
         samples = cut.load_audio()
     except (AudioLoadingError, AssertionError, OSError) as problem:
-        reason = " ".join(str(problem).split())[:150]
-        raise ValueError(f"{cut.id}: its recording cannot be read ({reason})") from None
-    return resample(samples[0], cut.sampling_rate, rate)
+        raise ValueError(f"{cut.id}: its recording cannot be read ({in_short(problem)})") from None
+    return resample(check_waveform(samples[0], cut.id), cut.sampling_rate, rate)
 
 
 def waveform_pieces(samples: np.ndarray, source: int, rate: int, what: str = "the waveform") -> Iterator[Piece]:

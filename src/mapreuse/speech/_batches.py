@@ -73,8 +73,8 @@ def read_batch(items: Sequence[Item], recogniser: Recogniser, config: "TrainConf
         samples = change_speed(waveform_of(cut, rate), speed)
         if noise.random() < config.noise_probability:
             decibels = noise.uniform(*config.noise_decibels)
-            level = np.sqrt(np.mean(samples**2)) * 10 ** (-decibels / 20)
-            samples = samples + level * noise.standard_normal(len(samples), dtype=np.float32)
+            level = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) * 10 ** (-decibels / 20)
+            samples = samples + np.float32(level) * noise.standard_normal(len(samples), dtype=np.float32)
         audio.append(samples)
         labels.append(torch.tensor(recogniser.encode(cut.supervisions[0].text)))
     heard = recogniser.feature_config

@@ -1,13 +1,16 @@
 import hashlib
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment, load_manifest
-from lhotse.recipes.librispeech import prepare_librispeech
+from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.utils import fastcopy
 
-from mapreuse.speech._errors import CorpusError
+from mapreuse.speech._errors import CorpusError, in_short
 from mapreuse.speech._prompts import ATTRIBUTIONS, cache_dir, read_prompts
 from mapreuse.speech._synthesis import synthesise
 from mapreuse.speech._text import LANGUAGES, normalise
@@ -15,6 +18,8 @@ from mapreuse.speech._texts import generate_texts
 
 _FORMS = "prompts:<language>, synthetic:<language>, librispeech:<directory>, cuts:<manifest> or kaldi:<directory>"
 _SYNTHETIC_UTTERANCES = 1500
+_TOLERANCE = 0.001  # seconds by which rounded times may pass the end
+_READ_BY_COMMANDS = (".opus", ".sph")  # by lhotse, which puts the file's name into a shell's command line
 _LANGUAGE_NAMES = {
     **{code: code for code in LANGUAGES},
     **{"english": "en", "french": "fr", "spanish": "es", "italian": "it", "russian": "ru"},
@@ -23,7 +28,7 @@ _LANGUAGE_NAMES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Speech with its transcripts, split so that no transcript of `dev` or `test` occurs in `train`.
+    """Speech with its transcripts, split so that no transcript of `dev` or `test` is also one of `train`.
 
     Every cut is one utterance, mono at `sampling_rate` Hz, whose `supervisions[0].text` is normalised
     (see `normalise`); `attribution` names the recordings' authors and licence, or says that it is unknown.
@@ -57,7 +62,8 @@ def open_corpus(name: str, *, seed: int = 0) -> Corpus:
     in dev or test is left out), are split by transcript: of the different transcripts of three words and more, in an
     order fixed by `seed`, the first 20 % are the test set, the next 10 % dev.
 
-    Raises `CorpusError` with one line for a bad name, a missing directory or an unreadable manifest.
+    Raises `CorpusError` with one line for a bad name, a missing directory, an unreadable manifest, or what names
+    recordings that are missing, or that only a command or the network would give.
     """
     kind, separator, where = name.partition(":")
     openers = {
@@ -83,7 +89,8 @@ def split_by_transcript(
     """(train, dev, test): whole transcripts of three words and more, in an order fixed by SHA-256 of seed and text.
 
     Transcripts of one or two words only ever train. The split of a transcript does not depend on the order of
-    `cuts`.
+    `cuts`. No transcript of one part is one of another; but it may be a run of words in a longer one of another, and
+    the voices of all parts may be the same.
     """
     cuts = list(cuts)
     texts = {cut.supervisions[0].text for cut in cuts}
@@ -127,13 +134,7 @@ def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
     cuts: dict[str, list[MonoCut]] = {"train": [], "dev": [], "test": []}
     for part, directories in parts.items():
         for directory in directories:
-            try:
-                found = prepare_librispeech(where, dataset_parts=directory.name)[directory.name]
-                manifest = CutSet.from_manifests(recordings=found["recordings"], supervisions=found["supervisions"])
-            except Exception as problem:  # lhotse's recipes assert what they expect, and raise what their readers do
-                reason = " ".join(str(problem).split())[:150] or "no utterance with a transcript"
-                raise CorpusError(f"{name}: {directory} is not in LibriSpeech's layout ({reason})") from None
-            cuts[part] += _normalised(name, manifest, language="en")
+            cuts[part] += _normalised(name, _librispeech_cuts(name, directory), language="en")
     held_out = {cut.supervisions[0].text for cut in cuts["dev"] + cuts["test"]}
     cuts["train"] = [cut for cut in cuts["train"] if cut.supervisions[0].text not in held_out]
     rate = next(cut.sampling_rate for part in cuts.values() for cut in part)
@@ -141,11 +142,32 @@ def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
     return Corpus(name, "en", rate, "LibriSpeech (Panayotov et al., 2015), CC-BY 4.0", train, dev, test)
 
 
+def _librispeech_cuts(name: str, directory: Path) -> list[MonoCut]:
+    """One cut for every line of the transcripts, whose recordings lie beside them."""
+    files = {
+        key: (listing.parent / f"{key}.flac", text)
+        for listing in sorted(directory.rglob("*.trans.txt"))
+        for key, text in _keyed_lines(name, listing)
+    }
+    if not files:
+        raise CorpusError(f"{name}: {directory} is not in LibriSpeech's layout (no utterance with a transcript)")
+    missing = [str(file) for file, _ in files.values() if not file.is_file()]
+    if missing:
+        named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CorpusError(f"{name}: {len(missing)} of {len(files)} recordings with a transcript are missing: {named}")
+    cuts = []
+    for key, (file, text) in files.items():
+        recording = _recording(name, file, key)
+        supervision = SupervisionSegment(key, key, 0.0, recording.duration, text=text)
+        cuts.append(MonoCut(key, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording))
+    return cuts
+
+
 def _open_cuts(name: str, where: str, seed: int) -> Corpus:
     try:
         manifest = load_manifest(where)
     except Exception as problem:  # lhotse's readers raise whatever their parsers do
-        raise CorpusError(f"{name}: not a lhotse manifest ({' '.join(str(problem).split())[:150]})") from None
+        raise CorpusError(f"{name}: not a lhotse manifest ({in_short(problem)})") from None
     if not isinstance(manifest, CutSet):
         raise CorpusError(f"{name}: holds a {type(manifest).__name__}; a CutSet is wanted")
     cuts = _normalised(name, manifest)
@@ -154,23 +176,19 @@ def _open_cuts(name: str, where: str, seed: int) -> Corpus:
 
 def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
     directory = Path(where)
-    audio = dict(_kaldi_lines(name, directory / "wav.scp"))
-    texts = dict(_kaldi_lines(name, directory / "text"))
+    audio = dict(_keyed_lines(name, directory / "wav.scp"))
+    texts = dict(_keyed_lines(name, directory / "text"))
     recordings = {}
     for recording_id, path in audio.items():
         if path.rstrip().endswith("|"):
             raise CorpusError(f"{name}: wav.scp gives a command for {recording_id}; write the audio to a file first")
         if not (directory / path).is_file():
             raise CorpusError(f"{name}: wav.scp gives {path} for {recording_id}, which does not exist")
-        try:
-            recordings[recording_id] = Recording.from_file(directory / path, recording_id=recording_id)
-        except Exception as problem:  # lhotse tries several readers and raises what they do
-            reason = " ".join(str(problem).split())[:150]
-            raise CorpusError(f"{name}: {path} cannot be read as audio ({reason})") from None
-    segments = {key: (key, 0.0, -1.0) for key in recordings}
+        recordings[recording_id] = _recording(name, directory / path, recording_id)
+    listing, segments = "wav.scp", {key: (key, 0.0, -1.0) for key in recordings}
     if (directory / "segments").exists():
-        segments = {}
-        for key, rest in _kaldi_lines(name, directory / "segments"):
+        listing, segments = "segments", {}
+        for key, rest in _keyed_lines(name, directory / "segments"):
             try:
                 recording_id, first, last = rest.split()
                 segments[key] = (recording_id, float(first), float(last))
@@ -178,15 +196,16 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
                 raise CorpusError(
                     f"{name}: segments says {rest!r} of {key}; a recording, its start and end in seconds are wanted"
                 ) from None
-    languages = dict(_kaldi_lines(name, directory / "utt2lang")) if (directory / "utt2lang").exists() else {}
+    languages = dict(_keyed_lines(name, directory / "utt2lang")) if (directory / "utt2lang").exists() else {}
     cuts = []
     for key, (recording_id, start, end) in segments.items():
         if key in texts and recording_id in recordings:
             recording = recordings[recording_id]
             duration = (recording.duration if end < 0 else min(end, recording.duration)) - start
-            if start < 0 or duration <= 0:
+            if not (start >= 0 and duration > 0):
                 raise CorpusError(
-                    f"{name}: {key} is from {start} to {end} s of a recording of {recording.duration:.2f} s"
+                    f"{name}: {listing} says {key} is from {start} to {end} s of a recording of "
+                    f"{recording.duration:.2f} s"
                 )
             supervision = SupervisionSegment(
                 key, recording_id, 0.0, duration, text=texts[key], language=languages.get(key)
@@ -195,7 +214,8 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
     return _split_corpus(name, _normalised(name, cuts), seed)
 
 
-def _kaldi_lines(name: str, path: Path) -> list[tuple[str, str]]:
+def _keyed_lines(name: str, path: Path) -> list[tuple[str, str]]:
+    """(first word, all after it) of a file's lines that have both, as Kaldi and LibriSpeech list things."""
     if not path.is_file():
         raise CorpusError(f"{name}: {path} is missing; a Kaldi data directory has wav.scp and text")
     try:
@@ -207,9 +227,8 @@ def _kaldi_lines(name: str, path: Path) -> list[tuple[str, str]]:
 
 def _normalised(name: str, cuts: Iterable[MonoCut], language: str | None = None) -> list[MonoCut]:
     """One cut per utterance that has words, its transcript normalised in `language`, or in its own."""
-    manifest = CutSet.from_cuts(cuts).trim_to_supervisions(keep_overlapping=False)
     normalised = []
-    for cut in manifest:
+    for cut in chain.from_iterable(_utterances(name, whole) for whole in cuts):
         spoken = language or _LANGUAGE_NAMES.get((cut.supervisions[0].language or "en").lower())
         if spoken is None:
             raise CorpusError(
@@ -221,6 +240,70 @@ def _normalised(name: str, cuts: Iterable[MonoCut], language: str | None = None)
     if not normalised:
         raise CorpusError(f"{name}: no utterance with a transcript")
     return normalised
+
+
+def _utterances(name: str, cut: Cut) -> list[MonoCut]:
+    """A cut's supervisions, each as a cut of its own."""
+    try:
+        problem, utterances = _problem(cut), []
+        if problem is None:
+            utterances = list(cut.trim_to_supervisions(keep_overlapping=False))
+    except Exception as damage:  # lhotse asserts what it expects of times, channels and samples
+        problem = f"not a cut that lhotse can read ({in_short(damage)})"
+    if problem is not None:
+        raise CorpusError(f"{name}: {cut.id}: {problem}")
+    return utterances
+
+
+def _problem(cut: Cut) -> str | None:
+    """What is wrong with a cut that is not speech with its transcripts, in files that are there."""
+    for source in _sources(cut.to_dict()):
+        kind, where = source["type"], source["source"]
+        if kind != "file":
+            return f"its recording is of type {kind} ({str(where)[:60]}); write the audio to a file first"
+        if problem := _problem_of_file(Path(where)):
+            return f"its recording {problem}"
+    parts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    for part in (part for part in parts if not isinstance(part, PaddingCut)):
+        recording = part.recording
+        if recording is None:
+            return "no recording"
+        if not (part.start >= 0 and part.end <= recording.duration + _TOLERANCE):
+            return f"from {part.start} to {part.end} s of a recording of {recording.duration:.2f} s"
+    for supervision in cut.supervisions:
+        start, end, text, language = supervision.start, supervision.end, supervision.text, supervision.language
+        if not (0 <= start < end <= cut.duration + _TOLERANCE):
+            return f"its supervision {supervision.id} is from {start} to {end} s of {cut.duration:.2f} s"
+        if not isinstance(text, str | None) or not isinstance(language, str | None):
+            return f"its supervision {supervision.id} has text {text!r} and language {language!r}; strings are wanted"
+    return None
+
+
+def _sources(manifest: object) -> Iterator[dict[str, Any]]:
+    """Every source of audio that a manifest names, also of what is mixed in or reverberated with."""
+    if isinstance(manifest, dict):
+        for key, value in manifest.items():
+            yield from value if key == "sources" else _sources(value)
+    elif isinstance(manifest, list):
+        for value in manifest:
+            yield from _sources(value)
+
+
+def _problem_of_file(file: Path) -> str | None:
+    if not file.is_file():
+        return f"{file} does not exist"
+    if file.suffix.lower() in _READ_BY_COMMANDS and shlex.quote(str(file)) != str(file):
+        return f"{file} would be read by a shell command that its name could change; rename it"
+    return None
+
+
+def _recording(name: str, file: Path, recording_id: str) -> Recording:
+    if problem := _problem_of_file(file):
+        raise CorpusError(f"{name}: {recording_id}: {problem}")
+    try:
+        return Recording.from_file(file, recording_id=recording_id)
+    except Exception as damage:  # lhotse tries several readers and raises what they do
+        raise CorpusError(f"{name}: {file} cannot be read as audio ({in_short(damage)})") from None
 
 
 def _split_corpus(name: str, cuts: list[MonoCut], seed: int) -> Corpus:

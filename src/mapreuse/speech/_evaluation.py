@@ -83,9 +83,13 @@ def evaluate(
 
     Cuts are read, resampled, sorted by length and batched to at most `batch_seconds` of padded audio; the order of
     the returned hypotheses is that of `cuts`.
+
+    Raises `ValueError` where there are no cuts, or the decoder is not one that the recogniser has.
     """
     recogniser.check_decoder(decoder)
     cuts = list(cuts)
+    if not cuts:
+        raise ValueError("no utterances to evaluate: this split of the corpus is empty; take them all (--split all)")
     logits = logits_of(recogniser, cuts, batch_seconds=batch_seconds)
     hypotheses = [text_of(recogniser, frames, decoder) for frames in logits]
     return score([cut.supervisions[0].text for cut in cuts], hypotheses)

@@ -1,5 +1,6 @@
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
 
@@ -12,13 +13,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Log-mel settings: sampling rate and lowest band's edge in Hz, window and hop in seconds, number of bands."""
+    """Log-mel settings: sampling rate and lowest band's edge in Hz, window and hop in seconds, number of bands.
+
+    Raises `ValueError` for what is not a positive finite number, or makes no features.
+    """
 
     sampling_rate: int = 8000
     window: float = 0.025
     hop: float = 0.01
     num_mel_bins: int = 64
     lowest: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            whole = name in ("sampling_rate", "num_mel_bins")
+            if not isinstance(value, int if whole else int | float) or not 0 < value < math.inf:
+                kind = "whole" if whole else "finite"
+                raise ValueError(f"the features' {name} must be a positive {kind} number: got {value!r}")
+        if not (self.window_samples > 1 and self.hop_samples > 0 and self.lowest < self.sampling_rate / 2):
+            raise ValueError(
+                f"no features at {self.sampling_rate} Hz with window {self.window} s, hop {self.hop} s and lowest "
+                f"{self.lowest} Hz: a window needs two samples, a hop one, and bands end at half the sampling rate"
+            )
 
     @property
     def window_samples(self) -> int:
@@ -49,7 +65,8 @@ def features(
     batch = torch.zeros(len(audio), int(num_samples.max()))
     for row, samples in zip(batch, audio, strict=True):
         waveform = torch.as_tensor(samples, dtype=torch.float32)
-        row[: len(samples)] = 0.1 * waveform / waveform.square().mean().sqrt().clamp(min=1e-5)
+        level = waveform.double().square().mean().sqrt().clamp(min=1e-5)  # in float32 the squares would overflow
+        row[: len(samples)] = 0.1 * waveform / level.float()
     num_frames = 1 + (num_samples - length) // hop
     frames = batch.unfold(1, length, hop) * torch.hann_window(length, periodic=False)
     num_bins = 2 ** (length - 1).bit_length() * 2

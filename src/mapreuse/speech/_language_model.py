@@ -114,11 +114,6 @@ class LanguageModel:
             found = self._cache[key] = self._outputs(key)
         return found
 
-    def word_log_probability(self, word: str, history: Sequence[str]) -> float:
-        """log p(word | the words before it), the end of a text being the word ""; a text begins with it too."""
-        context = tuple(self._number.get(w, -1) if w else 0 for w in history)[-(_ORDER - 1) :]
-        return math.log(self._spelt(word, context))
-
     def _outputs(self, key: tuple[int, ...]) -> ndarray:
         begins = key[:1] == (0,)
         text = "".join(self.characters[number - 1] for number in key if number)

@@ -1,6 +1,6 @@
 import copy
 import json
-import os
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCT
 from mapreuse import models
 from mapreuse.speech._audio import PIECE, file_pieces, waveform_pieces
 from mapreuse.speech._decoding import beam_search, greedy
+from mapreuse.speech._errors import in_short
 from mapreuse.speech._features import FeatureConfig, features
+from mapreuse.speech._files import write_whole
 from mapreuse.speech._language_model import LanguageModel
 from mapreuse.techniques import Full, Reuse, Technique, parse
 
@@ -31,10 +33,19 @@ _WIDTH = 64  # prefixes kept with a language model: it tells of a word's context
 
 @dataclass(frozen=True)
 class Fusion:
-    """What the beam search adds for every character: `weight` · log p_lm + `bonus`. Tuned on dev."""
+    """What the beam search adds for every character: `weight` · log p_lm + `bonus`. Tuned on dev.
+
+    Raises `ValueError` for what is not a finite number, or a weight that is not positive.
+    """
 
     weight: float = 0.4
     bonus: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("weight", self.weight, 0.0), ("bonus", self.bonus, -math.inf)):
+            if not isinstance(value, int | float) or not least < value < math.inf:
+                kind = "positive finite" if least == 0 else "finite"
+                raise ValueError(f"the fusion's {name} must be a {kind} number: got {value!r}")
 
 
 class Recogniser:
@@ -42,13 +53,23 @@ class Recogniser:
 
     `vocabulary` lists the characters of outputs 1, 2, ...; output 0 is CTC's blank. The model has one frame for
     every four of the features.
+
+    Raises `ValueError` where the three do not fit one another.
     """
 
     def __init__(self, model: ParakeetForCTC, vocabulary: Sequence[str], feature_config: FeatureConfig):
+        for entry in vocabulary:
+            if not isinstance(entry, str) or len(entry) != 1:
+                raise ValueError(f"the vocabulary must list single characters: got {entry!r}")
         if model.config.vocab_size != len(vocabulary) + 1:
             raise ValueError(
                 f"the model has {model.config.vocab_size} outputs, but blank and the vocabulary make "
                 f"{len(vocabulary) + 1}"
+            )
+        num_mel_bins = model.config.encoder_config.num_mel_bins
+        if feature_config.num_mel_bins != num_mel_bins:
+            raise ValueError(
+                f"the model reads {num_mel_bins} mel bins, the features have {feature_config.num_mel_bins}"
             )
         self.model = model
         self.vocabulary = list(vocabulary)
@@ -217,10 +238,11 @@ class Recogniser:
         else:
             description["technique"] = self._compressed.save(self.model, directory / _WEIGHTS, dtype)
         if self.language_model is not None:
-            self.language_model.save(directory / _LANGUAGE_MODEL)
+            write_whole(directory / _LANGUAGE_MODEL, self.language_model.save)
         else:
             (directory / _LANGUAGE_MODEL).unlink(missing_ok=True)
-        (directory / _DESCRIPTION).write_text(json.dumps(description, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(description, ensure_ascii=False) + "\n"
+        write_whole(directory / _DESCRIPTION, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     @staticmethod
     def is_saved_in(directory: str | Path) -> bool:
@@ -248,9 +270,8 @@ class Recogniser:
             recogniser._compressed = compressed
             if (directory / _LANGUAGE_MODEL).exists():
                 recogniser.language_model = LanguageModel.load(directory / _LANGUAGE_MODEL)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as damage:
-            reason = " ".join(str(damage).split())[:200]
-            raise ValueError(f"{directory} holds a damaged or foreign recogniser: {reason}") from None
+        except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as damage:
+            raise ValueError(f"{directory} holds a damaged or foreign recogniser: {in_short(damage)}") from None
         return recogniser
 
 
@@ -267,9 +288,7 @@ class _Compressed:
             name: tensor.detach().to(dtype if tensor.is_floating_point() and dtype else tensor.dtype).contiguous()
             for name, tensor in model.state_dict().items()
         }
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        save_file(stored, unfinished)
-        os.replace(unfinished, file)
+        write_whole(file, lambda unfinished: save_file(stored, unfinished))
         return {"name": self.technique.name, "config": json.loads(self.config.to_json_string(use_diff=False))}
 
     @classmethod

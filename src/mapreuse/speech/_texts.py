@@ -25,11 +25,12 @@ _TEMPLATES = json.loads((Path(__file__).parent / "templates.json").read_text(enc
 def generate_texts(
     count: int, language: str, *, seed: int, transcripts: Sequence[str] = (), exclude: Iterable[str] = ()
 ) -> list[str]:
-    """`count` different normalised sentences to synthesise, the same for the same arguments.
+    """`count` different normalised sentences to synthesise, the same for the same arguments and the same wordfreq.
 
     A third recombines the given training `transcripts` (a Markov chain of order two over their words); the others
     are telephone templates, numbers, frequent words in any order, and, in English, sentences of the documentation
-    that is installed. A sentence that contains any of `exclude` (the dev and test transcripts) as a run of whole
+    that is installed: English texts are other ones under another version of Python or of a package that
+    `documentation` reads. A sentence that contains any of `exclude` (the dev and test transcripts) as a run of whole
     words is dropped.
 
     Raises `ValueError` if so many different sentences cannot be made.

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from lhotse.cut import Cut
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
@@ -21,6 +22,7 @@ from mapreuse.convert import learning_rate, spent
 from mapreuse.models import plan_of
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
 from mapreuse.speech._corpora import Corpus
+from mapreuse.speech._errors import in_short
 from mapreuse.speech._evaluation import Scores, evaluate
 from mapreuse.speech._flite import speak_with_flite
 from mapreuse.speech._fusion import add_language_model
@@ -141,6 +143,11 @@ class _State:
     stale: int = 0
     finished: bool = False
 
+    @property
+    def description(self) -> str:
+        found = f", best dev WER {self.best_wer:.1%}" if math.isfinite(self.best_wer) else ""
+        return f"Step {self.step}{found}"
+
 
 def train(
     recogniser: Recogniser,
@@ -160,7 +167,8 @@ def train(
     under a budget in steps bit for bit as if never interrupted, and at once where the run had ended. Without dev
     utterances the last weights are kept, and None is returned.
 
-    Raises `ValueError` where `out_dir` holds a run with other settings, or from other weights.
+    Raises `ValueError` where `out_dir` holds a run with other settings, from other weights, or damaged, and where a
+    loss is not finite.
     """
     run = _Run(recogniser, corpus, config, Path(out_dir), original)
     run.resume()
@@ -280,8 +288,7 @@ class _Run:
                         bar.console.print(self._evaluate(loss))
                     state.finished = bool(self._agreed(float(state.finished)))
                     self._checkpoint()
-                description = f"Step {state.step}, best dev WER {state.best_wer:.1%}"
-                bar.update(task, completed=self._progress(), description=description)
+                bar.update(task, completed=self._progress(), description=state.description)
 
     def _batches(self) -> Iterator[list[Item]]:
         """This process's batches, round after round, from the position the state is at."""
@@ -313,6 +320,11 @@ class _Run:
         loss = output.loss
         if self.original is not None:
             loss = loss + self.config.distillation * self._divergence(output.logits, batch)
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"train: the loss is not finite at step {self.state.step}; lower the learning rate, or check the "
+                "recogniser and its recordings"
+            )
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
@@ -382,8 +394,11 @@ class _Run:
         log = self.out_dir / "log.jsonl"
         if not log.is_file():
             return
-        lines = log.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.state.step]
+        try:
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.state.step]
+        except (LookupError, TypeError, ValueError) as damage:
+            raise ValueError(f"{log}: not a log of train ({in_short(damage)}); delete it") from None
         if kept != lines:
             partial = log.with_suffix(".partial")
             partial.write_text("".join(kept))
@@ -393,16 +408,25 @@ class _Run:
         found = sorted(self.out_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         if not found:
             return
-        saved = json.loads((found[-1] / "state.json").read_text())
-        if saved["run"] != self.identity:
+        checkpoint = found[-1]
+        try:
+            saved = json.loads((checkpoint / "state.json").read_text())
+            identity, state = saved["run"], _State(**saved["state"])
+            if checkpoint.name != f"checkpoint-{state.step}":
+                raise ValueError(f"its state is of step {state.step}")
+            weights = load_file(checkpoint / "model.safetensors")
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+                number, name = key.split(".")
+                moments.setdefault(int(number), {})[name] = value
+            if identity == self.identity:
+                self.recogniser.model.load_state_dict(weights)
+                self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        except (LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as damage:
+            raise ValueError(f"{checkpoint}: not a checkpoint of train ({in_short(damage)}); delete it") from None
+        if identity != self.identity:
             raise ValueError(
                 f"{self.out_dir} holds a run with other settings, or from other weights; choose another directory or "
                 "delete it"
             )
-        self.state = _State(**saved["state"])
-        self.recogniser.model.load_state_dict(load_file(found[-1] / "model.safetensors"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(found[-1] / "optimizer.safetensors").items():
-            number, name = key.split(".")
-            state.setdefault(int(number), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.state = state

@@ -10,6 +10,7 @@ from mapreuse.study._runs import LongRecipe, Recipe, Run
 from mapreuse.techniques import study_techniques
 
 _LONGER = ("full", "reuse-2x3", "reuse-6x1", "heads-2", "window-16", "diagonal")
+_LONGER_REPEATED = ("full", "reuse-2x3", "heads-2", "diagonal")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class FullConfig:
         recipe: how every run trains.
         longer: techniques that also train by `longer_recipe`, on `corpus`; where None, some of one voice's recordings
             (`prompts:…`), which it puts sentences together from, and none of another corpus.
-        longer_seeds: with how many seeds.
+        longer_repeated: those of them that do so with `longer_seeds` seeds, the others with one; where `longer` is
+            None, some of one voice's recordings.
+        longer_seeds: how many, counted from 0.
         longer_recipe: how.
         lengths: encoder frames at which latency is measured.
         memory_length: encoder frames at which peak memory is.
@@ -48,6 +51,7 @@ class FullConfig:
     shown: tuple[str, str] = ("full", "reuse-2x3")
     recipe: Recipe = field(default_factory=Recipe)
     longer: tuple[str, ...] | None = None
+    longer_repeated: tuple[str, ...] = ()
     longer_seeds: int = 2
     longer_recipe: LongRecipe = field(default_factory=LongRecipe)
     lengths: tuple[int, ...] = (250, 500, 1000, 2000, 4000, 8000)
@@ -60,8 +64,10 @@ class FullConfig:
             names = tuple(technique.name for technique in study_techniques(self.recipe.num_layers))
             object.__setattr__(self, "techniques", names)
         if self.longer is None:
-            object.__setattr__(self, "longer", _LONGER if self.corpus.startswith("prompts:") else ())
-        named = {*self.repeated, *self.elsewhere, *self.shown, *(self.longer or ())}
+            of_one_voice = self.corpus.startswith("prompts:")
+            object.__setattr__(self, "longer", _LONGER if of_one_voice else ())
+            object.__setattr__(self, "longer_repeated", _LONGER_REPEATED if of_one_voice else ())
+        named = {*self.repeated, *self.elsewhere, *self.shown, *(self.longer or ()), *self.longer_repeated}
         if unknown := sorted(named - set(self.techniques)):
             raise ValueError(f"{', '.join(unknown)}: not among the study's techniques, {', '.join(self.techniques)}")
         if self.corpus == self.other_corpus:
@@ -80,12 +86,11 @@ class FullConfig:
         return runs
 
     def longer_runs(self) -> list[Run]:
-        """The runs of `longer`, seed by seed."""
-        return [
-            Run(name, self.corpus, seed, self.longer_recipe)
-            for seed in range(self.longer_seeds)
-            for name in self.longer or ()
-        ]
+        """The runs by the longer recipe, seed by seed."""
+        runs = [Run(name, self.corpus, 0, self.longer_recipe) for name in self.longer or ()]
+        for seed in range(1, self.longer_seeds):
+            runs += [Run(name, self.corpus, seed, self.longer_recipe) for name in self.longer_repeated]
+        return runs
 
 
 def check_device(device: str) -> None:
