@@ -50,13 +50,18 @@ def main() -> int:
     except ValueError as missing:
         print(missing)
         return 1
-    for name, fresh in files.items():
-        if "--check" not in sys.argv:
+    if "--check" not in sys.argv:
+        for name, fresh in files.items():
             (ROOT / name).write_text(fresh)
-        elif not (ROOT / name).is_file() or (ROOT / name).read_text() != fresh:
-            print(f"{name} does not show the figures of results; run make readme")
-            return 1
-    return 0
+        return 0
+    stale = [name for name, fresh in files.items() if not _holds(ROOT / name, fresh)]
+    for name in stale:
+        print(f"{name} does not show the figures of results; run make readme")
+    return 1 if stale else 0
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_text() == text
 
 
 def _results(preset: str) -> dict[str, Any]:

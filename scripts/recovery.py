@@ -5,8 +5,8 @@
 
 RECOGNISER is a directory of `mapreuse train`, "shipped" for the English one of this package. Every plan is judged
 with heads shared by index and nothing refitted (naive), aligned and refitted by `mr.convert` (no training), and after
-five minutes of fine-tuning from there towards the original's outputs, on one thread; so is the original itself,
-trained as long. The corpus is the language's prompts, test split, greedy decoding. A plan that
+five minutes of fine-tuning from there, by the transcripts (CTC) and towards the original's outputs, on one thread; so
+is the original itself, trained as long. The corpus is the language's prompts, test split, greedy decoding. A plan that
 results/convert/recovery.json holds is not done again; both languages may run at once, each in a process of its own.
 """
 
@@ -120,8 +120,8 @@ def _page(results: dict[str, Any]) -> str:
         f"Written by `{results['command']}` ({here['processor']}), one thread. Greedy test",
         "WER [95 %], CER. English: the shipped recogniser (8 layers, `shipped`); Spanish: the study's (6 layers,",
         "its `full`, seed 0). Refitted on",
-        f"{NUM_BATCHES} batches of 8 recordings; then {TRAINING.seconds:.0f} s of training towards the original's",
-        "outputs, the best of dev kept.",
+        f"{NUM_BATCHES} batches of 8 recordings; then {TRAINING.seconds:.0f} s of training by the transcripts (CTC)",
+        "and towards the original's outputs, the best of dev kept.",
         "",
     ]
     for language, rows in sorted(results["languages"].items()):

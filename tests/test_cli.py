@@ -1,10 +1,12 @@
 """The command line: bad input is one line and exit status 2."""
 
+import importlib.util
 import json
 import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,11 @@ def mapreuse(monkeypatch, capsys, *arguments):
         (["evaluate", "--split", "train"], "--split must be test, dev or all"),
         (["study", "--preset", "huge"], "--preset must be quick"),
         (["study", "--no-such-option"], "No such option"),
+        (["train", "--out", "x", "--steps", "abc"], "Invalid value for '--steps': "),
+        (["train", "--steps", "1"], "Missing option '--out'"),
+        (["study", "--out", "/dev/null"], "--out /dev/null cannot be written"),
+        (["study", "--preset", "full", "--out", "/dev/null/below"], "--out /dev/null/below cannot be written"),
+        (["study", "--preset", "full", "--work", "/dev/null"], "--work /dev/null cannot be written"),
         (["study", "--workers", "2"], "belong to --preset full"),
         (["study", "--preset", "full", "--model", "x"], "belongs to --preset quick"),
         (["study", "--preset", "full", "--workers", "-1"], "--workers must be at least 1"),
@@ -101,7 +108,7 @@ def test_a_text_encoder_is_analyzed_over_a_text_file(tmp_path, monkeypatch, caps
 
 
 def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "console", Console())
+    monkeypatch.setattr(cli, "console", Console(width=200))
     directory = save_bert(tmp_path / "model")
     (directory / "README.md").write_text("a card")
     sentences = tmp_path / "sentences.txt"
@@ -240,7 +247,7 @@ def test_the_shipped_recogniser_is_analyzed_over_a_folder_of_recordings(tmp_path
 def test_of_a_corpus_a_command_reads_its_split(command, split, tmp_path, monkeypatch, capsys):
     """Dev has too few utterances for a refit, which should see those that the model learned from."""
 
-    def batches(recogniser, source, *, split, max_batches):
+    def batches(recogniser, source, *, split, **wanted):
         raise ValueError(f"{source}, {split}")
 
     monkeypatch.setattr(mr.speech, "calibration_batches", batches)
@@ -248,6 +255,42 @@ def test_of_a_corpus_a_command_reads_its_split(command, split, tmp_path, monkeyp
     status, _, error = mapreuse(monkeypatch, capsys, *arguments, *(["--plan", "2x4"] if command == "convert" else []))
     assert (status, error) == (2, f"mapreuse: prompts:en, {split}\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "more", "needed"), [(3, [], 8), (7, [], 8), (8, ["--distill-seconds", "1"], 11)])
+def test_how_many_sentences_a_conversion_needs_is_said_at_once(number, more, needed, tmp_path, monkeypatch, capsys):
+    save_bert(tmp_path / "model")
+    (tmp_path / "sentences.txt").write_text("maps\n" * number)
+    arguments = ["convert", str(tmp_path / "model"), "--calibration", str(tmp_path / "sentences.txt")]
+    status, _, error = mapreuse(
+        monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"), "--plan", "[0,0,2]", *more
+    )
+    assert status == 2
+    assert error == f"mapreuse: {tmp_path}/sentences.txt: {number} sentences, at least {needed} are wanted\n"
+
+
+@pytest.mark.parametrize(("number", "more"), [(8, []), (11, ["--distill-seconds", "1"])])
+def test_as_many_sentences_as_are_said_to_be_needed_suffice(number, more, tmp_path, monkeypatch, capsys):
+    save_bert(tmp_path / "model")
+    (tmp_path / "sentences.txt").write_text("\n".join((SENTENCES * 2)[:number]))
+    arguments = ["convert", str(tmp_path / "model"), "--calibration", str(tmp_path / "sentences.txt")]
+    status, _, error = mapreuse(
+        monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"), "--plan", "[0,0,2]", *more
+    )
+    assert status == 0, error
+
+
+def test_a_recogniser_is_converted_by_as_few_recordings(tmp_path, monkeypatch, capsys):
+    noise = np.random.default_rng(0).standard_normal(8000) / 10
+    (tmp_path / "heard").mkdir()
+    for number in range(8):
+        soundfile.write(tmp_path / "heard" / f"{number}.wav", noise[: 4000 + 500 * number], 8000)
+    arguments = ["convert", "recogniser", "--calibration", str(tmp_path / "heard"), "--plan", "2x4"]
+    status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert status == 0, error
+    (tmp_path / "heard" / "7.wav").unlink()
+    status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "again"))
+    assert (status, error) == (2, f"mapreuse: {tmp_path}/heard: 7 utterances, at least 8 are wanted\n")
 
 
 def test_a_model_without_a_tokenizer_is_refused_on_one_line(tmp_path, monkeypatch, capsys):
@@ -269,6 +312,24 @@ def test_a_corpus_is_described_with_its_attribution(monkeypatch, capsys):
     assert status == 0
     assert "8000 Hz" in out
     assert "CC-BY-SA" in out
+
+
+def test_every_file_that_shows_other_figures_is_reported_at_once(tmp_path, monkeypatch, capsys):
+    """`scripts/readme.py --check`, on results whose reports are not there."""
+    root = Path(__file__).parent.parent
+    for part in ("README.md", "results/quick/results.json", "results/full/results.json", "results/full/runs"):
+        (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / part).symlink_to(root / part)
+    specification = importlib.util.spec_from_file_location("readme", root / "scripts" / "readme.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
+    assert script.main() == 1
+    printed = capsys.readouterr().out
+    for name in ("results/quick/report.md", "results/quick/report.html", "docs/papers.md", "results/full/report.md"):
+        assert f"{name} does not show the figures of results" in printed
+        assert not (tmp_path / name).exists()
 
 
 def test_the_installed_command_reports_bad_input_without_a_traceback():

@@ -29,13 +29,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error fo
 
 _INTERRUPTED = 130
 _FEWEST_BATCHES = 16  # of which four judge, and the others teach as long as they last
+_FEWEST_TO_CONVERT, _FEWEST_TO_DISTIL = 8, 11  # samples, and batches: three of four batches calibrate, or teach
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 ModelName = Annotated[str, typer.Argument(help="recogniser (the shipped one), or a directory of a model")]
 CalibrationData = Annotated[
-    str, typer.Option(help="text file, folder of wav or flac, datasets directory; of a recogniser, folder or corpus")
+    str,
+    typer.Option(help="text file, folder of wav, flac, png or jpg, datasets directory; or a recogniser's corpus"),
 ]
 Stack = Annotated[str, typer.Option(help="of a model with several stacks of layers: path of one, model.encoder")]
 MaxBatches = Annotated[int, typer.Option(help="read no more than 8 sequences for each")]
@@ -54,7 +56,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command goes on from here", _INTERRUPTED)
     except typer.TyperException as error:
-        _fail(f"{error}; see mapreuse --help")
+        _fail(f"{error.format_message().rstrip('.')}; see mapreuse --help")
     except (ValueError, OSError) as error:
         _fail(str(error))
 
@@ -83,6 +85,8 @@ def study(
     if preset not in ("quick", "full"):
         raise ValueError(f"--preset must be quick or full, got {preset!r}")
     out, work = out or Path("results") / preset, work or Path("runs") / preset
+    _check_directory("--out", out)
+    _check_directory("--work", work)
     if preset == "full":
         if baseline is not None:
             raise ValueError("--model belongs to --preset quick: the full study trains its own models")
@@ -236,7 +240,8 @@ def convert(
     check_new(out)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
-    opened, batches = _calibrated(model, calibration, max_batches, stack, split="train")
+    fewest = _FEWEST_TO_CONVERT if distill_seconds is None else _FEWEST_TO_DISTIL
+    opened, batches = _calibrated(model, calibration, max_batches, stack, split="train", fewest=fewest)
     work = out.with_name(f"{out.name}.work")
     part, report = convert_whole(
         opened.part, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, work_dir=work
@@ -265,24 +270,25 @@ def convert(
 
 
 def _calibrated(
-    model: str, calibration: str, max_batches: int, stack: str, *, split: str
+    model: str, calibration: str, max_batches: int, stack: str, *, split: str, fewest: int = 4
 ) -> tuple[OpenedModel, list[dict[str, Tensor]]]:
-    """The model that the command line names, and batches for it: of a corpus, from this split."""
+    """The model that the command line names, and batches for it: of a corpus, from this split. At least `fewest`."""
     from transformers.utils.logging import disable_progress_bar
 
     from mapreuse import speech
     from mapreuse.convert import OpenedModel, open_batches, open_model
 
     disable_progress_bar()
+    wanted: dict[str, int] = {"max_batches": max_batches, "fewest_batches": _FEWEST_BATCHES, "fewest": fewest}
     if model == "recogniser" or speech.Recogniser.is_saved_in(model):
         if stack:
             raise ValueError("--stack is for models with several stacks of layers; a recogniser has one")
         directory = speech.BASELINE if model == "recogniser" else Path(model)
         recogniser = speech.Recogniser.load(directory)
-        batches = speech.calibration_batches(recogniser, calibration, split=split, max_batches=max_batches)
+        batches = speech.calibration_batches(recogniser, calibration, split=split, **wanted)
         return OpenedModel(recogniser.model, directory), batches
     opened = open_model(model, stack)
-    return opened, open_batches(opened, calibration, max_batches=max_batches, fewest_batches=_FEWEST_BATCHES)
+    return opened, open_batches(opened, calibration, **wanted)
 
 
 def _show(tables: list[measure.Table]) -> None:
@@ -311,6 +317,13 @@ def _check_writable(file: Path | None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ValueError(f"{file} cannot be written: give a file in a directory of yours")
+
+
+def _check_directory(option: str, directory: Path) -> None:
+    """What takes hours must have a directory to go to, there already or to be made when it is needed."""
+    there = next(one for one in (directory, *directory.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {directory} cannot be written: {there} is no directory of yours")
 
 
 def _words(text: str | None) -> tuple[str, ...]:
@@ -396,6 +409,8 @@ def evaluate(
     recogniser = Recogniser.load(model or BASELINE)
     opened = open_corpus(corpus)
     cuts = [*opened.train, *opened.dev, *opened.test] if split == "all" else getattr(opened, split)
+    if not len(cuts):
+        raise ValueError(f"{corpus}: its {split} split is empty; give --split all")
     console.print(f"{split} {run(recogniser, cuts, decoder=decoder)}")
 
 

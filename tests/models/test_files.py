@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import safetensors.torch
 import torch
@@ -369,6 +371,88 @@ def test_only_models_that_transformers_defines_are_saved(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def without_pooler(model):
+    built = tf.BertModel(model.config, add_pooling_layer=False).eval()
+    return mr.apply(built, GROUPS)
+
+
+def with_pooler_removed(model):
+    model.pooler = None
+    return mr.apply(model, GROUPS)
+
+
+def with_a_buffer(model):
+    mr.apply(model, GROUPS).register_buffer("seen", torch.zeros(3))
+    return model
+
+
+def with_a_wrapped_output(model):
+    dense = mr.apply(model, GROUPS).encoder.layer[1].attention.output
+    dense.dense = nn.Sequential(dense.dense)
+    return model
+
+
+def with_a_wider_output(model):
+    mr.apply(model, GROUPS).pooler.dense = nn.Linear(32, 48)
+    return model
+
+
+def with_its_head_untied(model):
+    whole = task_head("BertForMaskedLM")
+    whole.cls.predictions.decoder.weight = nn.Parameter(whole.cls.predictions.decoder.weight.detach() + 1)
+    return mr.apply(whole, GROUPS)
+
+
+DIFFERENT = {
+    "no pooler": (without_pooler, "pooler.dense.bias is missing; pooler.dense.weight is missing"),
+    "pooler removed": (with_pooler_removed, "pooler.dense.bias is missing; pooler.dense.weight is missing"),
+    "a buffer": (with_a_buffer, "seen is not part of it"),
+    "a wrapped output": (with_a_wrapped_output, r"attention.output.dense.bias is missing.* and 1 others"),
+    "a wider output": (with_a_wider_output, r"pooler.dense.bias is \(48,\), not \(32,\)"),
+    "an untied head": (with_its_head_untied, "cls.predictions.decoder.weight is not part of it"),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path, difference):
+    change, problem = DIFFERENT[difference]
+    model = change(build("bert")[0])
+    with pytest.raises(ValueError, match=f"cannot be saved: it is not the one that its .*{problem}") as error:
+        mr.save(model, tmp_path / "new")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_save_leaves_the_old_model(saved):
+    before = {file: file.read_bytes() for file in saved.iterdir()}
+    with pytest.raises(ValueError, match="cannot be saved"):
+        mr.save(with_a_buffer(build("bert", seed=1)[0]), saved)
+    assert {file: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"embeddings\.\w+\.weight of this BertModel is on the meta device") as error:
+        mr.save(build("bert")[0].to("meta"), tmp_path / "new")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_configuration_that_is_no_json_is_not_saved(tmp_path):
+    model, _ = build("bert")
+    model.config.extra = object()
+    with pytest.raises(ValueError, match="the configuration of this BertModel cannot be written as JSON"):
+        mr.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("family", ["parakeet", "vit"])
+def test_saving_draws_no_random_numbers(tmp_path, family):
+    model, _ = build(family)
+    before = torch.get_rng_state()
+    mr.save(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_weights_that_transformers_wrote_are_not_left_beside_a_saved_model(tmp_path):
     """Plain `from_pretrained` would open them and never know of the plan."""
     model, _ = build("bert")
@@ -392,9 +476,12 @@ def test_a_model_that_reuses_maps_is_not_saved_in_transformers_way(tmp_path, loa
     assert not (tmp_path / "theirs").exists()
 
 
-def test_weights_are_not_stored_as_whole_numbers(tmp_path):
-    with pytest.raises(ValueError, match=r"not as torch\.int8"):
-        mr.save(build("bert")[0], tmp_path / "new", dtype=torch.int8)
+@pytest.mark.parametrize("dtype", [torch.int8, "float16", 16])
+def test_weights_are_stored_as_floating_point_numbers(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside tests
+    with pytest.raises(ValueError, match=re.escape(f"not as {dtype!r}")) as error:
+        mr.save(build("bert")[0], tmp_path / "new", dtype=dtype)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
 
 

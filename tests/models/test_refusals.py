@@ -1,14 +1,17 @@
 """What cannot be served is refused by name, before anything is changed."""
 
 import copy
+import sys
 
 import pytest
 import torch
 import transformers as tf
 from agreement import PLANS
-from families import SIZE, build
+from families import FAMILIES, SIZE, build
+from packed_encoders import WIDTH, encoder, peaked
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from vision_blocks import VisionTransformer
 
 import mapreuse as mr
 from mapreuse.models import _conversion, find_stack, output_projection
@@ -25,7 +28,7 @@ def snapshot(model):
             type(module),
             set(vars(module)),
             {name: parameter.clone() for name, parameter in module._parameters.items() if parameter is not None},
-            len(module._forward_pre_hooks),
+            [list(module._forward_pre_hooks), list(module._forward_hooks), list(module._forward_hooks_with_kwargs)],
         )
         for path, module in model.named_modules()
     ]
@@ -39,6 +42,13 @@ def same(before, after):
         and all(torch.equal(a[3][name], b[3][name]) for name in a[3])
         for a, b in zip(before, after, strict=True)
     )
+
+
+def packed(kind):
+    """A model whose modules pass no keyword arguments on, and its inputs."""
+    if kind == "torch encoder":
+        return encoder(batch_first=True), {"src": torch.randn(2, 9, WIDTH)}
+    return peaked(VisionTransformer()), {"pixel_values": torch.randn(2, 3, 16, 16)}
 
 
 def assert_refused(model, plan, problem, **settings):
@@ -84,6 +94,58 @@ def test_a_failure_half_way_leaves_the_model_bit_identical(monkeypatch, family, 
     monkeypatch.undo()
     mr.apply(model, PLANS["in part"])
     assert mr.plan_of(model) == PLANS["in part"]
+
+
+LATER = ("tune", "refuse_save_pretrained", "_demand", "register_forward_hook")
+
+
+@pytest.mark.parametrize(
+    ("family", "step"),
+    [(family, step) for family in ("parakeet", "bert", "vision blocks", "torch encoder") for step in LATER]
+    + [("vision blocks", "bear_maps"), ("torch encoder", "bear_maps")],
+)
+def test_a_failure_after_the_conversion_leaves_the_model_bit_identical(monkeypatch, family, step):
+    model, batch = build(family) if family in FAMILIES else packed(family)
+
+    def outputs():
+        found = model(**batch)
+        return found if isinstance(found, torch.Tensor) else found.last_hidden_state
+
+    expected, before = outputs(), snapshot(model)
+    owner = nn.Module if step == "register_forward_hook" else sys.modules[mr.apply.__module__]
+    original = getattr(owner, step)
+
+    def failing(*args, **kwargs):
+        original(*args, **kwargs)
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(owner, step, failing)
+    with pytest.raises(MemoryError):
+        mr.apply(model, GROUPS)
+    monkeypatch.undo()
+    assert same(before, snapshot(model))
+    assert mr.plan_of(model) is None
+    assert torch.equal(outputs(), expected)
+    mr.apply(model, GROUPS)
+    assert mr.plan_of(model) == GROUPS
+    outputs()
+
+
+def test_a_hook_that_was_there_before_a_failure_can_still_be_removed(monkeypatch):
+    model, batch = build("bert")
+    seen = []
+    handle = model.encoder.register_forward_hook(lambda *args: seen.append(1))
+
+    def failing(module):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(sys.modules[mr.apply.__module__], "tune", failing)
+    with pytest.raises(MemoryError):
+        mr.apply(model, GROUPS)
+    model(**batch)
+    handle.remove()
+    model(**batch)
+    assert seen == [1]
 
 
 def test_a_model_of_several_stacks_is_refused_with_their_paths():

@@ -1,14 +1,20 @@
 """The quick study, small: a tiny recogniser on real test prompts."""
 
 import json
+import shlex
+import sys
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from mapreuse import cli
 from mapreuse.speech import LanguageModel, Recogniser, open_corpus
-from mapreuse.study import QuickConfig, error_table, latency_table, run_quick
+from mapreuse.study import FullConfig, QuickConfig, Recipe, error_table, latency_table, page_results, run_quick
+from mapreuse.study import _quick as internals
+from mapreuse.study import _results as full_internals
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +87,103 @@ def test_the_study_writes_every_figure_and_repeats_nothing(config, small_corpus,
     assert again["latency"] == results["latency"]
 
 
-def test_a_corpus_in_letters_that_the_recogniser_lacks_is_refused_at_once(config, tmp_path):
-    with pytest.raises(ValueError, match="train one first: mapreuse train --corpus prompts:ru"):
+@pytest.fixture
+def timed(monkeypatch):
+    """What was timed: the clock has tests of its own."""
+    done = []
+
+    def encoder(model, plans, features, **settings):
+        done.append(len(plans))
+        return {name: {"median": 1.0, "spread": 0.0} for name in ("transformers", *plans)}
+
+    def attention(model, features, **settings):
+        done.append("attention")
+        return {name: {"median": 1.0, "spread": 0.0} for name in ("transformers", "computing", "reusing")}
+
+    monkeypatch.setattr(internals, "encoder_latency", encoder)
+    monkeypatch.setattr(internals, "attention_latency", attention)
+    return done
+
+
+def test_a_recogniser_without_a_language_model_is_studied_on_another_machine_too(
+    config, small_corpus, tmp_path, monkeypatch, timed
+):
+    """Its times are taken again there; beam search is not measured of it."""
+    recogniser = Recogniser.load(config.baseline)
+    recogniser.language_model = None
+    recogniser.save(tmp_path / "without")
+    config = replace(config, baseline=str(tmp_path / "without"), recovery_seconds=0.1, lengths=(20,))
+    monkeypatch.setattr(internals, "open_corpus", lambda name: small_corpus)
+    monkeypatch.setattr("mapreuse.study._steps.source_digest", lambda sources: "this code")
+    results, _ = run(config, tmp_path)
+
+    assert "beam+lm" not in results["baseline"]
+    assert [row.endswith("| not measured |") for row in error_table(results)] == [False, False, *[True] * 5]
+    assert error_table(results)[-1] in (tmp_path / "out" / "report.md").read_text()
+    assert results["command"] == f"mapreuse study --preset quick --corpus prompts:en --model {tmp_path / 'without'}"
+    assert page_results(results)["commands"] == [results["command"]]
+
+    first = list(timed)
+    assert sorted(map(str, first)) == ["4", "5", "attention"]
+    run(config, tmp_path)
+    assert timed == first
+    elsewhere = internals.where() | {"threads": 64}
+    monkeypatch.setattr(internals, "where", lambda: elsewhere)
+    _, output = run(config, tmp_path)
+    assert timed == first * 2
+    assert not [doing for doing in ("scoring", "comparing", "fine-tuning") if doing in output]
+
+
+def test_a_study_by_default_is_what_make_study_runs():
+    command = "mapreuse study --preset quick --corpus prompts:en"
+    assert internals._command(QuickConfig()) == command
+    assert internals._command(replace(QuickConfig(device="cpu"), corpus="cuts:my cuts", baseline="runs/mine")) == (
+        "mapreuse study --preset quick --corpus 'cuts:my cuts' --model runs/mine"
+    )
+    committed = json.loads((Path(__file__).parents[2] / "results/quick/results.json").read_text())
+    assert committed["command"] == command
+    assert page_results(committed)["commands"] == ["make study"]
+
+
+def test_a_study_on_a_gpu_says_so_in_its_command():
+    assert internals._command(QuickConfig(device="cuda")).endswith("--corpus prompts:en --device cuda")
+
+
+def test_the_full_studys_commands_are_those_of_its_settings():
+    committed = json.loads((Path(__file__).parents[2] / "results/full/results.json").read_text())
+    assert full_internals._command(FullConfig()) == committed["command"]
+    assert full_internals._commands(FullConfig()) == committed["commands"]
+    other = FullConfig(corpus="librispeech:my data", other_corpus="prompts:fr", recipe=Recipe(steps=7))
+    command = "mapreuse study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr --steps 7"
+    assert full_internals._command(other) == command
+    commands = full_internals._commands(other)
+    assert commands
+    assert all(one.startswith(f"{command} --") for one in commands)
+
+
+def test_the_full_studys_command_on_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    commands = full_internals._commands(FullConfig(device="cuda"))
+    assert all(one.startswith("mapreuse study --preset full --device cuda --") for one in commands)
+    assert all(one.count("--device") == 1 for one in commands)
+
+
+def test_a_corpus_in_letters_that_the_recogniser_lacks_is_refused_with_the_command_that_trains_one(
+    config, tmp_path, monkeypatch
+):
+    with pytest.raises(ValueError, match="train one first: mapreuse train --corpus prompts:ru") as error:
         run(replace(config, corpus="prompts:ru"), tmp_path)
+    command = shlex.split(str(error.value).partition("train one first: ")[2].partition(", then")[0])
+
+    budgets = []
+    monkeypatch.setattr(
+        "mapreuse.speech.train", lambda recogniser, corpus, config, out: budgets.append(config.seconds)
+    )
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert (stopped.value.code, budgets) == (0, [3600])
 
 
 def test_cuda_without_a_gpu_is_refused(config, tmp_path, monkeypatch):

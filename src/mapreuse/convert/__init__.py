@@ -7,7 +7,6 @@ from mapreuse.convert._calibration import (
     check_enough,
     open_batches,
     open_model,
-    sound_files,
 )
 from mapreuse.convert._convert import convert
 from mapreuse.convert._directory import (
@@ -20,6 +19,7 @@ from mapreuse.convert._directory import (
 )
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
+from mapreuse.convert._samples import sound_files
 from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.convert._search import Candidate, relative_latencies, search
 from mapreuse.convert._states import hidden_state_error

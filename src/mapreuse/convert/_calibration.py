@@ -27,7 +27,6 @@ from mapreuse.convert._samples import (
     sounds_of,
     texts_of,
 )
-from mapreuse.convert._samples import sound_files as sound_files
 
 FEWEST = 4
 """Fewer sequences than these say too little about a model."""

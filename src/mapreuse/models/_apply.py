@@ -70,25 +70,25 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         raise ValueError("the model reuses attention maps already; apply a plan to the original model instead")
     if strategy not in (*STRATEGIES, "auto"):
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} and auto, got {strategy!r}")
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+        raise ValueError(f"memory_budget must be a positive whole number of bytes, got {memory_budget!r}")
     before = sum(parameter.numel() for parameter in model.parameters())
     with unpacked(find_stack(model)) as stack:
         conversions = check(model, stack, plan)
         names, crossing = parameter_names(type(stack.module)), cross_attends_beside(stack)
         by_keyword = maps_travel_by_keyword(stack) and all(c.adapter.form.takes_maps for c in conversions)
-        with unchanged_on_failure(conversions):
+        demand = _demand(plan, conversions[0].heads.num_heads)
+        applied = Applied(plan, strategy, memory_budget, demand, names, crossing)
+        with unchanged_on_failure(model):
             for conversion in conversions:
                 convert(conversion)
-    tune(stack.module)
-    refuse_save_pretrained(model)
-    demand = _demand(plan, conversions[0].heads.num_heads)
-    applied = Applied(plan, strategy, memory_budget, demand, names, crossing)
-    stack.module._map_reuse = applied  # type: ignore[assignment]
-    if not by_keyword:
-        bear_maps(stack.module, stack.attention_paths)
-    stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
-    stack.module.register_forward_hook(_close_maps, with_kwargs=True)
+            tune(stack.module)
+            refuse_save_pretrained(model)
+            stack.module._map_reuse = applied  # type: ignore[assignment]
+            if not by_keyword:
+                bear_maps(stack.module, stack.attention_paths)
+            stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
+            stack.module.register_forward_hook(_close_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
     reusing = sum(plan.reuses(layer) for layer in range(plan.num_layers))
     logger.info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,20 +110,20 @@ def _keep_heads(conversion: Conversion, own: Sequence[int]) -> None:
 
 
 @contextmanager
-def unchanged_on_failure(conversions: Sequence[Conversion]) -> Iterator[None]:
-    """Put every module back as it was if converting one of them fails."""
-    modules = [m for c in conversions for m in (*c.layer.attention.modules(), c.output) if m is not None]
-    saved = [
-        (module, module.__class__, dict(module.__dict__), dict(module._parameters), dict(module._modules))
-        for module in modules
-    ]
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put every module of a model back as it was, hooks included, if changing one of them fails."""
+    saved = []
+    for module in model.modules():
+        contents = [(held, dict(held)) for held in vars(module).values() if type(held) in (dict, OrderedDict)]
+        saved.append((module, module.__class__, dict(vars(module)), contents))
     try:
         yield
     except BaseException:
-        for module, cls, attributes, parameters, children in saved:
+        for module, cls, attributes, contents in saved:
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            module.__dict__["_parameters"] = parameters
-            module.__dict__["_modules"] = children
+            for held, content in contents:  # in place: whoever removes a hook looks into the same dictionary
+                held.clear()
+                held.update(content)
         raise

@@ -60,18 +60,21 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
     cls = type(model)
     if not isinstance(model, PreTrainedModel) or not cls.__module__.startswith(_MODELS):
         raise ValueError(f"only a whole model that transformers defines can be saved, got {cls.__name__}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"weights are stored as floating-point numbers, such as torch.float16, not as {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"weights are stored as floating-point numbers, such as torch.float16, not as {dtype!r}")
     path = Path(path)
     if foreign := sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern)):
         raise ValueError(f"{path} holds another model's weights ({foreign[0]}); save to a directory of its own")
+    stored, description = dict(_stored_tensors(model)), _describe(model)
+    _check_rebuilt(path, stored, description)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as directory:
         weights, config_file = Path(directory) / _WEIGHTS, Path(directory) / _CONFIG
-        save_file({name: _as_stored(tensor, dtype) for name, tensor in _stored_tensors(model)}, weights)
+        save_file({name: _as_stored(tensor, dtype) for name, tensor in stored.items()}, weights)
         checksum = _sha256(weights)
         named = f"mapreuse-{checksum[:12]}.safetensors"
-        config_file.write_text(json.dumps(_describe(model, named, checksum), indent=2, sort_keys=True) + "\n")
+        config = description | {"weights": named, "sha256": checksum}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         os.replace(weights, path / named)
         os.replace(config_file, path / _CONFIG)
     for other in (*path.glob("mapreuse-*.safetensors"), path / _WEIGHTS):
@@ -94,7 +97,14 @@ def load(path: str | Path) -> PreTrainedModel:
         raise ValueError(f"{path}: {weights.name} is missing; copy the whole directory that save() wrote")
     if _sha256(weights) != config["sha256"]:
         raise ValueError(f"{weights} is truncated or damaged: its checksum is not the one in {_CONFIG}")
-    model = _build(path, config)
+    model = _rebuilt(path, config)
+    _fill(model, weights)
+    return model.eval()
+
+
+def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrainedModel:
+    """The model that `config` describes, its plans applied, with meaningless weights."""
+    model = _build(path, config, device)
     for reuse in config.get("reuse", []):
         try:
             plan = ReusePlan.from_json(json.dumps(reuse["plan"]))
@@ -105,8 +115,7 @@ def load(path: str | Path) -> PreTrainedModel:
             raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
     if applied_to(model):
         refuse_save_pretrained(model)
-    _fill(model, weights)
-    return model.eval()
+    return model
 
 
 def transformer_directory(path: str | Path) -> Path:
@@ -124,8 +133,33 @@ def transformer_directory(path: str | Path) -> Path:
         raise ValueError(f"{modules.name} does not say where its modules lie") from None
 
 
-def _describe(model: PreTrainedModel, weights: str, checksum: str) -> dict[str, Any]:
-    """What `config.json` says."""
+def _check_rebuilt(path: Path, stored: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Raises `ValueError` where `load` could not fill the model that it makes of `description` with these tensors."""
+    name = description["class"]
+    if empty := [key for key, tensor in stored.items() if tensor.is_meta]:
+        raise ValueError(f"{empty[0]} of this {name} is on the meta device and holds no numbers; load weights first")
+    try:
+        read = json.loads(json.dumps(description))
+    except TypeError as error:
+        raise ValueError(f"the configuration of this {name} cannot be written as JSON: {_one_line(error)}") from None
+    wanted = _places(_rebuilt(path, read, "meta"), stored)
+    shapes = [
+        f"{key} is {tuple(stored[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in stored.keys() & wanted.keys()
+        if stored[key].shape != wanted[key].shape
+    ]
+    lacking = [f"{key} is missing" for key in wanted.keys() - stored.keys()]
+    added = [f"{key} is not part of it" for key in stored.keys() - wanted.keys()]
+    if differences := [*sorted(lacking), *sorted(added), *sorted(shapes)]:
+        more = f" and {len(differences) - 3} others" if len(differences) > 3 else ""
+        raise ValueError(
+            f"this {name} cannot be saved: it is not the one that its configuration describes, and load would refuse "
+            f"it: {'; '.join(differences[:3])}{more}"
+        )
+
+
+def _describe(model: PreTrainedModel) -> dict[str, Any]:
+    """What `config.json` says beside the name and the checksum of the weights."""
     reuse = [
         {
             "stack": path,
@@ -144,8 +178,6 @@ def _describe(model: PreTrainedModel, weights: str, checksum: str) -> dict[str, 
         "dtypes": {name: _name(t.dtype) for name, t in _floating_tensors(model) if t.dtype != model.dtype},
         "attn_implementation": model.config._attn_implementation,
         "reuse": reuse,
-        "weights": weights,
-        "sha256": checksum,
         "transformers_version": transformers.__version__,
         "config": model.config.to_dict(),
     }
@@ -153,7 +185,7 @@ def _describe(model: PreTrainedModel, weights: str, checksum: str) -> dict[str, 
     return config if generation is None else config | {"generation_config": generation.to_dict()}
 
 
-def _build(path: Path, config: dict[str, Any]) -> PreTrainedModel:
+def _build(path: Path, config: dict[str, Any], device: str) -> PreTrainedModel:
     """The model before any plan, in the right types, with meaningless weights."""
     name, module = config["class"], config.get("module", "transformers")
     if module != "transformers" and not module.startswith(_MODELS):
@@ -168,7 +200,7 @@ def _build(path: Path, config: dict[str, Any]) -> PreTrainedModel:
     try:
         settings = cls.config_class.from_dict(dict(config["config"]))
         settings._attn_implementation = config.get("attn_implementation", "sdpa")
-        with no_init_weights():
+        with no_init_weights(), torch.device(device):
             model = cls(settings)
         if "generation_config" in config:
             model.generation_config = GenerationConfig.from_dict(config["generation_config"])
@@ -189,10 +221,7 @@ def _fill(model: PreTrainedModel, weights: Path) -> None:
         stored = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a safetensors file: {_one_line(error)}") from None
-    wanted = dict(_stored_tensors(model))
-    if stored.keys() != wanted.keys():
-        model.tie_weights()  # a model that is built without initialisation has nothing tied yet
-        wanted = dict(_stored_tensors(model))
+    wanted = _places(model, stored)
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())
         raise ValueError(f"{weights} does not hold the weights of this {name}: {odd[0]} and {len(odd) - 1} others")
@@ -202,6 +231,15 @@ def _fill(model: PreTrainedModel, weights: Path) -> None:
             raise ValueError(f"{weights} does not hold the weights of this {name}: {key} is {shapes}")
     for key, tensor in wanted.items():
         tensor.data = stored[key].to(tensor.dtype, copy=True)  # the file's own pages would change with the file
+
+
+def _places(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are to be filled with those stored, by name; what was tied is tied again."""
+    wanted = dict(_stored_tensors(model))
+    if stored.keys() != wanted.keys():
+        model.tie_weights()  # a model that is built without initialisation has nothing tied yet
+        wanted = dict(_stored_tensors(model))
+    return wanted
 
 
 def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -43,11 +43,6 @@ class LayerLayout:
     releases: tuple[int, ...]
 
     @property
-    def computes_all(self) -> bool:
-        """True for a layer that computes the maps of all its heads."""
-        return self.computing == self.num_heads
-
-    @property
     def reorders(self) -> bool:
         """True where the heads of the context are in another order than the original."""
         return self.order != tuple(range(self.num_heads))

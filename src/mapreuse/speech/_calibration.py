@@ -19,21 +19,25 @@ def calibration_batches(
     split: str = "dev",
     batch_size: int = 8,
     max_batches: int | None = None,
+    fewest_batches: int = 1,
+    fewest: int = 4,
 ) -> list[dict[str, Tensor]]:
     """Batches for the recogniser's model, sorted by length, at most 60 s of padded audio in each.
 
     `source` is a folder of wav or flac files, searched in depth, or the name of a corpus (see `open_corpus`), of
     which `split` is read. No more than the first `max_batches · batch_size` utterances are; one above 60 s counts as
-    several (see `Recogniser.transcribe`).
+    several (see `Recogniser.transcribe`). Batches are smaller where there would be fewer than `fewest_batches`.
 
-    Raises `ValueError` with one line for a missing or empty source, fewer than 4 utterances, or what is not audio.
+    Raises `ValueError` with one line for a missing or empty source, fewer than `fewest` utterances, or what is not
+    audio.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     rate = recogniser.feature_config.sampling_rate
     most = None if max_batches is None else max_batches * batch_size
     audio = list(islice(_utterances(str(source), split, rate), most))
-    check_enough(audio, source, "utterances")
+    check_enough(audio, source, "utterances", fewest)
+    batch_size = min(batch_size, max(1, len(audio) // fewest_batches))
     lengths = [len(samples) for samples in audio]
     batches = []
     for indices in batches_by_length(lengths, batch_size, round(LONGEST_WHOLE * rate)):

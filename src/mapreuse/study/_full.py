@@ -18,8 +18,7 @@ from torch import Tensor
 from mapreuse.convert import search
 from mapreuse.measure import memory_in_fresh_process
 from mapreuse.plan import ReusePlan
-from mapreuse.speech import Corpus, calibration_batches, open_corpus
-from mapreuse.speech._files import write_whole
+from mapreuse.speech import Corpus, calibration_batches, open_corpus, write_whole
 from mapreuse.study._config import FullConfig
 from mapreuse.study._costs import (
     REFERENCE,

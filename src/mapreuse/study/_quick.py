@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from mapreuse.study._config import check_device
 from mapreuse.study._costs import attention_latency, encoder_latency, speech_features
 from mapreuse.study._progress import ProgressBar
 from mapreuse.study._report import write_report
-from mapreuse.study._steps import Steps
+from mapreuse.study._steps import Steps, where
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class _Quick:
         if missing:
             raise ValueError(
                 f"the recogniser in {config.baseline} has no {' '.join(missing)}, but {config.corpus} does; "
-                f"train one first: mapreuse train --corpus {config.corpus} --out runs/mine, then add --model "
-                "runs/mine/best"
+                f"train one first: mapreuse train --corpus {config.corpus} --seconds 3600 --out runs/mine, then add "
+                "--model runs/mine/best"
             )
         self.identity = {"corpus": config.corpus, "baseline": _digest(Path(config.baseline)), "seed": config.seed}
 
@@ -107,7 +108,7 @@ class _Quick:
         attention = self._attention()
         return {
             "schema": 1,
-            "command": f"mapreuse study --preset quick --corpus {self.config.corpus}",
+            "command": _command(self.config),
             "machine": machine(),
             "config": asdict(self.config) | {"baseline": Path(self.config.baseline).name},
             "attribution": self.corpus.attribution,
@@ -125,10 +126,13 @@ class _Quick:
         return self.steps.do(name, inputs, run)
 
     def _score_baseline(self) -> dict[str, Any]:
-        return {
-            "greedy": _scores(self.baseline, self.corpus),
-            "beam+lm": _scores(self.baseline, self.corpus, "beam+lm"),
-        }
+        return {"greedy": _scores(self.baseline, self.corpus)} | self._fused("beam+lm", self.baseline)
+
+    def _fused(self, name: str, recogniser: Recogniser) -> dict[str, Any]:
+        """Error rates with the language model, under this name; nothing where the recogniser has none."""
+        if recogniser.language_model is None:
+            return {}
+        return {name: _scores(recogniser, self.corpus, "beam+lm")}
 
     def _similarity(self) -> dict[str, Any]:
         measured = similarity(self.baseline.model, self._calibration())
@@ -169,10 +173,7 @@ class _Quick:
 
         def recover() -> dict[str, Any]:
             train(converted, self.corpus, training, work, original=self.baseline)
-            result = {
-                "recovered": _scores(converted, self.corpus),
-                "recovered_beam+lm": _scores(converted, self.corpus, "beam+lm"),
-            }
+            result = {"recovered": _scores(converted, self.corpus)} | self._fused("recovered_beam+lm", converted)
             shutil.rmtree(work)
             return result
 
@@ -196,7 +197,7 @@ class _Quick:
                 "plans": {plan: p.to_json() for plan, p in plans.items()},
                 "repeats": self.config.repeats,
                 "device": self.config.device,
-            }
+            } | where()
 
             def time(frames: int = frames) -> dict[str, Any]:
                 model = conformer_m(self.baseline.feature_config.num_mel_bins) if encoder is None else encoder
@@ -228,7 +229,7 @@ class _Quick:
                         advance=bar.advance,
                     )
 
-            inputs = {"frames": frames, "device": self.config.device}
+            inputs = {"frames": frames, "device": self.config.device} | where()
             measured[str(frames)] = self._step(f"attention-{frames}", inputs, "timing", time)
         return measured
 
@@ -258,6 +259,16 @@ def conformer_plans() -> dict[str, ReusePlan]:
         "groups of 4": ReusePlan.grouped(16, 4),
         "all from one": ReusePlan.grouped(16, 16),
     }
+
+
+def _command(config: QuickConfig) -> str:
+    """The command line of this study, options that differ from their defaults included."""
+    words = ["mapreuse", "study", "--preset", "quick", "--corpus", config.corpus]
+    if config.baseline != QuickConfig.baseline:
+        words += ["--model", config.baseline]
+    if config.device != QuickConfig.device:
+        words += ["--device", config.device]
+    return shlex.join(words)
 
 
 def _by_index(plan: ReusePlan) -> ReusePlan:

@@ -9,9 +9,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mapreuse.speech._files import write_whole
+from mapreuse.speech import write_whole
 from mapreuse.study._page import page
 from mapreuse.study._page_tables import Results
+
+_MADE_BY_DEFAULT = "mapreuse study --preset quick --corpus prompts:en"
+"""The command that `make study` runs."""
 
 
 def write_report(results: Results, out_dir: Path) -> None:
@@ -104,7 +107,7 @@ def page_results(results: Results) -> Results:
         "schema": 2,
         "preset": "quick",
         "command": results["command"],
-        "commands": ["make study"],
+        "commands": ["make study"] if results["command"] == _MADE_BY_DEFAULT else [results["command"]],
         "machine": results["machine"],
         "config": results["config"],
         "corpora": {
@@ -140,14 +143,17 @@ def _verdict(results: Results) -> list[str]:
 
 
 def error_table(results: Results) -> list[str]:
-    """One row for the original and for each plan: error rates before and after recovery, parameters."""
+    """One row for the original and for each plan: error rates before and after recovery, parameters.
+
+    Beam search is not measured of a recogniser without a language model.
+    """
     full = results["baseline"]
     rows = [
         "| plan | reusing layers | parameters | WER by index | WER aligned | WER recovered | CER recovered "
         "| WER recovered, beam + LM |",
         "|---|---|---|---|---|---|---|---|",
         f"| full (original) | 0 | {full['parameters']:,} | | | {_rate(full['greedy'], 'wer')} "
-        f"| {_rate(full['greedy'], 'cer')} | {_rate(full['beam+lm'], 'wer')} |",
+        f"| {_rate(full['greedy'], 'cer')} | {_rate(full.get('beam+lm'), 'wer')} |",
     ]
     for variant in results["variants"]:
         saved = 1 - variant["parameters"] / full["parameters"]
@@ -155,7 +161,7 @@ def error_table(results: Results) -> list[str]:
             f"| {variant['name']} | {variant['reusing_layers']} | {variant['parameters']:,} (−{saved:.0%}) "
             f"| {_rate(variant['by_index'], 'wer')} | {_rate(variant['aligned'], 'wer')} "
             f"| {_rate(variant['recovered'], 'wer')} | {_rate(variant['recovered'], 'cer')} "
-            f"| {_rate(variant['recovered_beam+lm'], 'wer')} |"
+            f"| {_rate(variant.get('recovered_beam+lm'), 'wer')} |"
         )
     return rows
 
@@ -235,6 +241,8 @@ def plot_similarity(results: Results) -> Figure:
     return figure
 
 
-def _rate(scores: dict[str, Any], name: str) -> str:
+def _rate(scores: dict[str, Any] | None, name: str) -> str:
+    if scores is None:
+        return "not measured"
     low, high = scores[f"{name}_interval"]
     return f"{scores[name]:.1%} [{low:.1%}, {high:.1%}]"

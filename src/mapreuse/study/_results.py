@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mapreuse.measure import machine
-from mapreuse.speech import Corpus
-from mapreuse.speech._files import write_whole
+from mapreuse.speech import Corpus, write_whole
 from mapreuse.study._compare import Errors, SeedNoise, difference, seed_noise
 from mapreuse.study._config import FullConfig
 from mapreuse.study._costs import REFERENCE
@@ -19,11 +19,13 @@ from mapreuse.study._markdown import markdown
 from mapreuse.study._page import page
 from mapreuse.study._page_tables import Results
 from mapreuse.study._papers import papers
-from mapreuse.study._runs import Run, RunDirectory
+from mapreuse.study._runs import Recipe, Run, RunDirectory
 from mapreuse.study._verdict import fronts, verdict
 from mapreuse.techniques import Full, Reuse, Technique
 
 MEASURES = ("wer", "cer")
+
+_COMMAND = "mapreuse study --preset full"
 
 
 def study_results(
@@ -46,7 +48,7 @@ def study_results(
     results: Results = {
         "schema": 2,
         "preset": "full",
-        "command": "mapreuse study --preset full",
+        "command": _command(config),
         "commands": _commands(config),
         "machine": machine(),
         "config": asdict(config),
@@ -213,11 +215,27 @@ def _run(run: Run, directory: RunDirectory) -> dict[str, Any]:
     return entry | {"state": "not run"}
 
 
+def _command(config: FullConfig) -> str:
+    """The command line of this study, options that differ from their defaults included."""
+    options = {
+        "--corpus": (config.corpus, FullConfig.corpus),
+        "--other-corpus": (config.other_corpus, FullConfig.other_corpus),
+        "--steps": (str(config.recipe.steps), str(Recipe.steps)),
+        "--device": (config.device, FullConfig.device),
+    }
+    words = [word for name, (value, usual) in options.items() if value != usual for word in (name, value)]
+    return shlex.join([*_COMMAND.split(), *words])
+
+
 def _commands(config: FullConfig) -> list[str]:
-    return [
-        "make full-study",
-        "mapreuse study --preset full --workers 2   # the same, where it is set up; stops and goes on at any time",
-        "mapreuse study --preset full --training-only   # a further worker, here or where results/full is shared",
-        "mapreuse study --preset full --device cuda --out results/full-cuda   # with a GPU",
-        "mapreuse study --preset full --corpus librispeech:DIR --steps 100000 --out results/full-librispeech",
+    command = _command(config)
+    commands = [
+        f"{command} --workers 2   # the same, where it is set up; stops and goes on at any time",
+        f"{command} --training-only   # a further worker, here or where results/full is shared",
     ]
+    if config.device != "cuda":
+        commands += [f"{command} --device cuda --out results/full-cuda   # with a GPU"]
+    if command != _COMMAND:
+        return commands
+    librispeech = f"{command} --corpus librispeech:DIR --steps 100000 --out results/full-librispeech"
+    return ["make full-study", *commands, librispeech]

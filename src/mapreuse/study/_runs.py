@@ -20,8 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from mapreuse.measure import machine
-from mapreuse.speech import Recogniser, TrainConfig, alphabet, evaluate, open_corpus, train
-from mapreuse.speech._files import write_whole
+from mapreuse.speech import Recogniser, TrainConfig, alphabet, evaluate, open_corpus, train, write_whole
 from mapreuse.techniques import parse
 
 

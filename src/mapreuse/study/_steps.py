@@ -10,7 +10,7 @@ from typing import Any
 
 import mapreuse
 from mapreuse.measure import machine
-from mapreuse.speech._files import write_whole
+from mapreuse.speech import write_whole
 
 
 class Steps:
