@@ -5,9 +5,10 @@
 
 RECOGNISER is a directory of `mapreuse train`, "shipped" for the English one of this package. Every plan is judged
 with heads shared by index and nothing refitted (naive), aligned and refitted by `mr.convert` (no training), and after
-five minutes of fine-tuning from there, by the transcripts (CTC) and towards the original's outputs, on one thread; so
-is the original itself, trained as long. The corpus is the language's prompts, test split, greedy decoding. A plan that
-results/convert/recovery.json holds is not done again; both languages may run at once, each in a process of its own.
+five minutes of fine-tuning from there, by the transcripts (CTC) and towards the original's outputs, on one thread;
+so is the original itself, trained as long. The corpus is the language's prompts, test split, greedy decoding. A plan
+that results/convert/recovery.json holds is not done again; both languages may run at once, each in a process of its
+own.
 """
 
 from __future__ import annotations
