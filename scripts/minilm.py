@@ -82,6 +82,9 @@ def main() -> None:
     errors = output_errors(original, {layer: s for layer, s in possible_sources(original).items() if s}, calibration)
     error = hidden_state_error(original, calibration[::4])
     row("no layer reuses", lambda: mr.apply(copy.deepcopy(original), mr.ReusePlan.full(6)))
+    for words, without in (("1 layer's attention dropped", _without_attention), ("1 layer dropped", _without_layers)):
+        least = min(range(1, 6), key=lambda layer, without=without: error(without(original, (layer,))))
+        row(words, lambda layer=least, without=without: without(original, (layer,)))
     chosen: dict[int, tuple[int, ...]] = {}
     for number in (2, 3):
         layers = chosen[number] = _cheapest(original, errors, number, error)
@@ -102,6 +105,7 @@ def main() -> None:
     for number, floor in FLOORS.items():
         row(floor, lambda number=number: _of_every_map(original, chosen[number], more))
     row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching), timed_as=three)
+    results["rows"] = {name: results["rows"][name] for name in shapes}
     for name, found in results["rows"].items():
         if "latency" not in found and name not in FLOORS.values():
             found["latency"] = relative_latencies(original, {name: shapes[name]()}, judging)[name]
@@ -122,6 +126,7 @@ def _write_page(results: dict[str, Any]) -> None:
         "that stay among them, and time of a batch of 16 sentences of median length, by the original's. Times of so",
         "short a batch are good to a tenth: a plan takes the same time aligned and refitted. All but the original",
         "have linear layers in the library that is faster here, so that they are to be compared with one another.",
+        "Where one layer is dropped, or its attention, it is the one that is missed least on calibration sentences.",
         "",
         "The floors: the attention of these layers is that linear function of what all heads of every earlier layer",
         f"that computes make of the layer's input which fits the original's best, on {NUM_MORE} sentences.",
