@@ -99,6 +99,10 @@ def test_what_longer_training_makes_of_it_is_told_with_its_intervals():
         "Trained for longer and on more speech, full attention has a CER of 10.0%, and against it, in points: "
         "the diagonal +1.3 [+0.5, +2.1], worse."
     )
+    (matters,) = (one for one in verdict(found) if one.startswith("Attention itself"))
+    assert matters.endswith("the recogniser does lose by diagonal maps, as is said below.")
+    found["longer"] = results(technique("diagonal", "other", 0.12, (0.5, 0.5), (-0.01, 0.01, EQUAL)))
+    assert not any("does lose" in one for one in verdict(found))
 
 
 def test_without_a_trained_or_timed_technique_there_is_no_verdict():

@@ -118,7 +118,17 @@ def _without_attention(results: Results) -> list[str]:
         "Attention itself is not found to matter at this size of model, data and training: diagonal maps, by which "
         f"no frame attends to another, have a {_lost(diagonal, corpus)} than full attention with the same seed. So "
         "accuracy here says little about techniques; their cost is what can be told apart."
+        + _with_more_training(results)
     ]
+
+
+def _with_more_training(results: Results) -> str:
+    """Whether attention matters to the same recogniser, trained for longer."""
+    trained = results.get("longer", {}).get("techniques", [])
+    scores = next((t["scores"].get(main_corpus(results), {}) for t in trained if t["name"] == "diagonal"), {})
+    if scores.get("against_full", {}).get("cer", {}).get("found") != "worse":
+        return ""
+    return " Trained for longer and on more speech, the recogniser does lose by diagonal maps, as is said below."
 
 
 def _by_length(results: Results, techniques: Sequence[Mapping[str, Any]]) -> list[str]:
