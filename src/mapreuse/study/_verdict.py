@@ -125,7 +125,9 @@ def _without_attention(results: Results) -> list[str]:
 def _with_more_training(results: Results) -> str:
     """Whether attention matters to the same recogniser, trained for longer."""
     trained = results.get("longer", {}).get("techniques", [])
-    scores = next((t["scores"].get(main_corpus(results), {}) for t in trained if t["name"] == "diagonal"), {})
+    scores: dict[str, Any] = next(
+        (t["scores"].get(main_corpus(results), {}) for t in trained if t["name"] == "diagonal"), {}
+    )
     if scores.get("against_full", {}).get("cer", {}).get("found") != "worse":
         return ""
     return " Trained for longer and on more speech, the recogniser does lose by diagonal maps, as is said below."
