@@ -28,9 +28,9 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
-from mapreuse.convert import assign, fit, hidden_state_error, output_errors, relative_latencies
+from mapreuse.convert import Ranking, fit, hidden_state_error, relative_latencies
 from mapreuse.measure import machine
-from mapreuse.models import possible_sources, tune
+from mapreuse.models import tune
 from mapreuse.speech._documentation import docstrings
 from mapreuse.speech._prompts import cache_dir, fetch_packages
 
@@ -79,28 +79,28 @@ def main() -> None:
         write()
         print(name, {k: v for k, v in results["rows"][name].items() if k != "plan"}, flush=True)
 
-    errors = output_errors(original, {layer: s for layer, s in possible_sources(original).items() if s}, calibration)
     error = hidden_state_error(original, calibration[::4])
+    ranking = Ranking(original, calibration, error)
     row("no layer reuses", lambda: mr.apply(copy.deepcopy(original), mr.ReusePlan.full(6)))
     for words, without in (("1 layer's attention dropped", _without_attention), ("1 layer dropped", _without_layers)):
         least = min(range(1, 6), key=lambda layer, without=without: error(without(original, (layer,))))
         row(words, lambda layer=least, without=without: without(original, (layer,)))
     chosen: dict[int, tuple[int, ...]] = {}
     for number in (2, 3):
-        layers = chosen[number] = _cheapest(original, errors, number, error)
+        layers = chosen[number] = _cheapest(original, ranking, number, error)
         words = f"{number} layers"
-        plan, naive = _plan(errors, layers), mr.ReusePlan.from_sources(_nearest(layers))
+        plan, naive = _plan(ranking, layers), mr.ReusePlan.from_sources(_nearest(layers))
         row(f"{words}, heads by index", lambda naive=naive: mr.apply(copy.deepcopy(original), naive))
         row(f"{words}, aligned", lambda plan=plan: mr.apply(copy.deepcopy(original), plan))
         row(f"{words}, aligned and refitted", lambda plan=plan: _refitted(original, plan, calibration), timed_as=plan)
         row(f"{words}' attention dropped", lambda layers=layers: _without_attention(original, layers))
         row(f"{words} dropped", lambda layers=layers: _without_layers(original, layers))
-        heads = _cheapest_heads(errors, 12 * number)
+        heads = ranking.plan(ranking.grown(frozenset(), 12 * number))
         named = f"{12 * number} heads, aligned and refitted"
         row(named, lambda heads=heads: _refitted(original, heads, calibration), timed_as=heads)
     teaching = batches_of(tokenizer, calibration_texts(NUM_TEACHING), 32)
     more = batches_of(tokenizer, calibration_texts(NUM_MORE))
-    two, three = _plan(errors, chosen[2]), _plan(errors, chosen[3])
+    two, three = _plan(ranking, chosen[2]), _plan(ranking, chosen[3])
     row(f"2 layers, aligned and refitted on {NUM_MORE}", lambda: _refitted(original, two, more), timed_as=two)
     for number, floor in FLOORS.items():
         row(floor, lambda number=number: _of_every_map(original, chosen[number], more))
@@ -212,37 +212,20 @@ def _overlap(found: Tensor, wanted: Tensor) -> float:
     return sum(len(set(one) & set(other)) for one, other in pairs) / 10 / len(wanted)
 
 
-def _plan(errors: dict[int, Tensor], layers: tuple[int, ...]) -> mr.ReusePlan:
+def _plan(ranking: Ranking, layers: tuple[int, ...]) -> mr.ReusePlan:
     """These layers reuse, each head the best head of all layers that compute."""
-    return _assign(errors, frozenset((layer, head) for layer in layers for head in range(12)))[0]
-
-
-def _assign(errors: dict[int, Tensor], reusing: frozenset[tuple[int, int]]) -> tuple[mr.ReusePlan, dict]:
-    return assign(errors, {layer: tuple(range(layer)) for layer in errors}, reusing, 6)
+    return ranking.plan(frozenset().union(*map(ranking.heads, layers)))
 
 
 def _cheapest(
-    original: nn.Module, errors: dict[int, Tensor], number: int, error: Callable[[nn.Module], float]
+    original: nn.Module, ranking: Ranking, number: int, error: Callable[[nn.Module], float]
 ) -> tuple[int, ...]:
     """The layers whose maps are missed least, on calibration sentences, before any refit."""
 
     def cost(layers: tuple[int, ...]) -> float:
-        return error(mr.apply(copy.deepcopy(original), _plan(errors, layers)))
+        return error(mr.apply(copy.deepcopy(original), _plan(ranking, layers)))
 
     return min(itertools.combinations(range(1, 6), number), key=cost)
-
-
-def _cheapest_heads(errors: dict[int, Tensor], number: int) -> mr.ReusePlan:
-    """As many heads, taken one after the other, whichever should be missed least."""
-    reusing: frozenset[tuple[int, int]] = frozenset()
-    while len(reusing) < number:
-        free = [(layer, head) for layer in errors for head in range(12) if (layer, head) not in reusing]
-
-        def cost(head: tuple[int, int], reusing: frozenset = reusing) -> float:
-            return sum(_assign(errors, reusing | {head})[1].values())
-
-        reusing |= {min(free, key=cost)}
-    return _assign(errors, reusing)[0]
 
 
 def _nearest(layers: tuple[int, ...]) -> list[int]:

@@ -11,8 +11,8 @@ from text_batches import random_batches
 from torch.nn import functional
 
 import mapreuse as mr
-from mapreuse.convert import _search, hidden_state_error
-from mapreuse.convert._search import _Costs, _front, _Ranking
+from mapreuse.convert import Ranking, _search, hidden_state_error
+from mapreuse.convert._search import _Costs, _extensions, _front
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +85,21 @@ def test_what_another_search_judged_does_not_count(bert, tmp_path, regular_times
 @pytest.mark.parametrize("heads", [[(2, 0)], [(1, 1), (1, 3)], [(3, 0), (3, 1), (3, 2)], [(2, h) for h in range(4)]])
 def test_the_cost_model_counts_the_heads_that_reuse(bert, regular_times, heads):
     batches = random_batches(2)
-    ranking = _Ranking(bert, batches, hidden_state_error(bert, batches))
+    ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
 
     assert _Costs(bert, batches[0], ranking).of(frozenset(heads)) == pytest.approx(1 - len(heads) / 20)
 
 
 def test_a_latency_budget_is_met(bert, regular_times):
     found = mr.search(bert, random_batches(8), latency=0.65, breadth=2)
-    assert found[-1].latency <= 0.65 < found[-2].latency
+    latencies = [candidate.latency for candidate in found]
+    assert latencies == sorted(latencies, reverse=True)
+    assert latencies[-1] <= 0.65 < latencies[0]
 
 
 def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still_compute(bert):
     batches = random_batches(2)
-    ranking = _Ranking(bert, batches, hidden_state_error(bert, batches))
+    ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
     smaller = frozenset((3, head) for head in range(4))
     larger = smaller | {(2, head) for head in range(4)} | {(1, 0), (1, 1)}
     for reusing in (smaller, larger):
@@ -108,10 +110,10 @@ def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still
 
 def test_extensions_hold_what_they_extend_and_some_leave_part_of_a_layer_computing(bert):
     batches = random_batches(2)
-    ranking = _Ranking(bert, batches, hidden_state_error(bert, batches))
+    ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
     costs = _Costs(bert, batches[0], ranking)
     start = frozenset((2, head) for head in range(4))
-    found = ranking.extensions(start, costs)
+    found = _extensions(ranking, start, costs)
 
     assert all(extension > start for extension in found)
     assert {len(extension) - len(start) for extension in found} == {2, 4}

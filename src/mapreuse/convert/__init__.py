@@ -1,6 +1,6 @@
 """How does a trained model become one that reuses maps, and stays good?"""
 
-from mapreuse.convert._align import align, align_by, assign, group_by, output_errors
+from mapreuse.convert._align import align, align_by, group_by, output_errors
 from mapreuse.convert._calibration import (
     OpenedModel,
     batches_by_length,
@@ -19,6 +19,7 @@ from mapreuse.convert._directory import (
 )
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
+from mapreuse.convert._ranking import Ranking, RefitErrors
 from mapreuse.convert._samples import sound_files
 from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.convert._search import Candidate, relative_latencies, search
@@ -31,9 +32,10 @@ __all__ = [
     "Distillation",
     "LayerFit",
     "OpenedModel",
+    "Ranking",
+    "RefitErrors",
     "align",
     "align_by",
-    "assign",
     "batches_by_length",
     "check_enough",
     "check_new",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -89,7 +89,7 @@ def output_errors(
         for layer, candidates in sources.items():
             num_heads = maps[layer].shape[1]
             own_values = values[layer].repeat_interleave(num_heads // values[layer].shape[1], 1)
-            roots = _roots(stack.layers[layer], num_heads, own_values)
+            roots, _ = factors(stack.layers[layer], num_heads, own_values)
             weighted = own_values.double() @ roots
             own = maps[layer].double() @ weighted
             if not bool(torch.isfinite(own).all()):
@@ -111,50 +111,23 @@ def output_errors(
     return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
 
 
-def assign(
-    errors: Mapping[int, Tensor], sources: Mapping[int, tuple[int, ...]], reusing: Collection[Head], num_layers: int
-) -> tuple[ReusePlan, dict[Head, float]]:
-    """The plan in which the heads `reusing` reuse, each the head that costs it least of those that still compute.
+def factors(
+    layer: Any, num_heads: int, values: Tensor, most: int | None = None
+) -> tuple[Float[Tensor, "heads head_dim rank"], Float[Tensor, "heads rank width"]]:
+    """U S and Vᵀ of the output projection's part U S Vᵀ of every head, in float64, the `most` largest of S or all.
 
-    Args:
-        errors, sources: from `output_errors`, and what it was given.
-        reusing: pairs of layer and head.
-        num_layers: layers of the plan.
-
-    Returns:
-        The plan, and what each of these heads is said to cost.
-
-    Raises:
-        ValueError: where a head has no source left that computes.
+    ‖x U S‖ = ‖x O‖, at the width of a head. Where there is no plain projection, the context itself is the output.
     """
-    num_heads = next(iter(errors.values())).shape[-1]
-    chosen: dict[Head, Head] = {}
-    costs: dict[Head, float] = {}
-    for layer, head in reusing:
-        left = [
-            (float(errors[layer][index, other, head]), (source, other))
-            for index, source in enumerate(sources[layer])
-            for other in range(num_heads)
-            if (source, other) not in reusing
-        ]
-        if not left:
-            raise ValueError(f"layer {layer}, head {head}: no head of an earlier layer of its kind computes its map")
-        costs[layer, head], chosen[layer, head] = min(left)
-    layers = [tuple(chosen.get((layer, head)) for head in range(num_heads)) for layer in range(num_layers)]
-    return ReusePlan(tuple(layers)), costs
-
-
-def _roots(layer: Any, num_heads: int, values: Tensor) -> Float[Tensor, "heads head_dim head_dim"]:
-    """Square roots R of O Oᵀ for every head, so that ‖x R‖ = ‖x O‖ at the width of a head."""
     dim = values.shape[-1]
     try:
         projection = output_projection(layer)
-    except Unsupported:  # no plain projection: the context itself is compared
-        return torch.eye(dim, dtype=torch.float64, device=values.device).expand(num_heads, dim, dim)
-    weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
+    except Unsupported:
+        weight = torch.eye(num_heads * dim, device=values.device)
+    else:
+        weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
     heads = weight.detach().double().unflatten(0, (num_heads, dim))
-    eigenvalues, vectors = torch.linalg.eigh(heads @ heads.mT)
-    return vectors * eigenvalues.clamp(min=0).sqrt()[:, None]
+    left, sizes, right = torch.linalg.svd(heads, full_matrices=False)
+    return (left * sizes[:, None])[..., :most], right[:, :most]
 
 
 def align_by(measured: Similarity, plan: ReusePlan, *, mode: Literal["best", "one-to-one"] = "best") -> ReusePlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from mapreuse.models import (
     Layer,
     MapRecorder,
     find_stack,
+    observing_inputs,
     output_projection,
     plan_of,
     value_projection,
@@ -77,8 +78,9 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
     the batches in float64. λ is chosen with O alone, on held-out batches by the error of the attention's output; then
     whether the drift is added, which helps only where nothing but a sum comes after O, and whether V moves, by the
     error of what the whole layer puts out there. A layer whose output no candidate improves keeps its weights.
-    Padding is left out. Heads that apply the same map share its part of the equations. Values stay as they
-    are where heads share them, where some heads of the layer compute, and where maps · width exceeds 12,288.
+    Padding is left out. Heads that apply the same map share its part of the equations. Heads of the layer that
+    compute their maps are solved for like the others. Values stay as they are where heads share them, and where maps
+    · width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.
@@ -125,8 +127,7 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
         for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)):
             if _judges(number) != held_out:
                 continue
-            with _inputs_for_values(layer.attention) if moves_values else nullcontext():
-                given, inputs = _until(projection, model, layer, batch)
+            given, inputs = _until(projection, model, layer, batch, whole_inputs=moves_values)
             given = start.once_for_each_map(given[rows])
             context, original_inputs = _until(original_projection, original, reference, batch)
             target = original_projection(context).detach()
@@ -351,9 +352,10 @@ def _positive(size: Tensor) -> Tensor:
 
 
 def _maps(layer: Layer) -> tuple[int, ...]:
-    """For each head of a layer that reuses, which it applies of the maps that the layer applies."""
+    """For each slot of a layer's context, which it applies of the maps that the layer applies, its own among them."""
     layout: Any = layer.attention._layout
-    applied = [(source, head) for source, pairs in layout.parts for head, _ in pairs]
+    applied = [(layout.layer, slot) for slot in range(layout.computing)]
+    applied += [(source, head) for source, pairs in layout.parts for head, _ in pairs]
     numbers = {one: number for number, one in enumerate(dict.fromkeys(applied))}
     return tuple(numbers[one] for one in applied)
 
@@ -362,7 +364,7 @@ def _values_can_move(layer: Layer, maps: tuple[int, ...]) -> bool:
     layout: Any = layer.attention._layout
     values = value_projection(layer)
     inputs = len(set(maps)) * values.weight.shape[-1]
-    return layout.computing == 0 and values.num_heads == layout.num_heads and inputs <= _MOST_INPUTS
+    return values.num_heads == layout.num_heads and inputs <= _MOST_INPUTS
 
 
 def _read(layer: Layer, projection: nn.Linear | Conv1D, maps: tuple[int, ...] | None) -> _Weights:
@@ -394,17 +396,6 @@ def _write(layer: Layer, projection: nn.Linear | Conv1D, weights: _Weights, *, m
         value_projection(layer).assign(weights.values.mT)
 
 
-@contextmanager
-def _inputs_for_values(attention: nn.Module) -> Iterator[None]:
-    """Meanwhile the attention applies its maps to its whole input, once for every head."""
-    num_heads: int = attention._num_value_heads  # type: ignore[assignment]
-    attention._values = lambda states: states[:, None].expand(-1, num_heads, -1, -1)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del attention._values
-
-
 class _Seen(Exception):
     """What was looked for has been made; the rest of the forward pass is not needed."""
 
@@ -414,12 +405,8 @@ def _output_of(model: nn.Module, index: int, batch: Mapping[str, Any]) -> Float[
     """What a layer puts out."""
     with recorded_states(model) as (states, _):
         handle = find_stack(model).layers[index].layer.register_forward_hook(_stop)
-        try:
+        with handle, suppress(_Seen):
             model(**batch)
-        except _Seen:
-            pass
-        finally:
-            handle.remove()
     return states[index]
 
 
@@ -429,28 +416,26 @@ def _stop(module: nn.Module, args: tuple, output: Any) -> None:
 
 @torch.no_grad()
 def _until(
-    projection: nn.Module, model: nn.Module, layer: Layer, batch: Mapping[str, Any]
+    projection: nn.Module, model: nn.Module, layer: Layer, batch: Mapping[str, Any], *, whole_inputs: bool = False
 ) -> tuple[Float[Tensor, "batch positions inputs"], Float[Tensor, "batch positions width"]]:
-    """What reaches an output projection, and the input of its layer."""
+    """What reaches an output projection, and the input of its layer; instead of the former, what the layer's maps
+    make of the whole input of its attention, if `whole_inputs`."""
     seen: dict[str, Tensor] = {}
 
     def on_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs["hidden_states"]
         seen["inputs"] = inputs if getattr(layer.attention, "batch_first", True) else inputs.transpose(0, 1)
 
-    def on_projection(module: nn.Module, args: tuple) -> None:
-        seen["context"] = args[0]
+    def on_context(context: Tensor) -> None:
+        seen["context"] = context.flatten(2)
         raise _Seen
 
-    handles = [
-        layer.layer.register_forward_pre_hook(on_layer, with_kwargs=True),
-        projection.register_forward_pre_hook(on_projection),
-    ]
-    try:
-        model(**batch)
-    except _Seen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        hooks.callback(layer.layer.register_forward_pre_hook(on_layer, with_kwargs=True).remove)
+        if whole_inputs:
+            hooks.enter_context(observing_inputs(layer.attention, on_context))
+        else:
+            hooks.callback(projection.register_forward_pre_hook(lambda _, args: on_context(args[0])).remove)
+        with suppress(_Seen):
+            model(**batch)
     return seen["context"], seen["inputs"]

@@ -16,12 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mapreuse.convert._align import Head, assign, output_errors
+from mapreuse.convert._align import Head
 from mapreuse.convert._batches import calibration_batches, check_precision, digest
 from mapreuse.convert._fit import fit
+from mapreuse.convert._ranking import Ranking
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.measure import time_interleaved
-from mapreuse.models import Unsupported, apply, find_stack, plan_of, possible_sources
+from mapreuse.models import apply, plan_of
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -78,12 +79,12 @@ def search(
 
     A plan is the set R of heads that reuse; each of them takes, of the heads of earlier layers that still compute,
     the one whose map changes its layer's output least (`align`). From the full plan on, R grows by all heads of a
-    layer that still compute, or by the half of them that should cost least. The `breadth` extensions with the least
-    predicted error for the time they save are converted, refitted and judged, and the one with the least error for
-    the time it saves is extended further, until the budget is met, one of latency by measurement. What is predicted
-    is how much each head's new map changes its layer's output, weighed by what that layer did to the model's error
-    when it alone reused. Everything judged on the way competes for the result, whose latencies are then measured in
-    turns.
+    layer that still compute, or by as many heads as a layer has, or half of them, of whatever layers, one after the
+    other the one that should cost least. The `breadth` extensions with the least predicted error for the time they
+    save are converted, refitted and judged, and the one with the least error for the time it saves is extended
+    further, until the budget is met, one of latency by measurement. What is predicted is what a layer's output loses
+    when its output projection is refitted, weighed by what that layer did to the model's error when it alone reused.
+    Everything judged on the way competes for the result, whose latencies are then measured in turns.
 
     The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
     plans timed on this device. Those are timed again, in turns with every plan that is returned, and where a plan's
@@ -121,7 +122,7 @@ def search(
     calibration, judging = calibrating_and_judging(given)
     judge = judge or hidden_state_error(original, judging)
     batch = timed or _of_median_size(given)
-    ranking = _Ranking(original, calibration, judge)
+    ranking = Ranking(original, calibration, judge)
     costs = _Costs(original, batch, ranking)
     if latency is not None and (least := costs.of(ranking.all)) > latency * (1 + _TOLERANCE):
         raise ValueError(_TOO_FAST.format(latency, least))
@@ -136,7 +137,7 @@ def search(
                 found = _measured(original, visited, judged, costs, batch)
                 if any(candidate.latency <= latency for candidate in found):
                     return found
-            extensions = {e: ranking.plan(e) for e in ranking.extensions(reusing, costs)[:breadth]}
+            extensions = {e: ranking.plan(e) for e in _extensions(ranking, reusing, costs)[:breadth]}
             for plan in extensions.values():
                 judged(plan)
                 bar.update()
@@ -177,81 +178,24 @@ def _saved(before: float, after: float) -> float:
     return max(before - after, 1e-6)
 
 
-class _Ranking:
-    """What each head should lose by applying each earlier head's map, and the plans that follow from it."""
+def _extensions(ranking: Ranking, reusing: frozenset[Head], costs: _Costs) -> list[frozenset[Head]]:
+    """Ways to let more heads reuse, the most promising first."""
+    found = [reusing | ranking.heads(layer) for layer in ranking.sharing if not ranking.heads(layer) <= reusing]
+    if ranking.partial:
+        half = ranking.grown(reusing, ranking.num_heads // 2)
+        found += [half, ranking.grown(half, ranking.num_heads - ranking.num_heads // 2)]
+    before, time = ranking.predicted(reusing), costs.of(reusing)
 
-    def __init__(
-        self, original: nn.Module, batches: Sequence[Mapping[str, Any]], judge: Callable[[nn.Module], float]
-    ) -> None:
-        sources = {layer: found for layer, found in possible_sources(original).items() if found}
-        if not sources:
-            raise ValueError(f"{type(original).__name__}: no two layers are of one kind, so none can share a map")
-        self._errors = output_errors(original, sources, tqdm(batches, desc="Comparing maps", leave=False))
-        self.sharing = sources
-        self.num_layers = len(find_stack(original).layers)
-        self.num_heads = next(iter(self._errors.values())).shape[-1]
-        self.partial = self._allows_partial(original)
-        self.alone = {layer: judge(self._reusing_alone(original, layer)) for layer in sources}
-        of_original = judge(original)
-        self._weights = {layer: self._weigh(layer, error - of_original) for layer, error in self.alone.items()}
+    def price(extension: frozenset[Head]) -> float:
+        return (ranking.predicted(extension) - before) / _saved(time, costs.of(extension))
 
-    @property
-    def all(self) -> frozenset[Head]:
-        """Every head of every layer that can reuse."""
-        return frozenset().union(*map(self._heads, self.sharing))
-
-    def plan(self, reusing: frozenset[Head]) -> ReusePlan:
-        """The plan where these heads reuse, each its best source."""
-        return assign(self._errors, self.sharing, reusing, self.num_layers)[0]
-
-    def predicted(self, reusing: frozenset[Head]) -> float:
-        """Σ over reusing heads of what their sources change in the output of their layer, weighed by what it did to
-        the model's error when that layer alone reused."""
-        costs = assign(self._errors, self.sharing, reusing, self.num_layers)[1]
-        return sum((cost * self._weights[layer] for (layer, _), cost in costs.items()), 0.0)
-
-    def extensions(self, reusing: frozenset[Head], costs: _Costs) -> list[frozenset[Head]]:
-        """Ways to let more heads reuse, the most promising first."""
-        found = []
-        for layer in self.sharing:
-            free = [(layer, head) for head in range(self.num_heads) if (layer, head) not in reusing]
-            if not free:
-                continue
-            found.append(reusing | set(free))
-            if self.partial and len(free) > 1:
-                costs_alone = assign(self._errors, self.sharing, reusing | set(free), self.num_layers)[1]
-                ordered = sorted(free, key=lambda head: costs_alone[head])
-                found.append(reusing | set(ordered[: (len(free) + 1) // 2]))
-        before, time = self.predicted(reusing), costs.of(reusing)
-        return sorted(found, key=lambda e: (self.predicted(e) - before) / _saved(time, costs.of(e)))
-
-    def _heads(self, layer: int) -> frozenset[Head]:
-        return frozenset((layer, head) for head in range(self.num_heads))
-
-    def _reusing_alone(self, original: nn.Module, layer: int) -> nn.Module:
-        return apply(copy.deepcopy(original), self.plan(self._heads(layer)))
-
-    def _weigh(self, layer: int, error: float) -> float:
-        """Error of the model, by what changed in the output of this layer, where it alone reuses."""
-        changed = sum(assign(self._errors, self.sharing, self._heads(layer), self.num_layers)[1].values())
-        return max(error, 0.0) / max(changed, 1e-9)
-
-    def _allows_partial(self, original: nn.Module) -> bool:
-        if self.num_heads == 1:
-            return False
-        half = frozenset((max(self.sharing), head) for head in range(1, self.num_heads, 2))
-        try:
-            apply(copy.deepcopy(original), self.plan(half))
-        except Unsupported as reason:
-            logger.info("plans that let part of a layer's heads reuse are left out: %s", reason)
-            return False
-        return True
+    return sorted(dict.fromkeys(one for one in found if one != reusing), key=price)
 
 
 class _Costs:
     """Time of a plan, by the number of heads that reuse in each layer, from three plans timed beside the original."""
 
-    def __init__(self, original: nn.Module, batch: Mapping[str, Any], ranking: _Ranking) -> None:
+    def __init__(self, original: nn.Module, batch: Mapping[str, Any], ranking: Ranking) -> None:
         heads = range(ranking.num_heads)
         plans = {"none": frozenset[Head](), "all": ranking.all}
         if ranking.partial:

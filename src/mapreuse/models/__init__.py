@@ -6,7 +6,7 @@ from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._recording import MapRecorder, Recording
-from mapreuse.models._sharing import ARGUMENT
+from mapreuse.models._sharing import ARGUMENT, observing_inputs
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, find_stack
 from mapreuse.models._tuning import tune
@@ -23,6 +23,7 @@ __all__ = [
     "apply",
     "find_stack",
     "load",
+    "observing_inputs",
     "output_projection",
     "plan_of",
     "possible_sources",

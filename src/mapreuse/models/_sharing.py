@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,9 @@ ARGUMENT = "attention_maps"
 
 BORNE = "_borne_maps"
 """The attribute in which a copy of an attention module, made for one call, holds the maps; see `Bearing`."""
+
+_OBSERVER = "_observer"
+"""The attribute in which an attention module has its `_Observer`, while `observing_inputs`."""
 
 IMPLEMENTATION = "mapreuse"
 """The name under which planned modules find `_attention_function` in `transformers`' attention interface."""
@@ -77,6 +82,9 @@ def share(
         raise ValueError(
             f"layer {layout.layer} of a model that reuses maps was called outside its stack; call the model whole"
         )
+    observer: _Observer | None = vars(module).get(_OBSERVER)
+    if observer is not None:
+        values = observer.instead_of(values)
     contexts: list[Tensor] = []
     weights: list[Tensor] = []
     if scores is not None:
@@ -102,7 +110,40 @@ def share(
     if maps.output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
         slots = [layout.order.index(head) for head in range(layout.num_heads)]
         in_order = torch.cat(weights, 1)[:, slots]
-    return context.transpose(1, 2), in_order
+    context = context.transpose(1, 2)
+    if observer is not None:
+        observer.found(context)
+    return context, in_order
+
+
+class _Observer:
+    def __init__(self, found: Callable[[Tensor], None]) -> None:
+        self.found = found
+        self._inputs = torch.empty(0)
+
+    def on_call(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs["hidden_states"]
+        self._inputs = inputs if getattr(attention, "batch_first", True) else inputs.transpose(0, 1)
+
+    def instead_of(self, values: Tensor) -> Tensor:
+        return self._inputs[:, None].expand(-1, values.shape[1], -1, -1)
+
+
+@contextmanager
+def observing_inputs(
+    attention: nn.Module, found: Callable[[Float[Tensor, "batch query heads width"]], None]
+) -> Iterator[None]:
+    """Meanwhile a planned attention applies its maps to its whole input, once for every head, as if that were its
+    values, and gives what they make of it to `found`, heads in the order of its layout. What comes after the maps
+    does not fit that: `found` has to end the pass."""
+    observer = _Observer(found)
+    handle = attention.register_forward_pre_hook(observer.on_call, with_kwargs=True)
+    setattr(attention, _OBSERVER, observer)
+    try:
+        yield
+    finally:
+        handle.remove()
+        delattr(attention, _OBSERVER)
 
 
 def _compute(
