@@ -11,6 +11,7 @@ results/convert/minilm.json already is not done again.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.resources
 import itertools
 import json
@@ -35,11 +36,12 @@ from mapreuse.speech._documentation import docstrings
 from mapreuse.speech._prompts import cache_dir, fetch_packages
 
 TARGET = Path(__file__).parent.parent / "results/convert/minilm.json"
-NUM_CALIBRATION, NUM_MORE, NUM_TEACHING, NUM_JUDGING, BATCH = 2048, 8192, 32_768, 1024, 16
+NUM_CALIBRATION, NUM_MORE, NUM_JUDGING, BATCH = 2048, 8192, 1024, 16
 FLOORS = {n: f"{n} layers: every earlier map, at full rank (the floor, not a plan)" for n in (2, 3)}
 DISTILLATION_SECONDS = 600.0
 _DOCUMENTED = ("numpy", "scipy", "torch")
 _RIDGES = (1e-3, 1e-2, 1e-1)
+_HELD_OUT = 8
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n|^%$", re.MULTILINE)
 
 Batch = dict[str, Tensor]
@@ -54,17 +56,13 @@ def main() -> None:
     wanted = _embeddings(original, judging)
     results: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {"schema": 1, "rows": {}}
     results |= {"command": "python scripts/minilm.py DIRECTORY", "machine": machine()}
-    numbers = {"calibration": NUM_CALIBRATION, "more": NUM_MORE, "teaching": NUM_TEACHING, "judging": NUM_JUDGING}
+    taught = teaching_texts()
+    numbers = {"calibration": NUM_CALIBRATION, "more": NUM_MORE, "teaching": len(taught), "judging": NUM_JUDGING}
     results["sentences"] = numbers
+    names: list[str] = []
 
-    shapes: dict[str, Callable[[], nn.Module]] = {}
-
-    def write() -> None:
-        TARGET.parent.mkdir(parents=True, exist_ok=True)
-        TARGET.write_text(json.dumps(results, indent=1) + "\n")
-
-    def row(name: str, make: Callable[[], nn.Module], *, timed_as: mr.ReusePlan | None = None) -> None:
-        shapes[name] = make if timed_as is None else lambda: mr.apply(copy.deepcopy(original), timed_as)
+    def row(name: str, make: Callable[[], nn.Module], *, is_plan: bool = True) -> None:
+        names.append(name)
         if name in results["rows"]:
             return
         model = make()
@@ -76,8 +74,16 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "plan": None if plan is None else json.loads(plan.to_json())["layers"],
         }
-        write()
+        if is_plan:
+            results["rows"][name]["latency"] = relative_latencies(original, {name: model}, judging)[name]
+        TARGET.parent.mkdir(parents=True, exist_ok=True)
+        TARGET.write_text(json.dumps(results, indent=1) + "\n")
+        _write_page(results)
         print(name, {k: v for k, v in results["rows"][name].items() if k != "plan"}, flush=True)
+
+    @functools.cache
+    def refitted_on_more(words: str) -> nn.Module:
+        return _refitted(original, planned[words], more)
 
     error = hidden_state_error(original, calibration[::4])
     ranking = Ranking(original, calibration, error)
@@ -86,31 +92,30 @@ def main() -> None:
         least = min(range(1, 6), key=lambda layer, without=without: error(without(original, (layer,))))
         row(words, lambda layer=least, without=without: without(original, (layer,)))
     chosen: dict[int, tuple[int, ...]] = {}
+    planned: dict[str, mr.ReusePlan] = {}
     for number in (2, 3):
         layers = chosen[number] = _cheapest(original, ranking, number, error)
         words = f"{number} layers"
         plan, naive = _plan(ranking, layers), mr.ReusePlan.from_sources(_nearest(layers))
         row(f"{words}, heads by index", lambda naive=naive: mr.apply(copy.deepcopy(original), naive))
         row(f"{words}, aligned", lambda plan=plan: mr.apply(copy.deepcopy(original), plan))
-        row(f"{words}, aligned and refitted", lambda plan=plan: _refitted(original, plan, calibration), timed_as=plan)
+        row(f"{words}, aligned and refitted", lambda plan=plan: _refitted(original, plan, calibration))
         row(f"{words}' attention dropped", lambda layers=layers: _without_attention(original, layers))
         row(f"{words} dropped", lambda layers=layers: _without_layers(original, layers))
         heads = ranking.plan(ranking.grown(frozenset(), 12 * number))
-        named = f"{12 * number} heads, aligned and refitted"
-        row(named, lambda heads=heads: _refitted(original, heads, calibration), timed_as=heads)
-    teaching = batches_of(tokenizer, calibration_texts(NUM_TEACHING), 32)
-    more = batches_of(tokenizer, calibration_texts(NUM_MORE))
-    two, three = _plan(ranking, chosen[2]), _plan(ranking, chosen[3])
-    row(f"2 layers, aligned and refitted on {NUM_MORE}", lambda: _refitted(original, two, more), timed_as=two)
+        row(f"{12 * number} heads, aligned and refitted", lambda heads=heads: _refitted(original, heads, calibration))
+        planned |= {words: plan, f"{12 * number} heads": heads}
+    more, teaching = batches_of(tokenizer, calibration_texts(NUM_MORE)), batches_of(tokenizer, taught, 32)
+    for words in planned:
+        row(f"{words}, aligned and refitted on {NUM_MORE}", lambda words=words: refitted_on_more(words))
+    for words in ("36 heads", "3 layers"):
+        row(
+            f"{words}, distilled 10 minutes",
+            lambda words=words: _distilled(copy.deepcopy(refitted_on_more(words)), original, teaching),
+        )
     for number, floor in FLOORS.items():
-        row(floor, lambda number=number: _of_every_map(original, chosen[number], more))
-    row("3 layers, distilled 10 minutes", lambda: _distilled(original, three, calibration, teaching), timed_as=three)
-    results["rows"] = {name: results["rows"][name] for name in shapes}
-    for name, found in results["rows"].items():
-        if "latency" not in found and name not in FLOORS.values():
-            found["latency"] = relative_latencies(original, {name: shapes[name]()}, judging)[name]
-            print(name, found["latency"], flush=True)
-    write()
+        row(floor, lambda number=number: _of_every_map(original, chosen[number], more), is_plan=False)
+    results["rows"] = {name: results["rows"][name] for name in names}
     _write_page(results)
 
 
@@ -121,12 +126,13 @@ def _write_page(results: dict[str, Any]) -> None:
         "",
         f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores).",
         f"Calibrated on {numbers['calibration']} sentences, half of Debian's fortunes, half of the docstrings of",
-        f"{', '.join(_DOCUMENTED)}; distilled on {numbers['teaching']} of both; judged on {numbers['judging']} of",
-        "Python's language reference: mean cosine to the original's embedding, share of the ten nearest sentences",
+        f"{', '.join(_DOCUMENTED)}; distilled on all {numbers['teaching']} of both; judged on {numbers['judging']}",
+        "of Python's language reference: mean cosine to the original's embedding, share of the ten nearest sentences",
         "that stay among them, and time of a batch of 16 sentences of median length, by the original's. Times of so",
         "short a batch are good to a tenth: a plan takes the same time aligned and refitted. All but the original",
         "have linear layers in the library that is faster here, so that they are to be compared with one another.",
         "Where one layer is dropped, or its attention, it is the one that is missed least on calibration sentences.",
+        "24 and 36 heads, of any layers, are as many as two and three layers have: which, `Ranking.grown` says.",
         "",
         "The floors: the attention of these layers is that linear function of what all heads of every earlier layer",
         f"that computes make of the layer's input which fits the original's best, on {NUM_MORE} sentences.",
@@ -170,6 +176,12 @@ def calibration_texts(number: int) -> list[str]:
     return [text for pair in zip(*halves, strict=True) for text in pair]
 
 
+def teaching_texts() -> list[str]:
+    """All fortunes and docstrings, but those that are judged by."""
+    judging = set(judging_texts())
+    return [text for text in fortunes() + documented() if text not in judging]
+
+
 def judging_texts(number: int | None = None) -> list[str]:
     """Sentences of Python's language reference."""
     return sentences("\n\n".join(pydoc_data.topics.topics.values()))[:number]
@@ -184,12 +196,13 @@ def sentences(text: str) -> list[str]:
 
 
 def batches_of(tokenizer: Any, texts: list[str], size: int = BATCH) -> list[Batch]:
-    """Batches of sentences of similar length, in random order."""
-    ordered = sorted(texts, key=len)
+    """Batches of sentences of similar numbers of tokens, in random order."""
+    options: dict[str, Any] = {"truncation": True, "max_length": 128}
+    lengths = dict(zip(texts, map(len, tokenizer(texts, **options)["input_ids"]), strict=True))
+    ordered = sorted(texts, key=lambda text: (lengths[text], text))
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     random.Random(1).shuffle(groups)
-    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-    return [dict(tokenizer(group, **options)) for group in groups]
+    return [dict(tokenizer(group, padding=True, return_tensors="pt", **options)) for group in groups]
 
 
 @torch.no_grad()
@@ -239,10 +252,9 @@ def _refitted(original: nn.Module, plan: mr.ReusePlan, batches: list[Batch]) -> 
     return model
 
 
-def _distilled(original: nn.Module, plan: mr.ReusePlan, batches: list[Batch], teaching: list[Batch]) -> nn.Module:
-    model = _refitted(original, plan, batches)
+def _distilled(model: nn.Module, original: nn.Module, teaching: list[Batch]) -> nn.Module:
     config = mr.DistillConfig(seconds=DISTILLATION_SECONDS, evaluate_every=200)
-    mr.distill(model, original, teaching, config, held_out=batches[:16])
+    mr.distill(model, original, teaching[_HELD_OUT:], config, held_out=teaching[:_HELD_OUT])
     return model
 
 

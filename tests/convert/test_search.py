@@ -84,7 +84,7 @@ def test_what_another_search_judged_does_not_count(bert, tmp_path, regular_times
 
 @pytest.mark.parametrize("heads", [[(2, 0)], [(1, 1), (1, 3)], [(3, 0), (3, 1), (3, 2)], [(2, h) for h in range(4)]])
 def test_the_cost_model_counts_the_heads_that_reuse(bert, regular_times, heads):
-    batches = random_batches(2)
+    batches = random_batches(4)
     ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
 
     assert _Costs(bert, batches[0], ranking).of(frozenset(heads)) == pytest.approx(1 - len(heads) / 20)
@@ -98,7 +98,7 @@ def test_a_latency_budget_is_met(bert, regular_times):
 
 
 def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still_compute(bert):
-    batches = random_batches(2)
+    batches = random_batches(4)
     ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
     smaller = frozenset((3, head) for head in range(4))
     larger = smaller | {(2, head) for head in range(4)} | {(1, 0), (1, 1)}
@@ -109,7 +109,7 @@ def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still
 
 
 def test_extensions_hold_what_they_extend_and_some_leave_part_of_a_layer_computing(bert):
-    batches = random_batches(2)
+    batches = random_batches(4)
     ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
     costs = _Costs(bert, batches[0], ranking)
     start = frozenset((2, head) for head in range(4))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +41,9 @@ _HELD_OUT = 4
 
 _SWEEPS = 3
 """Times that values and output are solved in turn."""
+
+_BLOCK = 512
+"""Rows of a symmetric product that are summed at once."""
 
 _MOST_INPUTS = 12_288
 """Maps · width up to which values are refitted: their normal equations take 8 · (maps · width)² bytes."""
@@ -149,10 +152,12 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
     judged = [
         (batch, rows) for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)) if _judges(number)
     ]
-    errors = partial(_layer_errors, index, model, original, judged)
+    errors = functools.partial(_layer_errors, index, model, original, judged)
     kept = _Kept(layer, projection)
     candidates = [(share, *solved(share)) for share in _DRIFT]
-    before, *after = errors([kept.restore, *(partial(_write, layer, projection, one[2]) for one in candidates)])
+    before, *after = errors(
+        [kept.restore, *(functools.partial(_write, layer, projection, one[2]) for one in candidates)]
+    )
     best, (share, ridge, weights) = min(zip(after, candidates, strict=True), key=lambda pair: pair[0])
     if best >= before:
         kept.restore()
@@ -160,7 +165,7 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
     moved = False
     if moves_values:
         candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
-        (error,) = errors([partial(_write, layer, projection, candidate, moved=True)])
+        (error,) = errors([functools.partial(_write, layer, projection, candidate, moved=True)])
         if error < best:
             best, moved, weights = error, True, candidate
     kept.restore()
@@ -261,7 +266,7 @@ class _Sums:
 
     def __init__(self, weights: _Weights) -> None:
         size, width = weights.num_maps * weights.values.shape[1] + 1, weights.output.shape[-1]
-        self._gram = weights.values.new_zeros(size, size)
+        self._upper = weights.values.new_zeros(size, size)  # that triangle of the Gram matrix, block by block
         self._target = weights.values.new_zeros(size, width)
         self._drift = torch.zeros_like(self._target)
         self._rows, self._size = 0, 0.0
@@ -275,13 +280,23 @@ class _Sums:
         drift: Float[Tensor, "rows width"],
     ) -> None:
         extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        self._gram.addmm_(extended.mT, extended)
+        for start in range(0, len(self._upper), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            self._upper[rows, start:].addmm_(extended[:, rows].mT, extended[:, start:])
         self._target.addmm_(extended.mT, target)
         self._drift.addmm_(extended.mT, drift)
         self._rows += len(target)
         self._size += float(target.square().sum())
         for share in _DRIFT:
             self._whole[share] += float((target + share * drift).square().sum())
+
+    @functools.cached_property
+    def _gram(self) -> Float[Tensor, "inputs_and_one inputs_and_one"]:
+        """The sum whole, once nothing is added any more."""
+        for start in range(0, len(self._upper), _BLOCK):
+            rows, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            self._upper[rest, rows] = self._upper[rows, rest].mT
+        return self._upper
 
     def error(self, weights: _Weights, share: float) -> float:
         """√(Σ ‖output − target − share · drift‖² / Σ ‖target‖²), or the root as it is where the target is zero."""

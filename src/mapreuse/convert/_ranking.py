@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mapreuse.convert._align import Head, factors, output_errors
+from mapreuse.convert._fit import fit
 from mapreuse.models import MapRecorder, Unsupported, apply, find_stack, possible_sources, with_projections
 from mapreuse.plan import ReusePlan
 
@@ -23,6 +24,9 @@ _CANDIDATES = 4
 
 _DIMENSIONS = 32
 """Of each head's context, at most: those that the output projection makes most of."""
+
+_PART = 0.25
+"""Share of what a layer can lose that its heads lose together where its weight is measured."""
 
 _RIDGE = 1e-3
 """Relative to the mean square of what is regressed on."""
@@ -123,17 +127,18 @@ class Ranking:
 
     A plan is the set of heads that reuse; each takes, of the heads of earlier layers that still compute, the one
     whose map changes its layer's output least (`output_errors`). It is predicted to cost, layer by layer, what the
-    layer's output loses (`RefitErrors`), weighed by what that did to the model's error when the layer alone reused.
+    layer's output loses (`RefitErrors`), weighed by what that did to the model's error, after `fit`, when only heads
+    of this layer reused: the cheapest that lose a quarter of what all of them would.
 
     Args:
         original: a trained model that `apply` accepts; it is left as it is.
-        batches: calibration batches.
+        batches: calibration batches, at least four.
         judge: the error of a converted model.
 
     Attributes:
         sharing: the layers that can reuse, and the layers whose maps each may apply.
         partial: whether the model takes plans where only some heads of a layer reuse.
-        alone: what the judge said of each layer reusing alone, without a refit.
+        alone: what the judge said of each layer alone: of those heads of it, or of all if not `partial`.
 
     Raises:
         ValueError: where no layer can reuse another's maps.
@@ -157,9 +162,14 @@ class Ranking:
             for head in range(self.num_heads)
         }
         self.partial = self._allows_partial(original)
-        self.alone = {layer: judge(self._reusing_alone(original, layer)) for layer in sources}
-        of_original = judge(original)
-        self._weights = {layer: self._weigh(layer, error - of_original) for layer, error in self.alone.items()}
+        self._weights = dict.fromkeys(sources, 1.0)
+        self.alone, of_original = {}, judge(original)
+        for layer in tqdm(sources, desc="Layers alone", leave=False):
+            reusing = self._part(layer) if self.partial else self.heads(layer)
+            model = apply(copy.deepcopy(original), self.plan(reusing))
+            fit(model, original, batches)
+            self.alone[layer] = judge(model)
+            self._weights[layer] = max(self.alone[layer] - of_original, 0.0) / max(self.predicted(reusing), 1e-9)
 
     @property
     def all(self) -> frozenset[Head]:
@@ -174,7 +184,7 @@ class Ranking:
         """The plan where these heads reuse, each its best source. Raises `ValueError` where a head has none left."""
         layers: list[list[Head | None]] = [[None] * self.num_heads for _ in range(self.num_layers)]
         for layer, head in reusing:
-            left = (source for _, source in self._by_error[layer, head] if source not in reusing)
+            left = (source for _, source in self._by_error.get((layer, head), []) if source not in reusing)
             layers[layer][head] = next(left, None)
             if layers[layer][head] is None:
                 raise ValueError(
@@ -192,19 +202,22 @@ class Ranking:
     def grown(self, reusing: frozenset[Head], number: int) -> frozenset[Head]:
         """These heads and `number` more, one after the other, whichever should cost least; or all there are."""
         for _ in range(number):
-            prices = {head: self.predicted(reusing | {head}) for head in sorted(self.all - reusing)}
-            if not prices:
+            if reusing == self.all:
                 break
-            reusing |= {min(prices, key=prices.__getitem__)}
+            reusing = self._with_cheapest(reusing, self.all)
         return reusing
 
-    def _reusing_alone(self, original: nn.Module, layer: int) -> nn.Module:
-        return apply(copy.deepcopy(original), self.plan(self.heads(layer)))
+    def _with_cheapest(self, reusing: frozenset[Head], among: frozenset[Head]) -> frozenset[Head]:
+        prices = {head: self.predicted(reusing | {head}) for head in sorted(among - reusing)}
+        return reusing | {min(prices, key=prices.__getitem__)}
 
-    def _weigh(self, layer: int, error: float) -> float:
-        """Error of the model, by what changed in the output of this layer, where it alone reuses."""
-        changed = sum(self._by_error[head][0][0] for head in self.heads(layer))
-        return max(error, 0.0) / max(changed, 1e-9)
+    def _part(self, layer: int) -> frozenset[Head]:
+        """The cheapest heads of a layer that together lose a good part of what all would."""
+        heads = self.heads(layer)
+        enough, reusing = _PART * self.predicted(heads), frozenset[Head]()
+        while not reusing or self.predicted(reusing) < enough:
+            reusing = self._with_cheapest(reusing, heads)
+        return reusing
 
     def _allows_partial(self, original: nn.Module) -> bool:
         if self.num_heads == 1:

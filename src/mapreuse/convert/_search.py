@@ -83,7 +83,8 @@ def search(
     other the one that should cost least. The `breadth` extensions with the least predicted error for the time they
     save are converted, refitted and judged, and the one with the least error for the time it saves is extended
     further, until the budget is met, one of latency by measurement. What is predicted is what a layer's output loses
-    when its output projection is refitted, weighed by what that layer did to the model's error when it alone reused.
+    when its output projection is refitted, weighed by what that did to the model's error when only heads of this
+    layer reused.
     Everything judged on the way competes for the result, whose latencies are then measured in turns.
 
     The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
