@@ -61,23 +61,35 @@ def test_a_map_that_its_head_was_not_tried_by_counts_as_nothing():
     assert RefitErrors(silent, errors, sources, [batch])(3, [last, None, None, None]) == pytest.approx(0, abs=1e-3)
 
 
-def test_heads_whose_maps_an_earlier_layer_has_reuse_first():
-    """Four heads attend everywhere alike; the first of them has the only map that the others need."""
+def test_heads_whose_maps_an_earlier_layer_has_cost_least():
+    """Some heads attend everywhere alike; the first of them has the only map that the others need."""
     torch.manual_seed(0)
     model = peaked(build("bert")[0])
-    planted = {(2, 1), (2, 3), (1, 0)}
-    for layer, head in {(0, 2), *planted}:
+    planted = {0: {2}, 1: {0}, 2: {1, 3}}
+    for layer, heads in planted.items():
         query = model.encoder.layer[layer].attention.self.query
-        rows = slice(head * query.out_features // 4, (head + 1) * query.out_features // 4)
-        query.weight.data[rows], query.bias.data[rows] = 0, 0
+        for rows in (slice(head * query.out_features // 4, (head + 1) * query.out_features // 4) for head in heads):
+            query.weight.data[rows], query.bias.data[rows] = 0, 0
     batches = random_batches(8)
     ranking = Ranking(model, batches, hidden_state_error(model, batches))
-    grown = ranking.grown(frozenset(), 3)
+    for layer in (1, 2):
+        costs = {head: ranking.predicted(frozenset({(layer, head)})) for head in range(4)}
+        assert set(sorted(costs, key=costs.get)[: len(planted[layer])]) == planted[layer]
+        assert all(
+            costs[head] < 0.2 * costs[other] for head in planted[layer] for other in set(range(4)) - planted[layer]
+        )
 
-    assert grown == planted
-    assert ranking.predicted(grown) == pytest.approx(0, abs=2e-3)
-    assert ranking.predicted(grown | {(3, 0)}) > ranking.predicted(grown)
-    assert ranking.grown(frozenset(), 100) == ranking.all
+
+def test_reusing_heads_are_joined_by_the_one_that_costs_least():
+    model, _ = build("bert")
+    batches = random_batches(8)
+    ranking = Ranking(model, batches, hidden_state_error(model, batches))
+    reusing = frozenset({(2, 1)})
+    for head in ranking.grown(reusing, 2) - ranking.grown(reusing, 1):
+        one = ranking.grown(reusing, 1)
+        assert ranking.predicted(one | {head}) == min(ranking.predicted(one | {other}) for other in ranking.all - one)
+    assert ranking.grown(reusing, 2) > ranking.grown(reusing, 1) > reusing
+    assert ranking.grown(reusing, 100) == ranking.all
 
 
 def test_a_head_without_a_source_that_computes_is_refused():
