@@ -193,6 +193,8 @@ def _write_page(results: dict[str, Any]) -> None:
         "here, so that they are to be compared with one another.",
         "Where one layer is dropped, or its attention, it is the one that is missed least on calibration sentences.",
         "24 and 36 heads, of any layers, are as many as two and three layers have: which, `Ranking.grown` says.",
+        "They keep more of the model than whole layers, and save less time: a layer of which one head is read keeps",
+        "the maps of all its heads.",
         "",
         "The floors: the attention of these layers is that linear function of what all heads of every earlier layer",
         f"that computes make of the layer's input which fits the original's best, on {NUM_MORE} sentences.",
