@@ -63,19 +63,21 @@ class RefitErrors:
         self._grams: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
         self._found: dict[tuple[int, tuple[Head | None, ...]], float] = {}
+        reduction: dict[int, Tensor] = {}
         recorder = MapRecorder(original)
         stack = find_stack(with_projections(original))
         for batch in batches:
             maps, valid, values = recorder(batch)
             for layer, parts in self._parts.items():
                 own_values = values[layer].repeat_interleave(self._num_heads // values[layer].shape[1], 1)
-                roots, outputs = factors(stack.layers[layer], self._num_heads, own_values, _DIMENSIONS)
-                reduced = own_values.double() @ roots
+                if layer not in reduction:
+                    reduction[layer], outputs = factors(stack.layers[layer], self._num_heads, own_values, _DIMENSIONS)
+                    self._outputs[layer] = outputs.flatten(0, 1).cpu()
+                reduced = own_values.double() @ reduction[layer]
                 contexts = [_map_of(maps, layer, head, source).double() @ reduced[:, head] for head, source in parts]
                 inputs = torch.cat([*contexts, torch.ones_like(contexts[0][..., :1])], -1)[valid]
                 gram = (inputs.mT @ inputs).cpu()
                 self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
-                self._outputs[layer] = outputs.flatten(0, 1).cpu()
 
     def __call__(self, layer: int, applied: Sequence[Head | None]) -> float:
         """The error of a layer where its heads apply these maps; a map that its head was not tried by counts as
@@ -88,17 +90,15 @@ class RefitErrors:
     def _least(self, layer: int, applied: tuple[Head | None, ...]) -> float:
         gram, outputs, parts = self._grams[layer], self._outputs[layer], self._parts[layer]
         dim = len(outputs) // self._num_heads
-        wanted = [slice(head * dim, (head + 1) * dim) for head in range(self._num_heads)]
-        given = [parts[one] for one in enumerate(applied) if one in parts]
-        columns = torch.cat([torch.arange(index * dim, (index + 1) * dim) for index in given] + [torch.tensor([-1])])
-        columns %= len(gram)
-        own = torch.arange(wanted[-1].stop)
+        starts = [parts[one] * dim for one in enumerate(applied) if one in parts]
+        constant = torch.tensor([len(gram) - 1])
+        columns = torch.cat([*(torch.arange(start, start + dim) for start in starts), constant])
+        own = torch.arange(len(outputs))
         among = gram[columns[:, None], columns]
         among.diagonal().add_(_RIDGE * among.diagonal().mean() + 1e-300)
-        target = gram[own[:, None], own]
         towards = gram[columns[:, None], own] @ outputs
         explained = (towards * torch.cholesky_solve(towards, torch.linalg.cholesky(among))).sum()
-        size = (outputs * (target @ outputs)).sum()
+        size = (outputs * (gram[own[:, None], own] @ outputs)).sum()
         return max(0.0, float(1 - explained / size)) if float(size) > 0 else 0.0
 
 
