@@ -9,7 +9,8 @@ from packed_encoders import peaked
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.convert import Ranking, RefitErrors, hidden_state_error, output_errors
+from mapreuse.convert import Ranking, hidden_state_error, output_errors
+from mapreuse.convert._ranking import RefitErrors
 from mapreuse.models import MapRecorder, find_stack, output_projection
 
 

@@ -19,7 +19,7 @@ from mapreuse.convert._directory import (
 )
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
-from mapreuse.convert._ranking import Ranking, RefitErrors
+from mapreuse.convert._ranking import Ranking
 from mapreuse.convert._samples import sound_files
 from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.convert._search import Candidate, relative_latencies, search
@@ -33,7 +33,6 @@ __all__ = [
     "LayerFit",
     "OpenedModel",
     "Ranking",
-    "RefitErrors",
     "align",
     "align_by",
     "batches_by_length",
