@@ -81,6 +81,24 @@ def test_gradients_enabled_or_not_outputs_agree(family):
     assert disagreement(model(**batch).last_hidden_state, without.last_hidden_state, rows) <= 1e-5
 
 
+@pytest.mark.parametrize("plan", ["other heads", "in part"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("is_boolean", [True, False])
+def test_a_mask_may_differ_from_head_to_head(family, plan, is_boolean):
+    eager, batch = build(family, implementation="eager")
+    positions = batch["input_ids"].shape[1]
+    torch.manual_seed(0)
+    allowed = torch.rand(len(batch["input_ids"]), 4, positions, positions) < 0.5
+    allowed |= torch.eye(positions, dtype=torch.bool)
+    additive = torch.zeros_like(allowed, dtype=torch.float).masked_fill(~allowed, torch.finfo(torch.float).min)
+    model = mr.apply(build(family)[0], PLANS[plan])
+    with torch.no_grad():
+        reference = defined_output(eager, batch | {"attention_mask": additive}, PLANS[plan])
+        mask = allowed if is_boolean else additive
+        ours = model(**batch | {"attention_mask": mask}).last_hidden_state
+        assert disagreement(ours, reference, torch.ones(ours.shape[:2], dtype=torch.bool)) <= 1e-4
+
+
 def test_a_longer_input_than_one_block_of_rows_agrees():
     """130 frames: blocks of 64 query rows, and a last block of 2."""
     eager, _ = build("parakeet", implementation="eager")

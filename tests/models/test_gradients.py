@@ -113,7 +113,7 @@ def test_what_was_frozen_stays_frozen(family, frozen):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_gradients_are_those_of_the_definition(family, plan, strategy):
-    """In float64, for every parameter that is neither removed nor reordered."""
+    """In float64, for every parameter that is not removed; heads of an attention may be in another order."""
     model, batch = build(family)
     eager, _ = build(family, implementation="eager")
     batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
@@ -121,14 +121,15 @@ def test_gradients_are_those_of_the_definition(family, plan, strategy):
 
     rows = valid_rows(model, batch, output)
     defined_output(eager.double(), batch, PLANS[plan])[rows].square().mean().backward()
-    reordered = {str(layer) for layer, source in enumerate(PLANS[plan].layers) if isinstance(source, tuple)}
+    by_heads = any(isinstance(source, tuple) for source in PLANS[plan].layers)
     compared = []
     for name, parameter in eager.named_parameters():
         if parameter.grad is None or name not in ours or ours[name].shape != parameter.shape:
             continue
-        if reordered & set(name.split(".")) and "att" in name:
-            continue
-        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-9, rtol=1e-5)
+        found, expected = ours[name], parameter.grad
+        if by_heads and "att" in name:
+            found, expected = found.flatten().sort().values, expected.flatten().sort().values
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-5)
         compared.append(name)
     assert sum("att" in name for name in compared) >= 4
     assert len(compared) >= 20

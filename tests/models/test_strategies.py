@@ -1,12 +1,14 @@
 """Strategies and memory budgets on whole models."""
 
+import copy
 import logging
 
 import jaxtyping
 import pytest
 import torch
+import transformers as tf
 from agreement import PLANS
-from families import build
+from families import SIZE, build
 from oracle import defined_output, disagreement, valid_rows
 
 import mapreuse as mr
@@ -130,3 +132,41 @@ def test_a_budget_that_is_none_is_refused(monkeypatch, budget):
         mr.apply(model, GROUPS, memory_budget=budget)
     assert "\n" not in str(error.value)
     assert mr.plan_of(model) is None
+
+
+@pytest.mark.parametrize("plan", ["other heads", "in part", "two sources"])
+@pytest.mark.parametrize("family", ["bert", "parakeet", "llama", "gpt2"])
+def test_only_heads_that_are_applied_are_handed_on(monkeypatch, family, plan):
+    handed_on = {}
+    publish = SharedMaps.publish
+
+    def publishing(self, layer, attention_map):
+        handed_on[layer] = attention_map.num_heads
+        publish(self, layer, attention_map)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    model, batch = build(family)
+    with torch.no_grad():
+        mr.apply(model, PLANS[plan])(**batch)
+    applied = {}
+    for heads in PLANS[plan].layers:
+        for source in filter(None, heads if isinstance(heads, tuple) else ()):
+            applied.setdefault(source[0], set()).add(source[1])
+    assert handed_on == {layer: len(heads) for layer, heads in applied.items()}
+
+
+def test_heads_that_cannot_compute_in_another_order_are_handed_on_together():
+    """OLMo 2 norms the queries of all heads at once."""
+    torch.manual_seed(0)
+    model = tf.Olmo2Model(tf.Olmo2Config(**SIZE, vocab_size=50, pad_token_id=0)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.45)
+    batch = {"input_ids": torch.arange(12).view(2, 6) + 3}
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    mr.apply(model, PLANS["other heads"])
+    with torch.no_grad():
+        reference = defined_output(eager, batch, PLANS["other heads"])
+        found = model(**batch).last_hidden_state
+    assert disagreement(found, reference, torch.ones(2, 6, dtype=torch.bool)) <= 1e-4

@@ -211,6 +211,7 @@ class _Run:
             lr=config.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=config.weight_decay,
+            fused=True,
         )
         self.optimizer = self.accelerator.prepare(optimizer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from mapreuse.maps import _in_c
 from mapreuse.maps._attend import attend
 from mapreuse.maps._blocked import is_short, rows_at_a_time, slices
-from mapreuse.maps._scores import RelativePositions, Scores
+from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import drop, softmax
 
 HeadPairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -145,7 +145,7 @@ class RecomputedMap(AttentionMap):
     ) -> Float[Tensor, "batch heads query value_dim"]:
         scores = self.scores
         if heads is not None:
-            scores = _select_heads(scores, [pair[0] for pair in heads])
+            scores = scores.of_heads([pair[0] for pair in heads])
             values = values[:, [pair[1] for pair in heads]]
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0]
 
@@ -188,20 +188,3 @@ def _wide_products(heads: HeadPairs) -> Iterator[tuple[slice, int, tuple[int, ..
                 continue
         yield slice(start, slot), heads[start][0], tuple(pair[1] for pair in heads[start:slot])
         start = slot
-
-
-def _select_heads(scores: Scores, heads: list[int]) -> Scores:
-    def select(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, heads]
-
-    relative = scores.relative
-    if relative is not None:
-        relative = RelativePositions(relative.query[:, heads], relative.key[:, heads])
-    return replace(
-        scores,
-        query=scores.query[:, heads],
-        key=scores.key[:, heads],
-        mask=select(scores.mask),
-        bias=select(scores.bias),
-        relative=relative,
-    )

@@ -91,6 +91,24 @@ class Scores:
             bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), bias=bias, relative=relative)
 
+    def of_heads(self, heads: list[int] | slice) -> Scores:
+        """The scores of some heads, in this order; of a slice of them without a copy."""
+
+        def select(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, heads]
+
+        relative = self.relative
+        if relative is not None:
+            relative = RelativePositions(relative.query[:, heads], relative.key[:, heads])
+        return replace(
+            self,
+            query=self.query[:, heads],
+            key=self.key[:, heads],
+            mask=select(self.mask),
+            bias=select(self.bias),
+            relative=relative,
+        )
+
     def dense(self) -> Float[Tensor, "batch heads query key"]:
         """All scores at once, differentiable; entries that may not be attended hold the most negative number."""
         scores = self.query @ self.key.mT

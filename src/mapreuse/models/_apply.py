@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -77,7 +78,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         conversions = check(model, stack, plan)
         names, crossing = parameter_names(type(stack.module)), cross_attends_beside(stack)
         by_keyword = maps_travel_by_keyword(stack) and all(c.adapter.form.takes_maps for c in conversions)
-        demand = _demand(plan, conversions[0].heads.num_heads)
+        demand = _demand(plan, [conversion.layout.handed_on for conversion in conversions])
         applied = Applied(plan, strategy, memory_budget, demand, names, crossing)
         with unchanged_on_failure(model):
             for conversion in conversions:
@@ -136,9 +137,9 @@ def with_projections(model: nn.Module) -> nn.Module:
     return apply(copy.deepcopy(model), ReusePlan.full(len(stack.layers)))
 
 
-def _demand(plan: ReusePlan, num_heads: int) -> Demand:
+def _demand(plan: ReusePlan, handed_on: Sequence[int]) -> Demand:
     spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
-    heads = {layer: sum(source is None for source in plan.heads(layer, num_heads)) for layer in spans}
+    heads = {layer: handed_on[layer] for layer in spans}
     alive = [
         sum(heads[source] for source, readers in spans.items() if source <= layer <= readers[-1])
         for layer in range(plan.num_layers)

@@ -44,17 +44,21 @@ def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
         raise ValueError(
             f"the plan speaks of {plan.num_layers} layers, but {type(stack.module).__name__} has {len(stack.layers)}"
         )
-    conversions = []
+    shaped = []
     for index, (layer, adapter) in enumerate(zip(stack.layers, adapters, strict=True)):
         name = f"layer {index} ({type(layer.attention).__name__})"
         if adapter.interface:
             _check_implementation(name, layer.attention)
         heads = heads_of(name, layer.attention, adapter)
         _check_heads(name, plan, index, heads)
-        layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads)
-        if 0 < layout.computing < layout.num_heads:
-            _check_partial(name, layer.attention, adapter, heads)
         output = find_output_projection(layer, adapter.form)
+        shaped.append((name, layer, adapter, heads, output, _inseparable(layer.attention, adapter, heads)))
+    separable = [output is not None and reason is None for *_, output, reason in shaped]
+    conversions = []
+    for index, (name, layer, adapter, heads, output, reason) in enumerate(shaped):
+        layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable)
+        if 0 < layout.computing < layout.num_heads and reason is not None:
+            raise Unsupported(f"{name}: {reason}")
         if output is None and layout.reorders:
             raise Unsupported(
                 f"{name}: no plain output projection directly after its context, so its heads cannot be reordered"
@@ -138,25 +142,26 @@ def _check_heads(name: str, plan: ReusePlan, index: int, heads: Heads) -> None:
         raise ValueError(f"{name}: the plan speaks of {len(source)} heads, but the layer has {heads.num_heads}")
 
 
-def _check_partial(name: str, attention: nn.Module, adapter: Adapter, heads: Heads) -> None:
-    """Some heads compute: their part of what makes queries and keys must be separable."""
+def _inseparable(attention: nn.Module, adapter: Adapter, heads: Heads) -> str | None:
+    """Why some of its heads cannot compute without the others, or in another order; None where they can."""
     if adapter.fused is not None or adapter.computing is not None:
-        return
+        return None
     form = adapter.form
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         parameters = {a: attention._parameters[a] for a in attributes if a in attention._parameters}
         linear = [attribute for attribute, module in modules.items() if type(module) in (nn.Linear, FastLinear)]
         if len(linear) != 1:
-            raise Unsupported(f"{name}: partial reuse needs one plain projection each of queries and keys")
+            return "partial reuse needs one plain projection each of queries and keys"
         for attribute, module in modules.items():
             shapes = {tuple(parameter.shape) for parameter in module.parameters()} or {()}
             separable = shapes == {(heads.head_dim,)} or type(module) in (nn.Identity, nn.Dropout)
             if attribute in form.bias or (attribute not in linear and not separable):
-                raise Unsupported(f"{name}: {attribute} spans all heads, so they cannot compute in part")
+                return f"{attribute} spans all heads, so they cannot compute in part"
         for attribute, parameter in parameters.items():
             if attribute in form.bias or parameter is None or tuple(parameter.shape) != (heads.head_dim,):
-                raise Unsupported(f"{name}: {attribute} spans all heads, so they cannot compute in part")
+                return f"{attribute} spans all heads, so they cannot compute in part"
+    return None
 
 
 def _check_alike(stack: Stack, index: int, conversion: Conversion, source: int, of_source: Conversion) -> None:

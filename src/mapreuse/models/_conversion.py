@@ -56,7 +56,7 @@ def convert(conversion: Conversion) -> None:
     if adapter.fused is not None:
         _take_fused(conversion, own)
     else:
-        if 0 < layout.computing < layout.num_heads:
+        if own and own != tuple(range(layout.num_heads)):
             _keep_heads(conversion, own)
         if layout.value_order != tuple(range(len(layout.value_order))):
             take_outputs(attention.get_submodule(form.value), head_rows(layout.value_order, dim))
@@ -90,7 +90,7 @@ def _take_fused(conversion: Conversion, own: Sequence[int]) -> None:
 
 
 def _keep_heads(conversion: Conversion, own: Sequence[int]) -> None:
-    """Keep the query and key projections of the heads that compute."""
+    """Keep the query and key projections of the heads that compute, in their order."""
     attention, adapter, layout = conversion.layer.attention, conversion.adapter, conversion.layout
     dim = conversion.heads.head_dim
     if adapter.computing is not None:
@@ -105,8 +105,13 @@ def _keep_heads(conversion: Conversion, own: Sequence[int]) -> None:
     for attributes, heads in ((adapter.form.query, own), (adapter.form.key, layout.key_heads)):
         for attribute in attributes:
             module = attention._modules.get(attribute)
-            if isinstance(module, nn.Linear):
-                setattr(attention, attribute, HeadSubsetLinear(module, head_rows(heads, dim)))
+            if not isinstance(module, nn.Linear):
+                continue
+            rows = head_rows(heads, dim)
+            if len(rows) == module.out_features:
+                take_outputs(module, rows)
+            else:
+                setattr(attention, attribute, HeadSubsetLinear(module, rows))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from mapreuse.models._apply import applied_to, apply, refuse_save_pretrained
 from mapreuse.plan import ReusePlan
 
 _FORMAT = "mapreuse"
-_VERSION = 1
+_VERSION = 2
 _CONFIG = "config.json"
 _WEIGHTS = "mapreuse.safetensors"
 _MODELS = "transformers.models."

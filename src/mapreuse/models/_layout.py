@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mapreuse.maps import HeadPairs
@@ -13,8 +14,9 @@ class LayerLayout:
     """How one attention module makes its context under a plan.
 
     The heads of a planned layer are put in the order in which their context is computed: first the heads that
-    compute, then those that reuse, by source layer and source head, so that heads that share a source head lie side
-    by side and one wider product serves them. The order is folded into the weights; nothing is permuted at run time.
+    compute, those that later layers apply before the others, so that only their part of the map is handed on; then
+    those that reuse, by source layer and source head, so that heads that share a source head lie side by side and one
+    wider product serves them. The order is folded into the weights; nothing is permuted at run time.
 
     Attributes:
         layer: index of the layer in its stack.
@@ -26,7 +28,7 @@ class LayerLayout:
         own_values: for each computing slot, the head of the values it meets.
         value_order: for each head of the values, the original head (grouped-query values keep theirs).
         parts: for each source layer, the pairs (head of the source's map, head of the values) of its slots.
-        is_read: True when a later layer applies this layer's map.
+        handed_on: how many of the first slots have a map that later layers apply.
         releases: the layers whose maps this layer is the last to read.
     """
 
@@ -39,7 +41,7 @@ class LayerLayout:
     own_values: tuple[int, ...]
     value_order: tuple[int, ...]
     parts: tuple[tuple[int, HeadPairs], ...]
-    is_read: bool
+    handed_on: int
     releases: tuple[int, ...]
 
     @property
@@ -48,10 +50,16 @@ class LayerLayout:
         return self.order != tuple(range(self.num_heads))
 
 
-def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int) -> LayerLayout:
-    """The layout of `layer` under `plan`, for queries of `num_heads` and keys and values of `num_value_heads`."""
+def lay_out(
+    plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, separable: Sequence[bool]
+) -> LayerLayout:
+    """The layout of `layer` under `plan`, for queries of `num_heads` and keys and values of `num_value_heads`.
+
+    `separable` tells of every layer whether its heads can compute in any order; one that can't and computes all of
+    its heads keeps theirs, and hands on the whole map where one of them is applied.
+    """
     heads = plan.heads(layer, num_heads)
-    own = [head for head in range(num_heads) if heads[head] is None]
+    own, handed_on = _computing(plan, layer, num_heads, separable[layer])
     reusing = sorted(
         (source, head) for head, source in enumerate(heads) if source is not None
     )  # by source layer, source head, then own number
@@ -63,7 +71,7 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int) -
     key_heads = tuple(dict.fromkeys(head // group for head in own))
     parts: dict[int, list[tuple[int, int]]] = {}
     for (source, source_head), head in reusing:
-        computed = [h for h, entry in enumerate(plan.heads(source, num_heads)) if entry is None]
+        computed, _ = _computing(plan, source, num_heads, separable[source])
         parts.setdefault(source, []).append((computed.index(source_head), value_of[head]))
     return LayerLayout(
         layer=layer,
@@ -75,6 +83,20 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int) -
         own_values=tuple(value_of[head] for head in own),
         value_order=value_order,
         parts=tuple((source, tuple(pairs)) for source, pairs in parts.items()),
-        is_read=bool(plan.readers(layer)),
+        handed_on=handed_on,
         releases=tuple(source for source in plan.sources(layer) if plan.readers(source)[-1] == layer),
     )
+
+
+def _computing(plan: ReusePlan, layer: int, num_heads: int, separable: bool) -> tuple[tuple[int, ...], int]:
+    """The heads that compute, in their order, and how many of the first are handed on."""
+    own = [head for head, source in enumerate(plan.heads(layer, num_heads)) if source is None]
+    applied = {
+        source_head
+        for reader in plan.readers(layer)
+        for source, source_head in filter(None, plan.heads(reader, num_heads))
+        if source == layer
+    }
+    if len(own) == num_heads and not separable:
+        return tuple(own), len(own) if applied else 0
+    return tuple(sorted(own, key=lambda head: (head not in applied, head))), len(applied)

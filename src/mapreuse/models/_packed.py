@@ -19,7 +19,7 @@ from mapreuse.maps import Scores
 from mapreuse.models._adapters import Adapter, register_style
 from mapreuse.models._fused import FusedComputing
 from mapreuse.models._reading import AttentionForm
-from mapreuse.models._sharing import ReusingAttention, make_scores
+from mapreuse.models._sharing import ReusingAttention, make_scores, of_heads
 from mapreuse.models._source import Unsupported, body_of, fingerprint_of, parameter_names
 from mapreuse.models._stack import Stack
 
@@ -76,7 +76,7 @@ class UnpackedAttention(FusedComputing):
         mask = attn_mask
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
-            mask = _own(mask, self._layout.order[: self._layout.computing])
+            mask = of_heads(mask, self._layout.order[: self._layout.computing])
         if key_padding_mask is not None:
             padding = key_padding_mask[:, None, None]
             mask = padding if mask is None else mask + padding
@@ -87,10 +87,6 @@ def _linear(weight: Any, bias: Any) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight, linear.bias = weight, bias
     return linear
-
-
-def _own(mask: Tensor, heads: tuple[int, ...]) -> Tensor:
-    return mask if mask.shape[1] == 1 else mask[:, list(heads)]
 
 
 @contextmanager
@@ -169,7 +165,7 @@ class _TimmComputing(_OneTensor, FusedComputing):  # type: ignore[misc]  # it re
             query, key = self.q_norm(query), self.k_norm(key)
         mask = attn_mask
         if mask is not None:
-            mask = _own(mask[(None,) * (4 - mask.dim())], self._layout.order[: self._layout.computing])
+            mask = of_heads(mask[(None,) * (4 - mask.dim())], self._layout.order[: self._layout.computing])
         return make_scores(self, query, key, mask, self.scale, is_causal), values
 
 

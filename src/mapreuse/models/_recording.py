@@ -56,7 +56,8 @@ class MapRecorder:
         self._layouts: list[LayerLayout] = []
         for index, layer in enumerate(stack.layers):
             attention: Any = layer.attention
-            attention._layout = replace(attention._layout, is_read=True, releases=())
+            layout: LayerLayout = attention._layout
+            attention._layout = replace(layout, handed_on=layout.computing, releases=())
             self._layouts.append(attention._layout)
             attention.register_forward_pre_hook(self._project(index, layer), with_kwargs=True)
         stack.module.register_forward_hook(self._keep, with_kwargs=True)

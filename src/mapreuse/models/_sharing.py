@@ -89,10 +89,10 @@ def share(
     weights: list[Tensor] = []
     if scores is not None:
         scores = scores.to(values.dtype)  # under autocast, sums and rotations are of another type than projections
-        context, own = _compute(layout, maps, values, scores, dropout_p)
-        contexts.append(context)
+        computed, own = _compute(layout, maps, values, scores, dropout_p)
+        contexts += computed
         if maps.output_attentions:
-            weights.append((own or RecomputedMap(scores)).dense())
+            weights += [attention_map.dense() for attention_map in own]
     for source, pairs in layout.parts:
         source_map = maps.read(source)
         if source_map is None:
@@ -148,15 +148,28 @@ def observing_inputs(
 
 def _compute(
     layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
-) -> tuple[Tensor, AttentionMap | None]:
+) -> tuple[list[Tensor], list[AttentionMap]]:
+    """Contexts and maps of the heads that compute: of those that are handed on, and of the others."""
     own_values = values if layout.own_values == tuple(range(values.shape[1])) else values[:, list(layout.own_values)]
-    if not layout.is_read:
-        return attend(scores, own_values, keep=False, dropout_p=dropout_p)[0], None
-    strategy = maps.strategy(scores, own_values)
-    buffer = maps.buffer(scores)
-    context, own = compute(scores, own_values, strategy, dropout_p=dropout_p, buffer=buffer)
-    maps.publish(layout.layer, own)
-    return context, own
+    contexts: list[Tensor] = []
+    own: list[AttentionMap] = []
+    handed_on, others = slice(layout.handed_on), slice(layout.handed_on, layout.computing)
+    if layout.handed_on:
+        some, some_values = (
+            (scores, own_values)
+            if layout.handed_on == layout.computing
+            else (scores.of_heads(handed_on), own_values[:, handed_on])
+        )
+        strategy = maps.strategy(some, some_values)
+        context, attention_map = compute(some, some_values, strategy, dropout_p=dropout_p, buffer=maps.buffer(some))
+        maps.publish(layout.layer, attention_map)
+        contexts.append(context)
+        own.append(attention_map)
+    if layout.handed_on < layout.computing:
+        rest = scores.of_heads(others) if layout.handed_on else scores
+        contexts.append(attend(rest, own_values[:, others], keep=False, dropout_p=dropout_p)[0])
+        own.append(RecomputedMap(rest))
+    return contexts, own
 
 
 def _unless_one_to_one(pairs: HeadPairs, values: Tensor, source_map: AttentionMap) -> HeadPairs | None:
@@ -290,6 +303,8 @@ def _attention_function(
     _refuse_unknown(module, kwargs)
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     query = query[:, : layout.computing]
+    own = layout.order[: layout.computing]
+    attention_mask, position_bias = of_heads(attention_mask, own), of_heads(position_bias, own)
     if layout.keys != tuple(range(key.shape[1])):
         key = key[:, list(layout.keys)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
@@ -300,6 +315,13 @@ def _attention_function(
         scores,
         dropout_p=dropout,
     )
+
+
+def of_heads(tensor: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
+    """Of what may differ from head to head, the part of some; as it is where it is the same for all of them."""
+    if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 or heads == tuple(range(tensor.shape[1])):
+        return tensor
+    return tensor[:, list(heads)]
 
 
 def make_scores(
