@@ -303,6 +303,14 @@ def test_a_run_of_another_model_or_of_other_batches_is_not_gone_on_with(original
         mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
 
 
+def test_what_only_looks_like_a_checkpoint_is_left_alone(original, tmp_path):
+    (tmp_path / "checkpoint-old").mkdir()
+    config = DistillConfig(steps=2, evaluate_every=1)
+    for _ in range(2):
+        mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-old", "checkpoint-2"}
+
+
 @pytest.mark.parametrize("wrong", [{"evaluate_every": 0}, {"patience": 0}])
 def test_an_interval_of_nothing_is_refused(wrong):
     with pytest.raises(ValueError, match="at least 1"):

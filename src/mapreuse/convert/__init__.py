@@ -8,6 +8,7 @@ from mapreuse.convert._calibration import (
     open_batches,
     open_model,
 )
+from mapreuse.convert._checkpoints import checkpoints
 from mapreuse.convert._convert import convert
 from mapreuse.convert._directory import (
     Converted,
@@ -38,6 +39,7 @@ __all__ = [
     "batches_by_length",
     "check_enough",
     "check_new",
+    "checkpoints",
     "convert",
     "convert_whole",
     "copy_companions",

@@ -23,6 +23,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from mapreuse.convert._batches import check_precision, digest
+from mapreuse.convert._checkpoints import checkpoints
 from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.convert._states import not_padding, recorded_states
 from mapreuse.measure import time_interleaved
@@ -359,15 +360,14 @@ class _Run:
             self.model.load_state_dict(current)
             (partial / "state.json").write_text(json.dumps({"run": self.identity, "state": asdict(self.state)}))
             partial.rename(complete)
-            for older in self.out_dir.glob("checkpoint-*"):
-                if older != complete:
-                    shutil.rmtree(older)
+            for older in checkpoints(self.out_dir)[:-1]:
+                shutil.rmtree(older)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         if self.out_dir is None:
             return
-        found = sorted(self.out_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        found = checkpoints(self.out_dir)
         if not found:
             return
         try:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from mapreuse.convert import learning_rate, spent
+from mapreuse.convert import checkpoints, learning_rate, spent
 from mapreuse.models import plan_of
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
 from mapreuse.speech._corpora import Corpus
@@ -380,9 +380,8 @@ class _Run:
         save_file(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"run": self.identity, "state": asdict(self.state)}))
         partial.rename(complete)
-        for older in self.out_dir.glob("checkpoint-*"):
-            if older != complete:
-                shutil.rmtree(older)
+        for older in checkpoints(self.out_dir)[:-1]:
+            shutil.rmtree(older)
 
     def resume(self) -> None:
         self._restore()
@@ -405,7 +404,7 @@ class _Run:
             partial.replace(log)
 
     def _restore(self) -> None:
-        found = sorted(self.out_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        found = checkpoints(self.out_dir)
         if not found:
             return
         checkpoint = found[-1]
