@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +16,12 @@ from mapreuse.maps._blocked import Block, blocked, is_short, keeping
 from mapreuse.maps._gradients import blocked_with_gradients
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
+
+_HEADS, _LENGTH, _ROUNDS = 4, 512, 7
+"""Of the attention by which the core in C and fused attention are compared, and how often."""
+
+_WORTH = 0.9
+"""Share of the time that the core in C may take to be preferred, so that equals are not told apart by noise."""
 
 
 def attend(
@@ -37,7 +47,7 @@ def attend(
         buffer: contiguous memory for the map, of its shape and dtype, to be overwritten; used only where no gradient
             is needed.
     """
-    if not keep and scores.relative is None:
+    if not keep and scores.relative is None and (dropout_p > 0.0 or not _core_is_better(scores, values)):
         return _fused(scores, values, dropout_p), None
     if torch.compiler.is_compiling():
         weights = softmax(scores)
@@ -68,8 +78,35 @@ def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
         scores.query,
         scores.key,
         values,
-        attn_mask=None if mask is None else mask.expand(scores.shape),
+        attn_mask=mask,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scores.scaling,
     )
+
+
+def _core_is_better(scores: Scores, values: Tensor) -> bool:
+    """Whether the core in C can compute this context, and takes less time than fused attention."""
+    return (
+        _in_c.computes(scores, values)
+        and not is_short(*scores.shape[-2:])
+        and _core_is_faster(torch.get_num_threads(), scores.query.shape[-1])
+    )
+
+
+@cache
+def _core_is_faster(threads: int, dim: int) -> bool:
+    """Whether the core in C takes clearly less time than fused attention, with so many threads; measured once."""
+    with torch.inference_mode():
+        one = torch.ones(1, _HEADS, _LENGTH, dim)
+        scores = Scores(one, one, dim**-0.5)
+        calls = (lambda: _in_c.compute(scores, one)), (lambda: _fused(scores, one, 0.0))
+        rounds = [tuple(map(_seconds, calls)) for _ in range(_ROUNDS)]
+    in_c, fused = map(min, zip(*rounds, strict=True))
+    return in_c < _WORTH * fused
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
