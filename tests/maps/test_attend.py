@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case, on_leaves, with_gradients
 
-from mapreuse.maps import DenseMap, RelativePositions, _attend, _blocked, attend
+from mapreuse.maps import DenseMap, RelativePositions, _attend, _blocked, _faster, attend
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -31,6 +31,13 @@ def test_a_context_alone_is_the_definitions_by_whichever_core_is_faster(case, in
         patch.setattr(_attend, "_core_is_faster", lambda threads, dim: in_c)
         context, _ = attend(case.scores, case.values, keep=False)
     torch.testing.assert_close(context, case.context, **CLOSE)
+
+
+@pytest.mark.parametrize(("times", "wanted"), [((1.0, 2.0), True), ((0.95, 1.0), False), ((2.0, 1.0), False)])
+def test_the_core_in_c_is_taken_where_it_takes_clearly_less_time(monkeypatch, times, wanted):
+    ticks = iter(times * _faster._ROUNDS)
+    monkeypatch.setattr(_faster, "_seconds", lambda call: next(ticks))
+    assert _attend._core_is_faster.__wrapped__(1, 8) is wanted
 
 
 @given(cases())

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mapreuse import ReusePlan, apply
-from mapreuse.maps import are_unobserved
+from mapreuse.maps import _faster, are_unobserved
 from mapreuse.models import _linear, tune
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -128,8 +128,8 @@ def test_whoever_follows_operators_sees_those_of_torch(by_onednn):
 @pytest.mark.parametrize(("times", "wanted"), [((1.0, 2.0), True), ((0.95, 1.0), False), ((2.0, 1.0), False)])
 @needs_onednn
 def test_onednn_is_taken_where_it_takes_clearly_less_time(monkeypatch, times, wanted):
-    ticks = iter(times * _linear._ROUNDS)
-    monkeypatch.setattr(_linear, "_seconds", lambda call: next(ticks))
+    ticks = iter(times * _faster._ROUNDS)
+    monkeypatch.setattr(_faster, "_seconds", lambda call: next(ticks))
     assert _linear.onednn_is_faster.__wrapped__(1) is wanted
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,15 +11,13 @@ from torch.nn import functional
 
 from mapreuse.maps import _in_c
 from mapreuse.maps._blocked import Block, blocked, is_short, keeping
+from mapreuse.maps._faster import is_clearly_faster
 from mapreuse.maps._gradients import blocked_with_gradients
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
 
-_HEADS, _LENGTH, _ROUNDS = 4, 512, 7
-"""Of the attention by which the core in C and fused attention are compared, and how often."""
-
-_WORTH = 0.9
-"""Share of the time that the core in C may take to be preferred, so that equals are not told apart by noise."""
+_HEADS, _LENGTH = 4, 512
+"""Of the attention by which the core in C and fused attention are compared."""
 
 
 def attend(
@@ -100,13 +96,4 @@ def _core_is_faster(threads: int, dim: int) -> bool:
     with torch.inference_mode():
         one = torch.ones(1, _HEADS, _LENGTH, dim)
         scores = Scores(one, one, dim**-0.5)
-        calls = (lambda: _in_c.compute(scores, one)), (lambda: _fused(scores, one, 0.0))
-        rounds = [tuple(map(_seconds, calls)) for _ in range(_ROUNDS)]
-    in_c, fused = map(min, zip(*rounds, strict=True))
-    return in_c < _WORTH * fused
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+        return is_clearly_faster(lambda: _in_c.compute(scores, one), lambda: _fused(scores, one, 0.0))

@@ -6,8 +6,6 @@ that comes with it.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,16 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mapreuse.maps import are_unobserved
+from mapreuse.maps import are_unobserved, is_clearly_faster
 
 _FEWEST_ROWS = 32
 """Rows of input from which oneDNN is tried; setting it up takes as long as fewer of them."""
 
-_SIZE, _ROUNDS = 512, 7
-"""Of the square product by which the two are compared, and how often."""
-
-_WORTH = 0.9
-"""Share of the time that oneDNN may take to be preferred, so that equals are not told apart by noise."""
+_SIZE = 512
+"""Of the square product by which the two are compared."""
 
 
 class FastLinear(nn.Linear):
@@ -60,19 +55,10 @@ def onednn_is_faster(threads: int) -> bool:
         return False
     with torch.inference_mode():
         one = torch.ones(_SIZE, _SIZE)
-        calls: tuple[Callable[[], Tensor], ...] = (
+        return is_clearly_faster(
             lambda: torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], ""),
             lambda: functional.linear(one, one),
         )
-        rounds = [tuple(map(_seconds, calls)) for _ in range(_ROUNDS)]
-    onednn, own = map(min, zip(*rounds, strict=True))
-    return onednn < _WORTH * own
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def speed_up_linear_layers(model: nn.Module) -> None:
