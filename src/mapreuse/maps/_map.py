@@ -131,8 +131,8 @@ class DenseMap(AttentionMap):
 class RecomputedMap(AttentionMap):
     """The source layer's scores, kept as queries and keys; memory grows with T instead of T².
 
-    Applied by fused attention, `scaled_dot_product_attention(Q_source, K_source, V_here)`, or the core in C where that
-    is faster; with relative positions by a core that computes the scores anew, block by block.
+    Applied by fused attention, `scaled_dot_product_attention(Q_source, K_source, V_here)`, or the core in C where
+    that is faster; with relative positions by a core that computes the scores anew, block by block.
     """
 
     scores: Scores
