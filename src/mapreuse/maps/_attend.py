@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -15,6 +16,9 @@ from mapreuse.maps._faster import is_clearly_faster
 from mapreuse.maps._gradients import blocked_with_gradients
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
+
+_FEWEST_SCORES = 1 << 17
+"""Of one item, over all heads, from which the core in C is tried: it takes the items of a batch one after the other."""
 
 _HEADS, _LENGTH = 4, 512
 """Of the attention by which the core in C and fused attention are compared."""
@@ -86,6 +90,7 @@ def _core_is_better(scores: Scores, values: Tensor) -> bool:
     return (
         _in_c.computes(scores, values)
         and not is_short(*scores.shape[-2:])
+        and math.prod(scores.shape[1:]) >= _FEWEST_SCORES
         and _core_is_faster(torch.get_num_threads(), scores.query.shape[-1])
     )
 
