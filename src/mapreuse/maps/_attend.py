@@ -18,7 +18,7 @@ from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
 
 _FEWEST_SCORES = 1 << 17
-"""Of one item, over all heads, from which the core in C is tried: it takes the items of a batch one after the other."""
+"""Of one item, over all heads, from which the core in C is tried: it takes items one after the other."""
 
 _HEADS, _LENGTH = 4, 512
 """Of the attention by which the core in C and fused attention are compared."""
