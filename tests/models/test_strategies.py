@@ -162,6 +162,8 @@ def test_heads_that_cannot_compute_in_another_order_are_handed_on_together():
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.45)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     batch = {"input_ids": torch.arange(12).view(2, 6) + 3}
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
