@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_definition(family, plan, strategy):
         if parameter.grad is None or name not in ours or ours[name].shape != parameter.shape:
             continue
         found, expected = ours[name], parameter.grad
-        if by_heads and "att" in name:
+        if by_heads and "att" in name and "norm" not in name.lower():
             found, expected = found.flatten().sort().values, expected.flatten().sort().values
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-5)
         compared.append(name)

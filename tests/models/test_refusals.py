@@ -344,7 +344,7 @@ def test_a_tied_output_projection_is_refused_where_its_columns_would_move():
     model, _ = build("bert")
     layers = model.encoder.layer
     layers[1].attention.output.dense.weight = layers[0].attention.output.dense.weight
-    assert_refused(model, PLANS["other heads"], r"layer 0: weight is tied \(.*layer.0.*dense.weight, .*layer.1")
+    assert_refused(model, PLANS["other heads"], r"layer 1: weight is tied \(.*layer.0.*dense.weight, .*layer.1")
     mr.apply(model, GROUPS)
 
 

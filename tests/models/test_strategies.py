@@ -155,6 +155,24 @@ def test_only_heads_that_are_applied_are_handed_on(monkeypatch, family, plan):
     assert handed_on == {layer: len(heads) for layer, heads in applied.items()}
 
 
+def test_queries_and_keys_of_heads_that_nobody_applies_are_not_kept(monkeypatch):
+    kept = []
+    publish = SharedMaps.publish
+
+    def publishing(self, layer, attention_map):
+        kept.append(attention_map.scores)
+        publish(self, layer, attention_map)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    model, batch = build("bert")
+    with torch.no_grad():
+        mr.apply(model, PLANS["in part"], strategy="recompute")(**batch)
+    assert [scores.shape[1] for scores in kept] == [2, 2]
+    for scores in kept:
+        for tensor in (scores.query, scores.key):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_heads_that_cannot_compute_in_another_order_are_handed_on_together():
     """OLMo 2 norms the queries of all heads at once."""
     torch.manual_seed(0)

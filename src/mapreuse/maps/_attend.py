@@ -99,6 +99,6 @@ def _core_is_better(scores: Scores, values: Tensor) -> bool:
 def _core_is_faster(threads: int, dim: int) -> bool:
     """Whether the core in C takes clearly less time than fused attention, with so many threads; measured once."""
     with torch.inference_mode():
-        one = torch.ones(1, _HEADS, _LENGTH, dim)
+        one = torch.ones(1, _HEADS, _LENGTH, dim, dtype=torch.float32, device="cpu")
         scores = Scores(one, one, dim**-0.5)
         return is_clearly_faster(lambda: _in_c.compute(scores, one), lambda: _fused(scores, one, 0.0))

@@ -27,18 +27,18 @@ class Demand:
     Attributes:
         computed: how many are computed for other layers.
         applied: how often they are applied.
-        heads_computed: heads of those that are computed.
+        heads_handed_on: heads of those that are handed on.
         heads_alive: the most heads alive at once, where a map is dropped after its last reader.
     """
 
     computed: int
     applied: int
-    heads_computed: int
+    heads_handed_on: int
     heads_alive: int
 
     def nbytes(self, strategy: str, scores: Scores, *, retain: bool) -> int:
         """Bytes of the maps alive at once, of heads such as those of `scores`; of all maps where none is dropped."""
-        heads = self.heads_computed if retain else self.heads_alive
+        heads = self.heads_handed_on if retain else self.heads_alive
         return -(-heads * nbytes(strategy, scores) // scores.shape[1])
 
 

@@ -154,12 +154,13 @@ def _core(encoder: ParakeetEncoder, layer: int, size: _Size) -> dict[str, Work]:
         strategy = applied.strategy
         if strategy not in ("dense", "recompute"):
             raise ValueError(f"breakdown has no formula for maps carried by strategy {strategy!r}")
-        is_kept = bool(plan.readers(layer)) and strategy == "dense"
-        own = _blocked_core(size, len(heads) - len(sources), is_kept)
+        readers = [plan.heads(reader, size.heads) for reader in plan.readers(layer)]
+        handed_on = {source for theirs in readers for source in theirs if source is not None and source[0] == layer}
+        own = _blocked_core(size, len(heads) - len(sources), len(handed_on) if strategy == "dense" else 0)
         if strategy == "dense":
             reused = {"context": _apply_map(size, len(sources), len(set(sources)))}
         else:
-            reused = _blocked_core(size, len(sources), is_kept=False)
+            reused = _blocked_core(size, len(sources), kept=0)
         return {part: own.get(part, Work()) + reused.get(part, Work()) for part in own | reused}
     implementation = encoder.config._attn_implementation
     if implementation == "eager":
@@ -169,22 +170,21 @@ def _core(encoder: ParakeetEncoder, layer: int, size: _Size) -> dict[str, Work]:
     raise ValueError(f"breakdown knows attention by eager and sdpa, not {implementation!r}")
 
 
-def _blocked_core(size: _Size, heads: int, is_kept: bool) -> dict[str, Work]:
+def _blocked_core(size: _Size, heads: int, kept: int) -> dict[str, Work]:
     """Scores and context of c heads, by blocks of query rows.
 
     FLOPs: 2·B·c·T²·d each for scores, positional scores and context: of the positional products only those that the
     shift keeps (the fringe of a block, a few columns, is left out). Elements: positional scores read B·c·T·d queries
-    and c·D·d positional keys; scores read 2·B·c·T·d; the softmax writes the map, B·c·T², where another layer reads
-    it, and otherwise nothing that leaves the cache; the context reads values and writes, 2·B·c·T·d.
+    and c·D·d positional keys; scores read 2·B·c·T·d; the softmax writes the map of the k heads that other layers
+    read, B·k·T², and nothing else that leaves the cache; the context reads values and writes, 2·B·c·T·d.
     """
     vectors = size.batch * heads * size.frames * size.head_dim
     product = 2 * vectors * size.frames
-    kept = size.batch * heads * size.frames**2 if is_kept else 0
     e = size.itemsize
     return {
         "positional_scores": Work(product, e * (vectors + heads * size.distances * size.head_dim)),
         "scores": Work(product, e * 2 * vectors),
-        "softmax": Work(0, e * kept),
+        "softmax": Work(0, e * size.batch * kept * size.frames**2),
         "context": Work(product, e * 2 * vectors),
     }
 

@@ -44,7 +44,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
     """Make the layers of `model` share attention maps as `plan` says, in place; returns the model.
 
     A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
-    maps are applied by permuting the rows of the value projection and the columns of the output projection.
+    maps are handed on and applied, by permuting the rows of their projections and the columns of the output's.
     Convolutions and linear layers run in the layout, and by the library, in which they are fast (`tune`).
     `mapreuse.save` saves the model; its `save_pretrained` refuses to.
 
@@ -55,7 +55,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         strategy: how a shared map is carried: "dense" stores its weights (fastest, T×T memory); "dense16" and
             "dense8" compress them to 16 or 8 bits, with a scale for every row (inference; a compressed map has no
             gradient, so training stores weights as they are); "recompute" keeps the source layer's queries and keys
-            and applies fused attention (memory grows with T). "auto" takes, for every pass, the fastest by
+            and computes the map anew (memory grows with T). "auto" takes, for every pass, the fastest by
             measurement on its device of those that fit the memory, and logs why (logger "mapreuse", level INFO).
         memory_budget: bytes that the shared maps alive at once may take. A pass whose maps would take more is
             refused before its first map, with the budget that would do. None for no limit; under "auto", for a

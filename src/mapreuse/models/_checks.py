@@ -53,7 +53,11 @@ def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
         _check_heads(name, plan, index, heads)
         output = find_output_projection(layer, adapter.form)
         shaped.append((name, layer, adapter, heads, output, _inseparable(layer.attention, adapter, heads)))
-    separable = [output is not None and reason is None for *_, output, reason in shaped]
+    owners = _owners(model)
+    separable = [
+        reason is None and output is not None and all(len(owners[id(p)]) == 1 for p in output.parameters())
+        for *_, output, reason in shaped
+    ]
     conversions = []
     for index, (name, layer, adapter, heads, output, reason) in enumerate(shaped):
         layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable)
@@ -67,7 +71,7 @@ def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
     for index, conversion in enumerate(conversions):
         for source in plan.sources(index):
             _check_alike(stack, index, conversion, source, conversions[source])
-    _check_untied(model, conversions)
+    _check_untied(owners, conversions)
     return conversions
 
 
@@ -187,10 +191,15 @@ def _check_alike(stack: Stack, index: int, conversion: Conversion, source: int, 
             )
 
 
-def _check_untied(model: nn.Module, conversions: list[Conversion]) -> None:
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """By the identity of a parameter, the names it has: several where it is tied."""
     owners: dict[int, set[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
+    return owners
+
+
+def _check_untied(owners: dict[int, set[str]], conversions: list[Conversion]) -> None:
     for index, conversion in enumerate(conversions):
         changed = [conversion.layer.attention]
         if conversion.layout.reorders and conversion.output is not None:

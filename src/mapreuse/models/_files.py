@@ -23,7 +23,8 @@ from mapreuse.models._apply import applied_to, apply, refuse_save_pretrained
 from mapreuse.plan import ReusePlan
 
 _FORMAT = "mapreuse"
-_VERSION = 2
+_VERSIONS = (1, 2)
+"""What can be read; the last is written. The first had the heads of plans that speak of heads in another order."""
 _CONFIG = "config.json"
 _WEIGHTS = "mapreuse.safetensors"
 _MODELS = "transformers.models."
@@ -113,6 +114,8 @@ def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrai
             apply(stack, plan, strategy=str(reuse["strategy"]), memory_budget=None if budget is None else int(budget))
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
+        if config["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
+            raise ValueError(f"{path}: heads were in another order in format version 1; convert the original again")
     if applied_to(model):
         refuse_save_pretrained(model)
     return model
@@ -171,7 +174,7 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     ]
     config = {
         "model_type": _FORMAT,
-        "version": _VERSION,
+        "version": _VERSIONS[-1],
         "class": type(model).__name__,
         "module": type(model).__module__,
         "dtype": _name(model.dtype),
@@ -275,8 +278,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: it is truncated or damaged") from None
     if not isinstance(config, dict) or config.get("model_type") != _FORMAT:
         raise ValueError(f"{path} was not written by mapreuse.save; open it with transformers' from_pretrained")
-    if config.get("version") != _VERSION:
-        raise ValueError(f"{path}: format version {config.get('version')!r} is not supported, only {_VERSION}")
+    if config.get("version") not in _VERSIONS:
+        known = " and ".join(map(str, _VERSIONS))
+        raise ValueError(f"{path}: format version {config.get('version')!r} is not supported, only {known}")
     for name, kind in (_FIELDS | _OPTIONAL).items():
         if name in _FIELDS and name not in config:
             raise ValueError(f"{file} lacks {name!r}")

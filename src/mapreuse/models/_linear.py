@@ -54,7 +54,7 @@ def onednn_is_faster(threads: int) -> bool:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     with torch.inference_mode():
-        one = torch.ones(_SIZE, _SIZE)
+        one = torch.ones(_SIZE, _SIZE, dtype=torch.float32, device="cpu")
         return is_clearly_faster(
             lambda: torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], ""),
             lambda: functional.linear(one, one),

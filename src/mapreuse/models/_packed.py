@@ -19,7 +19,7 @@ from mapreuse.maps import Scores
 from mapreuse.models._adapters import Adapter, register_style
 from mapreuse.models._fused import FusedComputing
 from mapreuse.models._reading import AttentionForm
-from mapreuse.models._sharing import ReusingAttention, make_scores, of_heads
+from mapreuse.models._sharing import ReusingAttention, make_scores
 from mapreuse.models._source import Unsupported, body_of, fingerprint_of, parameter_names
 from mapreuse.models._stack import Stack
 
@@ -76,7 +76,6 @@ class UnpackedAttention(FusedComputing):
         mask = attn_mask
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
-            mask = of_heads(mask, self._layout.order[: self._layout.computing])
         if key_padding_mask is not None:
             padding = key_padding_mask[:, None, None]
             mask = padding if mask is None else mask + padding
@@ -165,7 +164,7 @@ class _TimmComputing(_OneTensor, FusedComputing):  # type: ignore[misc]  # it re
             query, key = self.q_norm(query), self.k_norm(key)
         mask = attn_mask
         if mask is not None:
-            mask = of_heads(mask[(None,) * (4 - mask.dim())], self._layout.order[: self._layout.computing])
+            mask = mask[(None,) * (4 - mask.dim())]
         return make_scores(self, query, key, mask, self.scale, is_causal), values
 
 

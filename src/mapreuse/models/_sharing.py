@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, Shared
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._source import parameter_names
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 ARGUMENT = "attention_maps"
 """The keyword argument in which the maps of a forward pass travel from layer to layer."""
@@ -161,6 +163,8 @@ def _compute(
             else (scores.of_heads(handed_on), own_values[:, handed_on])
         )
         strategy = maps.strategy(some, some_values)
+        if strategy == "recompute" and some is not scores:
+            some = scores.of_heads(list(range(layout.handed_on)))  # a slice would keep those of all heads alive
         context, attention_map = compute(some, some_values, strategy, dropout_p=dropout_p, buffer=maps.buffer(some))
         maps.publish(layout.layer, attention_map)
         contexts.append(context)
@@ -303,8 +307,6 @@ def _attention_function(
     _refuse_unknown(module, kwargs)
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     query = query[:, : layout.computing]
-    own = layout.order[: layout.computing]
-    attention_mask, position_bias = of_heads(attention_mask, own), of_heads(position_bias, own)
     if layout.keys != tuple(range(key.shape[1])):
         key = key[:, list(layout.keys)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
@@ -315,13 +317,6 @@ def _attention_function(
         scores,
         dropout_p=dropout,
     )
-
-
-def of_heads(tensor: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
-    """Of what may differ from head to head, the part of some; as it is where it is the same for all of them."""
-    if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 or heads == tuple(range(tensor.shape[1])):
-        return tensor
-    return tensor[:, list(heads)]
 
 
 def make_scores(
@@ -350,7 +345,10 @@ def make_scores(
 def mask_and_bias(
     module: nn.Module, attention_mask: Tensor | None, position_bias: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A boolean mask (True attends) and an additive bias, from a mask of either kind."""
+    """A boolean mask (True attends) and an additive bias, from a mask of either kind, for the heads that compute."""
+    layout: LayerLayout = module._layout  # type: ignore[assignment]
+    own = layout.order[: layout.computing]
+    position_bias = _of_heads(position_bias, own)
     if attention_mask is None:
         return None, position_bias
     if attention_mask.dim() != 4:
@@ -358,11 +356,19 @@ def mask_and_bias(
             f"{type(module).__name__}: expected a mask of shape (batch, 1, query, key), got "
             f"{tuple(attention_mask.shape)}; load the model with attn_implementation='sdpa' or 'eager'"
         )
+    attention_mask = _of_heads(attention_mask, own)
     if attention_mask.dtype == torch.bool:
         return attention_mask, position_bias
     # A row of −∞ only would have no softmax; the lowest finite number means the same elsewhere.
     bias = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
     return None, bias if position_bias is None else bias + position_bias
+
+
+def _of_heads(tensor: OptionalTensor, heads: tuple[int, ...]) -> OptionalTensor:
+    """Of what may differ from head to head, the part of some; as it is where it is the same for all of them."""
+    if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 or heads == tuple(range(tensor.shape[1])):
+        return tensor
+    return tensor[:, list(heads)]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_function)
