@@ -47,6 +47,20 @@ def test_the_core_in_c_is_taken_where_it_takes_clearly_less_time(monkeypatch, ti
     assert _attend._core_is_faster.__wrapped__(1, 8) is wanted
 
 
+def test_cores_are_compared_in_float32_whatever_the_default_type(monkeypatch):
+    """C takes what it is given for float32."""
+    types = set()
+    monkeypatch.setattr(_in_c, "compute", lambda scores, values: types.update((scores.query.dtype, values.dtype)))
+    monkeypatch.setattr(_attend, "_fused", lambda *args: None)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _attend._core_is_faster.__wrapped__(1, 8)
+    finally:
+        torch.set_default_dtype(default)
+    assert types == {torch.float32}
+
+
 @given(cases())
 def test_a_map_written_over_a_used_buffer_is_the_same(case):
     used = torch.full(case.scores.shape, float("nan"))

@@ -24,7 +24,7 @@ from transformers import (
 
 import mapreuse as mr
 from mapreuse import cli
-from mapreuse.maps import CORE_IN_C, _blocked
+from mapreuse.maps import CORE_IN_C, SharedMaps, _blocked
 from mapreuse.measure import (
     PARTS,
     BreakdownConfig,
@@ -165,6 +165,23 @@ def test_flops_under_a_plan_are_the_counters_without_the_fringe_of_blocks(notati
         p: n for p, n in counted.items() if p != "core"
     }
     assert work["core"] <= counted["core"] <= most
+
+
+@pytest.mark.parametrize("heads", [None, [1, 1, 0, None]])
+def test_the_bytes_of_a_map_are_those_that_are_handed_on(monkeypatch, heads):
+    handed_on = []
+    publish = SharedMaps.publish
+
+    def publishing(self, layer, attention_map):
+        handed_on.append(attention_map.nbytes)
+        publish(self, layer, attention_map)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    model = mr.apply(encoder(), mr.ReusePlan.from_sources([0, 0], heads=None if heads is None else {1: heads}))
+    with torch.no_grad():
+        model(input_features=features())
+    _, (computing, _) = encoder_work(model, FRAMES)
+    assert [computing["softmax"].nbytes] == handed_on
 
 
 def test_a_reusing_layer_counts_the_flops_of_its_values_context_and_output_alone():

@@ -20,7 +20,7 @@ from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._source import parameter_names
 
-OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
 
 ARGUMENT = "attention_maps"
 """The keyword argument in which the maps of a forward pass travel from layer to layer."""
@@ -364,7 +364,7 @@ def mask_and_bias(
     return None, bias if position_bias is None else bias + position_bias
 
 
-def _of_heads(tensor: OptionalTensor, heads: tuple[int, ...]) -> OptionalTensor:
+def _of_heads(tensor: _OptionalTensor, heads: tuple[int, ...]) -> _OptionalTensor:
     """Of what may differ from head to head, the part of some; as it is where it is the same for all of them."""
     if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 or heads == tuple(range(tensor.shape[1])):
         return tensor

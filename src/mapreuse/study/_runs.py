@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from mapreuse.convert import checkpoints
 from mapreuse.measure import machine
 from mapreuse.speech import Recogniser, TrainConfig, alphabet, evaluate, open_corpus, train, write_whole
 from mapreuse.techniques import parse
@@ -217,7 +218,7 @@ class RunDirectory:
             return
         _write(file, result)
         failure.unlink(missing_ok=True)
-        for checkpoint in (self.work / run.key).glob("checkpoint-*"):
+        for checkpoint in checkpoints(self.work / run.key):
             shutil.rmtree(checkpoint)
 
 
