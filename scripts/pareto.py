@@ -148,8 +148,6 @@ def _page(results: dict[str, Any]) -> str:
     ]
     for name, compared in results["models"].items():
         lines += [f"## {name}", "", f"![{name}](pareto-{name}.png)", ""]
-        if "remark" in compared:
-            lines += [compared["remark"], ""]
         lines += [f"| plan | {ERRORS[name]} | time | in the search |", "|---|---|---|---|"]
         for key, point in sorted(compared["points"].items(), key=lambda item: item[1]["latency"]):
             predicted = compared["predicted"].get(key)
