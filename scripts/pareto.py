@@ -43,10 +43,12 @@ Judge = Callable[[nn.Module], float]
 def main() -> None:
     file = TARGET / "pareto.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"schema": 1, "models": {}}
-    results |= {"command": "python scripts/pareto.py DIRECTORY", "machine": machine()}
+    here = machine()
+    commit = here.pop("commit")
+    results |= {"command": "python scripts/pareto.py DIRECTORY", "machine": here}
     for name, make in {"recogniser": _recogniser, "minilm": lambda: _minilm(Path(sys.argv[1]))}.items():
         if name not in results["models"]:
-            results["models"][name] = _compared(name, *make())
+            results["models"][name] = _compared(name, *make()) | {"commit": commit}
             file.write_text(json.dumps(results, indent=1) + "\n")
         _plot(name, results["models"][name]).savefig(TARGET / f"pareto-{name}.png", dpi=110, format="png")
     (TARGET / "pareto.md").write_text(_page(results))

@@ -102,11 +102,12 @@ def _keep(language: str, name: str, make: Any) -> None:
     file.touch()
     if name in json.loads(file.read_text() or "{}").get("languages", {}).get(language, {}):
         return
-    row = make()
+    here = machine()
+    row = make() | {"commit": here.pop("commit")}
     with file.open("r+") as shared:
         fcntl.flock(shared, fcntl.LOCK_EX)
         results = json.loads(shared.read() or '{"schema": 1, "languages": {}}')
-        results |= {"command": "python scripts/recovery.py LANGUAGE RECOGNISER", "machine": machine()}
+        results |= {"command": "python scripts/recovery.py LANGUAGE RECOGNISER", "machine": here}
         results["languages"].setdefault(language, {})[name] = row
         shared.seek(0)
         shared.truncate()

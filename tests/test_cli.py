@@ -135,6 +135,26 @@ def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(tmp_path
     assert (f"{out}: open it with mapreuse.load") in printed.replace("\n", "")
 
 
+def test_a_model_of_texts_is_converted_where_speech_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console(width=200))
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lhotse" else find_spec(name))
+    monkeypatch.delattr(mr, "speech")
+    for name in [name for name in sys.modules if name.startswith("mapreuse.speech")]:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it raises ModuleNotFoundError
+    given = ["--calibration", str(tmp_path / "sentences.txt"), "--out", str(tmp_path / "out"), "--plan", "[0,0,2]"]
+    directory = save_bert(tmp_path / "model", dtype=torch.bfloat16)
+    status, _, error = mapreuse(monkeypatch, capsys, "convert", str(directory), *given, "--float32")
+    assert status == 0, error
+    assert mr.load(tmp_path / "out").dtype == torch.float32
+
+    given[3] = str(tmp_path / "another")
+    status, _, error = mapreuse(monkeypatch, capsys, "convert", "recogniser", *given)
+    assert (status, error.count("\n")) == (2, 1)
+    assert "pip install 'mapreuse[speech,study]'" in error
+
+
 @pytest.mark.parametrize("place", ["", "0_Transformer"])
 def test_a_sentence_transformers_directory_is_converted_whole(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "console", Console())

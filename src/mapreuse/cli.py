@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
+import math
 import os
 import shlex
 import sys
@@ -40,6 +42,7 @@ CalibrationData = Annotated[
     typer.Option(help="text file, folder of wav, flac, png or jpg, datasets directory; or a recogniser's corpus"),
 ]
 Stack = Annotated[str, typer.Option(help="of a model with several stacks of layers: path of one, model.encoder")]
+Float32 = Annotated[bool, typer.Option("--float32", help="read a model that is stored in half precision in float32")]
 MaxBatches = Annotated[int, typer.Option(help="read no more than 8 sequences for each")]
 CorpusName = Annotated[str, typer.Option(help="prompts:en, synthetic:fr, librispeech:DIR, cuts:FILE or kaldi:DIR")]
 Model = Annotated[Path | None, typer.Option("--model", help="directory of a recogniser; the shipped one if left out")]
@@ -57,6 +60,8 @@ def main() -> None:
         _fail("interrupted; the same command goes on from here", _INTERRUPTED)
     except typer.TyperException as error:
         _fail(f"{error.format_message().rstrip('.')}; see mapreuse --help")
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; pip install 'mapreuse[speech,study]' brings what corpora, plots and reports need")
     except (ValueError, OSError) as error:
         _fail(str(error))
 
@@ -206,13 +211,14 @@ def analyze(
     calibration: CalibrationData,
     out: Annotated[Path, typer.Option(help="directory of tables, heat maps and the page")],
     stack: Stack = "",
+    float32: Float32 = False,
     max_batches: MaxBatches = 64,
     epsilon: Annotated[float, typer.Option(help="mass of a row that concentration leaves out")] = 0.02,
 ) -> None:
     """Say what a model's attention maps are like: similarity, entropy, diagonality, concentration."""
     from mapreuse import measure
 
-    opened, batches = _calibrated(model, calibration, max_batches, stack, split="dev")
+    opened, batches = _calibrated(model, calibration, max_batches, stack, split="dev", float32=float32)
     _check_writable(out / "index.html")
     with _progress() as progress:
         found = measure.analyze(opened.part, batches, epsilon=epsilon, progress=progress)
@@ -231,24 +237,36 @@ def convert(
     plan: Annotated[str | None, typer.Option(help="a reuse plan instead, such as 2x3 or [0,1,1,3]")] = None,
     distill_seconds: Annotated[float | None, typer.Option(help="distil from the original this long")] = None,
     stack: Stack = "",
+    float32: Float32 = False,
     max_batches: MaxBatches = 64,
 ) -> None:
     """Convert a model to one that reuses maps: search, align, refit, and distil where asked to."""
-    from mapreuse import ReusePlan, save, speech
-    from mapreuse.convert import check_new, convert_whole, copy_companions, parse_budget, written_whole
+    from mapreuse import ReusePlan, save
+    from mapreuse.convert import (
+        check_new,
+        check_work,
+        convert_whole,
+        copy_companions,
+        parse_budget,
+        written_whole,
+    )
 
-    check_new(out)
+    work = out.with_name(f"{out.name}.work")
+    check_new(out), check_work(work)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
     fewest = _FEWEST_TO_CONVERT if distill_seconds is None else _FEWEST_TO_DISTIL
-    opened, batches = _calibrated(model, calibration, max_batches, stack, split="train", fewest=fewest)
-    work = out.with_name(f"{out.name}.work")
+    opened, batches = _calibrated(
+        model, calibration, max_batches, stack, split="train", fewest=fewest, float32=float32
+    )
     part, report = convert_whole(
         opened.part, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, work_dir=work
     )
     converted = opened.with_part(part)
     with written_whole(out, work) as written:
-        if model == "recogniser" or speech.Recogniser.is_saved_in(model):
+        if _is_recogniser(model):
+            from mapreuse import speech
+
             recogniser = speech.Recogniser.load(opened.directory)
             recogniser.model = converted
             recogniser.save(written)
@@ -257,38 +275,63 @@ def convert(
             copy_companions(model, written, work_dir=work)
     console.print(str(report.plan), markup=False, highlight=False)
     if report.plan.is_full:
-        console.print("The budget is met without reuse: no layer shares a map. A lower latency would need it.")
+        learnt = "" if distill_seconds is None else " There is nothing to distil."
+        console.print(
+            f"The budget is met without reuse: no layer shares a map.{learnt} A lower latency would need it."
+        )
     for step, error in report.errors.items():
         console.print(f"error, {step}: {error:.4f}", highlight=False)
     before, after = report.parameters
+    of_part = f" of {stack}" if stack else ""
     console.print(
-        f"latency: {report.latency:.2f}× of the original's; without reuse {report.exact_latency:.2f}×",
+        f"latency{of_part}: {report.latency:.2f}× of the original's; without reuse {report.exact_latency:.2f}×",
         highlight=False,
     )
-    console.print(f"parameters: {before:,} before, {after:,} after ({1 - after / before:.1%} less)", highlight=False)
+    if report.latency > (limits or {}).get("latency", math.inf):
+        console.print("That is above the budget; in the search, the same plan was measured to be within it.")
+    console.print(
+        f"parameters{of_part}: {before:,} before, {after:,} after ({1 - after / before:.1%} less)", highlight=False
+    )
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
 def _calibrated(
-    model: str, calibration: str, max_batches: int, stack: str, *, split: str, fewest: int = 4
+    model: str,
+    calibration: str,
+    max_batches: int,
+    stack: str,
+    *,
+    split: str,
+    fewest: int = 4,
+    float32: bool = False,
 ) -> tuple[OpenedModel, list[dict[str, Tensor]]]:
     """The model that the command line names, and batches for it: of a corpus, from this split. At least `fewest`."""
     from transformers.utils.logging import disable_progress_bar
 
-    from mapreuse import speech
     from mapreuse.convert import OpenedModel, open_batches, open_model
 
     disable_progress_bar()
     wanted: dict[str, int] = {"max_batches": max_batches, "fewest_batches": _FEWEST_BATCHES, "fewest": fewest}
-    if model == "recogniser" or speech.Recogniser.is_saved_in(model):
+    if _is_recogniser(model):
+        from mapreuse import speech
+
         if stack:
             raise ValueError("--stack is for models with several stacks of layers; a recogniser has one")
         directory = speech.BASELINE if model == "recogniser" else Path(model)
         recogniser = speech.Recogniser.load(directory)
         batches = speech.calibration_batches(recogniser, calibration, split=split, **wanted)
         return OpenedModel(recogniser.model, directory), batches
-    opened = open_model(model, stack)
+    opened = open_model(model, stack, float32=float32)
     return opened, open_batches(opened, calibration, **wanted)
+
+
+def _is_recogniser(model: str) -> bool:
+    """Whether it is the shipped recogniser, or a directory of one; where speech is not installed, none is."""
+    if model != "recogniser" and importlib.util.find_spec("lhotse") is None:
+        return False
+    from mapreuse import speech
+
+    return model == "recogniser" or speech.Recogniser.is_saved_in(model)
 
 
 def _show(tables: list[measure.Table]) -> None:

@@ -380,3 +380,11 @@ def test_a_trained_sentence_encoder_opens_and_its_batches_run(sentences):
 
     with torch.no_grad():
         assert torch.isfinite(opened.model(**batch).last_hidden_state).all()
+
+
+def test_weights_stored_in_half_precision_are_read_in_float32_where_that_is_asked_for(tmp_path):
+    there = save_bert(tmp_path, dtype=torch.bfloat16)
+    stored, opened = load_file(there / "model.safetensors"), open_model(there, float32=True).model
+    (embeddings,) = (tensor for name, tensor in stored.items() if name.endswith("word_embeddings.weight"))
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
+    assert torch.equal(opened.get_input_embeddings().weight, embeddings.float())

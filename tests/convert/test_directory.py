@@ -9,7 +9,7 @@ from families import build
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.convert import _directory, convert_whole
+from mapreuse.convert import _directory, check_work, convert_whole, written_whole
 from mapreuse.models import _linear
 
 
@@ -58,3 +58,35 @@ def test_what_was_kept_of_other_batches_or_of_another_budget_does_not_count(bert
         _, report = convert_whole(bert, batches, **other)
         _, afresh = convert_whole(bert, batches, plan=other["plan"])
         assert (report.plan, report.errors) == (afresh.plan, afresh.errors)
+
+
+def test_a_plan_without_reuse_is_not_distilled(bert, regular_times, monkeypatch):
+    monkeypatch.setattr(_directory, "distill", None)
+    model, report = convert_whole(bert, random_batches(24), plan=mr.ReusePlan.full(4), distill_seconds=1.0)
+    assert mr.plan_of(model).is_full
+    assert "distilled" not in report.errors
+
+
+def test_a_directory_of_work_that_holds_other_files_is_refused_and_kept(tmp_path):
+    work = tmp_path / "model.work"
+    for name in ("search.jsonl", "thesis.txt"):
+        work.mkdir(exist_ok=True)
+        (work / name).write_text("mine")
+    with (
+        pytest.raises(ValueError, match=r"holds thesis\.txt, which is not of a conversion"),
+        written_whole(tmp_path / "model", work),
+    ):
+        pass
+    assert (work / "thesis.txt").read_text() == (work / "search.jsonl").read_text() == "mine"
+    (work / "thesis.txt").unlink()
+    with written_whole(tmp_path / "model", work) as written:
+        (written / "config.json").write_text("{}")
+        (work / "thesis.txt").write_text("mine")
+        with pytest.raises(ValueError, match="holds thesis"):
+            check_work(work)
+        (work / "thesis.txt").unlink()
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert not work.exists()
+    work.write_text("a file")
+    with pytest.raises(ValueError, match="is a file: move it"):
+        check_work(work)

@@ -1,6 +1,7 @@
 """Distillation: closer to the original on batches it has not seen, never further, resumable to the bit."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -315,3 +316,52 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(original, tmp_path):
 def test_an_interval_of_nothing_is_refused(wrong):
     with pytest.raises(ValueError, match="at least 1"):
         DistillConfig(steps=1, **wrong)
+
+
+def test_a_run_that_is_stopped_leaves_the_best_weights_it_had(original, monkeypatch):
+    model, unseen = converted(original), random_batches(5, seed=1)
+    step = _distill._Run._step
+
+    def stops(run, batch):
+        step(run, batch)
+        if run.state.step >= 25:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_distill._Run, "_step", stops)
+    before = distance(model, original, unseen)
+    with pytest.raises(KeyboardInterrupt):
+        mr.distill(model, original, random_batches(24), CONFIG, held_out=unseen)
+    stopped = copy.deepcopy(model.state_dict())
+    assert distance(model, original, unseen) < before
+
+    monkeypatch.setattr(_distill._Run, "_step", step)
+    again, config = converted(original), dataclasses.replace(CONFIG, patience=1)
+    short = [*random_batches(24)]
+    errors = mr.distill(again, original, short, config, held_out=unseen).errors
+    assert min(errors[at] for at in (0, 10, 20)) == pytest.approx(distance(model, original, unseen), rel=1e-4)
+    assert all(torch.equal(stopped[name], now) for name, now in model.state_dict().items())
+
+
+def test_batches_that_come_in_another_order_each_time_need_others_to_judge_by(original):
+    class Shuffled:
+        seed = 0
+
+        def __iter__(self):
+            self.seed += 1
+            return iter(random_batches(9, seed=self.seed))
+
+    with pytest.raises(ValueError, match="give held_out, or batches that are not shuffled"):
+        mr.distill(converted(original), original, Shuffled(), CONFIG)
+    config = DistillConfig(steps=2)
+    assert mr.distill(converted(original), original, Shuffled(), config, held_out=random_batches(2)).finished
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors", "best.safetensors"])
+def test_a_checkpoint_that_is_cut_short_is_refused_in_one_line(original, tmp_path, name):
+    config = DistillConfig(steps=2)
+    mr.distill(converted(original), original, random_batches(9), config, out_dir=tmp_path)
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint-2: not a checkpoint of distill \(.+\); delete it") as refused:
+        mr.distill(converted(original), original, random_batches(9), config, out_dir=tmp_path)
+    assert "\n" not in str(refused.value)

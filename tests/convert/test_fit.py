@@ -262,3 +262,28 @@ def test_a_layer_without_values_keeps_finite_weights():
     model = mr.apply(copy.deepcopy(original), mr.ReusePlan.grouped(len(find_stack(original).layers), 2))
     mr.fit(model, original, random_batches(8))
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_a_fit_that_is_stopped_or_meets_a_candidate_of_no_use_leaves_the_weights_it_had(monkeypatch):
+    original = build("bert")[0]
+    batches, write = random_batches(8), _fit._write
+
+    def stopped(*args, **kwargs):
+        write(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    def useless(layer, projection, weights, *, moved=False):
+        write(layer, projection, weights, moved=moved)
+        with torch.no_grad():
+            projection.weight.fill_(float("inf"))
+
+    for replaced in (stopped, useless):
+        model = mr.convert(original, mr.ReusePlan.grouped(4, 2))
+        before = copy.deepcopy(model.state_dict())
+        monkeypatch.setattr(_fit, "_write", replaced)
+        if replaced is stopped:
+            with pytest.raises(KeyboardInterrupt):
+                mr.fit(model, original, batches)
+        else:
+            assert all(report.ridge is None for report in mr.fit(model, original, batches))
+        assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())

@@ -11,7 +11,7 @@ from text_batches import random_batches
 from torch.nn import functional
 
 import mapreuse as mr
-from mapreuse.convert import Ranking, _search, hidden_state_error
+from mapreuse.convert import Ranking, _ranking, _search, hidden_state_error
 from mapreuse.convert._search import _Costs, _extensions, _front
 
 
@@ -153,7 +153,8 @@ def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
 
 
 def test_a_latency_that_no_plan_takes_is_refused_before_any_is_refitted(bert, regular_times, monkeypatch):
-    monkeypatch.setattr(_search, "fit", None)
+    for room in (_search, _ranking):
+        monkeypatch.setattr(room, "fit", None)
     with pytest.raises(
         ValueError, match=r"no plan takes 0\.1 of the original's time: with all maps shared it is 0\.\d"
     ):
@@ -216,6 +217,18 @@ def test_a_budget_of_latency_is_kept_by_measurement_where_the_cost_model_promise
     monkeypatch.setattr(_search, "_times", times)
     found = mr.search(bert, random_batches(8), latency=0.85, breadth=8)
     assert min(candidate.latency for candidate in found) <= 0.85
+
+
+@pytest.mark.parametrize(("more", "said"), [(0.05, False), (0.15, True)])
+def test_a_time_that_is_more_than_a_tenth_from_what_was_predicted_is_said(bert, monkeypatch, caplog, more, said):
+    def times(models, batch):
+        """Of the cost model's own plans and the original 1, of others more."""
+        return {name: 1 + more * name.isdigit() for name in models}
+
+    monkeypatch.setattr(_search, "_times", times)
+    with caplog.at_level("WARNING", logger="mapreuse"):
+        mr.search(bert, random_batches(8), error=1.0, breadth=1)
+    assert ("a plan was predicted to take 1.00×, and takes 1.15×" in caplog.text) is said
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the original, which is timed, too

@@ -1,5 +1,6 @@
 """Maps that are applied by other layers: both realisations mean the same."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case, with_gradients
 
-from mapreuse.maps import DenseMap, RecomputedMap, Scores, compute
+from mapreuse.maps import DenseMap, RecomputedMap, Scores, as_index, compute
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 KINDS = ["dense", "recompute"]
@@ -142,3 +143,13 @@ def test_scores_change_type_as_a_whole_and_keep_a_bias_finite(relative):
     assert half.to(torch.bfloat16) is half
     unbiased = Scores(case.scores.query, case.scores.key.bfloat16(), 1.0).to(torch.bfloat16)
     assert unbiased.query.dtype == torch.bfloat16
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=8) | st.integers(1, 8).map(lambda n: list(range(n))))
+def test_heads_are_selected_as_they_are_named_and_copied_only_where_they_do_not_adjoin(heads):
+    tensor = torch.arange(16).view(2, 8)
+    selected = tensor[:, as_index(heads)]
+    adjoining = all(after == before + 1 for before, after in itertools.pairwise(heads))
+
+    assert selected.tolist() == [[row[head] for head in heads] for row in tensor.tolist()]
+    assert (selected.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()) is adjoining

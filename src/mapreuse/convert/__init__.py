@@ -8,11 +8,12 @@ from mapreuse.convert._calibration import (
     open_batches,
     open_model,
 )
-from mapreuse.convert._checkpoints import checkpoints
+from mapreuse.convert._checkpoints import DAMAGED, checkpoints, load_moments, save_moments
 from mapreuse.convert._convert import convert
 from mapreuse.convert._directory import (
     Converted,
     check_new,
+    check_work,
     convert_whole,
     copy_companions,
     parse_budget,
@@ -27,6 +28,7 @@ from mapreuse.convert._search import Candidate, relative_latencies, search
 from mapreuse.convert._states import hidden_state_error
 
 __all__ = [
+    "DAMAGED",
     "Candidate",
     "Converted",
     "DistillConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "batches_by_length",
     "check_enough",
     "check_new",
+    "check_work",
     "checkpoints",
     "convert",
     "convert_whole",
@@ -48,11 +51,13 @@ __all__ = [
     "group_by",
     "hidden_state_error",
     "learning_rate",
+    "load_moments",
     "open_batches",
     "open_model",
     "output_errors",
     "parse_budget",
     "relative_latencies",
+    "save_moments",
     "search",
     "sound_files",
     "spent",

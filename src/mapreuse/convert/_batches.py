@@ -35,7 +35,7 @@ def check_precision(model: nn.Module) -> None:
         if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"{name} is in {str(parameter.dtype).removeprefix('torch.')} on the CPU; "
-                "convert the model in float32: model.float(), or load it with dtype=torch.float32"
+                "convert the model in float32: model.float(), or --float32 on the command line"
             )
 
 

@@ -68,7 +68,7 @@ class OpenedModel:
         return self.model
 
 
-def open_model(path: str | Path, stack: str = "") -> OpenedModel:
+def open_model(path: str | Path, stack: str = "", *, float32: bool = False) -> OpenedModel:
     """Opens a model's directory: one that `save_pretrained` wrote, `mapreuse.save`, or sentence-transformers.
 
     Weights are read from safetensors only, in the type they are stored in; the class is the one that the directory
@@ -78,6 +78,7 @@ def open_model(path: str | Path, stack: str = "") -> OpenedModel:
         path: of the directory.
         stack: path of the module that holds the stack of layers in question, such as `model.encoder`, where the model
             has several.
+        float32: weights are in float32, in whatever type they are stored.
 
     Raises:
         ValueError: in one line, where there is no such directory, it holds no model, weights are missing or do not
@@ -91,6 +92,8 @@ def open_model(path: str | Path, stack: str = "") -> OpenedModel:
         if not (directory / _CONFIG).is_file():
             raise ValueError(f"it holds no model: {_CONFIG} is missing")
         model = _model(directory)
+        if float32:
+            model.float()
         check_precision(model)
         opened = OpenedModel(model.eval(), directory, stack)
         models.find_stack(opened.part)

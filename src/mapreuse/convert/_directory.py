@@ -32,6 +32,9 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth
 _NOT_COPIED = (*_WEIGHTS, "config.json", "onnx", "openvino")
 _OF_NO_MODEL = (".git*", "__pycache__")
 
+_SEARCHED, _REFITTED, _DISTILLED, _WRITTEN = _PARTS = ("search.jsonl", "refitted", "distill", "written")
+"""What a directory of work holds."""
+
 _FEWEST_TO_DISTIL = 8
 """Batches: `distill` keeps every eighth apart."""
 
@@ -80,8 +83,8 @@ def convert_whole(
 
     Of the plans within a budget of latency, the one with the least error is taken; within one of error, the fastest.
     Heads of a plan given are assigned by `align`. The copy is refitted, and distilled where `distill_seconds` says
-    how long. With a `work_dir`, what was found before a stop is not sought again: judged plans, the plan chosen, the
-    refitted copy, and how far its distillation is.
+    how long and some head reuses. With a `work_dir`, what was found before a stop is not sought again: judged plans,
+    the plan chosen, the refitted copy, and how far its distillation is.
 
     Raises:
         ValueError: where not exactly one of budget and plan is given, no plan is within the budget, or `search`,
@@ -95,11 +98,11 @@ def convert_whole(
     training = None if distill_seconds is None else DistillConfig(seconds=distill_seconds)
     if training is not None:
         calibration_batches(calibration, _FEWEST_TO_DISTIL, "distilling, beside those that judge,")
-    cache, checkpoints = (None if work_dir is None else Path(work_dir) / name for name in ("search.jsonl", "distill"))
+    cache, checkpoints = (None if work_dir is None else Path(work_dir) / name for name in (_SEARCHED, _DISTILLED))
     judge = hidden_state_error(original, judging)
     asked = {"budget": None if budget is None else dict(budget), "plan": None if plan is None else plan.to_json()}
     asked["of"] = digest(original.state_dict(), *given)
-    refitted = None if work_dir is None else Path(work_dir) / "refitted"
+    refitted = None if work_dir is None else Path(work_dir) / _REFITTED
     if refitted is not None and (found := _refitted(refitted, asked)) is not None:
         plan, errors = found
         model = apply(copy.deepcopy(original), plan)
@@ -116,7 +119,7 @@ def convert_whole(
         errors["refitted"] = judge(model)
         if refitted is not None:
             _keep_refitted(refitted, model, {"asked": asked, "plan": plan.to_json(), "errors": errors})
-    if training is not None:
+    if training is not None and not plan.is_full:  # which says what the original says
         teaching = random.Random(0).sample(calibration, len(calibration))  # not from short to long
         distill(model, original, teaching, training, out_dir=checkpoints)
         errors["distilled"] = judge(model)
@@ -170,14 +173,26 @@ def _refitted(directory: Path, asked: Mapping[str, Any]) -> tuple[ReusePlan, dic
 def written_whole(out: str | Path, work_dir: str | Path) -> Iterator[Path]:
     """A new directory in `work_dir`, which becomes `out` when all is written; then `work_dir` is deleted."""
     out, work = Path(out), Path(work_dir)
-    shutil.rmtree(work / "written", ignore_errors=True)
-    (work / "written").mkdir(parents=True)
-    yield work / "written"
+    check_work(work)
+    shutil.rmtree(work / _WRITTEN, ignore_errors=True)
+    (work / _WRITTEN).mkdir(parents=True)
+    yield work / _WRITTEN
     check_new(out)
     if out.exists():
         out.rmdir()
-    (work / "written").rename(out)
+    (work / _WRITTEN).rename(out)
+    check_work(work)
     shutil.rmtree(work)
+
+
+def check_work(work_dir: str | Path) -> None:
+    """Raises `ValueError` where a directory of work, which is deleted in the end, holds what no conversion left."""
+    work = Path(work_dir)
+    if not work.exists():
+        return
+    if not work.is_dir() or (others := sorted(one.name for one in work.iterdir() if one.name not in _PARTS)):
+        what = "is a file" if not work.is_dir() else f"holds {others[0]}, which is not of a conversion"
+        raise ValueError(f"{work}, where what is done so far would be kept, {what}: move it, or choose another --out")
 
 
 def check_new(out: str | Path) -> None:

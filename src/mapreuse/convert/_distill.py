@@ -23,7 +23,7 @@ from torch.nn.functional import kl_div
 from tqdm import tqdm
 
 from mapreuse.convert._batches import check_precision, digest
-from mapreuse.convert._checkpoints import checkpoints
+from mapreuse.convert._checkpoints import DAMAGED, checkpoints, load_moments, save_moments
 from mapreuse.convert._schedule import learning_rate, spent
 from mapreuse.convert._states import not_padding, recorded_states
 from mapreuse.measure import time_interleaved
@@ -130,8 +130,9 @@ def distill(
 
     Raises:
         ValueError: where no plan is in force, there are too few batches or they can be read only once, a model is in
-            half precision on a CPU, an activation or the loss is not finite, or `out_dir` holds a run of other
-            models, batches or settings, or a damaged one.
+            half precision on a CPU, an activation or the loss is not finite, `held_out` is None and batches differ
+            from one reading to the next, or `out_dir` holds a run of other models, batches or settings, or a damaged
+            one. The model then has the best weights that were found.
     """
     plan = plan_of(model)
     if plan is None:
@@ -142,6 +143,12 @@ def distill(
         raise ValueError("distill reads its batches again and again: give a list, not a generator")
     teaching, judging = batches, held_out
     if judging is None:
+        once, again = (next(iter(batches), {}) for _ in range(2))
+        if digest(once) != digest(again):
+            raise ValueError(
+                "distill keeps every eighth batch apart to judge by, and these differ from one reading to the next: "
+                "give held_out, or batches that are not shuffled"
+            )
         teaching, judging = _EveryEighth(batches, of_them=False), _EveryEighth(batches, of_them=True)
     first: list[Mapping[str, Any]] = []
     for name, some in (("to learn from", teaching), ("held out", judging)):
@@ -218,6 +225,14 @@ class _Run:
 
     def go(self) -> Distillation:
         self._resume()
+        try:
+            self._train()
+        finally:  # also where it is stopped
+            if self.best:
+                self.model.load_state_dict(self.best)
+        return self.state
+
+    def _train(self) -> None:
         if not self.state.errors:
             self._judge()
         if self.state.bfloat16 is None:
@@ -238,8 +253,6 @@ class _Run:
                     self._checkpoint()
                 bar.set_description(f"Step {self.state.step}, error {self.state.before:.4f} → {self.state.after:.4f}")
                 bar.update(min(1.0, self._progress()) - bar.n)
-        self.model.load_state_dict(self.best)
-        return self.state
 
     def _batches(self) -> Iterator[Mapping[str, Any]]:
         """This process's batches, over and over, from the one that the state is at."""
@@ -352,7 +365,7 @@ class _Run:
             partial, complete = self.out_dir / "checkpoint.partial", self.out_dir / f"checkpoint-{self.state.step}"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+            save_moments(self.optimizer, partial / "optimizer.safetensors")
             save_model(self.model, str(partial / "model.safetensors"))
             current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             self.model.load_state_dict(self.best)
@@ -375,18 +388,20 @@ class _Run:
             identity = saved["run"]
             saved["state"]["errors"] = {int(step): error for step, error in saved["state"]["errors"].items()}
             state = Distillation(**saved["state"])
-        except (OSError, LookupError, AttributeError, TypeError, ValueError) as damage:
-            raise ValueError(f"{found[-1]}: not a checkpoint of distill ({damage}); delete it") from None
+            if identity == self.identity:
+                load_moments(self.optimizer, found[-1] / "optimizer.safetensors")
+                load_model(self.model, str(found[-1] / "best.safetensors"))
+                self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+                load_model(self.model, str(found[-1] / "model.safetensors"))
+        except DAMAGED as damage:
+            said = " ".join(str(damage).split())
+            raise ValueError(f"{found[-1]}: not a checkpoint of distill ({said}); delete it") from None
         if identity != self.identity:
             raise ValueError(
                 f"{self.out_dir} holds a run of other models, batches or settings; choose another directory or "
                 "delete it"
             )
         self.state = state
-        load_model(self.model, str(found[-1] / "best.safetensors"))
-        self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        load_model(self.model, str(found[-1] / "model.safetensors"))
-        self.optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", weights_only=True))
 
 
 def _distance(ours: Float[Tensor, "rows width"], theirs: Float[Tensor, "rows width"]) -> Tensor:

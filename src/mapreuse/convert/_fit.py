@@ -155,20 +155,23 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
     errors = functools.partial(_layer_errors, index, model, original, judged)
     kept = _Kept(layer, projection)
     candidates = [(share, *solved(share)) for share in _DRIFT]
-    before, *after = errors(
-        [kept.restore, *(functools.partial(_write, layer, projection, one[2]) for one in candidates)]
-    )
-    best, (share, ridge, weights) = min(zip(after, candidates, strict=True), key=lambda pair: pair[0])
+    try:
+        before, *after = errors(
+            [kept.restore, *(functools.partial(_write, layer, projection, one[2]) for one in candidates)]
+        )
+        if not math.isfinite(before):
+            raise ValueError(f"layer {index}: its output is not finite; check the calibration batches")
+        best, (share, ridge, weights) = min(zip(after, candidates, strict=True), key=lambda pair: pair[0])
+        moved = False
+        if best < before and moves_values:
+            candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
+            (error,) = errors([functools.partial(_write, layer, projection, candidate, moved=True)])
+            if error < best:
+                best, moved, weights = error, True, candidate
+    finally:
+        kept.restore()  # also where it is stopped: a candidate in the model is one that is being tried
     if best >= before:
-        kept.restore()
         return LayerFit(index, before, before, None, False)
-    moved = False
-    if moves_values:
-        candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
-        (error,) = errors([functools.partial(_write, layer, projection, candidate, moved=True)])
-        if error < best:
-            best, moved, weights = error, True, candidate
-    kept.restore()
     _write(layer, projection, weights, moved=moved)
     return LayerFit(index, before, best, ridge, moved)
 
@@ -199,7 +202,8 @@ def _layer_errors(
     batches: Sequence[tuple[Mapping[str, Any], Tensor]],
     changes: Sequence[Callable[[], None]],
 ) -> list[float]:
-    """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of these changes of weights."""
+    """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of these changes of weights;
+    infinite where it is not finite."""
     wrong, size = [0.0] * len(changes), 0.0
     for batch, rows in batches:
         wanted = _output_of(original, index, batch)[rows].double()
@@ -207,9 +211,8 @@ def _layer_errors(
         for number, change in enumerate(changes):
             change()
             wrong[number] += float((_output_of(model, index, batch)[rows].double() - wanted).square().sum())
-    if not math.isfinite(size + sum(wrong)):
-        raise ValueError(f"layer {index}: its output is not finite; check the calibration batches")
-    return [(one / (size or 1.0)) ** 0.5 for one in wrong]
+    errors = [(one / (size or 1.0)) ** 0.5 for one in wrong]
+    return [error if math.isfinite(error) else math.inf for error in errors]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -128,7 +129,8 @@ class Ranking:
     A plan is the set of heads that reuse; each takes, of the heads of earlier layers that still compute, the one
     whose map changes its layer's output least (`output_errors`). It is predicted to cost, layer by layer, what the
     layer's output loses (`RefitErrors`), weighed by what that did to the model's error, after `fit`, when only heads
-    of this layer reused: the cheapest that lose a quarter of what all of them would.
+    of this layer reused: the cheapest that lose a quarter of what all of them would. That is found out, one `fit` for
+    each layer, where it is first asked for.
 
     Args:
         original: a trained model that `apply` accepts; it is left as it is.
@@ -138,7 +140,6 @@ class Ranking:
     Attributes:
         sharing: the layers that can reuse, and the layers whose maps each may apply.
         partial: whether the model takes plans where only some heads of a layer reuse.
-        alone: what the judge said of each layer alone: of those heads of it, or of all if not `partial`.
 
     Raises:
         ValueError: where no layer can reuse another's maps.
@@ -162,14 +163,26 @@ class Ranking:
             for head in range(self.num_heads)
         }
         self.partial = self._allows_partial(original)
-        self._weights = dict.fromkeys(sources, 1.0)
-        self.alone, of_original = {}, judge(original)
-        for layer in tqdm(sources, desc="Layers alone", leave=False):
-            reusing = self._part(layer) if self.partial else self.heads(layer)
-            model = apply(copy.deepcopy(original), self.plan(reusing))
-            fit(model, original, batches)
-            self.alone[layer] = judge(model)
-            self._weights[layer] = max(self.alone[layer] - of_original, 0.0) / max(self.predicted(reusing), 1e-9)
+        self._original, self._batches, self._judge = original, batches, judge
+
+    @functools.cached_property
+    def alone(self) -> dict[int, float]:
+        """What the judge says of each layer alone: of the cheapest heads of it, or of all if not `partial`."""
+        found = {}
+        for layer in tqdm(self.sharing, desc="Layers alone", leave=False):
+            model = apply(copy.deepcopy(self._original), self.plan(self._part(layer)))
+            fit(model, self._original, self._batches)
+            found[layer] = self._judge(model)
+        return found
+
+    @functools.cached_property
+    def _weights(self) -> dict[int, float]:
+        """By how much the model's error grows with what a layer's output loses."""
+        of_original = self._judge(self._original)
+        return {
+            layer: max(error - of_original, 0.0) / max(self._lost(self._part(layer)), 1e-9)
+            for layer, error in self.alone.items()
+        }
 
     @property
     def all(self) -> frozenset[Head]:
@@ -194,28 +207,37 @@ class Ranking:
 
     def predicted(self, reusing: frozenset[Head]) -> float:
         """What that plan should cost."""
-        plan, cost = self.plan(reusing), 0.0
-        for layer in sorted({layer for layer, _ in reusing}):
-            cost += self._weights[layer] * self._refit_errors(layer, plan.heads(layer, self.num_heads))
-        return cost
+        return self._lost(reusing, self._weights)
 
     def grown(self, reusing: frozenset[Head], number: int) -> frozenset[Head]:
         """These heads and `number` more, one after the other, whichever should cost least; or all there are."""
         for _ in range(number):
             if reusing == self.all:
                 break
-            reusing = self._with_cheapest(reusing, self.all)
+            reusing = self._with_cheapest(reusing, self.all, self._weights)
         return reusing
 
-    def _with_cheapest(self, reusing: frozenset[Head], among: frozenset[Head]) -> frozenset[Head]:
-        prices = {head: self.predicted(reusing | {head}) for head in sorted(among - reusing)}
+    def _lost(self, reusing: frozenset[Head], weights: Mapping[int, float] | None = None) -> float:
+        """What the outputs of layers lose where these heads reuse, weighed layer by layer, or summed as it is."""
+        plan, cost = self.plan(reusing), 0.0
+        for layer in sorted({layer for layer, _ in reusing}):
+            lost = self._refit_errors(layer, plan.heads(layer, self.num_heads))
+            cost += lost if weights is None else weights[layer] * lost
+        return cost
+
+    def _with_cheapest(
+        self, reusing: frozenset[Head], among: frozenset[Head], weights: Mapping[int, float] | None = None
+    ) -> frozenset[Head]:
+        prices = {head: self._lost(reusing | {head}, weights) for head in sorted(among - reusing)}
         return reusing | {min(prices, key=prices.__getitem__)}
 
     def _part(self, layer: int) -> frozenset[Head]:
-        """The cheapest heads of a layer that together lose a good part of what all would."""
+        """The cheapest heads of a layer that together lose a good part of what all would; all if not `partial`."""
         heads = self.heads(layer)
-        enough, reusing = _PART * self.predicted(heads), frozenset[Head]()
-        while not reusing or self.predicted(reusing) < enough:
+        if not self.partial:
+            return heads
+        enough, reusing = _PART * self._lost(heads), frozenset[Head]()
+        while not reusing or self._lost(reusing) < enough:
             reusing = self._with_cheapest(reusing, heads)
         return reusing
 

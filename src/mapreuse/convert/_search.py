@@ -89,7 +89,9 @@ def search(
 
     The cost model takes the time of a wholly reusing layer, and of one where half of the heads reuse, from three
     plans timed on this device. Those are timed again, in turns with every plan that is returned, and where a plan's
-    time differs by more than 10 % from what the model makes of that run, it is logged.
+    time differs by more than 10 % from what the model makes of that run, it is logged. Times are the original's, by
+    its eager or fused attention, which may take twice as long in one process as in another: a budget of latency is
+    met by that measure, while plans differ in any process as they do here.
 
     Args:
         original: a trained model that `apply` accepts; it is left as it is.

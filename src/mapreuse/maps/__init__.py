@@ -6,7 +6,7 @@ from mapreuse.maps._choice import Choice, Demand, choose
 from mapreuse.maps._faster import is_clearly_faster
 from mapreuse.maps._in_c import CORE_IN_C, are_unobserved, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
-from mapreuse.maps._scores import RelativePositions, Scores
+from mapreuse.maps._scores import RelativePositions, Scores, as_index
 from mapreuse.maps._shared import SharedMaps
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Scores",
     "SharedMaps",
     "are_unobserved",
+    "as_index",
     "attend",
     "choose",
     "compute",

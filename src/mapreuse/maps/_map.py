@@ -14,7 +14,7 @@ from torch import Tensor
 from mapreuse.maps import _in_c
 from mapreuse.maps._attend import attend
 from mapreuse.maps._blocked import is_short, rows_at_a_time, slices
-from mapreuse.maps._scores import Scores
+from mapreuse.maps._scores import Scores, as_index
 from mapreuse.maps._softmax import drop, softmax
 
 HeadPairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -87,8 +87,8 @@ class DenseMap(AttentionMap):
         if self.scales is None and (short or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             weights = self.weights
             if heads is not None:
-                weights = weights[:, [pair[0] for pair in heads]]
-                values = values[:, [pair[1] for pair in heads]]
+                map_heads, value_heads = zip(*heads, strict=True)
+                weights, values = weights[:, as_index(map_heads)], values[:, as_index(value_heads)]
             return drop(weights, dropout_p) @ values
         batch, num_heads, num_queries, num_keys = self.weights.shape
         if dropout_p == 0.0 and _in_c.applies(self.weights, values):
@@ -145,8 +145,8 @@ class RecomputedMap(AttentionMap):
     ) -> Float[Tensor, "batch heads query value_dim"]:
         scores = self.scores
         if heads is not None:
-            scores = scores.of_heads([pair[0] for pair in heads])
-            values = values[:, [pair[1] for pair in heads]]
+            map_heads, value_heads = zip(*heads, strict=True)
+            scores, values = scores.of_heads(as_index(map_heads)), values[:, as_index(value_heads)]
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0]
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -92,7 +93,7 @@ class Scores:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), bias=bias, relative=relative)
 
     def of_heads(self, heads: list[int] | slice) -> Scores:
-        """The scores of some heads, in this order; of a slice of them without a copy."""
+        """The scores of some heads, in this order; of a slice of them without a copy (see `as_index`)."""
 
         def select(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, heads]
@@ -145,3 +146,9 @@ def shift(
         return scores
     shorter = scores.flatten(-2)[..., rows - 1 : rows - 1 + rows * (distances - 1)]
     return shorter.unflatten(-1, (rows, distances - 1))[..., : distances - rows + 1]
+
+
+def as_index(heads: Sequence[int]) -> slice | list[int]:
+    """What selects these heads of a tensor: a slice where each follows the one before, so that none is copied."""
+    run = range(heads[0], heads[0] + len(heads))
+    return slice(run.start, run.stop) if list(heads) == list(run) else list(heads)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, attend, compute
+from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, as_index, attend, compute
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._source import parameter_names
@@ -152,7 +152,7 @@ def _compute(
     layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
 ) -> tuple[list[Tensor], list[AttentionMap]]:
     """Contexts and maps of the heads that compute: of those that are handed on, and of the others."""
-    own_values = values if layout.own_values == tuple(range(values.shape[1])) else values[:, list(layout.own_values)]
+    own_values = values[:, as_index(layout.own_values)]
     contexts: list[Tensor] = []
     own: list[AttentionMap] = []
     handed_on, others = slice(layout.handed_on), slice(layout.handed_on, layout.computing)
@@ -307,8 +307,7 @@ def _attention_function(
     _refuse_unknown(module, kwargs)
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     query = query[:, : layout.computing]
-    if layout.keys != tuple(range(key.shape[1])):
-        key = key[:, list(layout.keys)]
+    key = key[:, as_index(layout.keys)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
     return share(
         module,
@@ -366,9 +365,7 @@ def mask_and_bias(
 
 def _of_heads(tensor: _OptionalTensor, heads: tuple[int, ...]) -> _OptionalTensor:
     """Of what may differ from head to head, the part of some; as it is where it is the same for all of them."""
-    if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 or heads == tuple(range(tensor.shape[1])):
-        return tensor
-    return tensor[:, list(heads)]
+    return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, as_index(heads)]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_function)

@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from lhotse.cut import Cut
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from mapreuse.convert import checkpoints, learning_rate, spent
+from mapreuse.convert import DAMAGED, checkpoints, learning_rate, load_moments, save_moments, spent
 from mapreuse.models import plan_of
 from mapreuse.speech._batches import Item, RoundPlan, read_batch
 from mapreuse.speech._corpora import Corpus
@@ -372,12 +371,7 @@ class _Run:
         partial.mkdir()
         model = self.recogniser.model.state_dict()
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
-        moments = {
-            f"{number}.{name}": value.contiguous()
-            for number, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        }
-        save_file(moments, partial / "optimizer.safetensors")
+        save_moments(self.optimizer, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"run": self.identity, "state": asdict(self.state)}))
         partial.rename(complete)
         for older in checkpoints(self.out_dir)[:-1]:
@@ -414,14 +408,10 @@ class _Run:
             if checkpoint.name != f"checkpoint-{state.step}":
                 raise ValueError(f"its state is of step {state.step}")
             weights = load_file(checkpoint / "model.safetensors")
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-                number, name = key.split(".")
-                moments.setdefault(int(number), {})[name] = value
             if identity == self.identity:
+                load_moments(self.optimizer, checkpoint / "optimizer.safetensors")
                 self.recogniser.model.load_state_dict(weights)
-                self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        except (LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as damage:
+        except DAMAGED as damage:
             raise ValueError(f"{checkpoint}: not a checkpoint of train ({in_short(damage)}); delete it") from None
         if identity != self.identity:
             raise ValueError(
