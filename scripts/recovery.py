@@ -1,9 +1,10 @@
 """What converting a speech recogniser costs, before and after five minutes of training, into results/convert/.
 
-    python scripts/recovery.py en RECOGNISER
-    python scripts/recovery.py es RECOGNISER
+    python scripts/recovery.py en shipped
+    python scripts/recovery.py es study
 
-RECOGNISER is a directory of `mapreuse train`, "shipped" for the English one of this package. Every plan is judged
+RECOGNISER is a directory of `mapreuse train`, "shipped" for the English one of this package, or "study" for the full
+study's first of full attention, which is trained first where it is not there. Every plan is judged
 with heads shared by index and nothing refitted (naive), aligned and refitted by `mr.convert` (no training), and after
 five minutes of fine-tuning from there, by the transcripts (CTC) and towards the original's outputs, on one thread;
 so is the original itself, trained as long. The corpus is the language's prompts, test split, greedy decoding. A plan
@@ -22,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ParakeetForCTC
 
 import mapreuse as mr
 from mapreuse.measure import machine
 from mapreuse.speech import BASELINE, Recogniser, TrainConfig, calibration_batches, evaluate, open_corpus, train
+from mapreuse.study import FullConfig
+from mapreuse.study._runs import Run, RunDirectory, work_off
 
 TARGET = Path(__file__).parent.parent / "results/convert"
 TRAINING = TrainConfig(seconds=300, learning_rate=3e-4, warmup=0.1, evaluate_every=100)
+WORK = Path("runs/recovery")
 NUM_BATCHES = 16
 """Calibration batches, of 8 utterances of the training split."""
 
@@ -37,7 +40,10 @@ NUM_BATCHES = 16
 def main() -> None:
     language, directory = sys.argv[1], sys.argv[2]
     torch.set_num_threads(1)
-    original = _without_plan(Recogniser.load(BASELINE if directory == "shipped" else directory))
+    if directory == "study":
+        original = _studied(language)
+    else:
+        original = Recogniser.load(BASELINE if directory == "shipped" else directory)
     corpus = open_corpus(f"prompts:{language}")
     calibration = calibration_batches(original, f"prompts:{language}", split="train", max_batches=NUM_BATCHES)
     depth = original.model.config.encoder_config.num_hidden_layers
@@ -48,7 +54,7 @@ def main() -> None:
 
     def trained(model: Any, name: str) -> dict[str, Any]:
         recogniser = _with(original, model)
-        out = Path("runs/recovery") / f"{language}-{name.replace(' ', '-')}"
+        out = WORK / f"{language}-{name.replace(' ', '-')}"
         train(recogniser, corpus, TRAINING, out, original=original)
         return judged(recogniser.model)
 
@@ -77,13 +83,15 @@ def _plans(depth: int) -> dict[str, mr.ReusePlan]:
     }
 
 
-def _without_plan(recogniser: Recogniser) -> Recogniser:
-    """The study's recognisers have a plan even where it is full; its parameters are those of a model without one."""
-    if mr.plan_of(recogniser.model) is None:
-        return recogniser
-    model = ParakeetForCTC(recogniser.model.config)
-    model.load_state_dict(recogniser.model.state_dict())
-    return _with(recogniser, model.eval())
+def _studied(language: str) -> Recogniser:
+    """The recogniser of full attention that the full study trains in this language, seed 0."""
+    run = Run("full", f"prompts:{language}", 0, FullConfig().recipe)
+    directory = RunDirectory(WORK / "study", WORK / "study")
+    work_off([run], directory)
+    recogniser = directory.original(run)
+    if recogniser is None:
+        raise ValueError(f"training failed: {directory.failed(run)}")
+    return recogniser
 
 
 def _with(recogniser: Recogniser, model: Any) -> Recogniser:
