@@ -19,6 +19,7 @@ import math
 import pydoc_data.topics
 import random
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,7 @@ LONGER = 40
 _DOCUMENTED = ("numpy", "scipy", "torch")
 _RIDGES = (1e-3, 1e-2, 1e-1)
 _HELD_OUT = 8
+_TIMED_ROUNDS = 3
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n|^%$", re.MULTILINE)
 
 Batch = dict[str, Tensor]
@@ -183,8 +185,9 @@ def _time(
         for name, make in shapes.items()
     }
     for tokens, batch in timed.items():
-        for name, latency in relative_latencies(original, models, [batch]).items():
-            rows[name].setdefault("latency", {})[tokens] = latency
+        rounds = [relative_latencies(original, models, [batch]) for _ in range(_TIMED_ROUNDS)]
+        for name in models:
+            rows[name].setdefault("latency", {})[tokens] = statistics.median(one[name] for one in rounds)
 
 
 def _plan_of(layers: list[Any]) -> mr.ReusePlan:
@@ -202,13 +205,13 @@ def _write_page(results: dict[str, Any]) -> None:
         f"{', '.join(_DOCUMENTED)}; distilled on all {numbers['teaching']} of both; judged on {numbers['judging']}",
         "of Python's language reference: mean cosine to the original's embedding, share of the ten nearest sentences",
         "that stay among them, and times of a batch of 16 sentences of median length, and of four texts of 512",
-        "tokens, by the original's, all models in turns. Times are good to a tenth: a plan takes the same time",
-        "aligned and refitted. All but the original have linear layers in the library that is faster",
-        "here, so that they are to be compared with one another.",
+        f"tokens, by the original's, all models in turns: the median of {_TIMED_ROUNDS} such rounds. Times are good",
+        "to a tenth at best, as a plan's show that is aligned in one row and refitted in another. All but the",
+        "original have linear layers in the library that is faster here: compare them with one another.",
         "Where one layer is dropped, or its attention, it is the one that is missed least on calibration sentences;",
         "what is left then is neither refitted nor distilled.",
         "24 and 36 heads, of any layers, are as many as two and three layers have: which, `Ranking.grown` says.",
-        "They keep more of the model than whole layers do. In short batches they save little time or none.",
+        "They keep more of the model than whole layers do, and save less time or none.",
         "",
         "The floors: layer by layer from below, the attention of these layers is that linear function of what all",
         "heads of every earlier layer that computes make of the layer's input which fits the original's best, on",
