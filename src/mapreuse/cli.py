@@ -252,7 +252,8 @@ def convert(
     )
 
     work = out.with_name(f"{out.name}.work")
-    check_new(out), check_work(work)
+    check_new(out)
+    check_work(work)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
     fewest = _FEWEST_TO_CONVERT if distill_seconds is None else _FEWEST_TO_DISTIL
