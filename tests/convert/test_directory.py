@@ -81,11 +81,14 @@ def test_a_directory_of_work_that_holds_other_files_is_refused_and_kept(tmp_path
     (work / "thesis.txt").unlink()
     with written_whole(tmp_path / "model", work) as written:
         (written / "config.json").write_text("{}")
-        (work / "thesis.txt").write_text("mine")
-        with pytest.raises(ValueError, match="holds thesis"):
-            check_work(work)
-        (work / "thesis.txt").unlink()
+        (work / "thesis.txt").write_text("mine")  # after it was looked at
     assert (tmp_path / "model" / "config.json").is_file()
+    assert [file.name for file in work.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match="holds thesis"):
+        check_work(work)
+    (work / "thesis.txt").unlink()
+    with written_whole(tmp_path / "another", work) as written:
+        (written / "config.json").write_text("{}")
     assert not work.exists()
     work.write_text("a file")
     with pytest.raises(ValueError, match="is a file: move it"):

@@ -171,7 +171,7 @@ def _refitted(directory: Path, asked: Mapping[str, Any]) -> tuple[ReusePlan, dic
 
 @contextmanager
 def written_whole(out: str | Path, work_dir: str | Path) -> Iterator[Path]:
-    """A new directory in `work_dir`, which becomes `out` when all is written; then `work_dir` is deleted."""
+    """A new directory in `work_dir`, which becomes `out` when all is written; then what was kept there is deleted."""
     out, work = Path(out), Path(work_dir)
     check_work(work)
     shutil.rmtree(work / _WRITTEN, ignore_errors=True)
@@ -181,12 +181,14 @@ def written_whole(out: str | Path, work_dir: str | Path) -> Iterator[Path]:
     if out.exists():
         out.rmdir()
     (work / _WRITTEN).rename(out)
-    check_work(work)
-    shutil.rmtree(work)
+    for part in (_SEARCHED, _REFITTED, _DISTILLED):
+        shutil.rmtree(work / part) if (work / part).is_dir() else (work / part).unlink(missing_ok=True)
+    if not any(work.iterdir()):
+        work.rmdir()
 
 
 def check_work(work_dir: str | Path) -> None:
-    """Raises `ValueError` where a directory of work, which is deleted in the end, holds what no conversion left."""
+    """Raises `ValueError` where a directory of work holds what no conversion left."""
     work = Path(work_dir)
     if not work.exists():
         return
