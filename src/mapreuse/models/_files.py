@@ -31,6 +31,7 @@ _MODELS = "transformers.models."
 _FOREIGN = ("model*.safetensors*", "pytorch_model*.bin*")
 _FIELDS = {"class": str, "config": dict, "dtype": str, "sha256": str}
 _OPTIONAL = {
+    "absent": list,
     "attn_implementation": str,
     "dtypes": dict,
     "generation_config": dict,
@@ -66,7 +67,7 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
     path = Path(path)
     if foreign := sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern)):
         raise ValueError(f"{path} holds another model's weights ({foreign[0]}); save to a directory of its own")
-    stored, description = dict(_stored_tensors(model)), _describe(model)
+    stored, description = dict(_stored_tensors(model)), _describe(path, model)
     _check_rebuilt(path, stored, description)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as directory:
@@ -116,6 +117,15 @@ def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrai
             raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
         if config["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
             raise ValueError(f"{path}: heads were in another order in format version 1; convert the original again")
+    for name in config.get("absent", []):
+        parent, _, last = str(name).rpartition(".")
+        try:
+            model.get_submodule(name)
+            setattr(model.get_submodule(parent), last, None)
+        except AttributeError:
+            raise ValueError(
+                f"{path}: {_CONFIG} says that {name!r} is absent, which {config['class']} lacks"
+            ) from None
     if applied_to(model):
         refuse_save_pretrained(model)
     return model
@@ -141,11 +151,7 @@ def _check_rebuilt(path: Path, stored: dict[str, Tensor], description: dict[str,
     name = description["class"]
     if empty := [key for key, tensor in stored.items() if tensor.is_meta]:
         raise ValueError(f"{empty[0]} of this {name} is on the meta device and holds no numbers; load weights first")
-    try:
-        read = json.loads(json.dumps(description))
-    except TypeError as error:
-        raise ValueError(f"the configuration of this {name} cannot be written as JSON: {_one_line(error)}") from None
-    wanted = _places(_rebuilt(path, read, "meta"), stored)
+    wanted = _places(_rebuilt(path, description, "meta"), stored)
     shapes = [
         f"{key} is {tuple(stored[key].shape)}, not {tuple(wanted[key].shape)}"
         for key in stored.keys() & wanted.keys()
@@ -161,8 +167,11 @@ def _check_rebuilt(path: Path, stored: dict[str, Tensor], description: dict[str,
         )
 
 
-def _describe(model: PreTrainedModel) -> dict[str, Any]:
-    """What `config.json` says beside the name and the checksum of the weights."""
+def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """What `config.json` says beside the name and the checksum of the weights, as it will be read.
+
+    Raises `ValueError` where that cannot be written as JSON, or describes no model.
+    """
     reuse = [
         {
             "stack": path,
@@ -184,8 +193,24 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
         "transformers_version": transformers.__version__,
         "config": model.config.to_dict(),
     }
-    generation = getattr(model, "generation_config", None)
-    return config if generation is None else config | {"generation_config": generation.to_dict()}
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        config["generation_config"] = generation.to_dict()
+    try:
+        config = json.loads(json.dumps(config))
+    except TypeError as error:
+        name = config["class"]
+        raise ValueError(f"the configuration of this {name} cannot be written as JSON: {_one_line(error)}") from None
+    absent = list(_absent(model, _rebuilt(path, config, "meta")))
+    return config | {"absent": absent} if absent else config
+
+
+def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
+    """Modules that a model is described with and has None for, such as the pooler after `add_pooling_layer=False`."""
+    modules = dict(model.named_modules())
+    for name in dict(described.named_modules()).keys() - modules.keys():
+        parent, _, last = name.rpartition(".")
+        if parent in modules and getattr(modules[parent], last, described) is None:
+            yield name
 
 
 def _build(path: Path, config: dict[str, Any], device: str) -> PreTrainedModel:
