@@ -13,6 +13,8 @@ import pytest
 import soundfile
 import torch
 from rich.console import Console
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tiny_models import SENTENCES, save_bert
 from transformers import AutoTokenizer, pipeline
 
@@ -180,6 +182,38 @@ def test_a_sentence_transformers_directory_is_converted_whole(place, tmp_path, m
     out = ["--out", str(tmp_path / "maps")]
     status, _, error = mapreuse(monkeypatch, capsys, "analyze", str(model / "converted"), *arguments[:2], *out)
     assert (status, error.strip()) == (0, "")
+
+
+def test_a_sentence_transformer_runs_with_its_converted_transformer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console())
+    transformer = Transformer(str(save_bert(tmp_path / "transformer")))
+    with torch.no_grad():
+        for parameter in transformer.model.encoder.parameters():
+            parameter.mul_(20 if parameter.dim() > 1 else 1)  # maps that are worth aligning
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    SentenceTransformer(modules=[transformer, pooling, Normalize()]).save(str(tmp_path / "model"))
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    arguments = [
+        "--calibration",
+        str(tmp_path / "sentences.txt"),
+        "--plan",
+        "[0,0,2]",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    status, _, error = mapreuse(monkeypatch, capsys, "convert", str(tmp_path / "model"), *arguments)
+    assert status == 0, error
+    encoder = SentenceTransformer(str(tmp_path / "model"))
+    before = encoder.encode(SENTENCES, convert_to_tensor=True)
+    encoder[0].model = mr.load(tmp_path / "out")
+    after = encoder.encode(SENTENCES, convert_to_tensor=True)
+
+    model, tokenizer = mr.load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    for sentence, found in zip(SENTENCES, after, strict=True):
+        with torch.no_grad():
+            mean = model(**tokenizer(sentence, truncation=True, return_tensors="pt")).last_hidden_state.mean(1)
+        torch.testing.assert_close(found, torch.nn.functional.normalize(mean, dim=-1)[0])
+    assert (before - after).abs().max() > 1e-3
 
 
 def test_a_conversion_that_fails_while_it_is_written_leaves_no_directory(tmp_path, monkeypatch, capsys):
