@@ -21,6 +21,7 @@ import random
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
-from mapreuse.convert import Ranking, fit, hidden_state_error, relative_latencies
+from mapreuse.convert import Judged, Ranking, fit, hidden_state_error, relative_latencies
+from mapreuse.convert._schedule import learning_rate
 from mapreuse.measure import machine
 from mapreuse.models import tune
 from mapreuse.speech._documentation import docstrings
@@ -79,8 +81,8 @@ def main() -> None:
         TARGET.write_text(json.dumps(results, indent=1) + "\n")
         _write_page(results)
 
-    def row(name: str, make: Callable[[], nn.Module]) -> None:
-        shapes[name] = make
+    def row(name: str, make: Callable[[], nn.Module], shape: Callable[[], nn.Module] | None = None) -> None:
+        shapes[name] = shape or make
         if name in results["rows"]:
             return
         model = make()
@@ -100,7 +102,7 @@ def main() -> None:
 
     @functools.cache
     def ranking() -> Ranking:
-        return Ranking(original, calibration, error)
+        return Ranking(original, calibration, Judged(original, calibration, error))
 
     @functools.cache
     def chosen(number: int) -> tuple[int, ...]:
@@ -129,12 +131,13 @@ def main() -> None:
         return model
 
     row("no layer reuses", lambda: mr.apply(copy.deepcopy(original), mr.ReusePlan.full(6)))
+
+    @functools.cache
+    def missed_least(without: Callable[[nn.Module, tuple[int, ...]], nn.Module]) -> int:
+        return min(range(1, 6), key=lambda layer: error(without(original, (layer,))))
+
     for words, without in (("1 layer's attention dropped", _without_attention), ("1 layer dropped", _without_layers)):
-
-        def dropped(without: Callable[[nn.Module, tuple[int, ...]], nn.Module] = without) -> nn.Module:
-            return min((without(original, (layer,)) for layer in range(1, 6)), key=error)
-
-        row(words, dropped)
+        row(words, lambda without=without: without(original, (missed_least(without),)))
     for number in (2, 3):
         words, heads = f"{number} layers", f"{12 * number} heads"
         row(
@@ -157,6 +160,15 @@ def main() -> None:
             lambda words=words, minutes=minutes: _distilled(
                 copy.deepcopy(refitted(words, "more")), original, teaching, minutes
             ),
+        )
+    for words, shape in (
+        ("1 layer dropped", lambda: _without_layers(original, (missed_least(_without_layers),))),
+        ("3 layers' attention dropped", lambda: _without_attention(original, chosen(3))),
+    ):
+        row(
+            f"{words}, distilled 10 minutes",
+            lambda shape=shape: _retaught(shape(), original, teaching, 10),
+            shape,
         )
     floors = {name: row for name, row in results["rows"].items() if name in FLOORS.values()}
     results["rows"] = {name: results["rows"][name] for name in shapes} | floors
@@ -339,6 +351,31 @@ def _distilled(model: nn.Module, original: nn.Module, teaching: list[Batch], min
     return model
 
 
+def _retaught(model: nn.Module, original: nn.Module, teaching: list[Batch], minutes: int) -> nn.Module:
+    """What `mapreuse.distill` minimises, by the same steps, for a model without a plan: over the layers it has."""
+    config = mr.DistillConfig(seconds=60.0 * minutes)
+    left = [layer for layer in range(6) if layer not in getattr(model, "without", ())]
+    learning = list(model.encoder.layer.parameters())
+    optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    started = time.monotonic()
+    batches = itertools.cycle(teaching[_HELD_OUT:])
+    while (elapsed := time.monotonic() - started) < 60.0 * minutes:
+        batch = next(batches)
+        rows = batch["attention_mask"].bool()
+        optimizer.param_groups[0]["lr"] = learning_rate(config, 0, elapsed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            with torch.no_grad():
+                theirs = original(**batch, output_hidden_states=True).hidden_states[1:]
+            ours = model(**batch, output_hidden_states=True).hidden_states[1:]
+        pairs = [(one[rows].float(), theirs[layer][rows].float()) for one, layer in zip(ours, left, strict=True)]
+        torch.stack([(one - other).square().sum() / other.square().sum() for one, other in pairs]).mean().backward()
+        nn.utils.clip_grad_norm_(learning, config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
 def _without_attention(original: nn.Module, layers: tuple[int, ...]) -> nn.Module:
     """The attention of these layers adds nothing to what it is added to."""
     model = copy.deepcopy(original)
@@ -437,6 +474,7 @@ class _Nothing(nn.Module):
 def _without_layers(original: nn.Module, layers: tuple[int, ...]) -> nn.Module:
     model = copy.deepcopy(original)
     model.encoder.layer = nn.ModuleList(l for i, l in enumerate(model.encoder.layer) if i not in layers)
+    model.without = layers
     tune(model)
     return model
 

@@ -9,7 +9,7 @@ from packed_encoders import peaked
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.convert import Ranking, hidden_state_error, output_errors
+from mapreuse.convert import Judged, Ranking, hidden_state_error, output_errors
 from mapreuse.convert._ranking import RefitErrors
 from mapreuse.models import MapRecorder, find_stack, output_projection
 
@@ -73,7 +73,7 @@ def test_heads_whose_maps_an_earlier_layer_has_cost_least():
         for rows in (slice(head * query.out_features // 4, (head + 1) * query.out_features // 4) for head in heads):
             query.weight.data[rows], query.bias.data[rows] = 0, 0
     batches = random_batches(8)
-    ranking = Ranking(model, batches, hidden_state_error(model, batches))
+    ranking = Ranking(model, batches, Judged(model, batches, hidden_state_error(model, batches)))
     for layer in (1, 2):
         costs = {head: ranking.predicted(frozenset({(layer, head)})) for head in range(4)}
         assert set(sorted(costs, key=costs.get)[: len(planted[layer])]) == planted[layer]
@@ -85,7 +85,7 @@ def test_heads_whose_maps_an_earlier_layer_has_cost_least():
 def test_reusing_heads_are_joined_by_the_one_that_costs_least():
     model, _ = build("bert")
     batches = random_batches(8)
-    ranking = Ranking(model, batches, hidden_state_error(model, batches))
+    ranking = Ranking(model, batches, Judged(model, batches, hidden_state_error(model, batches)))
     reusing = frozenset({(2, 1)})
     for head in ranking.grown(reusing, 2) - ranking.grown(reusing, 1):
         one = ranking.grown(reusing, 1)
@@ -96,7 +96,7 @@ def test_reusing_heads_are_joined_by_the_one_that_costs_least():
 
 def test_a_head_without_a_source_that_computes_is_refused():
     model, batch = build("bert")
-    ranking = Ranking(model, [batch] * 4, hidden_state_error(model, [batch]))
+    ranking = Ranking(model, [batch] * 4, Judged(model, [batch] * 4, hidden_state_error(model, [batch])))
     with pytest.raises(ValueError, match="layer 0, head 2: no head of an earlier layer of its kind computes its map"):
         ranking.plan(ranking.all | {(0, 2)})
     assert ranking.plan(frozenset()) == mr.ReusePlan.full(4)

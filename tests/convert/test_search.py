@@ -11,7 +11,7 @@ from text_batches import random_batches
 from torch.nn import functional
 
 import mapreuse as mr
-from mapreuse.convert import Ranking, _ranking, _search, hidden_state_error
+from mapreuse.convert import Judged, Ranking, _judged, _search, hidden_state_error
 from mapreuse.convert._search import _Costs, _extensions, _front
 
 
@@ -61,14 +61,13 @@ def test_a_second_search_judges_nothing_again(bert, tmp_path, regular_times):
     cache = tmp_path / "judged.jsonl"
     first = mr.search(bert, random_batches(8), error=0.2, breadth=2, judge=judge, cache=cache)
     number = len(cache.read_text().splitlines())
-    assert len(judged) >= number + 1  # the original, and layers on their own, too
+    assert len(judged) == number + 1  # and the original
     cache.write_text("".join(line + "\n" for line in cache.read_text().splitlines()[: number - 1]))
     judged.clear()
     second = mr.search(bert, random_batches(8), error=0.2, breadth=2, judge=judge, cache=cache)
 
     assert second == first
-    refitted = [plan for plan in judged if plan in {c.plan for c in second}]
-    assert len(refitted) <= 2  # the plan that was forgotten, and perhaps a layer on its own
+    assert len(judged) == 3  # the original, the first plan, by which the judge is known, and the one forgotten
     other = mr.search(bert, random_batches(8, seed=5), error=0.2, breadth=2, judge=judge, cache=cache)
     assert [c.error for c in other] != [c.error for c in first]
 
@@ -85,7 +84,7 @@ def test_what_another_search_judged_does_not_count(bert, tmp_path, regular_times
 @pytest.mark.parametrize("heads", [[(2, 0)], [(1, 1), (1, 3)], [(3, 0), (3, 1), (3, 2)], [(2, h) for h in range(4)]])
 def test_the_cost_model_counts_the_heads_that_reuse(bert, regular_times, heads):
     batches = random_batches(4)
-    ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
+    ranking = Ranking(bert, batches, Judged(bert, batches, hidden_state_error(bert, batches)))
 
     assert _Costs(bert, batches[0], ranking).of(frozenset(heads)) == pytest.approx(1 - len(heads) / 20)
 
@@ -99,7 +98,7 @@ def test_a_latency_budget_is_met(bert, regular_times):
 
 def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still_compute(bert):
     batches = random_batches(4)
-    ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
+    ranking = Ranking(bert, batches, Judged(bert, batches, hidden_state_error(bert, batches)))
     smaller = frozenset((3, head) for head in range(4))
     larger = smaller | {(2, head) for head in range(4)} | {(1, 0), (1, 1)}
     for reusing in (smaller, larger):
@@ -110,7 +109,7 @@ def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still
 
 def test_extensions_hold_what_they_extend_and_some_leave_part_of_a_layer_computing(bert):
     batches = random_batches(4)
-    ranking = Ranking(bert, batches, hidden_state_error(bert, batches))
+    ranking = Ranking(bert, batches, Judged(bert, batches, hidden_state_error(bert, batches)))
     costs = _Costs(bert, batches[0], ranking)
     start = frozenset((2, head) for head in range(4))
     found = _extensions(ranking, start, costs)
@@ -147,14 +146,24 @@ def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
         next(spoilt.encoder.layer[1].parameters())[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         mr.search(spoilt, batches, error=0.1)
-    (tmp_path / "other.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="line 1: not a judged plan"):
-        mr.search(bert, batches, error=0.1, cache=tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="must be finite, got nan"):
+        mr.search(bert, batches, error=0.1, judge=lambda model: float("nan"))
+    with pytest.raises(ValueError, match=r"got one that is a str$"):
+        mr.search(bert, iter(["input_ids"] * 8), error=0.1)
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b'{"a": 1}', b'{"a": 1,\n "b": 2}', b"\xff\xfe\x00", None])
+def test_a_cache_that_holds_anything_else_is_refused_and_left_as_it_is(bert, tmp_path, content):
+    cache = tmp_path / "other"
+    cache.mkdir() if content is None else cache.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a judged plan|no file that a search") as refusal:
+        mr.search(bert, random_batches(8), error=0.1, cache=cache)
+    assert "\n" not in str(refusal.value)
+    assert cache.is_dir() if content is None else cache.read_bytes() == content
 
 
 def test_a_latency_that_no_plan_takes_is_refused_before_any_is_refitted(bert, regular_times, monkeypatch):
-    for room in (_search, _ranking):
-        monkeypatch.setattr(room, "fit", None)
+    monkeypatch.setattr(_judged, "fit", None)
     with pytest.raises(
         ValueError, match=r"no plan takes 0\.1 of the original's time: with all maps shared it is 0\.\d"
     ):
@@ -171,7 +180,7 @@ def test_errors_that_another_library_rounds_otherwise_count_all_the_same(bert, t
     found = mr.search(bert, batches, error=0.2, breadth=2, cache=cache)
     entries = [json.loads(line) for line in cache.read_text().splitlines()]
     for entry in entries:
-        entry["alone"] = [error * (1 + 1e-6) for error in entry["alone"]]
+        entry["first"][1] *= 1 + 1e-3
     cache.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert mr.search(bert, batches, error=0.2, breadth=2, cache=cache) == found
     assert len(cache.read_text().splitlines()) == len(entries), "nothing judged again"
@@ -184,6 +193,7 @@ def test_errors_of_another_judge_or_of_other_judging_batches_do_not_count(bert, 
     for options in (
         {"batches": others},
         {"batches": batches, "judge": lambda model: 0.0 if plan_is_full(model) else 0.1},
+        {"batches": batches, "judge": lambda model: 1e-3 * hidden_state_error(bert, batches[1::4])(model)},
     ):
         afresh = mr.search(bert, error=0.2, breadth=2, **options)
         assert mr.search(bert, error=0.2, breadth=2, cache=cache, **options) == afresh

@@ -53,3 +53,21 @@ def test_a_model_under_a_plan_is_refused_where_the_original_is_wanted():
     apply(model, PLANS["groups"])
     with pytest.raises(ValueError, match="the model reuses attention maps already"):
         MapRecorder(model)
+
+
+def positions_of(batch):
+    """The batch, padded at the end, at the start and for one whole row; and which of its inputs are no padding."""
+    (name,) = (name for name in batch if "mask" in name)
+    length = batch[name].shape[1]
+    emptied = {key: value.clone() for key, value in batch.items()}
+    emptied[name][-1] = 0
+    flipped = {key: value.flip(1) if value.shape[1:2] == (length,) else value for key, value in batch.items()}
+    return [(one, one[name].bool()) for one in (batch, flipped, emptied)]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bert", "clip-text", "gpt2", "llama", "modernbert", "qwen2", "roberta"])
+def test_padding_is_told_from_positions_wherever_it_is(family, implementation):
+    model, batch = build(family, implementation=implementation)
+    for given, wanted in positions_of(batch):
+        assert torch.equal(MapRecorder(model)(given).valid, wanted)

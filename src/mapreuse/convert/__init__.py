@@ -21,6 +21,7 @@ from mapreuse.convert._directory import (
 )
 from mapreuse.convert._distill import Distillation, DistillConfig, distill
 from mapreuse.convert._fit import LayerFit, fit
+from mapreuse.convert._judged import Judged
 from mapreuse.convert._ranking import Ranking
 from mapreuse.convert._samples import sound_files
 from mapreuse.convert._schedule import learning_rate, spent
@@ -33,6 +34,7 @@ __all__ = [
     "Converted",
     "DistillConfig",
     "Distillation",
+    "Judged",
     "LayerFit",
     "OpenedModel",
     "Ranking",

@@ -13,7 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from mapreuse.convert._batches import check_plan, check_precision
 from mapreuse.measure import Similarity, similarity
-from mapreuse.models import MapRecorder, Unsupported, find_stack, output_projection, with_projections
+from mapreuse.models import (
+    MapRecorder,
+    Unsupported,
+    check_batch,
+    find_stack,
+    output_projection,
+    plan_of,
+    with_projections,
+)
 from mapreuse.plan import LayerSource, ReusePlan
 
 Head: TypeAlias = tuple[int, int]
@@ -45,12 +53,14 @@ def align(
 
     Raises:
         ValueError: where there are no batches, the plan does not fit the model, the mode is none of the three, or the
-            model is in half precision on a CPU.
+            model has a plan already or is in half precision on a CPU.
     """
     check_plan(plan)
     check_precision(original)
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}: got {mode!r}")
+    if plan_of(original) is not None:
+        raise ValueError("the model reuses attention maps already; align the heads of the original model instead")
     if mode != "error":
         return align_by(similarity(original, batches), plan, mode=mode)
     if plan.num_layers != (num_layers := len(find_stack(original).layers)):
@@ -83,8 +93,9 @@ def output_errors(
     sizes: dict[int, Tensor] = {}
     seen = False
     for batch in batches:
-        seen = True
+        check_batch(batch)
         maps, valid, values = recorder(batch)
+        seen |= bool(valid.any())
         rows = valid[:, None, :, None].double()
         for layer, candidates in sources.items():
             num_heads = maps[layer].shape[1]
@@ -107,7 +118,7 @@ def output_errors(
             summed[layer] = summed.get(layer, 0) + found.cpu()
             sizes[layer] = sizes.get(layer, 0) + size.cpu()
     if not seen:
-        raise ValueError("no calibration batches: give at least one, such as [{'input_ids': …}]")
+        raise ValueError("no calibration batches, or nothing but padding: give at least one, as [{'input_ids': …}]")
     return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
 
 

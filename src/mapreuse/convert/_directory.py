@@ -101,7 +101,7 @@ def convert_whole(
     cache, checkpoints = (None if work_dir is None else Path(work_dir) / name for name in (_SEARCHED, _DISTILLED))
     judge = hidden_state_error(original, judging)
     asked = {"budget": None if budget is None else dict(budget), "plan": None if plan is None else plan.to_json()}
-    asked["of"] = digest(original.state_dict(), *given)
+    asked["of"] = digest([original.state_dict(), *given])
     refitted = None if work_dir is None else Path(work_dir) / _REFITTED
     if refitted is not None and (found := _refitted(refitted, asked)) is not None:
         plan, errors = found

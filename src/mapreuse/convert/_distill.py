@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 
-from mapreuse.convert._batches import check_precision, digest
+from mapreuse.convert._batches import check_original, check_precision, digest
 from mapreuse.convert._checkpoints import DAMAGED, checkpoints, load_moments, save_moments
 from mapreuse.convert._schedule import learning_rate, spent
-from mapreuse.convert._states import not_padding, recorded_states
+from mapreuse.convert._states import in_evaluation_mode
 from mapreuse.measure import time_interleaved
-from mapreuse.models import find_stack, plan_of, with_projections
+from mapreuse.models import check_batch, find_stack, not_padding, plan_of, recorded_states, with_projections
 from mapreuse.plan import ReusePlan
 
 _HELD_OUT = 8
@@ -63,6 +64,13 @@ class DistillConfig:
             raise ValueError(
                 f"give a positive budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
             )
+        if not (0 <= self.warmup < 1 and min(self.learning_rate, self.clip) > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                "learning_rate and clip must be positive, weight_decay not negative, warmup a share of the budget: "
+                f"got {self.learning_rate}, {self.clip}, {self.weight_decay} and {self.warmup}"
+            )
+        if min(self.hidden, self.logits) < 0 or self.hidden == self.logits == 0:
+            raise ValueError(f"hidden and logits weigh the loss, got {self.hidden} and {self.logits}")
         if self.evaluate_every < 1 or self.patience < 1:
             raise ValueError(
                 f"evaluate_every and patience must be at least 1, got {self.evaluate_every} and {self.patience}"
@@ -126,25 +134,27 @@ def distill(
         config: budget and hyper-parameters.
         held_out: batches to judge by; where None, every eighth of `batches`, which then does not teach.
         out_dir: where checkpoints go; the same call again goes on from there, under a budget in steps bit for bit as
-            if never interrupted. Without it, nothing is written.
+            if never interrupted, of the model as it came or as the run left it. Batches are known again by the first
+            to learn from and by all those held out. Without it, nothing is written.
 
     Raises:
-        ValueError: where no plan is in force, there are too few batches or they can be read only once, a model is in
-            half precision on a CPU, an activation or the loss is not finite, `held_out` is None and batches differ
-            from one reading to the next, or `out_dir` holds a run of other models, batches or settings, or a damaged
-            one. The model then has the best weights that were found.
+        ValueError: where no plan is in force, `original` has another depth or width or a plan, there are too few
+            batches or they can be read only once, one is nothing but padding, a model is in half precision on a CPU,
+            no parameter of a layer learns, an activation or the loss is not finite, `held_out` is None and batches
+            differ from one reading to the next, or `out_dir` cannot be written, holds a run of other models, batches
+            or settings, or a damaged one. The model then has the best weights that were found.
     """
     plan = plan_of(model)
     if plan is None:
         raise ValueError("distill needs a converted model: apply a plan to it first")
     check_precision(model)
-    check_precision(original)
+    check_original(model, original)
     if any(iter(given) is given for given in (batches, held_out) if given is not None):
         raise ValueError("distill reads its batches again and again: give a list, not a generator")
     teaching, judging = batches, held_out
     if judging is None:
         once, again = (next(iter(batches), {}) for _ in range(2))
-        if digest(once) != digest(again):
+        if digest([once]) != digest([again]):
             raise ValueError(
                 "distill keeps every eighth batch apart to judge by, and these differ from one reading to the next: "
                 "give held_out, or batches that are not shuffled"
@@ -154,19 +164,23 @@ def distill(
     for name, some in (("to learn from", teaching), ("held out", judging)):
         if (one := next(iter(some), None)) is None:
             raise ValueError(f"distill has no batches {name}: give at least {_HELD_OUT}, or some of each kind")
+        check_batch(one)
         first.append(one)
     identity = {"config": asdict(config), "plan": json.loads(plan.to_json())}
-    if out_dir is not None:
-        identity["given"] = digest(model.state_dict(), original.state_dict(), *first)
-    modes = model.training, original.training
+    folder = None if out_dir is None else Path(out_dir)
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder}, where checkpoints would go, cannot be made: {error.strerror}") from None
+        identity["given"] = digest(itertools.chain([original.state_dict(), first[0]], judging))
     devices = [next(one.parameters()).device for one in (model, original)]
     try:
-        with _only_sharing_layers_learn(model, plan):
-            folder = None if out_dir is None else Path(out_dir)
+        with in_evaluation_mode(model, original), _only_sharing_layers_learn(model, plan), torch.enable_grad():
             return _Run(model, original, teaching, judging, config, folder, identity).go()
     finally:
-        for which, mode, device in zip((model, original), modes, devices, strict=True):
-            which.train(mode).to(device)
+        for which, device in zip((model, original), devices, strict=True):
+            which.to(device)
 
 
 @contextmanager
@@ -178,6 +192,8 @@ def _only_sharing_layers_learn(model: nn.Module, plan: ReusePlan) -> Iterator[No
     for parameter in others:
         parameter.requires_grad_(False)
     try:
+        if not any(parameter.requires_grad for parameter in learning):
+            raise ValueError("no parameter of the layers that share maps learns: all have requires_grad=False")
         yield
     finally:
         for parameter in others:
@@ -208,10 +224,11 @@ class _Run:
         identity: dict[str, Any],
     ) -> None:
         self.accelerator = Accelerator()
-        self.model = model.eval().to(self.accelerator.device)
-        self.original = with_projections(original).eval().to(self.accelerator.device)
+        self.model = model.to(self.accelerator.device)
+        self.original = with_projections(original).to(self.accelerator.device)
         self.teaching, self.judging, self.config = teaching, judging, config
         self.out_dir, self.identity = out_dir, identity
+        self.given = None if out_dir is None else digest([model.state_dict()])
         self.state = Distillation()
         self.best: dict[str, Tensor] = {}
         optimizer = torch.optim.AdamW(
@@ -225,9 +242,11 @@ class _Run:
 
     def go(self) -> Distillation:
         self._resume()
+        self.optimizer.zero_grad()  # of what the caller did before
         try:
             self._train()
         finally:  # also where it is stopped
+            self.optimizer.zero_grad()
             if self.best:
                 self.model.load_state_dict(self.best)
         return self.state
@@ -286,6 +305,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.state.step, self.state.elapsed)
         ours, theirs, rows, output, target = self._pair(batch, bfloat16=self.state.bfloat16 is True)
+        if not bool(rows.any()):
+            raise ValueError(
+                f"distill: the batch of step {self.state.step} holds no position but padding; leave it out"
+            )
         distances = [_distance(a[rows], b[rows]) / _size(b[rows]) for a, b in zip(ours, theirs, strict=True)]
         loss = self.config.hidden * torch.stack(distances).mean()
         logits, wanted = getattr(output, "logits", None), getattr(target, "logits", None)
@@ -371,7 +394,9 @@ class _Run:
             self.model.load_state_dict(self.best)
             save_model(self.model, str(partial / "best.safetensors"))
             self.model.load_state_dict(current)
-            (partial / "state.json").write_text(json.dumps({"run": self.identity, "state": asdict(self.state)}))
+            of_model = [self.given, digest([self.best])]
+            described = {"run": self.identity, "of_model": of_model, "state": asdict(self.state)}
+            (partial / "state.json").write_text(json.dumps(described))
             partial.rename(complete)
             for older in checkpoints(self.out_dir)[:-1]:
                 shutil.rmtree(older)
@@ -385,10 +410,10 @@ class _Run:
             return
         try:
             saved = json.loads((found[-1] / "state.json").read_text())
-            identity = saved["run"]
+            same = saved["run"] == self.identity and self.given in saved["of_model"]
             saved["state"]["errors"] = {int(step): error for step, error in saved["state"]["errors"].items()}
             state = Distillation(**saved["state"])
-            if identity == self.identity:
+            if same:
                 load_moments(self.optimizer, found[-1] / "optimizer.safetensors")
                 load_model(self.model, str(found[-1] / "best.safetensors"))
                 self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -396,12 +421,12 @@ class _Run:
         except DAMAGED as damage:
             said = " ".join(str(damage).split())
             raise ValueError(f"{found[-1]}: not a checkpoint of distill ({said}); delete it") from None
-        if identity != self.identity:
+        if not same:
             raise ValueError(
                 f"{self.out_dir} holds a run of other models, batches or settings; choose another directory or "
                 "delete it"
             )
-        self.state = state
+        self.state, self.given = state, saved["of_model"][0]
 
 
 def _distance(ours: Float[Tensor, "rows width"], theirs: Float[Tensor, "rows width"]) -> Tensor:

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.convert._batches import calibration_batches, check_precision
-from mapreuse.convert._states import recorded_states
+from mapreuse.convert._batches import calibration_batches, check_original, check_precision
+from mapreuse.convert._states import in_evaluation_mode
 from mapreuse.models import (
     Layer,
     MapRecorder,
@@ -24,6 +24,7 @@ from mapreuse.models import (
     observing_inputs,
     output_projection,
     plan_of,
+    recorded_states,
     value_projection,
     with_projections,
 )
@@ -38,6 +39,9 @@ _DRIFT = (0.0, 1.0)
 
 _HELD_OUT = 4
 """Every fourth batch chooses between the candidates instead of fitting them."""
+
+_FEWEST_POSITIONS = 16
+"""Of which fewer choose between candidates by chance."""
 
 _SWEEPS = 3
 """Times that values and output are solved in turn."""
@@ -94,27 +98,33 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
         One report for each reusing layer, in order.
 
     Raises:
-        ValueError: where no plan is in force, there are too few batches, the model is in half precision on a CPU, or
-            activations are not finite.
+        ValueError: where no plan is in force, there are too few batches or positions, a model is in half precision on
+            a CPU, `original` has another depth or width or a plan, or activations are not finite.
     """
     plan = plan_of(model)
     if plan is None:
         raise ValueError("fit needs a converted model: apply a plan to it first")
     check_precision(model)
+    check_original(model, original)
     batches = calibration_batches(batches, _HELD_OUT, "fit")
     recorder = MapRecorder(original)
     valid = [recorder(batch).valid for batch in batches]
+    fitting, judging = (
+        sum(int(rows.sum()) for number, rows in enumerate(valid) if _judges(number) == held_out)
+        for held_out in (False, True)
+    )
+    if min(fitting, judging) < _FEWEST_POSITIONS:
+        raise ValueError(
+            f"fit needs at least {_FEWEST_POSITIONS} positions that are not padding in every fourth batch together, "
+            f"which are held out, and as many in the others: got {judging} and {fitting}; give more or longer samples"
+        )
     original = with_projections(original)
     reports: list[LayerFit] = []
-    modes = model.training, original.training
-    model.eval(), original.eval()
-    try:
+    with in_evaluation_mode(model, original):
         for layer in filter(plan.reuses, range(plan.num_layers)):
             report = _fit_layer(layer, model, original, batches, valid)
             logger.info("layer %d: held-out error %.4f, before %.4f", layer, report.after, report.before)
             reports.append(report)
-    finally:
-        model.train(modes[0]), original.train(modes[1])
     return reports
 
 
@@ -272,7 +282,7 @@ class _Sums:
         self._upper = weights.values.new_zeros(size, size)  # that triangle of the Gram matrix, block by block
         self._target = weights.values.new_zeros(size, width)
         self._drift = torch.zeros_like(self._target)
-        self._rows, self._size = 0, 0.0
+        self._size = 0.0
         self._whole = dict.fromkeys(_DRIFT, 0.0)
         self._eigen: list[tuple[Tensor, Tensor]] = []
 
@@ -288,7 +298,6 @@ class _Sums:
             self._upper[rows, start:].addmm_(extended[:, rows].mT, extended[:, start:])
         self._target.addmm_(extended.mT, target)
         self._drift.addmm_(extended.mT, drift)
-        self._rows += len(target)
         self._size += float(target.square().sum())
         for share in _DRIFT:
             self._whole[share] += float((target + share * drift).square().sum())
@@ -303,8 +312,6 @@ class _Sums:
 
     def error(self, weights: _Weights, share: float) -> float:
         """√(Σ ‖output − target − share · drift‖² / Σ ‖target‖²), or the root as it is where the target is zero."""
-        if not self._rows:
-            raise ValueError("the calibration batches hold no position but padding")
         stacked = weights.stacked
         wrong = (stacked * (self._reduced(weights) @ stacked)).sum()
         wrong -= 2 * (stacked * weights.onto(self._target + share * self._drift)).sum()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mapreuse.convert._align import Head, factors, output_errors
-from mapreuse.convert._fit import fit
 from mapreuse.models import MapRecorder, Unsupported, apply, find_stack, possible_sources, with_projections
 from mapreuse.plan import ReusePlan
 
@@ -135,7 +134,7 @@ class Ranking:
     Args:
         original: a trained model that `apply` accepts; it is left as it is.
         batches: calibration batches, at least four.
-        judge: the error of a converted model.
+        judged: the error of a plan after `fit`, such as `Judged`.
 
     Attributes:
         sharing: the layers that can reuse, and the layers whose maps each may apply.
@@ -146,7 +145,7 @@ class Ranking:
     """
 
     def __init__(
-        self, original: nn.Module, batches: Sequence[Mapping[str, Any]], judge: Callable[[nn.Module], float]
+        self, original: nn.Module, batches: Sequence[Mapping[str, Any]], judged: Callable[[ReusePlan], float]
     ) -> None:
         sources = {layer: found for layer, found in possible_sources(original).items() if found}
         if not sources:
@@ -163,26 +162,18 @@ class Ranking:
             for head in range(self.num_heads)
         }
         self.partial = self._allows_partial(original)
-        self._original, self._batches, self._judge = original, batches, judge
-
-    @functools.cached_property
-    def alone(self) -> dict[int, float]:
-        """What the judge says of each layer alone: of the cheapest heads of it, or of all if not `partial`."""
-        found = {}
-        for layer in tqdm(self.sharing, desc="Layers alone", leave=False):
-            model = apply(copy.deepcopy(self._original), self.plan(self._part(layer)))
-            fit(model, self._original, self._batches)
-            found[layer] = self._judge(model)
-        return found
+        self._judged = judged
 
     @functools.cached_property
     def _weights(self) -> dict[int, float]:
-        """By how much the model's error grows with what a layer's output loses."""
-        of_original = self._judge(self._original)
-        return {
-            layer: max(error - of_original, 0.0) / max(self._lost(self._part(layer)), 1e-9)
-            for layer, error in self.alone.items()
-        }
+        """By how much the model's error grows with what a layer's output loses, found out of each layer alone: of the
+        cheapest heads of it, or of all if not `partial`."""
+        of_original, found = self._judged(ReusePlan.full(self.num_layers)), {}
+        for layer in tqdm(self.sharing, desc="Layers alone", leave=False):
+            part = self._part(layer)
+            error = self._judged(self.plan(part))
+            found[layer] = max(error - of_original, 0.0) / max(self._lost(part), 1e-9)
+        return found
 
     @property
     def all(self) -> frozenset[Head]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 from mapreuse.convert._align import Head
 from mapreuse.convert._batches import calibration_batches, check_precision, digest
-from mapreuse.convert._fit import fit
+from mapreuse.convert._judged import Judged
 from mapreuse.convert._ranking import Ranking
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.measure import time_interleaved
@@ -37,9 +35,6 @@ _TIMED_AT_ONCE = 4
 """Plans timed in turns beside the original and the cost model's three: so many models are in memory, not all."""
 
 _TOO_FAST = "no plan takes {} of the original's time: with all maps shared it is {:.2f}"
-
-_SAME, _SAME_AT_LEAST = 1e-2, 1e-4
-"""How near, relatively or in all, two errors are of one model by one judge: another library rounds otherwise."""
 
 _TOLERANCE = 0.1
 """How far the cost model may be from a real run, relative to it, before that is said."""
@@ -103,7 +98,8 @@ def search(
         timed: the batch whose latency counts, such as one of the size that the model will meet; by default the
             calibration batch of median size.
         breadth: extensions judged in each step.
-        cache: a file to which every judged plan is written, one JSON object a line; the same search goes on from it.
+        cache: a file to which every judged plan is written, one JSON object a line; the same search goes on from it,
+            but for the first of its plans, and what it measures of maps and times.
 
     Raises:
         ValueError: where not exactly one budget is given, it cannot be met by any plan, there are too few batches,
@@ -125,12 +121,12 @@ def search(
     calibration, judging = calibrating_and_judging(given)
     judge = judge or hidden_state_error(original, judging)
     batch = timed or _of_median_size(given)
-    ranking = Ranking(original, calibration, judge)
+    identity = digest([original.state_dict(), *given])
+    judged = Judged(original, calibration, judge, None if cache is None else Path(cache), identity)
+    ranking = Ranking(original, calibration, judged)
     costs = _Costs(original, batch, ranking)
     if latency is not None and (least := costs.of(ranking.all)) > latency * (1 + _TOLERANCE):
         raise ValueError(_TOO_FAST.format(latency, least))
-    identity = digest(original.state_dict(), *given)
-    judged = _Judged(original, calibration, judge, cache, identity, list(ranking.alone.values()))
     reusing: frozenset[Head] = frozenset()
     visited = {reusing: ranking.plan(reusing)}
     found: list[Candidate] = []
@@ -228,60 +224,8 @@ class _Costs:
         return self._full - saved
 
 
-class _Judged:
-    """The error of a plan after `apply` and `fit`; every plan is judged once, also over several searches: errors in
-    the cache count where they are of the same `identity`, and of the same judge, which is told by its errors of
-    layers that reuse `alone`."""
-
-    def __init__(
-        self,
-        original: nn.Module,
-        batches: Sequence[Mapping[str, Any]],
-        judge: Callable[[nn.Module], float],
-        cache: str | Path | None,
-        identity: str,
-        alone: list[float],
-    ) -> None:
-        self._original, self._batches, self._judge = original, batches, judge
-        self._path = None if cache is None else Path(cache)
-        self._identity, self._alone = identity, alone
-        self.errors: dict[ReusePlan, float] = {}
-        self.of_original = judge(original)
-        if self._path is not None and self._path.exists():
-            text = self._path.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:  # a line that was being written when the search was stopped
-                self._path.write_text(whole)
-            for number, line in enumerate(whole.splitlines(), start=1):
-                try:
-                    entry = json.loads(line)
-                    if entry["search"] == self._identity and self._agrees(entry["alone"]):
-                        self.errors[ReusePlan.from_json(entry["plan"])] = float(entry["error"])
-                except (KeyError, TypeError, ValueError) as damage:
-                    raise ValueError(f"{self._path}, line {number}: not a judged plan ({damage})") from None
-
-    def _agrees(self, alone: list[float]) -> bool:
-        pairs = zip(alone, self._alone, strict=True)
-        return all(math.isclose(one, other, rel_tol=_SAME, abs_tol=_SAME_AT_LEAST) for one, other in pairs)
-
-    def __call__(self, plan: ReusePlan) -> float:
-        if plan.is_full:
-            return self.of_original
-        if plan not in self.errors:
-            model = apply(copy.deepcopy(self._original), plan)
-            fit(model, self._original, self._batches)
-            self.errors[plan] = self._judge(model)
-            if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                judged = {"plan": plan.to_json(), "error": self.errors[plan]}
-                entry = {"search": self._identity, "alone": self._alone, **judged}
-                with self._path.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-        return self.errors[plan]
-
-
 def _measured(
-    original: nn.Module, visited: Mapping[frozenset[Head], ReusePlan], judged: _Judged, costs: _Costs, batch: Mapping
+    original: nn.Module, visited: Mapping[frozenset[Head], ReusePlan], judged: Judged, costs: _Costs, batch: Mapping
 ) -> list[Candidate]:
     """Of the plans judged, those that no other beats, timed; the cost model is that of the same run."""
     heads = {plan: reusing for reusing, plan in visited.items()}

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mapreuse.measure._config import Progress
-from mapreuse.models import MapRecorder, Recording
+from mapreuse.models import MapRecorder, Recording, check_batch
 
 Summed = Callable[[Float[Tensor, "layers heads query key"]], Float[Tensor, "*measured"]]
 """What is measured of the maps of one sequence without its padding, summed over its queries, in float64."""
@@ -31,12 +31,13 @@ def mean_over_queries(
     totals: list[Tensor | float] = [0.0] * len(measures)
     num_queries, num_batches = 0, operator.length_hint(batches)
     for done, batch in enumerate(batches, start=1):
+        check_batch(batch)
         for _, rows, maps in sequences(recorder(batch)):
             totals = [total + measure(maps).cpu() for total, measure in zip(totals, measures, strict=True)]
             num_queries += int(rows.sum())
         progress(f"batch {done}", done, max(done, num_batches))
     if num_queries == 0:
-        raise ValueError("no calibration batches: give at least one, such as [{'input_ids': …}]")
+        raise ValueError("no calibration batches, or nothing but padding: give at least one, as [{'input_ids': …}]")
     return [(torch.as_tensor(total) / num_queries).float() for total in totals], num_queries
 
 

@@ -5,7 +5,7 @@ from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
 from mapreuse.models._files import load, save, transformer_directory
-from mapreuse.models._recording import MapRecorder, Recording
+from mapreuse.models._recording import MapRecorder, Recording, check_batch, not_padding, recorded_states
 from mapreuse.models._sharing import ARGUMENT, observing_inputs
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, find_stack
@@ -21,12 +21,15 @@ __all__ = [
     "ValueProjection",
     "applied_to",
     "apply",
+    "check_batch",
     "find_stack",
     "load",
+    "not_padding",
     "observing_inputs",
     "output_projection",
     "plan_of",
     "possible_sources",
+    "recorded_states",
     "save",
     "transformer_directory",
     "tune",

@@ -1,9 +1,11 @@
-"""The attention maps of a model, and the values they meet, layer by layer, for analysis."""
+"""What a model makes of a batch, layer by layer: attention maps, the values they meet, hidden states, padding."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -79,15 +81,15 @@ class MapRecorder:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Recording:
         """What the model's attention makes of a batch."""
-        self._model(**batch)
+        with recorded_states(self._model) as (states, masks):
+            self._model(**batch)
         assert self._maps is not None
         maps = [self._map(layer) for layer in range(self.num_layers)]
         values = [
             _in_order(self._values.pop(layer), layout.value_order) for layer, layout in enumerate(self._layouts)
         ]
         self._maps = None
-        diagonals = torch.stack([weights.diagonal(dim1=-2, dim2=-1).amax(1) for weights in maps])
-        return Recording(maps, diagonals.amax(0) != 0, values)
+        return Recording(maps, not_padding(masks[0], states[-1]), values)
 
     def _map(self, layer: int) -> Tensor:
         """The map in effect in a layer: of heads that compute, then of those that reuse, put back in order."""
@@ -102,6 +104,59 @@ class MapRecorder:
         attention_map = self._maps.read(layer)
         assert attention_map is not None
         return attention_map.dense()
+
+
+def check_batch(batch: object) -> None:
+    """Raises `ValueError` for what is no batch, such as one of its tensors."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            "batches are dictionaries of a model's arguments, such as [{'input_ids': …}]: got one that is a "
+            f"{type(batch).__name__}"
+        )
+
+
+@contextmanager
+def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
+    """Hidden states after every layer of a pass, and the attention mask that the first was given.
+
+    Of a `torch.nn.TransformerEncoder`, the mask is the one of its keys, as it reaches the layers: of numbers.
+    """
+    states: list[Tensor] = []
+    masks: list[Tensor | None] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        given |= given.get("kwargs", {})
+        masks.append(given.get("attention_mask", given.get("src_key_padding_mask")))
+
+    stack = find_stack(model)
+    batch_first = getattr(stack.layers[0].attention, "batch_first", True)  # of torch's own attention
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        found = output[0] if isinstance(output, tuple) else output
+        states.append(found if batch_first else found.transpose(0, 1))
+
+    layers = [layer.layer for layer in stack.layers]
+    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        yield states, masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def not_padding(
+    mask: Tensor | None, states: Float[Tensor, "batch positions width"]
+) -> Bool[Tensor, "batch positions"]:
+    """Positions that may attend themselves; all of them where there is no mask."""
+    batch, positions, _ = states.shape
+    if mask is None:
+        return torch.ones(batch, positions, dtype=torch.bool, device=states.device)
+    if mask.dim() == 4:
+        mask = mask[:, 0].diagonal(dim1=-2, dim2=-1) if mask.shape[-2] > 1 else mask[:, 0, 0]
+    allowed = mask if mask.dtype == torch.bool else (mask > -1 if mask.is_floating_point() else mask > 0)
+    return allowed.expand(batch, positions)
 
 
 def _in_order(heads: Tensor, order: tuple[int, ...]) -> Tensor:
