@@ -129,12 +129,65 @@ def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(tmp_path
     assert (out / "README.md").read_text() == "a card"
     assert mr.plan_of(converted).reuses(1)
     assert not mr.plan_of(converted).reuses(2)
+    status, exact, error = mapreuse(monkeypatch, capsys, *arguments[:-1], str(tmp_path / "exact"), "--plan", "1x3")
+    assert status == 0, error
+    assert "No layer shares a map." in exact
+    assert "budget" not in exact
     for step in ("aligned", "refitted", "distilled"):
         assert f"error, {step}: " in printed
     numbers = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (original, converted)]
     assert f"parameters: {numbers[0]} before, {numbers[1]} after" in printed
+    assert "budget" not in printed
     assert not list(tmp_path.glob("*.work"))
     assert (f"{out}: open it with mapreuse.load") in printed.replace("\n", "")
+
+
+def test_an_output_that_is_a_link_to_an_empty_directory_is_written_through_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console(width=200))
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    given = ["--calibration", str(tmp_path / "sentences.txt"), "--plan", "[0,0,2]", "--out", str(tmp_path / "link")]
+    status, _, error = mapreuse(monkeypatch, capsys, "convert", str(save_bert(tmp_path / "model")), *given)
+    assert status == 0, error
+    assert mr.plan_of(mr.load(tmp_path / "real")).reuses(1)
+    assert (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.glob("*.work"))
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "message"),
+    [
+        ("convert", "/", "/ exists already"),
+        ("convert", ".", "exists already"),
+        ("convert", "afile", "afile exists already"),
+        ("convert", "afile/below", "afile is no directory"),
+        ("analyze", "afile", "afile is no directory"),
+        ("analyze", "afile/below", "afile is no directory"),
+    ],
+)
+def test_an_output_that_cannot_be_made_is_refused_in_one_line(command, out, message, tmp_path, monkeypatch, capsys):
+    directory = save_bert(tmp_path / "model")
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    (tmp_path / "afile").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    plan = ["--plan", "[0,0,2]"] if command == "convert" else []
+    given = ["--calibration", "sentences.txt", "--out", out, *plan]
+    status, printed, error = mapreuse(monkeypatch, capsys, command, str(directory), *given)
+    assert (status, printed, error.count("\n")) == (2, "", 1)
+    assert message in error
+    assert "Errno" not in error
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+def test_an_analysis_that_is_refused_leaves_nothing(tmp_path, monkeypatch, capsys):
+    directory = save_bert(tmp_path / "model")
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES * 3))
+    given = ["--calibration", str(tmp_path / "sentences.txt"), "--out", str(tmp_path / "maps"), "--epsilon", "3"]
+    status, printed, error = mapreuse(monkeypatch, capsys, "analyze", str(directory), *given)
+    assert (status, printed, error.count("\n")) == (2, "", 1)
+    assert "epsilon" in error
+    assert not (tmp_path / "maps").exists()
 
 
 def test_a_model_of_texts_is_converted_where_speech_is_not_installed(tmp_path, monkeypatch, capsys):

@@ -30,6 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each i
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
 
 _INTERRUPTED = 130
+_GO_ON = ("convert", "study", "train")  # commands that keep what is done
 _FEWEST_BATCHES = 16  # of which four judge, and the others teach as long as they last
 _FEWEST_TO_CONVERT, _FEWEST_TO_DISTIL = 8, 11  # samples, and batches: three of four batches calibrate, or teach
 
@@ -57,7 +58,8 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(status)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command goes on from here", _INTERRUPTED)
+        goes_on = sys.argv[1:2] and sys.argv[1] in _GO_ON
+        _fail(f"interrupted{'; the same command goes on from here' if goes_on else ''}", _INTERRUPTED)
     except typer.TyperException as error:
         _fail(f"{error.format_message().rstrip('.')}; see mapreuse --help")
     except ModuleNotFoundError as error:
@@ -219,7 +221,7 @@ def analyze(
     from mapreuse import measure
 
     opened, batches = _calibrated(model, calibration, max_batches, stack, split="dev", float32=float32)
-    _check_writable(out / "index.html")
+    _check_directory("--out", out)
     with _progress() as progress:
         found = measure.analyze(opened.part, batches, epsilon=epsilon, progress=progress)
     command = shlex.join(["mapreuse", *sys.argv[1:]])
@@ -251,8 +253,9 @@ def convert(
         written_whole,
     )
 
-    work = out.with_name(f"{out.name}.work")
+    named, out = out, out.resolve()
     check_new(out)
+    work = out.with_name(f"{out.name}.work")
     check_work(work)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
@@ -276,10 +279,11 @@ def convert(
             copy_companions(model, written, work_dir=work)
     console.print(str(report.plan), markup=False, highlight=False)
     if report.plan.is_full:
-        learnt = "" if distill_seconds is None else " There is nothing to distil."
-        console.print(
-            f"The budget is met without reuse: no layer shares a map.{learnt} A lower latency would need it."
+        met = (
+            "No layer shares a map." if limits is None else "The budget is met without reuse: no layer shares a map."
         )
+        learnt = "" if distill_seconds is None else " There is nothing to distil."
+        console.print(f"{met}{learnt}{'' if limits is None else ' A lower latency would need it.'}")
     for step, error in report.errors.items():
         console.print(f"error, {step}: {error:.4f}", highlight=False)
     before, after = report.parameters
@@ -293,7 +297,7 @@ def convert(
     console.print(
         f"parameters{of_part}: {before:,} before, {after:,} after ({1 - after / before:.1%} less)", highlight=False
     )
-    console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
+    console.print(f"{named}: open it with mapreuse.load", markup=False, highlight=False)
 
 
 def _calibrated(
@@ -349,7 +353,8 @@ def _show(tables: list[measure.Table]) -> None:
 def _progress() -> Iterator[Callable[[str, float, float], object]]:
     """A bar with the time left, on standard error; gives the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("building", total=None)
         yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
 

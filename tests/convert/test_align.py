@@ -167,3 +167,15 @@ def test_align_refuses_a_plan_of_another_depth(mode, depth):
     model, batch = build("bert")
     with pytest.raises(ValueError, match=f"the plan speaks of {depth} layers, but the model has"):
         mr.align(model, mr.ReusePlan.full(depth), [batch], mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["error", "best", "one-to-one"])
+def test_a_converted_model_and_batches_of_nothing_are_refused(mode):
+    model, batch = build("bert")
+    plan = mr.ReusePlan.grouped(4, 2)
+    with pytest.raises(ValueError, match="the model reuses attention maps already"):
+        mr.align(mr.convert(model, plan), plan, [batch], mode=mode)
+    padding = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+    for batches, message in (([padding], "nothing but padding"), ([], "no calibration"), (batch, "a str")):
+        with pytest.raises(ValueError, match=message):
+            mr.align(model, plan, iter(batches), mode=mode)

@@ -9,7 +9,7 @@ from families import build
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.convert import _directory, check_work, convert_whole, written_whole
+from mapreuse.convert import _directory, check_work, convert_whole, copy_companions, written_whole
 from mapreuse.models import _linear
 
 
@@ -50,6 +50,18 @@ def test_a_conversion_stopped_in_distillation_goes_on_with_the_plan_and_the_weig
         torch.testing.assert_close(before[name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "found.json"])
+def test_what_was_kept_and_is_damaged_does_not_count(bert, tmp_path, regular_times, name):
+    given = {"plan": mr.ReusePlan.grouped(4, 2), "work_dir": tmp_path}
+    _, before = convert_whole(bert, random_batches(8), **given)
+    file = tmp_path / "refitted" / name
+    for damage in (file.read_bytes()[:9], b"{}", b"[1]"):
+        file.write_bytes(damage)
+        model, report = convert_whole(bert, random_batches(8), **given)
+        assert (report.plan, report.errors) == (before.plan, before.errors)
+        assert mr.plan_of(model) == report.plan
+
+
 def test_what_was_kept_of_other_batches_or_of_another_budget_does_not_count(bert, tmp_path, regular_times):
     given = {"plan": mr.ReusePlan.grouped(4, 2), "work_dir": tmp_path}
     convert_whole(bert, random_batches(8), **given)
@@ -65,6 +77,31 @@ def test_a_plan_without_reuse_is_not_distilled(bert, regular_times, monkeypatch)
     model, report = convert_whole(bert, random_batches(24), plan=mr.ReusePlan.full(4), distill_seconds=1.0)
     assert mr.plan_of(model).is_full
     assert "distilled" not in report.errors
+
+
+def test_only_what_belongs_to_the_model_is_copied_and_may_be_written_to(tmp_path):
+    model = tmp_path / "model"
+    for name in (
+        "vocab.json",
+        "model.safetensors",
+        "2_Dense/model.safetensors",
+        "notes/card.md",
+        "checkpoint-5/model.safetensors",
+        "converted/mapreuse-1.safetensors",
+    ):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("{}")
+    (model / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+    (model / "dangling").symlink_to(tmp_path / "nowhere")
+    for folder in (model / "notes", model):
+        folder.chmod(0o555)
+    copy_companions(model, tmp_path / "out", work_dir=tmp_path / "work")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == {"vocab.json", "modules.json", "2_Dense/model.safetensors", "notes/card.md"}
+    for folder in (tmp_path / "out", tmp_path / "out" / "notes"):
+        assert folder.stat().st_mode & 0o700 == 0o700
+    for folder in (model, model / "notes"):
+        folder.chmod(0o755)
 
 
 def test_a_directory_of_work_that_holds_other_files_is_refused_and_kept(tmp_path):

@@ -218,6 +218,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path, mo
     broken = converted(original)
     with pytest.raises(Interrupted):
         mr.distill(broken, original, Breaking(batches, 18), CONFIG, held_out=unseen, out_dir=tmp_path)
+    left = copy.deepcopy(broken)
     resumed = converted(original)
     report = mr.distill(resumed, original, batches, CONFIG, held_out=unseen, out_dir=tmp_path)
 
@@ -226,10 +227,25 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path, mo
         torch.equal(one, other)
         for one, other in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
     )
+    assert not any(parameter.grad is not None for parameter in left.parameters())
     again = converted(original)
     once_more = mr.distill(again, original, Breaking(batches, 1), CONFIG, held_out=unseen, out_dir=tmp_path)
     assert once_more.errors == expected.errors, "a run that had ended is not run again"
     assert torch.equal(next(again.parameters()), next(whole.parameters()))
+
+
+def test_the_same_call_again_goes_on_with_the_model_that_the_run_left(original, tmp_path, monkeypatch):
+    monkeypatch.setattr(_distill._Run, "_is_faster_in_bfloat16", lambda run, batch: False)
+    batches, unseen = random_batches(7), random_batches(3, seed=1)
+    expected = mr.distill(converted(original), original, batches, CONFIG, held_out=unseen)
+    model = converted(original)
+    for stop in (12, 12):  # after 10 steps, and after 20
+        with pytest.raises(Interrupted):
+            mr.distill(model, original, Breaking(batches, stop), CONFIG, held_out=unseen, out_dir=tmp_path)
+    for _ in range(2):
+        assert (
+            mr.distill(model, original, batches, CONFIG, held_out=unseen, out_dir=tmp_path).errors == expected.errors
+        )
 
 
 def test_a_directory_of_another_run_is_refused(original, tmp_path):
@@ -250,6 +266,15 @@ def test_bad_input_is_refused_in_one_line(original):
         broken.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="hidden states are not finite"):
         mr.distill(broken, original, random_batches(8), CONFIG)
+    frozen = converted(original).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the layers that share maps learns"):
+        mr.distill(frozen, original, random_batches(8), CONFIG)
+    padded = random_batches(16)
+    padded[3]["attention_mask"].zero_()
+    with pytest.raises(ValueError, match="the batch of step 3 holds no position but padding; leave it out"):
+        mr.distill(converted(original), original, padded, CONFIG)
+    with pytest.raises(ValueError, match="got one that is a str"):
+        mr.distill(converted(original), original, Breaking(["ids"], 9), CONFIG, held_out=random_batches(1))
     for budget in ({}, {"steps": 1, "seconds": 1.0}, {"steps": 0}):
         with pytest.raises(ValueError, match="give a positive budget as steps or as seconds"):
             DistillConfig(**budget)
@@ -292,7 +317,14 @@ def test_a_run_of_another_model_or_of_other_batches_is_not_gone_on_with(original
     other = converted(original)
     with torch.no_grad():
         next(other.parameters())[0] += 1
-    for model, batches in ((other, random_batches(8)), (converted(original), random_batches(8, seed=2))):
+    others_held_out = [*random_batches(8)[:7], *random_batches(1, seed=2)]
+    reshaped = [{name: value.view(2, -1) for name, value in batch.items()} for batch in random_batches(8)]
+    for model, batches in (
+        (other, random_batches(8)),
+        (converted(original), random_batches(8, seed=2)),
+        (converted(original), others_held_out),
+        (converted(original), reshaped),
+    ):
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match="holds a run of other models, batches or settings"):
             mr.distill(model, original, batches, config, out_dir=tmp_path)
@@ -311,10 +343,66 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(original, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-old", "checkpoint-2"}
 
 
-@pytest.mark.parametrize("wrong", [{"evaluate_every": 0}, {"patience": 0}])
-def test_an_interval_of_nothing_is_refused(wrong):
-    with pytest.raises(ValueError, match="at least 1"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"evaluate_every": 0}, "at least 1"),
+        ({"patience": 0}, "at least 1"),
+        ({"learning_rate": -1.0}, "must be positive"),
+        ({"clip": 0.0}, "must be positive"),
+        ({"warmup": 1.0}, "a share of the budget"),
+        ({"hidden": 0.0, "logits": 0.0}, "weigh the loss"),
+    ],
+)
+def test_settings_by_which_nothing_could_be_learned_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         DistillConfig(steps=1, **wrong)
+
+
+@pytest.mark.parametrize("step", [mr.fit, lambda *given: mr.distill(*given, DistillConfig(steps=1))])
+def test_another_model_is_refused_as_the_original(original, step):
+    config = original.config.to_dict()
+    for other, message in (
+        (BertModel(BertConfig(**config | {"num_hidden_layers": 6})), "what should be its original 6 of 32"),
+        (BertModel(BertConfig(**config | {"hidden_size": 64})), "what should be its original 4 of 64"),
+        (converted(original), "the original reuses attention maps itself"),
+        (copy.deepcopy(original).bfloat16(), "in bfloat16 on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=message) as refusal:
+            step(converted(original), other, random_batches(8))
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("step", [mr.fit, lambda *given: mr.distill(*given, DistillConfig(steps=1))])
+def test_every_module_is_in_the_mode_that_it_was_in(original, step):
+    ours, theirs = converted(original).train(), copy.deepcopy(original).train()
+    for model in (ours, theirs):
+        model.embeddings.eval()
+    step(ours, theirs, random_batches(8))
+    for model in (ours, theirs):
+        in_training = {name.split(".")[0] for name, module in model.named_modules() if module.training}
+        assert in_training == {"", "encoder", "pooler"}
+
+
+def test_gradients_that_are_there_already_have_no_part_in_it(original):
+    fresh, used = converted(original), converted(original)
+    for parameter in used.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.no_grad():
+        for model in (fresh, used):
+            mr.distill(model, original, random_batches(8), CONFIG)
+    assert all(torch.equal(one, other) for one, other in zip(fresh.parameters(), used.parameters(), strict=True))
+    assert all(parameter.grad is None for name, parameter in used.named_parameters() if "encoder" in name)
+
+
+def test_checkpoints_that_cannot_be_written_are_said_before_anything_is_learned(original, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    model = converted(original)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="where checkpoints would go, cannot be made"):
+        mr.distill(model, original, random_batches(8), CONFIG, out_dir=tmp_path / "file")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_run_that_is_stopped_leaves_the_best_weights_it_had(original, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, _text, build
+from oracle import valid_rows
 from packed_encoders import encoder, peaked
 from text_batches import random_batches
 from torch.nn import functional
@@ -15,7 +16,7 @@ from vision_blocks import VisionTransformer
 import mapreuse as mr
 from mapreuse.convert import _fit
 from mapreuse.convert._fit import _Sums, _Weights
-from mapreuse.models import MapRecorder, find_stack
+from mapreuse.models import find_stack
 
 
 def random_weights(heads, inputs, dim, width, *, with_bias=True, maps=None):
@@ -164,7 +165,7 @@ def test_the_reported_error_is_that_of_the_converted_models_layer(family):
     """Fused, grouped and relative attentions: hooks on both models give the errors that `fit` reports."""
     model, batch = build(family)
     converted = mr.convert(model, mr.ReusePlan.from_sources([0, 0, 2, 3]))
-    valid = MapRecorder(model)(batch).valid
+    valid = valid_rows(model, batch, model(**batch))
     theirs = output_of_layer(model, 1, batch)[valid]
     before = relative(output_of_layer(converted, 1, batch)[valid], theirs)
     (report,) = mr.fit(converted, model, [batch] * 4)
@@ -227,10 +228,12 @@ def test_no_refitted_layer_is_worse_on_batches_that_were_held_out(family, monkey
     assert error(refitted, 3) <= error(aligned, 3)
 
 
-def test_padding_changes_nothing():
-    model, _ = build("bert")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_padding_changes_nothing(family, implementation):
+    model, _ = build(family, implementation=implementation)
     plan = mr.ReusePlan.grouped(4, 4)
-    batches = random_batches(8)
+    batches = [{name: value.flip(1) for name, value in batch.items()} for batch in random_batches(8)]
     other = [dict(batch) for batch in batches]
     for batch in other:
         batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
@@ -248,6 +251,14 @@ def test_too_few_batches_a_missing_plan_and_nan_activations_are_refused():
         mr.fit(converted, model, random_batches(2))
     with pytest.raises(ValueError, match="apply a plan to it first"):
         mr.fit(model, model, random_batches(4))
+    padding = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in random_batches(4)]
+    for few, got in (
+        (padding, "got 0 and 0"),
+        (padding[:3] + random_batches(1), "got 31 and 0"),
+        (random_batches(4, size=1, length=6), "got 3 and 9"),
+    ):
+        with pytest.raises(ValueError, match=f"at least 8 positions that are not padding .*: {got}; give more"):
+            mr.fit(converted, model, few)
     with torch.no_grad():
         converted.encoder.layer[0].output.dense.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="layer 1: activations are not finite"):

@@ -8,7 +8,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 from mapreuse.convert._align import align
 from mapreuse.convert._batches import calibration_batches, check_precision, digest
+from mapreuse.convert._checkpoints import DAMAGED
 from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
 from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latencies, search
@@ -103,10 +105,8 @@ def convert_whole(
     asked = {"budget": None if budget is None else dict(budget), "plan": None if plan is None else plan.to_json()}
     asked["of"] = digest([original.state_dict(), *given])
     refitted = None if work_dir is None else Path(work_dir) / _REFITTED
-    if refitted is not None and (found := _refitted(refitted, asked)) is not None:
-        plan, errors = found
-        model = apply(copy.deepcopy(original), plan)
-        load_model(model, refitted / "model.safetensors")
+    if refitted is not None and (found := _refitted(refitted, original, asked)) is not None:
+        model, plan, errors = found
     else:
         if budget is not None:
             latency, error = budget.get("latency"), budget.get("error")
@@ -133,22 +133,35 @@ def copy_companions(source: str | Path, out: str | Path, *, work_dir: str | Path
     """Copies what lies beside a model's weights: tokenizer, feature extractor, model card; and whole, the modules
     of a sentence-transformers model that are not its transformer.
 
+    Other folders that hold weights are not of this model: a trainer's checkpoints, or what it was converted to.
     `out` lies in `work_dir`, which is not copied where it lies in `source`.
     """
     of_model, of_none = shutil.ignore_patterns(*_NOT_COPIED), shutil.ignore_patterns(*_OF_NO_MODEL)
     models_own, work = transformer_directory(source).resolve(), Path(work_dir).resolve()
+    listed = Path(source) / "modules.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    parts = {(Path(source) / str(module.get("path", ""))).resolve() for module in modules}
 
     def ignored(directory: str, names: list[str]) -> set[str]:
         here = Path(directory).resolve()
-        left_out = of_none(directory, names) | {name for name in names if here / name == work}
+        left_out = of_none(directory, names)
+        left_out |= {name for name in names if here / name == work or _is_another_model(here / name, parts)}
         return left_out | of_model(directory, names) if here == models_own else left_out
 
-    shutil.copytree(source, out, ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(
+        source, out, ignore=ignored, copy_function=shutil.copyfile, ignore_dangling_symlinks=True, dirs_exist_ok=True
+    )
+    for folder in (Path(out), *(path for path in Path(out).rglob("*") if path.is_dir())):
+        folder.chmod(folder.stat().st_mode | stat.S_IRWXU)  # also where the original's may not be written to
     if (models_own / "vocab.txt").is_file() and not (models_own / "tokenizer_config.json").is_file():
         # Of what class it is, only the original's config.json says.
         AutoTokenizer.from_pretrained(models_own).save_pretrained(
             Path(out) / models_own.relative_to(Path(source).resolve())
         )
+
+
+def _is_another_model(path: Path, parts: Set[Path]) -> bool:
+    return path.is_dir() and path not in parts and any(next(path.glob(kind), None) for kind in _WEIGHTS)
 
 
 def _keep_refitted(directory: Path, model: nn.Module, described: dict[str, Any]) -> None:
@@ -158,15 +171,20 @@ def _keep_refitted(directory: Path, model: nn.Module, described: dict[str, Any])
     (directory / "found.json").write_text(json.dumps(described))
 
 
-def _refitted(directory: Path, asked: Mapping[str, Any]) -> tuple[ReusePlan, dict[str, float]] | None:
-    """The plan and the errors of a refitted copy that is kept there, where the same was asked for."""
+def _refitted(
+    directory: Path, original: nn.Module, asked: Mapping[str, Any]
+) -> tuple[nn.Module, ReusePlan, dict[str, float]] | None:
+    """The refitted copy that is kept there, its plan and errors, where the same was asked for; None if damaged."""
     try:
         described = json.loads((directory / "found.json").read_text())  # written last
-    except (OSError, ValueError):
+        if described["asked"] != asked:
+            return None
+        plan = ReusePlan.from_json(described["plan"])
+        model = apply(copy.deepcopy(original), plan)
+        load_model(model, directory / "model.safetensors")
+        return model, plan, dict(described["errors"])
+    except DAMAGED:
         return None
-    if described["asked"] != asked:
-        return None
-    return ReusePlan.from_json(described["plan"]), described["errors"]
 
 
 @contextmanager
@@ -202,6 +220,8 @@ def check_new(out: str | Path) -> None:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; choose another directory or delete it")
+    if os.path.ismount(out):
+        raise ValueError(f"{out} is a mount point, which cannot be replaced; choose a new directory in it")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{out} cannot be made: {above} is no directory that you may write to")

@@ -231,8 +231,9 @@ class _Run:
         self.given = None if out_dir is None else digest([model.state_dict()])
         self.state = Distillation()
         self.best: dict[str, Tensor] = {}
+        self.learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            self.learning,
             lr=config.learning_rate,
             betas=(0.9, 0.98),
             weight_decay=config.weight_decay,
@@ -327,14 +328,14 @@ class _Run:
             )
         self.accelerator.backward(loss)
         self._average_gradients()
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.accelerator.clip_grad_norm_(self.learning, self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _average_gradients(self) -> None:
         """Over processes; of the parameters that have a part in the loss, which a pooler, say, has not."""
         if self.accelerator.num_processes > 1:
-            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in self.learning if parameter.grad is not None]
             averaged = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
             parts = averaged.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):

@@ -40,7 +40,7 @@ _DRIFT = (0.0, 1.0)
 _HELD_OUT = 4
 """Every fourth batch chooses between the candidates instead of fitting them."""
 
-_FEWEST_POSITIONS = 16
+_FEWEST_POSITIONS = 8
 """Of which fewer choose between candidates by chance."""
 
 _SWEEPS = 3
