@@ -58,8 +58,8 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(status)
     except (typer.Abort, KeyboardInterrupt):
-        goes_on = sys.argv[1:2] and sys.argv[1] in _GO_ON
-        _fail(f"interrupted{'; the same command goes on from here' if goes_on else ''}", _INTERRUPTED)
+        goes_on = any(command in _GO_ON for command in sys.argv[1:2])
+        _fail("interrupted; the same command goes on from here" if goes_on else "interrupted", _INTERRUPTED)
     except typer.TyperException as error:
         _fail(f"{error.format_message().rstrip('.')}; see mapreuse --help")
     except ModuleNotFoundError as error:

@@ -279,6 +279,18 @@ def test_the_batch_that_is_timed_may_be_given(bert, monkeypatch):
     assert all(batch is timed for batch in seen)
 
 
+def test_the_original_is_in_its_mode_again_also_where_it_cannot_be_judged_or_timed(bert):
+    model = copy.deepcopy(bert).train()
+    model.embeddings.eval()
+    beyond = {"input_ids": torch.full((2, 4), 999)}
+    for given in ({"batches": [beyond] * 8}, {"batches": random_batches(8), "timed": beyond}):
+        with pytest.raises(IndexError):
+            mr.search(model, error=0.1, **given)
+        assert model.training
+        assert model.encoder.training
+        assert not model.embeddings.training
+
+
 def test_hidden_states_that_are_not_finite_have_no_error(bert):
     converted = mr.apply(copy.deepcopy(bert), mr.ReusePlan.grouped(4, 2))
     with torch.no_grad():

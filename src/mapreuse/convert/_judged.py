@@ -110,10 +110,12 @@ def _entries(path: Path) -> list[dict[str, Any]]:
             (_, of_first) = entry["first"]
             float(of_first)
         except (KeyError, TypeError, ValueError) as damage:
-            raise ValueError(f"{path}, line {number}: not a judged plan ({damage})") from None
+            raise ValueError(
+                f"{path}, line {number}: not a judged plan of this version ({damage}); name another cache, or delete it"
+            ) from None
         found.append(entry)
     if rest:
         if not (rest.startswith(_START) or _START.startswith(rest)):
-            raise ValueError(f"{path}, line {len(found) + 1}: not a judged plan")
+            raise ValueError(f"{path}, line {len(found) + 1}: not a judged plan; name another cache")
         os.truncate(path, len(whole.encode()))
     return found

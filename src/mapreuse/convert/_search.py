@@ -18,7 +18,7 @@ from mapreuse.convert._align import Head
 from mapreuse.convert._batches import calibration_batches, check_precision, digest
 from mapreuse.convert._judged import Judged
 from mapreuse.convert._ranking import Ranking
-from mapreuse.convert._states import hidden_state_error
+from mapreuse.convert._states import hidden_state_error, in_evaluation_mode
 from mapreuse.measure import time_interleaved
 from mapreuse.models import apply, plan_of
 from mapreuse.plan import ReusePlan
@@ -257,12 +257,10 @@ def _front(points: Mapping[Any, tuple[float, float]]) -> list[Any]:
 
 def _times(models: Mapping[str, nn.Module], batch: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a forward pass of each, in turns."""
-    modes = {name: model.training for name, model in models.items()}
     device = next(value for value in batch.values() if isinstance(value, Tensor)).device.type
-    calls = {name: functools.partial(model.eval(), **batch) for name, model in models.items()}
-    timed = time_interleaved(calls, repeats=_ROUNDS, warmup=2, device=device)
-    for name, model in models.items():
-        model.train(modes[name])
+    calls = {name: functools.partial(model, **batch) for name, model in models.items()}
+    with in_evaluation_mode(*models.values()):
+        timed = time_interleaved(calls, repeats=_ROUNDS, warmup=2, device=device)
     return {name: latency.median for name, latency in timed.items()}
 
 
