@@ -268,8 +268,8 @@ def _against_dropping(rows: dict[str, Any]) -> list[str]:
     if any("latency" not in rows.get(f"{name}, distilled 10 minutes", {}) for name in names):
         return []
     return [
-        "What ten minutes of distillation make of each: cosine, share of the ten nearest, times of short sentences and",
-        "at 512 tokens:",
+        "What ten minutes of distillation make of each: cosine, share of the ten nearest, times of short sentences",
+        "and at 512 tokens:",
         "",
         *(f"- {words(name)}" for name in names),
         "",
