@@ -111,7 +111,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
             float(of_first)
         except (KeyError, TypeError, ValueError) as damage:
             raise ValueError(
-                f"{path}, line {number}: not a judged plan of this version ({damage}); name another cache, or delete it"
+                f"{path}, line {number}: not a judged plan of this version ({damage}); name another cache"
             ) from None
         found.append(entry)
     if rest:
