@@ -98,7 +98,7 @@ def test_a_text_encoder_is_analyzed_over_a_text_file(tmp_path, monkeypatch, caps
     )
     data = json.loads((tmp_path / "found" / "analysis.json").read_text())
 
-    assert (status, error.strip()) == (0, "")
+    assert (status, error) == (0, "")
     assert "Most similar head of the layer before" in out
     assert str(tmp_path / "found" / "index.html") in out.replace("\n", "")
     assert len(data["entropy"]["heads"]) == 3
