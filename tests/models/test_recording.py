@@ -1,5 +1,8 @@
 """What a recorder sees of a model under a plan: the maps in effect, and values in the order of the original heads."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from families import build
@@ -71,3 +74,19 @@ def test_padding_is_told_from_positions_wherever_it_is(family, implementation):
     model, batch = build(family, implementation=implementation)
     for given, wanted in positions_of(batch):
         assert torch.equal(MapRecorder(model)(given).valid, wanted)
+
+
+@pytest.mark.parametrize("family", ["bert", "parakeet", "gpt2"])
+def test_the_copy_is_freed_with_the_recorder(family):
+    """At once: a search makes many, and collecting cycles is too late for models of half a gigabyte."""
+    model, batch = build(family)
+    recorder = MapRecorder(model)
+    recorder(batch)
+    copied = weakref.ref(recorder._model)
+    gc.collect()
+    gc.disable()
+    try:
+        del recorder
+        assert copied() is None
+    finally:
+        gc.enable()

@@ -54,41 +54,28 @@ class MapRecorder:
         if not (under_plan and applied_to(self._model)):
             apply(self._model, ReusePlan.full(self.num_layers))
         stack = find_stack(self._model)  # its attention modules may be others now
+        # What hooks refer to must not refer to the model, or only a cycle's collection would free the copy.
         self._values: dict[int, Tensor] = {}
+        self._maps: list[SharedMaps] = []
         self._layouts: list[LayerLayout] = []
         for index, layer in enumerate(stack.layers):
             attention: Any = layer.attention
             layout: LayerLayout = attention._layout
             attention._layout = replace(layout, handed_on=layout.computing, releases=())
             self._layouts.append(attention._layout)
-            attention.register_forward_pre_hook(self._project(index, layer), with_kwargs=True)
-        stack.module.register_forward_hook(self._keep, with_kwargs=True)
-        self._maps: SharedMaps | None = None
-
-    def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
-        self._maps = kwargs[ARGUMENT]
-
-    def _project(self, index: int, layer: Layer) -> Callable:
-        projection = value_projection(layer)
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            batch_first = getattr(module, "batch_first", True)  # of torch's own attention
-            self._values[index] = projection(hidden_states if batch_first else hidden_states.transpose(0, 1))
-
-        return hook
+            attention.register_forward_pre_hook(_project(self._values, index, layer), with_kwargs=True)
+        stack.module.register_forward_hook(_keep(self._maps), with_kwargs=True)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Recording:
         """What the model's attention makes of a batch."""
         with recorded_states(self._model) as (states, masks):
             self._model(**batch)
-        assert self._maps is not None
         maps = [self._map(layer) for layer in range(self.num_layers)]
         values = [
             _in_order(self._values.pop(layer), layout.value_order) for layer, layout in enumerate(self._layouts)
         ]
-        self._maps = None
+        self._maps.clear()
         return Recording(maps, not_padding(masks[0], states[-1]), values)
 
     def _map(self, layer: int) -> Tensor:
@@ -100,10 +87,27 @@ class MapRecorder:
         return _in_order(weights[0] if len(weights) == 1 else torch.cat(weights, 1), layout.order)
 
     def _dense(self, layer: int) -> Tensor:
-        assert self._maps is not None
-        attention_map = self._maps.read(layer)
+        attention_map = self._maps[0].read(layer)
         assert attention_map is not None
         return attention_map.dense()
+
+
+def _keep(maps: list[SharedMaps]) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
+        maps.append(kwargs[ARGUMENT])
+
+    return hook
+
+
+def _project(values: dict[int, Tensor], index: int, layer: Layer) -> Callable:
+    projection = value_projection(layer)
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        batch_first = getattr(module, "batch_first", True)  # of torch's own attention
+        values[index] = projection(hidden_states if batch_first else hidden_states.transpose(0, 1))
+
+    return hook
 
 
 def check_batch(batch: object) -> None:
