@@ -31,7 +31,7 @@ FEWEST = 8
 _ROUNDS = 7
 """Timed rounds, of the cost model and of the plans that are returned."""
 
-_TIMED_AT_ONCE = 4
+_TIMED_AT_ONCE = 2
 """Plans timed in turns beside the original and the cost model's three: so many models are in memory, not all."""
 
 _TOO_FAST = "no plan takes {} of the original's time: with all maps shared it is {:.2f}"
@@ -199,9 +199,13 @@ class _Costs:
         plans = {"none": frozenset[Head](), "all": ranking.all}
         if ranking.partial:
             plans["half"] = frozenset((layer, head) for layer in ranking.sharing for head in heads[1::2])
-        self.models = {name: apply(copy.deepcopy(original), ranking.plan(heads)) for name, heads in plans.items()}
+        self._original, self._plans = original, {name: ranking.plan(heads) for name, heads in plans.items()}
         self._num_heads, self._num_sharing = ranking.num_heads, len(ranking.sharing)
-        self.calibrate(_times({"original": original} | self.models, batch))
+        self.calibrate(_times({"original": original} | self.models(), batch))
+
+    def models(self) -> dict[str, nn.Module]:
+        """The three plans' models, made anew: in memory only while they are timed."""
+        return {name: apply(copy.deepcopy(self._original), plan) for name, plan in self._plans.items()}
 
     def calibrate(self, times: Mapping[str, float]) -> None:
         """Take what the original and the three plans cost from these times, measured in turns."""
@@ -234,7 +238,7 @@ def _measured(
     for start in range(0, len(chosen), _TIMED_AT_ONCE):
         some = chosen[start : start + _TIMED_AT_ONCE]
         models = {str(number): apply(copy.deepcopy(original), plan) for number, plan in enumerate(some)}
-        times = _times({"original": original} | costs.models | models, batch)
+        times = _times({"original": original} | costs.models() | models, batch)
         costs.calibrate(times)
         for number, plan in enumerate(some):
             predicted, measured = costs.of(heads[plan]), times[str(number)] / times["original"]
