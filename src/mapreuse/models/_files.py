@@ -207,7 +207,7 @@ def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
 def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
     """Modules that a model is described with and has None for, such as the pooler after `add_pooling_layer=False`."""
     modules = dict(model.named_modules())
-    for name in dict(described.named_modules()).keys() - modules.keys():
+    for name in sorted(dict(described.named_modules()).keys() - modules.keys()):
         parent, _, last = name.rpartition(".")
         if parent in modules and getattr(modules[parent], last, described) is None:
             yield name

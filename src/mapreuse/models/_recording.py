@@ -94,7 +94,7 @@ class MapRecorder:
 
 def _keep(maps: list[SharedMaps]) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
-        maps.append(kwargs[ARGUMENT])
+        maps[:] = [kwargs[ARGUMENT]]
 
     return hook
 
