@@ -26,7 +26,7 @@ from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
 from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latencies, search
 from mapreuse.convert._states import hidden_state_error
-from mapreuse.models import apply, transformer_directory
+from mapreuse.models import apply, copy_with_same_weights, transformer_directory
 from mapreuse.plan import ReusePlan
 
 _BUDGET = re.compile(r"\s*(latency|error)\s*(?:<=|≤|=)\s*([0-9.]+(?:e-?[0-9]+)?)\s*[x×]?\s*")
@@ -124,7 +124,7 @@ def convert_whole(
         distill(model, original, teaching, training, out_dir=checkpoints)
         errors["distilled"] = judge(model)
     numbers = [sum(parameter.numel() for parameter in one.parameters()) for one in (original, model)]
-    exact = apply(copy.deepcopy(original), ReusePlan.full(plan.num_layers))
+    exact = apply(copy_with_same_weights(original), ReusePlan.full(plan.num_layers))
     latencies = relative_latencies(original, {"converted": model, "exact": exact}, given)
     return model, Converted(plan, errors, latencies["converted"], latencies["exact"], (numbers[0], numbers[1]))
 

@@ -6,12 +6,12 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,12 +19,14 @@ from mapreuse.convert._batches import calibration_batches, check_original, check
 from mapreuse.convert._states import in_evaluation_mode
 from mapreuse.models import (
     Layer,
-    MapRecorder,
+    copy_with_same_weights,
     find_stack,
+    not_padding,
     observing_inputs,
     output_projection,
     plan_of,
     recorded_states,
+    tune,
     value_projection,
     with_projections,
 )
@@ -107,8 +109,8 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
     check_precision(model)
     check_original(model, original)
     batches = calibration_batches(batches, _HELD_OUT, "fit")
-    recorder = MapRecorder(original)
-    valid = [recorder(batch).valid for batch in batches]
+    with in_evaluation_mode(model):
+        valid = [_valid(model, batch) for batch in batches]
     fitting, judging = (
         sum(int(rows.sum()) for number, rows in enumerate(valid) if _judges(number) == held_out)
         for held_out in (False, True)
@@ -118,7 +120,8 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
             f"fit needs at least {_FEWEST_POSITIONS} positions that are not padding in every fourth batch together, "
             f"which are held out, and as many in the others: got {judging} and {fitting}; give more or longer samples"
         )
-    original = with_projections(original)
+    original = copy_with_same_weights(with_projections(original))
+    tune(original)
     reports: list[LayerFit] = []
     with in_evaluation_mode(model, original):
         for layer in filter(plan.reuses, range(plan.num_layers)):
@@ -162,7 +165,7 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
     judged = [
         (batch, rows) for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)) if _judges(number)
     ]
-    errors = functools.partial(_layer_errors, index, model, original, judged)
+    errors = _LayerErrors(index, model, original, judged)
     kept = _Kept(layer, projection)
     candidates = [(share, *solved(share)) for share in _DRIFT]
     try:
@@ -204,25 +207,24 @@ class _Kept:
             parameter.copy_(was)
 
 
-@torch.no_grad()
-def _layer_errors(
-    index: int,
-    model: nn.Module,
-    original: nn.Module,
-    batches: Sequence[tuple[Mapping[str, Any], Tensor]],
-    changes: Sequence[Callable[[], None]],
-) -> list[float]:
-    """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of these changes of weights;
+class _LayerErrors:
+    """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of some changes of its weights;
     infinite where it is not finite."""
-    wrong, size = [0.0] * len(changes), 0.0
-    for batch, rows in batches:
-        wanted = _output_of(original, index, batch)[rows].double()
-        size += float(wanted.square().sum())
-        for number, change in enumerate(changes):
-            change()
-            wrong[number] += float((_output_of(model, index, batch)[rows].double() - wanted).square().sum())
-    errors = [(one / (size or 1.0)) ** 0.5 for one in wrong]
-    return [error if math.isfinite(error) else math.inf for error in errors]
+
+    def __init__(
+        self, index: int, model: nn.Module, original: nn.Module, batches: Sequence[tuple[Mapping[str, Any], Tensor]]
+    ) -> None:
+        self._index, self._model, self._batches = index, model, batches
+        self._wanted = [_outputs(original, index, batch)[0][rows] for batch, rows in batches]
+        self._size = sum(float(wanted.double().square().sum()) for wanted in self._wanted)
+
+    def __call__(self, changes: Sequence[Callable[[], None]]) -> list[float]:
+        wrong = torch.zeros(len(changes), dtype=torch.float64)
+        for (batch, rows), wanted in zip(self._batches, self._wanted, strict=True):
+            found = _outputs(self._model, self._index, batch, changes)
+            wrong += torch.tensor([float((one[rows] - wanted).double().square().sum()) for one in found])
+        errors = [(one / (self._size or 1.0)) ** 0.5 for one in wrong.tolist()]
+        return [error if math.isfinite(error) else math.inf for error in errors]
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,7 @@ class _Sums:
     """Normal equations of a layer's output, summed over batches: inputs and a one against targets and drift."""
 
     def __init__(self, weights: _Weights) -> None:
+        self._start = weights
         size, width = weights.num_maps * weights.values.shape[1] + 1, weights.output.shape[-1]
         self._upper = weights.values.new_zeros(size, size)  # that triangle of the Gram matrix, block by block
         self._target = weights.values.new_zeros(size, width)
@@ -326,8 +329,13 @@ class _Sums:
             weights = self._solve_output(start, weights, moment, ridge)
         return weights
 
+    @functools.cached_property
+    def _reduced_by_start(self) -> Float[Tensor, "context_and_one context_and_one"]:
+        return self._start.onto(self._start.onto(self._gram).mT)
+
     def _reduced(self, weights: _Weights) -> Float[Tensor, "context_and_one context_and_one"]:
-        return weights.onto(weights.onto(self._gram).mT)
+        """The Gram matrix of contexts and a one."""
+        return self._reduced_by_start if weights is self._start else weights.onto(weights.onto(self._gram).mT)
 
     def _solve_output(self, start: _Weights, weights: _Weights, moment: Tensor, ridge: float) -> _Weights:
         gram, moment, anchor = self._reduced(weights), weights.onto(moment), start.stacked
@@ -426,13 +434,51 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def _output_of(model: nn.Module, index: int, batch: Mapping[str, Any]) -> Float[Tensor, "batch positions width"]:
-    """What a layer puts out."""
-    with recorded_states(model) as (states, _):
-        handle = find_stack(model).layers[index].layer.register_forward_hook(_stop)
+def _outputs(
+    model: nn.Module, index: int, batch: Mapping[str, Any], changes: Sequence[Callable[[], None]] = (lambda: None,)
+) -> list[Float[Tensor, "batch positions width"]]:
+    """What a layer puts out after each of these changes of its weights, in a pass that ends with it.
+
+    What comes before the layer is the same for all of them, and runs once.
+    """
+    layer = find_stack(model).layers[index]
+    attention: Any = layer.attention
+
+    def on_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        for change in changes:
+            change()
+            module(*args, **kwargs)
+        raise _Seen
+
+    with recorded_states(model) as (states, _), suppress(_Seen), _maps_kept(attention):
+        handle = layer.layer.register_forward_pre_hook(on_layer, with_kwargs=True)
+        with handle:
+            model(**batch)
+    return states[index:]
+
+
+@contextmanager
+def _maps_kept(attention: Any) -> Iterator[None]:
+    """Meanwhile a planned attention lets go of no map, so that it can apply the same again."""
+    layout = vars(attention).get("_layout")
+    if layout is not None:
+        attention._layout = replace(layout, releases=())
+    try:
+        yield
+    finally:
+        if layout is not None:
+            attention._layout = layout
+
+
+@torch.no_grad()
+def _valid(model: nn.Module, batch: Mapping[str, Any]) -> Bool[Tensor, "batch positions"]:
+    """Which positions of a batch are not padding."""
+    with recorded_states(model) as (states, masks):
+        handle = find_stack(model).layers[0].layer.register_forward_hook(_stop)
         with handle, suppress(_Seen):
             model(**batch)
-    return states[index]
+    return not_padding(masks[0], states[0])
 
 
 def _stop(module: nn.Module, args: tuple, output: Any) -> None:

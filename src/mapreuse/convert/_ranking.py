@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mapreuse.convert._align import Head, factors, output_errors
-from mapreuse.models import MapRecorder, Unsupported, apply, find_stack, possible_sources, with_projections
+from mapreuse.models import (
+    MapRecorder,
+    Unsupported,
+    apply,
+    copy_with_same_weights,
+    find_stack,
+    possible_sources,
+    with_projections,
+)
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -237,7 +244,7 @@ class Ranking:
             return False
         half = frozenset((max(self.sharing), head) for head in range(1, self.num_heads, 2))
         try:
-            apply(copy.deepcopy(original), self.plan(half))
+            apply(copy_with_same_weights(original), self.plan(half))
         except Unsupported as reason:
             logger.info("plans that let part of a layer's heads reuse are left out: %s", reason)
             return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections import Counter
@@ -20,7 +19,7 @@ from mapreuse.convert._judged import Judged
 from mapreuse.convert._ranking import Ranking
 from mapreuse.convert._states import hidden_state_error, in_evaluation_mode
 from mapreuse.measure import time_interleaved
-from mapreuse.models import apply, plan_of
+from mapreuse.models import apply, copy_with_same_weights, plan_of
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -205,7 +204,7 @@ class _Costs:
 
     def models(self) -> dict[str, nn.Module]:
         """The three plans' models, made anew: in memory only while they are timed."""
-        return {name: apply(copy.deepcopy(self._original), plan) for name, plan in self._plans.items()}
+        return {name: apply(copy_with_same_weights(self._original), plan) for name, plan in self._plans.items()}
 
     def calibrate(self, times: Mapping[str, float]) -> None:
         """Take what the original and the three plans cost from these times, measured in turns."""
@@ -237,7 +236,7 @@ def _measured(
     found = []
     for start in range(0, len(chosen), _TIMED_AT_ONCE):
         some = chosen[start : start + _TIMED_AT_ONCE]
-        models = {str(number): apply(copy.deepcopy(original), plan) for number, plan in enumerate(some)}
+        models = {str(number): apply(copy_with_same_weights(original), plan) for number, plan in enumerate(some)}
         times = _times({"original": original} | costs.models() | models, batch)
         costs.calibrate(times)
         for number, plan in enumerate(some):

@@ -4,6 +4,7 @@ from mapreuse.models import _fused, _packed, _parakeet, _wav2vec2_conformer  # n
 from mapreuse.models._adapters import output_projection
 from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
+from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._recording import MapRecorder, Recording, check_batch, not_padding, recorded_states
 from mapreuse.models._sharing import ARGUMENT, observing_inputs
@@ -22,6 +23,7 @@ __all__ = [
     "applied_to",
     "apply",
     "check_batch",
+    "copy_with_same_weights",
     "find_stack",
     "load",
     "not_padding",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from mapreuse.maps import STRATEGIES, Demand, SharedMaps
 from mapreuse.models._bearing import bear_maps
 from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
+from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._packed import unpacked
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
 from mapreuse.models._source import Unsupported, parameter_names
@@ -127,14 +127,15 @@ def applied_to(model: nn.Module) -> dict[str, Applied]:
 
 
 def with_projections(model: nn.Module) -> nn.Module:
-    """The model; where its projections are no modules of their own, a copy that computes the same by such modules.
+    """The model; where its projections are no modules of their own, a copy that computes the same by such modules,
+    of the same weights.
 
     They are none in a `torch.nn.TransformerEncoder` without a plan.
     """
     stack = find_stack(model)
     if type(stack.module) is not nn.TransformerEncoder or applied_to(model):
         return model
-    return apply(copy.deepcopy(model), ReusePlan.full(len(stack.layers)))
+    return apply(copy_with_same_weights(model), ReusePlan.full(len(stack.layers)))
 
 
 def _demand(plan: ReusePlan, handed_on: Sequence[int]) -> Demand:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from mapreuse.maps import SharedMaps
 from mapreuse.models._apply import applied_to, apply
+from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._sharing import ARGUMENT
 from mapreuse.models._stack import Layer, find_stack
@@ -40,7 +40,7 @@ class MapRecorder:
     """Runs a copy of a model and returns the attention map, and the values, of every layer of its stack.
 
     Args:
-        model: a model that `apply` accepts; it is copied, and left as it is.
+        model: a model that `apply` accepts; it is copied, but for its weights, and left as it is.
         under_plan: take a model to which a plan was applied as well. A reusing layer then shows the maps it applies,
             and heads come in the order that they have without the plan.
 
@@ -49,7 +49,7 @@ class MapRecorder:
     """
 
     def __init__(self, model: nn.Module, *, under_plan: bool = False) -> None:
-        self._model = copy.deepcopy(model).eval()
+        self._model = copy_with_same_weights(model).eval()
         self.num_layers = len(find_stack(self._model).layers)
         if not (under_plan and applied_to(self._model)):
             apply(self._model, ReusePlan.full(self.num_layers))
