@@ -89,6 +89,7 @@ def output_errors(
     if unknown := [layer for layer in (*sources, *sum(sources.values(), ())) if layer >= recorder.num_layers]:
         raise ValueError(f"layer {unknown[0]} is planned, but the model has {recorder.num_layers} layers")
     stack = find_stack(with_projections(original))
+    roots: dict[int, Tensor] = {}
     summed: dict[int, Tensor] = {}
     sizes: dict[int, Tensor] = {}
     seen = False
@@ -96,27 +97,27 @@ def output_errors(
         check_batch(batch)
         maps, valid, values = recorder(batch)
         seen |= bool(valid.any())
-        rows = valid[:, None, :, None].double()
+        rows = valid[..., None].double()
         for layer, candidates in sources.items():
             num_heads = maps[layer].shape[1]
             own_values = values[layer].repeat_interleave(num_heads // values[layer].shape[1], 1)
-            roots, _ = factors(stack.layers[layer], num_heads, own_values)
-            weighted = own_values.double() @ roots
-            own = maps[layer].double() @ weighted
+            if layer not in roots:
+                roots[layer], _ = factors(stack.layers[layer], num_heads, own_values)
+            weighted = own_values.double() @ roots[layer]
+            own = (maps[layer].double() @ weighted).transpose(1, 2).flatten(2)
             if not bool(torch.isfinite(own).all()):
                 raise ValueError(
                     f"layer {layer}: its output is not finite; check the weights and the calibration batches"
                 )
-            found = torch.stack(
-                [
-                    ((maps[source][:, head, None].double() @ weighted - own) * rows).square().sum((0, 2, 3))
-                    for source in candidates
-                    for head in range(num_heads)
-                ]
-            ).view(len(candidates), num_heads, num_heads)
-            size = (own * rows).square().sum()
-            summed[layer] = summed.get(layer, 0) + found.cpu()
-            sizes[layer] = sizes.get(layer, 0) + size.cpu()
+            of_heads, applied = weighted.transpose(1, 2).flatten(2), torch.empty_like(own)
+            found = []  # all in one buffer: temporaries as large would leave gaps in memory
+            for source in candidates:
+                for head_map in maps[source].double().unbind(1):
+                    torch.bmm(head_map, of_heads, out=applied).sub_(own).mul_(rows).square_()
+                    found.append(applied.unflatten(-1, (num_heads, -1)).sum((0, 1, 3)))
+            wrong = torch.stack(found).view(len(candidates), num_heads, num_heads)
+            summed[layer] = summed.get(layer, 0) + wrong.cpu()
+            sizes[layer] = sizes.get(layer, 0) + (own * rows).square().sum().cpu()
     if not seen:
         raise ValueError("no calibration batches, or nothing but padding: give at least one, as [{'input_ids': …}]")
     return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
