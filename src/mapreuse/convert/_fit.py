@@ -366,8 +366,8 @@ class _Sums:
             self._eigen = [torch.linalg.eigh(self._gram[block, block]) for block in blocks]
         for head, number in enumerate(maps):
             rows = slice(number * inputs, (number + 1) * inputs)
-            of_heads = self._gram[rows, :-1].unflatten(1, (weights.num_maps, inputs))[:, maps]
-            met = torch.einsum("wgv,gvd->wgd", of_heads, values)
+            of_heads = [self._gram[rows, other * inputs : (other + 1) * inputs] for other in maps]
+            met = torch.stack([gram @ others for gram, others in zip(of_heads, values, strict=True)], 1)
             met[:, head] = 0
             left = moment[rows] - met.flatten(1) @ output.flatten(0, 1)
             left -= self._gram[rows, -1:] * constant
