@@ -1,6 +1,7 @@
 """Closed-form refit, against least squares and against the held-out error measured independently."""
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from vision_blocks import VisionTransformer
 import mapreuse as mr
 from mapreuse.convert import _fit
 from mapreuse.convert._fit import _Sums, _Weights
-from mapreuse.models import find_stack
+from mapreuse.models import find_stack, output_projection
 
 
 def random_weights(heads, inputs, dim, width, *, with_bias=True, maps=None):
@@ -172,6 +173,38 @@ def test_the_reported_error_is_that_of_the_converted_models_layer(family):
     assert report.before == pytest.approx(before, rel=1e-3)
     assert report.after == pytest.approx(relative(output_of_layer(converted, 1, batch)[valid], theirs), rel=1e-3)
     assert report.after < 0.9 * report.before
+
+
+WITH_ENCODERS = {
+    **{family: functools.partial(build, family) for family in FAMILIES},
+    "torch": lambda: (encoder(batch_first=True), {"src": torch.randn(3, 9, 32)}),
+    "timm": lambda: (peaked(VisionTransformer()), {"pixel_values": torch.randn(4, 3, 16, 16)}),
+}
+
+
+@pytest.mark.parametrize("make", WITH_ENCODERS.values(), ids=WITH_ENCODERS)
+def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(make):
+    """The layer is the last to read a map, which another pass through it needs once more."""
+    torch.manual_seed(0)
+    model, batch = make()
+    mr.apply(model, mr.ReusePlan.from_sources([0, 1, 0, 3], {2: [2, 0, 3, 1]}))
+    layer = find_stack(model).layers[2]
+    projection = output_projection(layer)
+    weight = projection.weight.detach().clone()
+
+    def change(factor):
+        with torch.no_grad():
+            projection.weight.copy_(factor * weight)
+
+    factors = (1.0, 0.5, 0.0, 1.0)
+    found = _fit._outputs(model, 2, batch, [functools.partial(change, factor) for factor in factors])
+    assert len(found) == len(factors)
+    assert torch.equal(found[0], found[3])
+    assert not torch.allclose(found[0], found[1])
+    for factor, output in zip(factors, found, strict=True):
+        change(factor)
+        torch.testing.assert_close(output, output_of_layer(model, 2, batch))
+    assert not layer.layer._forward_pre_hooks
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
