@@ -277,6 +277,24 @@ def test_padding_changes_nothing(family, implementation):
         assert one.after == pytest.approx(two.after, rel=1e-3)
 
 
+@pytest.mark.parametrize(("kept_bytes", "passes_again"), [(0, 20), (6000, range(1, 20)), (2**20, 0)])
+def test_what_the_original_makes_of_batches_is_kept_within_its_bytes(kept_bytes, passes_again):
+    """Two layers of eight batches, of which two are held out: that many passes, and none again if all is kept."""
+    original, batches, plan = build("bert")[0], random_batches(8), mr.ReusePlan.grouped(4, 2)
+    wanted = _fit.Wanted(original, batches, kept_bytes=kept_bytes)
+    passes = []
+    wanted._model.register_forward_pre_hook(lambda *_: passes.append(None))
+    found = []
+    for _ in range(2):
+        passes.clear()
+        found.append(_fit.refit(mr.convert(original, plan), plan, wanted))
+        if len(found) == 1:
+            assert len(passes) == 20
+    assert len(passes) == passes_again if isinstance(passes_again, int) else len(passes) in passes_again
+    assert sum(tensor.nbytes for kept in wanted._kept.values() for tensor in kept) <= kept_bytes
+    assert found[0] == found[1] == mr.fit(mr.convert(original, plan), original, batches)
+
+
 def test_too_few_batches_a_missing_plan_and_nan_activations_are_refused():
     model, _ = build("bert")
     converted = mr.convert(model, mr.ReusePlan.grouped(4, 2))

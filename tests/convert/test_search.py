@@ -163,7 +163,7 @@ def test_a_cache_that_holds_anything_else_is_refused_and_left_as_it_is(bert, tmp
 
 
 def test_a_latency_that_no_plan_takes_is_refused_before_any_is_refitted(bert, regular_times, monkeypatch):
-    monkeypatch.setattr(_judged, "fit", None)
+    monkeypatch.setattr(_judged, "refit", None)
     with pytest.raises(
         ValueError, match=r"no plan takes 0\.1 of the original's time: with all maps shared it is 0\.\d"
     ):

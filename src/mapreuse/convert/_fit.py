@@ -30,6 +30,7 @@ from mapreuse.models import (
     value_projection,
     with_projections,
 )
+from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
@@ -108,46 +109,94 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
         raise ValueError("fit needs a converted model: apply a plan to it first")
     check_precision(model)
     check_original(model, original)
-    batches = calibration_batches(batches, _HELD_OUT, "fit")
-    with in_evaluation_mode(model):
-        valid = [_valid(model, batch) for batch in batches]
-    fitting, judging = (
-        sum(int(rows.sum()) for number, rows in enumerate(valid) if _judges(number) == held_out)
-        for held_out in (False, True)
-    )
-    if min(fitting, judging) < _FEWEST_POSITIONS:
-        raise ValueError(
-            f"fit needs at least {_FEWEST_POSITIONS} positions that are not padding in every fourth batch together, "
-            f"which are held out, and as many in the others: got {judging} and {fitting}; give more or longer samples"
-        )
-    original = copy_with_same_weights(with_projections(original))
-    tune(original)
+    return refit(model, plan, Wanted(original, batches))
+
+
+def refit(model: nn.Module, plan: ReusePlan, wanted: Wanted) -> list[LayerFit]:
+    """`fit`, of a model that was converted by this plan, to what is wanted."""
     reports: list[LayerFit] = []
-    with in_evaluation_mode(model, original):
+    with in_evaluation_mode(model):
         for layer in filter(plan.reuses, range(plan.num_layers)):
-            report = _fit_layer(layer, model, original, batches, valid)
+            report = _fit_layer(layer, model, wanted)
             logger.info("layer %d: held-out error %.4f, before %.4f", layer, report.after, report.before)
             reports.append(report)
     return reports
 
 
-def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list, valid: list[Tensor]) -> LayerFit:
-    layer, reference = find_stack(model).layers[index], find_stack(original).layers[index]
-    projection, original_projection = output_projection(layer), output_projection(reference)
+class Wanted:
+    """What the original makes of calibration batches in each layer, where there is no padding.
+
+    Args:
+        original: the model as it was before its conversion.
+        batches: calibration batches, at least four; every fourth is held out.
+        kept_bytes: how much of it is kept, once found, for refits to come.
+
+    Raises:
+        ValueError: where there are too few batches or positions.
+    """
+
+    def __init__(self, original: nn.Module, batches: Iterable[Mapping[str, Any]], *, kept_bytes: int = 0) -> None:
+        self.batches = calibration_batches(batches, _HELD_OUT, "fit")
+        self._model = copy_with_same_weights(with_projections(original)).eval()
+        tune(self._model)
+        self.valid = [_valid(self._model, batch) for batch in self.batches]
+        self._left, self._kept = kept_bytes, dict[tuple[str, int, int], tuple[Tensor, ...]]()
+        fitting, judging = (
+            sum(int(rows.sum()) for number, rows in enumerate(self.valid) if _judges(number) == held_out)
+            for held_out in (False, True)
+        )
+        if min(fitting, judging) < _FEWEST_POSITIONS:
+            raise ValueError(
+                f"fit needs at least {_FEWEST_POSITIONS} positions that are not padding in every fourth batch "
+                f"together, which are held out, and as many in the others: got {judging} and {fitting}; give more or "
+                "longer samples"
+            )
+
+    def attention(self, index: int, number: int) -> tuple[Tensor, ...]:
+        """Of a batch, the output of a layer's attention, and the input of the layer."""
+        layer, rows = find_stack(self._model).layers[index], self.valid[number]
+        projection = output_projection(layer)
+
+        def find() -> tuple[Tensor, ...]:
+            context, inputs = _until(projection, self._model, layer, self.batches[number])
+            return projection(context[rows]).detach(), inputs[rows]
+
+        return self._once(("attention", index, number), find)
+
+    def output(self, index: int, number: int) -> Tensor:
+        """Of a batch, the output of a layer."""
+
+        def find() -> tuple[Tensor, ...]:
+            return (_outputs(self._model, index, self.batches[number])[0][self.valid[number]],)
+
+        (output,) = self._once(("output", index, number), find)
+        return output
+
+    def _once(self, key: tuple[str, int, int], find: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        found = self._kept.get(key) or find()
+        size = sum(tensor.nbytes for tensor in found)
+        if key not in self._kept and size <= self._left:
+            self._left -= size
+            self._kept[key] = found
+        return found
+
+
+def _fit_layer(index: int, model: nn.Module, wanted: Wanted) -> LayerFit:
+    layer = find_stack(model).layers[index]
+    projection = output_projection(layer)
     maps = _maps(layer)
     moves_values = _values_can_move(layer, maps)
     start = _read(layer, projection, maps if moves_values else None)
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of every batch, what is regressed on, the target, and the drift."""
-        for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)):
+        for number, (batch, rows) in enumerate(zip(wanted.batches, wanted.valid, strict=True)):
             if _judges(number) != held_out:
                 continue
             given, inputs = _until(projection, model, layer, batch, whole_inputs=moves_values)
             given = start.once_for_each_map(given[rows])
-            context, original_inputs = _until(original_projection, original, reference, batch)
-            target = original_projection(context).detach()
-            triple = given.double(), target[rows].double(), (original_inputs - inputs)[rows].double()
+            target, original_inputs = wanted.attention(index, number)
+            triple = given.double(), target.double(), (original_inputs - inputs[rows]).double()
             if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
                 raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
             yield triple
@@ -162,10 +211,7 @@ def _fit_layer(index: int, model: nn.Module, original: nn.Module, batches: list,
         fitted.add(*triple)
     for given, target, drift in observed(held_out=True):
         held_out.add(start.contexts(given), target, drift)
-    judged = [
-        (batch, rows) for number, (batch, rows) in enumerate(zip(batches, valid, strict=True)) if _judges(number)
-    ]
-    errors = _LayerErrors(index, model, original, judged)
+    errors = _LayerErrors(index, model, wanted)
     kept = _Kept(layer, projection)
     candidates = [(share, *solved(share)) for share in _DRIFT]
     try:
@@ -211,18 +257,19 @@ class _LayerErrors:
     """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of some changes of its weights;
     infinite where it is not finite."""
 
-    def __init__(
-        self, index: int, model: nn.Module, original: nn.Module, batches: Sequence[tuple[Mapping[str, Any], Tensor]]
-    ) -> None:
-        self._index, self._model, self._batches = index, model, batches
-        self._wanted = [_outputs(original, index, batch)[0][rows] for batch, rows in batches]
-        self._size = sum(float(wanted.double().square().sum()) for wanted in self._wanted)
+    def __init__(self, index: int, model: nn.Module, wanted: Wanted) -> None:
+        self._index, self._model, self._wanted = index, model, wanted
+        self._held_out = {
+            number: wanted.output(index, number) for number in range(len(wanted.batches)) if _judges(number)
+        }
+        self._size = sum(float(output.double().square().sum()) for output in self._held_out.values())
 
     def __call__(self, changes: Sequence[Callable[[], None]]) -> list[float]:
         wrong = torch.zeros(len(changes), dtype=torch.float64)
-        for (batch, rows), wanted in zip(self._batches, self._wanted, strict=True):
-            found = _outputs(self._model, self._index, batch, changes)
-            wrong += torch.tensor([float((one[rows] - wanted).double().square().sum()) for one in found])
+        for number, output in self._held_out.items():
+            rows = self._wanted.valid[number]
+            found = _outputs(self._model, self._index, self._wanted.batches[number], changes)
+            wrong += torch.tensor([float((one[rows] - output).double().square().sum()) for one in found])
         errors = [(one / (self._size or 1.0)) ** 0.5 for one in wrong.tolist()]
         return [error if math.isfinite(error) else math.inf for error in errors]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -12,12 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from mapreuse.convert._fit import fit
+from mapreuse.convert._fit import Wanted, refit
 from mapreuse.models import apply
 from mapreuse.plan import ReusePlan
 
 _SAME = 1e-2
 """How near two errors of one plan are by one judge, relatively: another library rounds otherwise."""
+
+_KEPT_BYTES = 2**29
+"""Of what the original makes of the batches, which every refit needs."""
 
 _START = '{"search": '
 """Of a line, also of one that was cut short."""
@@ -62,7 +66,7 @@ class Judged:
             return self._of_original
         if plan not in self._errors:
             model = apply(copy.deepcopy(self._original), plan)
-            fit(model, self._original, self._batches)
+            refit(model, plan, self._wanted)
             error = self._error_of(model)
             if self._first is None:
                 self._first = plan.to_json(), error
@@ -71,6 +75,10 @@ class Judged:
                 self._errors[plan] = error
                 self._write(plan)
         return self._errors[plan]
+
+    @functools.cached_property
+    def _wanted(self) -> Wanted:
+        return Wanted(self._original, self._batches, kept_bytes=_KEPT_BYTES)
 
     def _error_of(self, model: nn.Module) -> float:
         error = float(self._judge(model))
