@@ -15,13 +15,13 @@ from torch.nn import functional
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
-from mapreuse.convert import _fit
-from mapreuse.convert._fit import _Sums, _Weights
+from mapreuse.convert import _fit, _sums, _wanted
+from mapreuse.convert._sums import Sums, Weights
 from mapreuse.models import find_stack, output_projection
 
 
 def random_weights(heads, inputs, dim, width, *, with_bias=True, maps=None):
-    return _Weights(
+    return Weights(
         maps or tuple(range(heads)),
         torch.randn(heads, inputs, dim).double(),
         torch.randn(heads, dim).double(),
@@ -41,7 +41,7 @@ def outputs(weights, inputs):
 
 
 def summed(weights, inputs, targets, drift):
-    sums = _Sums(weights)
+    sums = Sums(weights)
     for rows in torch.arange(len(inputs)).split(37):
         sums.add(inputs[rows], targets[rows], drift[rows])
     return sums
@@ -51,7 +51,7 @@ def summed(weights, inputs, targets, drift):
 @pytest.mark.parametrize(("share", "block"), [(0.0, 512), (1.0, 512), (1.0, 4)])
 def test_the_output_solved_from_streamed_sums_is_ridge_regression(with_bias, share, block, monkeypatch):
     """Ridge towards given weights is least squares with the penalty as extra rows."""
-    monkeypatch.setattr(_fit, "_BLOCK", block)
+    monkeypatch.setattr(_sums, "_BLOCK", block)
     torch.manual_seed(0)
     start = random_weights(2, 5, 3, 4, with_bias=with_bias)
     inputs, targets, drift = torch.randn(200, 10).double(), torch.randn(200, 4).double(), torch.randn(200, 4).double()
@@ -197,7 +197,7 @@ def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(make):
             projection.weight.copy_(factor * weight)
 
     factors = (1.0, 0.5, 0.0, 1.0)
-    found = _fit._outputs(model, 2, batch, [functools.partial(change, factor) for factor in factors])
+    found = _wanted.outputs(model, 2, batch, [functools.partial(change, factor) for factor in factors])
     assert len(found) == len(factors)
     assert torch.equal(found[0], found[3])
     assert not torch.allclose(found[0], found[1])
@@ -205,6 +205,23 @@ def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(make):
         change(factor)
         torch.testing.assert_close(output, output_of_layer(model, 2, batch))
     assert not layer.layer._forward_pre_hooks
+    assert layer.attention._layout.releases == (0,)
+
+
+def test_a_layer_that_changes_its_input_and_has_hooks_puts_out_what_it_does_in_whole_passes():
+    model, batch = build("bert")
+    layer = find_stack(model).layers[2].layer
+    forward = layer.forward
+
+    def in_place(hidden_states, *args, **kwargs):
+        hidden_states += forward(hidden_states, *args, **kwargs)
+        return hidden_states
+
+    layer.forward = in_place
+    layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
+    once, again = _wanted.outputs(model, 2, batch, [lambda: None, lambda: None])
+    torch.testing.assert_close(once, output_of_layer(model, 2, batch))
+    torch.testing.assert_close(again, once)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -281,7 +298,7 @@ def test_padding_changes_nothing(family, implementation):
 def test_what_the_original_makes_of_batches_is_kept_within_its_bytes(kept_bytes, passes_again):
     """Two layers of eight batches, of which two are held out: that many passes, and none again if all is kept."""
     original, batches, plan = build("bert")[0], random_batches(8), mr.ReusePlan.grouped(4, 2)
-    wanted = _fit.Wanted(original, batches, kept_bytes=kept_bytes)
+    wanted = _wanted.Wanted(original, batches, kept_bytes=kept_bytes)
     passes = []
     wanted._model.register_forward_pre_hook(lambda *_: passes.append(None))
     found = []

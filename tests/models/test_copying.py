@@ -29,6 +29,7 @@ def test_a_plan_applied_to_a_copy_leaves_the_model_as_it_was(make):
 
     assert [name for name, _ in copied.named_parameters()] == list(parameters)
     assert all(parameter is parameters[name] for name, parameter in copied.named_parameters())
+    assert not {id(buffer) for buffer in copied.buffers()} & {id(buffer) for buffer in model.buffers()}
     apply(copied, PLAN)
     with torch.no_grad():
         copied(**batch)
@@ -36,4 +37,5 @@ def test_a_plan_applied_to_a_copy_leaves_the_model_as_it_was(make):
     assert list(now) == list(parameters)
     assert all(now[name] is parameters[name] and torch.equal(now[name], were[name]) for name in now)
     assert [type(module) for module in model.modules()] == kinds
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert not any(hasattr(module, "_map_reuse") for module in model.modules())

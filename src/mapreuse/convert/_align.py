@@ -109,11 +109,12 @@ def output_errors(
                 raise ValueError(
                     f"layer {layer}: its output is not finite; check the weights and the calibration batches"
                 )
-            of_heads, applied = weighted.transpose(1, 2).flatten(2), torch.empty_like(own)
-            found = []  # all in one buffer: temporaries as large would leave gaps in memory
+            of_heads, found = weighted.transpose(1, 2).flatten(2), []
+            # The same memory for all: temporaries of this size would leave gaps.
+            head_map, applied = maps[layer][:, 0].double(), torch.empty_like(own)
             for source in candidates:
-                for head_map in maps[source].double().unbind(1):
-                    torch.bmm(head_map, of_heads, out=applied).sub_(own).mul_(rows).square_()
+                for one in maps[source].unbind(1):
+                    torch.bmm(head_map.copy_(one), of_heads, out=applied).sub_(own).mul_(rows).square_()
                     found.append(applied.unflatten(-1, (num_heads, -1)).sum((0, 1, 3)))
             wrong = torch.stack(found).view(len(candidates), num_heads, num_heads)
             summed[layer] = summed.get(layer, 0) + wrong.cpu()

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from mapreuse.convert._fit import Wanted, refit
+from mapreuse.convert._fit import refit
+from mapreuse.convert._wanted import Wanted
 from mapreuse.models import apply
 from mapreuse.plan import ReusePlan
 

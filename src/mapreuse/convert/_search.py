@@ -31,7 +31,7 @@ _ROUNDS = 7
 """Timed rounds, of the cost model and of the plans that are returned."""
 
 _TIMED_AT_ONCE = 2
-"""Plans timed in turns beside the original and the cost model's three: so many models are in memory, not all."""
+"""Plans timed in turns beside the original and the cost model's three; what each changes is in memory."""
 
 _TOO_FAST = "no plan takes {} of the original's time: with all maps shared it is {:.2f}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -10,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mapreuse.models._adapters import Adapter, adapter_of, find_output_projection
 from mapreuse.models._conversion import Conversion, Heads
+from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._layout import lay_out
 from mapreuse.models._linear import FastLinear
 from mapreuse.models._packed import unpacked
@@ -219,7 +219,7 @@ def possible_sources(model: nn.Module) -> dict[int, tuple[int, ...]]:
     Raises `ValueError`, as `apply` would, where the model cannot be served at all.
     """
     if type(find_stack(model).module) is nn.TransformerEncoder:
-        model = copy.deepcopy(model)  # its attention is unpacked where it stands
+        model = copy_with_same_weights(model)  # its attention is unpacked where it stands
     with unpacked(find_stack(model)) as stack:
         conversions = check(model, stack, ReusePlan.full(len(stack.layers)))
 
