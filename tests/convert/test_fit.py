@@ -208,7 +208,9 @@ def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(make):
     assert layer.attention._layout.releases == (0,)
 
 
-def test_a_layer_that_changes_its_input_and_has_hooks_puts_out_what_it_does_in_whole_passes():
+@pytest.mark.parametrize("with_hook", [False, True])
+def test_a_layer_that_changes_its_input_puts_out_what_it_does_in_whole_passes(with_hook):
+    """In place, or by a hook of its own: it runs twice, each time on what it would be given."""
     model, batch = build("bert")
     layer = find_stack(model).layers[2].layer
     forward = layer.forward
@@ -218,7 +220,8 @@ def test_a_layer_that_changes_its_input_and_has_hooks_puts_out_what_it_does_in_w
         return hidden_states
 
     layer.forward = in_place
-    layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
+    if with_hook:
+        layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
     once, again = _wanted.outputs(model, 2, batch, [lambda: None, lambda: None])
     torch.testing.assert_close(once, output_of_layer(model, 2, batch))
     torch.testing.assert_close(again, once)
