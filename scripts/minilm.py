@@ -72,6 +72,7 @@ def main() -> None:
     commit = here.pop("commit")
     results |= {"command": "python scripts/minilm.py DIRECTORY", "machine": here}
     taught = teaching_texts()
+    more, teaching = batches_of(tokenizer, calibration_texts(NUM_MORE)), batches_of(tokenizer, taught, 32)
     numbers = {"calibration": NUM_CALIBRATION, "more": NUM_MORE, "teaching": len(taught), "judging": NUM_JUDGING}
     results["sentences"] = numbers
     shapes: dict[str, Callable[[], nn.Module]] = {}
@@ -151,7 +152,6 @@ def main() -> None:
         row(f"{words}' attention dropped", lambda number=number: _without_attention(original, chosen(number)))
         row(f"{words} dropped", lambda number=number: _without_layers(original, chosen(number)))
         row(f"{heads}, aligned and refitted", lambda heads=heads: refitted(heads, "calibration"))
-    more, teaching = batches_of(tokenizer, calibration_texts(NUM_MORE)), batches_of(tokenizer, taught, 32)
     for words in ("2 layers", "24 heads", "3 layers", "36 heads"):
         row(f"{words}, aligned and refitted on {NUM_MORE}", lambda words=words: refitted(words, "more"))
     for words, minutes in (("36 heads", 10), ("24 heads", 10), ("3 layers", 10), ("36 heads", LONGER)):
