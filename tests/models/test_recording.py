@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 from families import build
+from torch.nn.attention.flex_attention import create_block_mask
 
 from mapreuse import ReusePlan, apply, plan_of
-from mapreuse.models import MapRecorder
+from mapreuse.models import MapRecorder, not_padding
 
 PLANS = {
     "full": ReusePlan.full(4),
@@ -74,6 +75,13 @@ def test_padding_is_told_from_positions_wherever_it_is(family, implementation):
     model, batch = build(family, implementation=implementation)
     for given, wanted in positions_of(batch):
         assert torch.equal(MapRecorder(model)(given).valid, wanted)
+
+
+def test_a_mask_that_says_nothing_of_padding_is_refused():
+    """As `flex_attention`'s."""
+    mask = create_block_mask(lambda batch, head, query, key: query >= key, None, None, 8, 8, device="cpu")
+    with pytest.raises(ValueError, match="from a BlockMask; load the model with attn_implementation='sdpa'"):
+        not_padding(mask, torch.zeros(1, 8, 4))
 
 
 @pytest.mark.parametrize("family", ["bert", "parakeet", "gpt2"])

@@ -120,13 +120,13 @@ def check_batch(batch: object) -> None:
 
 
 @contextmanager
-def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor | None]]]:
+def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[object]]]:
     """Hidden states after every layer of a pass, and the attention mask that the first was given.
 
     Of a `torch.nn.TransformerEncoder`, the mask is the one of its keys, as it reaches the layers: of numbers.
     """
     states: list[Tensor] = []
-    masks: list[Tensor | None] = []
+    masks: list[object] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
@@ -150,13 +150,19 @@ def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tenso
             handle.remove()
 
 
-def not_padding(
-    mask: Tensor | None, states: Float[Tensor, "batch positions width"]
-) -> Bool[Tensor, "batch positions"]:
-    """Positions that may attend themselves; all of them where there is no mask."""
+def not_padding(mask: object, states: Float[Tensor, "batch positions width"]) -> Bool[Tensor, "batch positions"]:
+    """Positions that may attend themselves; all of them where there is no mask.
+
+    Raises `ValueError` for a mask that is no tensor.
+    """
     batch, positions, _ = states.shape
     if mask is None:
         return torch.ones(batch, positions, dtype=torch.bool, device=states.device)
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"which positions are padding cannot be read from a {type(mask).__name__}; load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
     if mask.dim() == 4:
         mask = mask[:, 0].diagonal(dim1=-2, dim2=-1) if mask.shape[-2] > 1 else mask[:, 0, 0]
     allowed = mask if mask.dtype == torch.bool else (mask > -1 if mask.is_floating_point() else mask > 0)
