@@ -30,9 +30,6 @@ FEWEST = 8
 _ROUNDS = 7
 """Timed rounds, of the cost model and of the plans that are returned."""
 
-_TIMED_AT_ONCE = 2
-"""Plans timed in turns beside the original and the cost model's three; what each changes is in memory."""
-
 _TOO_FAST = "no plan takes {} of the original's time: with all maps shared it is {:.2f}"
 
 _TOLERANCE = 0.1
@@ -233,18 +230,16 @@ def _measured(
     """Of the plans judged, those that no other beats, timed; the cost model is that of the same run."""
     heads = {plan: reusing for reusing, plan in visited.items()}
     chosen = _front({plan: (judged(plan), costs.of(reusing)) for plan, reusing in heads.items()})
+    models = {str(number): apply(copy_with_same_weights(original), plan) for number, plan in enumerate(chosen)}
+    times = _times({"original": original} | costs.models() | models, batch)
+    costs.calibrate(times)
     found = []
-    for start in range(0, len(chosen), _TIMED_AT_ONCE):
-        some = chosen[start : start + _TIMED_AT_ONCE]
-        models = {str(number): apply(copy_with_same_weights(original), plan) for number, plan in enumerate(some)}
-        times = _times({"original": original} | costs.models() | models, batch)
-        costs.calibrate(times)
-        for number, plan in enumerate(some):
-            predicted, measured = costs.of(heads[plan]), times[str(number)] / times["original"]
-            if abs(predicted - measured) > _TOLERANCE * measured:
-                logger.warning("a plan was predicted to take %.2f×, and takes %.2f×", predicted, measured)
-            parameters = sum(parameter.numel() for parameter in models[str(number)].parameters())
-            found.append(Candidate(plan, judged(plan), measured, predicted, parameters))
+    for number, plan in enumerate(chosen):
+        predicted, measured = costs.of(heads[plan]), times[str(number)] / times["original"]
+        if abs(predicted - measured) > _TOLERANCE * measured:
+            logger.warning("a plan was predicted to take %.2f×, and takes %.2f×", predicted, measured)
+        parameters = sum(parameter.numel() for parameter in models[str(number)].parameters())
+        found.append(Candidate(plan, judged(plan), measured, predicted, parameters))
     best = _front({candidate: (candidate.error, candidate.latency) for candidate in found})
     return sorted(best, key=lambda candidate: candidate.error)
 
