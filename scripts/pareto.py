@@ -35,6 +35,8 @@ ERRORS = {"minilm": "1 − cosine of hidden states", "recogniser": "word error r
 MOST_ERROR = {"minilm": 0.15, "recogniser": 0.05}
 """Errors of hidden states up to which plans are searched for."""
 _REPEATS = 7
+_PRECISION = 0.02
+"""Relative standard error that times are to have; where they vary more, there are up to four times the repeats."""
 
 Batch = Mapping[str, Any]
 Judge = Callable[[nn.Module], float]
@@ -92,7 +94,7 @@ def _compared(
     for plan in _fixed(original):
         models[f"fixed {plan}"] = mr.convert(original, mr.ReusePlan.parse(plan), calibration)
     calls = {name: (lambda model=model: model(**timed)) for name, model in models.items()}
-    times = time_interleaved(calls, repeats=_REPEATS)
+    times = time_interleaved(calls, repeats=_REPEATS, precision=_PRECISION)
     return {
         "points": {
             name: {

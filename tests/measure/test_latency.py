@@ -1,11 +1,13 @@
 """Interleaved timing: order and arithmetic, never speed."""
 
+import itertools
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from mapreuse.measure import Latency, machine, time_interleaved
+from mapreuse.measure import Latency, _latency, machine, time_interleaved
 
 
 def test_contestants_take_turns_and_warm_up_rounds_do_not_count():
@@ -35,6 +37,34 @@ def test_median_and_spread_of_repeats():
     assert latency.median == 3.0
     assert latency.spread == pytest.approx((4.0 - 2.0) / 2 / 3.0)
     assert Latency((5.0,)).spread == 0.0
+
+
+def test_the_uncertainty_is_the_standard_deviation_of_medians():
+    random = np.random.default_rng(0)
+    repeats = 10 + random.standard_normal((4000, 25))
+    medians = np.median(repeats, axis=1)
+    found = [Latency(tuple(row)).uncertainty for row in repeats[:400]]
+
+    assert np.mean(found) == pytest.approx(medians.std() / 10, rel=0.1)
+    assert Latency((5.0,)).uncertainty == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"),
+    [([1.0], 8), ([1.0, 1.2], 32), ([1.0, 1.2] * 4 + [1.1], 16)],
+    ids=["steady", "wild", "calmer"],
+)
+def test_rounds_go_on_until_times_are_precise_or_for_four_times_as_long(monkeypatch, seconds, rounds):
+    def taken(call):
+        call()
+        return next(clock)
+
+    clock = itertools.chain(seconds, itertools.repeat(seconds[-1])) if len(seconds) > 2 else itertools.cycle(seconds)
+    monkeypatch.setattr(_latency, "_cpu_seconds", taken)
+    measured = time_interleaved({"a": lambda: None}, repeats=8, warmup=0, precision=0.02)
+
+    assert len(measured["a"].seconds) == rounds
+    assert rounds == 32 or measured["a"].uncertainty <= 0.02
 
 
 def test_contestants_run_without_gradients():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+_MOST = 4
+"""Times `repeats` rounds, at most, are timed for the sake of precision."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,22 @@ class Latency:
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / 2 / self.median
 
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of the median, relative to it, as if the repeats were normally distributed.
+
+        √(π/2) σ / √n, with σ = spread / 0.674 (the quartile of the normal distribution).
+        """
+        deviation = self.spread / statistics.NormalDist().inv_cdf(0.75)
+        return math.sqrt(math.pi / 2 / len(self.seconds)) * deviation
+
 
 def time_interleaved(
     contestants: Mapping[str, Callable[[], object]],
     *,
     repeats: int,
     warmup: int = 1,
+    precision: float | None = None,
     device: str = "cpu",
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Latency]:
@@ -51,13 +66,16 @@ def time_interleaved(
         contestants: calls to time, by name.
         repeats: rounds that count.
         warmup: rounds before them that do not.
+        precision: the rounds go on, to four times `repeats` at most, while a contestant's `uncertainty` exceeds this.
         device: "cpu", timed by the clock, or "cuda", timed by events, synchronised.
         advance: called after every timed call, to show progress.
     """
     timer = _cuda_seconds if device == "cuda" else _cpu_seconds
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     with torch.inference_mode():
-        for round_number in range(warmup + repeats):
+        for round_number in itertools.count():
+            if round_number >= warmup + repeats and _are_enough(seconds, repeats, precision):
+                break
             for name, call in contestants.items():
                 counts = round_number >= warmup
                 if counts:
@@ -67,6 +85,15 @@ def time_interleaved(
                     seconds[name].append(taken)
                 advance()
     return {name: Latency(tuple(taken)) for name, taken in seconds.items()}
+
+
+def _are_enough(seconds: Mapping[str, list[float]], repeats: int, precision: float | None) -> bool:
+    measured = [Latency(tuple(taken)) for taken in seconds.values()]
+    return (
+        precision is None
+        or all(one.uncertainty <= precision for one in measured)
+        or all(len(one.seconds) >= _MOST * repeats for one in measured)
+    )
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
