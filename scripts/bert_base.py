@@ -89,8 +89,9 @@ def _page(results: dict) -> str:
     lines = [
         "# A model of BERT-base's size, converted",
         "",
-        f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores): 12 layers of width 768",
-        f"with random weights, so that errors say nothing; {NUM_SENTENCES} sentences; whole commands.",
+        f"Written by `{results['command']}` ({here['processor']}, {here['instructions']}, {here['cores']} cores):",
+        f"12 layers of width 768 with random weights, so that errors say nothing; {NUM_SENTENCES} sentences; whole",
+        "commands.",
     ]
     for one in results["conversions"]:
         lines += ["", f"`{one['command']}`: {one['seconds']:.0f} s, {one['peak_bytes'] / 1e9:.2f} GB at most."]

@@ -144,8 +144,9 @@ def _page(results: dict[str, Any]) -> str:
     lines = [
         "# Search against fixed grouping",
         "",
-        f"Written by `{results['command']}` ({here['processor']}, {here['cores']} cores). Judged on data that",
-        "neither calibration nor search saw. Time: by the original's, all models in turns. No training. The original",
+        f"Written by `{results['command']}` ({here['processor']}, {here['instructions']}, {here['cores']} cores).",
+        "Judged on data that neither calibration nor search saw. Time: by the original's, all models in turns. No",
+        "training. The original",
         "took other times in the search than here, where more models are in memory, so that ratios differ: compare",
         "plans within a column. In the search: as measured, and by its cost model calibrated in that run.",
         "",
