@@ -348,7 +348,7 @@ def test_a_layer_without_values_keeps_finite_weights():
 
 def test_a_fit_that_is_stopped_or_meets_a_candidate_of_no_use_leaves_the_weights_it_had(monkeypatch):
     original = build("bert")[0]
-    batches, write = random_batches(8), _fit._write
+    batches, write = random_batches(8), _fit.write
 
     def stopped(*args, **kwargs):
         write(*args, **kwargs)
@@ -362,7 +362,7 @@ def test_a_fit_that_is_stopped_or_meets_a_candidate_of_no_use_leaves_the_weights
     for replaced in (stopped, useless):
         model = mr.convert(original, mr.ReusePlan.grouped(4, 2))
         before = copy.deepcopy(model.state_dict())
-        monkeypatch.setattr(_fit, "_write", replaced)
+        monkeypatch.setattr(_fit, "write", replaced)
         if replaced is stopped:
             with pytest.raises(KeyboardInterrupt):
                 mr.fit(model, original, batches)

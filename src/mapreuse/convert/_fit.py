@@ -6,24 +6,18 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mapreuse.convert._batches import check_original, check_precision
+from mapreuse.convert._projections import Kept, maps_of, read, values_can_move, write
+from mapreuse.convert._refits import LayerFit, Refits
 from mapreuse.convert._states import in_evaluation_mode
-from mapreuse.convert._sums import DRIFT, Sums, Weights, on_contexts
+from mapreuse.convert._sums import DRIFT, Sums, Weights
 from mapreuse.convert._wanted import Wanted, is_held_out, outputs, until
-from mapreuse.models import (
-    Layer,
-    find_stack,
-    output_projection,
-    plan_of,
-    value_projection,
-)
+from mapreuse.models import find_stack, output_projection, plan_of
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -33,28 +27,6 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 _SWEEPS = 3
 """Times that values and output are solved in turn."""
-
-_MOST_INPUTS = 12_288
-"""Maps · width up to which values are refitted: their normal equations take 8 · (maps · width)² bytes."""
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """What `fit` did to one reusing layer.
-
-    Attributes:
-        layer: index of the layer.
-        before: held-out error of the layer's output, relative to its size, with the weights the layer had.
-        after: the same with the weights it has now; equal to `before` where the refit did not help.
-        ridge: the ridge chosen, or None where the layer kept its weights.
-        values: whether the value projection was refitted too.
-    """
-
-    layer: int
-    before: float
-    after: float
-    ridge: float | None
-    values: bool
 
 
 def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[LayerFit]:
@@ -94,12 +66,17 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
     return refit(model, plan, Wanted(original, batches))
 
 
-def refit(model: nn.Module, plan: ReusePlan, wanted: Wanted) -> list[LayerFit]:
-    """`fit`, of a model that was converted by this plan, to what is wanted."""
+def refit(model: nn.Module, plan: ReusePlan, wanted: Wanted, refits: Refits | None = None) -> list[LayerFit]:
+    """`fit`, of a model that was converted by this plan, to what is wanted; layers that are among these refits, of
+    the same model to the same, are taken from there."""
+    refits = refits or Refits(kept_bytes=0)
     reports: list[LayerFit] = []
     with in_evaluation_mode(model):
         for layer in filter(plan.reuses, range(plan.num_layers)):
-            report = _fit_layer(layer, model, wanted)
+            report = refits.again(model, plan, layer)
+            if report is None:
+                report = _fit_layer(layer, model, wanted)
+                refits.keep(model, plan, report)
             logger.info("layer %d: held-out error %.4f, before %.4f", layer, report.after, report.before)
             reports.append(report)
     return reports
@@ -108,9 +85,9 @@ def refit(model: nn.Module, plan: ReusePlan, wanted: Wanted) -> list[LayerFit]:
 def _fit_layer(index: int, model: nn.Module, wanted: Wanted) -> LayerFit:
     layer = find_stack(model).layers[index]
     projection = output_projection(layer)
-    maps = _maps(layer)
-    moves_values = _values_can_move(layer, maps)
-    start = _read(layer, projection, maps if moves_values else None)
+    maps = maps_of(layer)
+    moves_values = values_can_move(layer, maps)
+    start = read(layer, projection, maps if moves_values else None)
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of every batch, what is regressed on, the target, and the drift."""
@@ -136,11 +113,11 @@ def _fit_layer(index: int, model: nn.Module, wanted: Wanted) -> LayerFit:
     for given, target, drift in observed(held_out=True):
         held_out.add(start.contexts(given), target, drift)
     errors = _LayerErrors(index, model, wanted)
-    kept = _Kept(layer, projection)
+    kept = Kept(layer, projection)
     candidates = [(share, *solved(share)) for share in DRIFT]
     try:
         before, *after = errors(
-            [kept.restore, *(functools.partial(_write, layer, projection, one[2]) for one in candidates)]
+            [kept.restore, *(functools.partial(write, layer, projection, one[2]) for one in candidates)]
         )
         if not math.isfinite(before):
             raise ValueError(f"layer {index}: its output is not finite; check the calibration batches")
@@ -148,28 +125,15 @@ def _fit_layer(index: int, model: nn.Module, wanted: Wanted) -> LayerFit:
         moved = False
         if best < before and moves_values:
             candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
-            (error,) = errors([functools.partial(_write, layer, projection, candidate, moved=True)])
+            (error,) = errors([functools.partial(write, layer, projection, candidate, moved=True)])
             if error < best:
                 best, moved, weights = error, True, candidate
     finally:
         kept.restore()  # also where it is stopped: a candidate in the model is one that is being tried
     if best >= before:
         return LayerFit(index, before, before, None, False)
-    _write(layer, projection, weights, moved=moved)
+    write(layer, projection, weights, moved=moved)
     return LayerFit(index, before, best, ridge, moved)
-
-
-class _Kept:
-    """The projections of a layer as they are, to be put back."""
-
-    def __init__(self, layer: Layer, projection: nn.Linear | Conv1D) -> None:
-        self._parameters = [*projection.parameters(), *value_projection(layer).module.parameters()]
-        self._were = [parameter.detach().clone() for parameter in self._parameters]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for parameter, was in zip(self._parameters, self._were, strict=True):
-            parameter.copy_(was)
 
 
 class _LayerErrors:
@@ -191,42 +155,3 @@ class _LayerErrors:
             wrong += torch.stack([(one[rows] - output).double().square().sum() for one in found]).cpu()
         errors = [(one / (self._size or 1.0)) ** 0.5 for one in wrong.tolist()]
         return [error if math.isfinite(error) else math.inf for error in errors]
-
-
-def _maps(layer: Layer) -> tuple[int, ...]:
-    """For each slot of a layer's context, which it applies of the maps that the layer applies, its own among them."""
-    layout: Any = layer.attention._layout
-    applied = [(layout.layer, slot) for slot in range(layout.computing)]
-    applied += [(source, head) for source, pairs in layout.parts for head, _ in pairs]
-    numbers = {one: number for number, one in enumerate(dict.fromkeys(applied))}
-    return tuple(numbers[one] for one in applied)
-
-
-def _values_can_move(layer: Layer, maps: tuple[int, ...]) -> bool:
-    layout: Any = layer.attention._layout
-    values = value_projection(layer)
-    inputs = len(set(maps)) * values.weight.shape[-1]
-    return values.num_heads == layout.num_heads and inputs <= _MOST_INPUTS
-
-
-def _read(layer: Layer, projection: nn.Linear | Conv1D, maps: tuple[int, ...] | None) -> Weights:
-    """Weights to be applied to what these maps make of the layer's input; where None, to its contexts."""
-    weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
-    layout: Any = layer.attention._layout
-    output = weight.detach().double().unflatten(0, (layout.num_heads, -1))
-    bias = None if projection.bias is None else projection.bias.detach().double()
-    if maps is None:
-        return on_contexts(output, bias)
-    values = value_projection(layer)
-    value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
-    return Weights(maps, values.weight.double().mT, value_bias, output, bias)
-
-
-@torch.no_grad()
-def _write(layer: Layer, projection: nn.Linear | Conv1D, weights: Weights, *, moved: bool = False) -> None:
-    output = weights.output.flatten(0, 1)
-    projection.weight.copy_(output if isinstance(projection, Conv1D) else output.mT)
-    if weights.bias is not None:
-        projection.bias.copy_(weights.bias)
-    if moved:
-        value_projection(layer).assign(weights.values.mT)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from mapreuse.convert._fit import refit
+from mapreuse.convert._refits import Refits
 from mapreuse.convert._wanted import Wanted
 from mapreuse.models import apply
 from mapreuse.plan import ReusePlan
@@ -24,12 +25,16 @@ _SAME = 1e-2
 _KEPT_BYTES = 2**29
 """Of what the original makes of the batches, which every refit needs."""
 
+_KEPT_BYTES_OF_LAYERS = 2**27
+"""Of layers as other plans' refits left them."""
+
 _START = '{"search": '
 """Of a line, also of one that was cut short."""
 
 
 class Judged:
     """The error of a plan after `apply` and `fit`; every plan is judged once, also over several processes by a file.
+    What plans have in common up to a layer is refitted once, as long as it is remembered.
 
     What the file says counts where it is of the same `identity` and of the same judge, who is told by the error of
     the first plan: that one is judged in any case.
@@ -58,6 +63,7 @@ class Judged:
         self._path, self._identity = cache, identity
         self._entries = [] if cache is None else _entries(cache)
         self._errors: dict[ReusePlan, float] = {}
+        self._refits = Refits(_KEPT_BYTES_OF_LAYERS)
         self._first: tuple[str, float] | None = None
         self._of_original = self._error_of(original)
 
@@ -67,7 +73,7 @@ class Judged:
             return self._of_original
         if plan not in self._errors:
             model = apply(copy.deepcopy(self._original), plan)
-            refit(model, plan, self._wanted)
+            refit(model, plan, self._wanted, self._refits)
             error = self._error_of(model)
             if self._first is None:
                 self._first = plan.to_json(), error
