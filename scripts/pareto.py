@@ -5,7 +5,8 @@
 For all-MiniLM-L6-v2 (DIRECTORY, as for scripts/minilm.py) and for the shipped recogniser. Both kinds of plan are
 refitted on the same calibration data, judged on the same data that neither saw, and timed in turns. MiniLM is judged
 by the cosine of its hidden states to the original's, the recogniser by its word error rate.
-A model whose figures are in results/convert/pareto.json already is not done again.
+A model whose figures are in results/convert/pareto.json already, of a processor with the same instructions, is not
+done again.
 """
 
 from __future__ import annotations
@@ -44,15 +45,17 @@ Judge = Callable[[nn.Module], float]
 
 def main() -> None:
     file = TARGET / "pareto.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"schema": 1, "models": {}}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"schema": 2, "models": {}}
     here = machine()
     commit = here.pop("commit")
-    results |= {"command": "python scripts/pareto.py DIRECTORY", "machine": here}
+    results["command"] = "python scripts/pareto.py DIRECTORY"
     for name, make in {"recogniser": _recogniser, "minilm": lambda: _minilm(Path(sys.argv[1]))}.items():
-        if name not in results["models"]:
-            results["models"][name] = _compared(name, *make()) | {"commit": commit}
+        key = f"{name}-{here['instructions']}"
+        if key not in results["models"]:
+            results["models"][key] = {"model": name, "machine": here, "commit": commit} | _compared(name, *make())
             file.write_text(json.dumps(results, indent=1) + "\n")
-        _plot(name, results["models"][name]).savefig(TARGET / f"pareto-{name}.png", dpi=110, format="png")
+    for key, compared in results["models"].items():
+        _plot(compared).savefig(TARGET / f"pareto-{key}.png", dpi=110, format="png")
     (TARGET / "pareto.md").write_text(_page(results))
 
 
@@ -124,35 +127,36 @@ def _refitted(original: nn.Module, plan: mr.ReusePlan, batches: Sequence[Batch])
     return model
 
 
-def _plot(name: str, compared: dict[str, Any]) -> Figure:
+def _plot(compared: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for kind, marker in (("searched", "o-"), ("fixed", "s")):
         own = [point for key, point in compared["points"].items() if key.startswith(kind)]
         points = sorted((point["latency"], point["error"]) for point in own)
         axes.plot(*zip(*points, strict=True), marker, label={"searched": "search", "fixed": "fixed grouping"}[kind])
-    axes.set_title(name)
+    axes.set_title(f"{compared['model']}, {compared['machine']['instructions']}")
     axes.set_xlabel("time, by the original's")
-    axes.set_ylabel(ERRORS[name])
+    axes.set_ylabel(ERRORS[compared["model"]])
     axes.set_ylim(bottom=0)
     axes.legend()
     return figure
 
 
 def _page(results: dict[str, Any]) -> str:
-    here = results["machine"]
     lines = [
         "# Search against fixed grouping",
         "",
-        f"Written by `{results['command']}` ({here['processor']}, {here['instructions']}, {here['cores']} cores).",
-        "Judged on data that neither calibration nor search saw. Time: by the original's, all models in turns. No",
-        "training. The original",
-        "took other times in the search than here, where more models are in memory, so that ratios differ: compare",
-        "plans within a column. In the search: as measured, and by its cost model calibrated in that run.",
+        f"Written by `{results['command']}`. Judged on data that neither calibration nor search saw. No training.",
+        "Time: by the original's, all models in turns, with half the range between quartiles; plans whose times are",
+        "nearer than that are not told apart. The original took other times in the search than here, where more",
+        "models are in memory, so that ratios differ: compare plans within a column. In the search: as measured, and",
+        "by its cost model calibrated in that run.",
         "",
     ]
-    for name, compared in results["models"].items():
-        lines += [f"## {name}", "", f"![{name}](pareto-{name}.png)", ""]
+    for key, compared in results["models"].items():
+        name, here = compared["model"], compared["machine"]
+        where = f"{here['processor']}, {here['instructions']}, {here['cores']} cores"
+        lines += [f"## {name} ({where})", "", f"![{name}](pareto-{key}.png)", ""]
         lines += [f"| plan | {ERRORS[name]} | time | in the search |", "|---|---|---|---|"]
         for key, point in sorted(compared["points"].items(), key=lambda item: item[1]["latency"]):
             predicted = compared["predicted"].get(key)
