@@ -8,7 +8,7 @@ from families import build
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.convert import LayerFit, _fit
+from mapreuse.convert import Judged, LayerFit, _fit
 from mapreuse.convert._refits import Refits
 from mapreuse.convert._wanted import Wanted
 from mapreuse.models import find_stack, output_projection
@@ -69,6 +69,25 @@ def test_only_so_many_bytes_are_kept_and_the_oldest_go_first(kept_bytes, again, 
 
     assert sorted({1, 2, 3} - set(known)) == again
     assert sum(w.output.nbytes + w.values.nbytes for _, w in refits._kept.values()) <= kept_bytes
+
+
+def test_what_was_asked_for_last_goes_last():
+    original, plan, refits = build("bert")[0], mr.ReusePlan.grouped(4, 4), Refits(kept_bytes=12_000)
+    model = mr.convert(original, plan)
+    _fit.refit(model, plan, Wanted(original, random_batches(8)), refits)
+    assert len(refits._kept) == 2
+    refits.again(model, plan, 2)
+    refits.keep(model, plan, LayerFit(1, before=0.5, after=0.4, ridge=1.0, values=False))
+
+    assert [refits.again(model, plan, layer) is not None for layer in (1, 2, 3)] == [True, True, False]
+
+
+def test_plans_that_are_judged_refit_what_they_have_in_common_once(fitted):
+    judged = Judged(build("bert")[0], random_batches(8), lambda model: 0.5)
+    judged(FIRST)
+    judged(ALIKE)
+
+    assert fitted == [1, 3, 3]
 
 
 def test_a_layer_that_kept_its_weights_keeps_them_again():
