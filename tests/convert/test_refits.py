@@ -53,7 +53,7 @@ def test_what_a_plan_takes_from_another_is_what_refitting_it_gives(family, plan,
     assert reports[0].ridge is not None
     for one, other in zip(reports, mr.fit(alone, original, batches), strict=True):
         assert one.after == pytest.approx(other.after, rel=1e-5)
-        assert replace(one, before=0, after=0) == replace(other, before=0, after=0)
+        assert replace(one, before=0.0, after=0.0) == replace(other, before=0.0, after=0.0)
     for name, parameter in alone.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], parameter, rtol=1e-4, atol=1e-4)
 
