@@ -1,6 +1,7 @@
 """Distillation: closer to the original on batches it has not seen, never further, resumable to the bit."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mapreuse.convert import DistillConfig, _distill
 from mapreuse.measure import Latency
 from mapreuse.models import find_stack
 
-CONFIG = DistillConfig(steps=30, learning_rate=3e-3, evaluate_every=10)
+CONFIG = DistillConfig(steps=30, learning_rate=3e-3, evaluate_every=10, bfloat16=False)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,9 @@ def test_products_are_in_bfloat16_where_that_is_measured_to_be_much_faster(origi
     model.encoder.layer[2].attention.self.value.register_forward_hook(
         lambda module, args, output: seen.append(output.dtype)
     )
-    report = mr.distill(model, original, random_batches(24), CONFIG, held_out=unseen)
+    report = mr.distill(
+        model, original, random_batches(24), dataclasses.replace(CONFIG, bfloat16=None), held_out=unseen
+    )
 
     assert report.bfloat16 is chosen
     assert (torch.bfloat16 in seen) is chosen
@@ -148,6 +151,18 @@ def test_products_are_in_bfloat16_where_that_is_measured_to_be_much_faster(origi
     assert report.before == pytest.approx(expected, rel=1e-4), "judged in float32"
     assert report.after == pytest.approx(distance(model, original, unseen), rel=1e-4)
     assert report.after < 0.8 * report.before
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_products_are_of_the_type_that_is_asked_for_and_nothing_is_timed(original, monkeypatch, chosen):
+    monkeypatch.delattr(_distill, "time_interleaved")
+    model, seen = converted(original), set()
+    model.encoder.layer[2].attention.self.value.register_forward_hook(
+        lambda module, args, output: seen.add(output.dtype) if torch.is_grad_enabled() else None
+    )
+    config = DistillConfig(steps=2, bfloat16=chosen)
+    assert mr.distill(model, original, random_batches(8), config).bfloat16 is chosen
+    assert seen == {torch.bfloat16 if chosen else torch.float32}, "of the passes that teach"
 
 
 def test_every_eighth_batch_judges_where_no_others_are_given(original):
@@ -209,8 +224,7 @@ class Breaking:
             yield batch
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path, monkeypatch):
-    monkeypatch.setattr(_distill._Run, "_is_faster_in_bfloat16", lambda run, batch: False)  # measured, by either run
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path):
     batches, unseen = random_batches(7), random_batches(3, seed=1)
     whole = converted(original)
     expected = mr.distill(whole, original, batches, CONFIG, held_out=unseen)
@@ -232,8 +246,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path, mo
     assert torch.equal(next(again.parameters()), next(whole.parameters()))
 
 
-def test_the_same_call_again_goes_on_with_the_model_that_the_run_left(original, tmp_path, monkeypatch):
-    monkeypatch.setattr(_distill._Run, "_is_faster_in_bfloat16", lambda run, batch: False)
+def test_the_same_call_again_goes_on_with_the_model_that_the_run_left(original, tmp_path):
     batches, unseen = random_batches(7), random_batches(3, seed=1)
     expected = mr.distill(converted(original), original, batches, CONFIG, held_out=unseen)
     model = converted(original)

@@ -45,6 +45,8 @@ class DistillConfig:
     The budget is `steps` or `seconds` (exactly one); the learning rate rises linearly over the first `warmup`
     fraction of it and falls to zero along a cosine. `hidden` and `logits` weigh the two parts of the loss. Every
     `evaluate_every` steps the held-out error is measured; `patience` measurements without a better one end the run.
+    `bfloat16` tells whether products are taken in that type (autocast); where None, they are where a forward pass is
+    measured to be much faster so, which may come out differently on another day.
     """
 
     steps: int | None = None
@@ -57,6 +59,7 @@ class DistillConfig:
     logits: float = 1.0
     evaluate_every: int = 50
     patience: int = 10
+    bfloat16: bool | None = None
 
     def __post_init__(self) -> None:
         budget = self.steps or self.seconds or 0
@@ -81,8 +84,7 @@ class DistillConfig:
 class Distillation:
     """What `distill` did: held-out errors, each the distance of the last layer's hidden states from the original's
     relative to their size, by the step at which they were measured. The model has the weights of the least.
-    `bfloat16` tells whether products were taken in that type, as they are where that is much faster; None before it
-    was measured."""
+    `bfloat16` tells whether products were taken in that type; None before it was measured."""
 
     errors: dict[int, float] = field(default_factory=dict)
     step: int = 0
@@ -123,9 +125,9 @@ def distill(
         hidden · meanₗ ‖hₗ − hₗ°‖² / ‖hₗ°‖²  +  logits · KL(p° ‖ p),        ° the original
 
     without dropout, as it is for inference. The layers from the first whose map others apply learn; what comes before
-    them, and after the last, stays. Weights keep their type; products are in bfloat16 (autocast) where a forward pass
-    is measured to be much faster so. Runs on every process of `accelerate launch`, each with the same model, or on
-    the one there is; on a GPU where there is one.
+    them, and after the last, stays. Weights keep their type; products are in bfloat16 where `config` says so, or
+    leaves it open and a forward pass is measured to be much faster so. Runs on every process of `accelerate launch`,
+    each with the same model, or on the one there is; on a GPU where there is one.
 
     Args:
         model: a converted model with a plan in force.
@@ -255,6 +257,8 @@ class _Run:
     def _train(self) -> None:
         if not self.state.errors:
             self._judge()
+        if self.state.bfloat16 is None:
+            self.state.bfloat16 = self.config.bfloat16
         if self.state.bfloat16 is None:
             self.state.bfloat16 = self._is_faster_in_bfloat16(next(iter(self.teaching)))
         started = time.monotonic() - self.state.elapsed
