@@ -92,3 +92,12 @@ def kinds_after_a_full_plan(model: nn.Module, batch: dict[str, Tensor]) -> set[s
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert disagreement(found, original.last_hidden_state, rows) < 1e-5
     return {type(module).__name__ for module in model.modules()}
+
+
+def output_of_layer(model: nn.Module, index: int, batch: dict[str, Tensor]) -> Tensor:
+    """What a layer puts out in a whole pass, by a hook, of a model of any family."""
+    seen: list[Any] = []
+    handle = find_stack(model).layers[index].layer.register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad(), handle:
+        model(**batch)
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]

@@ -1,23 +1,22 @@
 """Closed-form refit, against least squares and against the held-out error measured independently."""
 
 import copy
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from families import FAMILIES, _text, build
-from oracle import valid_rows
+from oracle import output_of_layer, valid_rows
 from packed_encoders import encoder, peaked
 from text_batches import random_batches
 from torch.nn import functional
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
-from mapreuse.convert import _fit, _sums, _wanted
+from mapreuse.convert import _fit, _sums
 from mapreuse.convert._sums import Sums, Weights
-from mapreuse.models import find_stack, output_projection
+from mapreuse.models import find_stack
 
 
 def random_weights(heads, inputs, dim, width, *, with_bias=True, maps=None):
@@ -146,17 +145,6 @@ def test_values_that_were_lost_are_found_again(second):
     assert report.after < 0.7 * report.before
 
 
-def output_of_layer(model, index, batch):
-    """By a hook, on a model of any family."""
-    seen = []
-    layer = find_stack(model).layers[index].layer
-    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad():
-        model(**batch)
-    handle.remove()
-    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-
-
 def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
@@ -173,58 +161,6 @@ def test_the_reported_error_is_that_of_the_converted_models_layer(family):
     assert report.before == pytest.approx(before, rel=1e-3)
     assert report.after == pytest.approx(relative(output_of_layer(converted, 1, batch)[valid], theirs), rel=1e-3)
     assert report.after < 0.9 * report.before
-
-
-WITH_ENCODERS = {
-    **{family: functools.partial(build, family) for family in FAMILIES},
-    "torch": lambda: (encoder(batch_first=True), {"src": torch.randn(3, 9, 32)}),
-    "timm": lambda: (peaked(VisionTransformer()), {"pixel_values": torch.randn(4, 3, 16, 16)}),
-}
-
-
-@pytest.mark.parametrize("make", WITH_ENCODERS.values(), ids=WITH_ENCODERS)
-def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(make):
-    """The layer is the last to read a map, which another pass through it needs once more."""
-    torch.manual_seed(0)
-    model, batch = make()
-    mr.apply(model, mr.ReusePlan.from_sources([0, 1, 0, 3], {2: [2, 0, 3, 1]}))
-    layer = find_stack(model).layers[2]
-    projection = output_projection(layer)
-    weight = projection.weight.detach().clone()
-
-    def change(factor):
-        with torch.no_grad():
-            projection.weight.copy_(factor * weight)
-
-    factors = (1.0, 0.5, 0.0, 1.0)
-    found = _wanted.outputs(model, 2, batch, [functools.partial(change, factor) for factor in factors])
-    assert len(found) == len(factors)
-    assert torch.equal(found[0], found[3])
-    assert not torch.allclose(found[0], found[1])
-    for factor, output in zip(factors, found, strict=True):
-        change(factor)
-        torch.testing.assert_close(output, output_of_layer(model, 2, batch))
-    assert not layer.layer._forward_pre_hooks
-    assert layer.attention._layout.releases == (0,)
-
-
-@pytest.mark.parametrize("with_hook", [False, True])
-def test_a_layer_that_changes_its_input_puts_out_what_it_does_in_whole_passes(with_hook):
-    """In place, or by a hook of its own: it runs twice, each time on what it would be given."""
-    model, batch = build("bert")
-    layer = find_stack(model).layers[2].layer
-    forward = layer.forward
-
-    def in_place(hidden_states, *args, **kwargs):
-        hidden_states += forward(hidden_states, *args, **kwargs)
-        return hidden_states
-
-    layer.forward = in_place
-    if with_hook:
-        layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
-    once, again = _wanted.outputs(model, 2, batch, [lambda: None, lambda: None])
-    torch.testing.assert_close(once, output_of_layer(model, 2, batch))
-    torch.testing.assert_close(again, once)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -295,24 +231,6 @@ def test_padding_changes_nothing(family, implementation):
 
     for one, two in zip(*reports, strict=True):
         assert one.after == pytest.approx(two.after, rel=1e-3)
-
-
-@pytest.mark.parametrize(("kept_bytes", "passes_again"), [(0, 20), (6000, range(1, 20)), (2**20, 0)])
-def test_what_the_original_makes_of_batches_is_kept_within_its_bytes(kept_bytes, passes_again):
-    """Two layers of eight batches, of which two are held out: that many passes, and none again if all is kept."""
-    original, batches, plan = build("bert")[0], random_batches(8), mr.ReusePlan.grouped(4, 2)
-    wanted = _wanted.Wanted(original, batches, kept_bytes=kept_bytes)
-    passes = []
-    wanted._model.register_forward_pre_hook(lambda *_: passes.append(None))
-    found = []
-    for _ in range(2):
-        passes.clear()
-        found.append(_fit.refit(mr.convert(original, plan), plan, wanted))
-        if len(found) == 1:
-            assert len(passes) == 20
-    assert len(passes) == passes_again if isinstance(passes_again, int) else len(passes) in passes_again
-    assert sum(tensor.nbytes for kept in wanted._kept.values() for tensor in kept) <= kept_bytes
-    assert found[0] == found[1] == mr.fit(mr.convert(original, plan), original, batches)
 
 
 def test_too_few_batches_a_missing_plan_and_nan_activations_are_refused():

@@ -44,10 +44,10 @@ def fitted(monkeypatch):
 def test_what_a_plan_takes_from_another_is_what_refitting_it_gives(family, plan, refitted, fitted):
     original, batches = build(family)[0], random_batches(8)
     wanted, refits = Wanted(original, batches), Refits(kept_bytes=2**20)
-    _fit.refit(mr.apply(build(family)[0], FIRST), FIRST, wanted, refits)
+    _fit.refit(mr.apply(build(family)[0], FIRST), wanted, refits)
     fitted.clear()
     model, alone = (mr.apply(build(family)[0], plan) for _ in range(2))
-    reports = _fit.refit(model, plan, wanted, refits)
+    reports = _fit.refit(model, wanted, refits)
 
     assert fitted == refitted
     assert reports[0].ridge is not None
@@ -63,7 +63,7 @@ def test_only_so_many_bytes_are_kept_and_the_oldest_go_first(kept_bytes, again, 
     """Output and values of a layer are 2 · 32 · 32 floats of four bytes: 8 KiB at most."""
     original, plan = build("bert")[0], mr.ReusePlan.grouped(4, 4)
     wanted, refits = Wanted(original, random_batches(8)), Refits(kept_bytes)
-    _fit.refit(mr.convert(original, plan), plan, wanted, refits)
+    _fit.refit(mr.convert(original, plan), wanted, refits)
     fitted.clear()
     known = [layer for layer in (1, 2, 3) if refits.again(mr.convert(original, plan), plan, layer) is not None]
 
@@ -74,7 +74,7 @@ def test_only_so_many_bytes_are_kept_and_the_oldest_go_first(kept_bytes, again, 
 def test_what_was_asked_for_last_goes_last():
     original, plan, refits = build("bert")[0], mr.ReusePlan.grouped(4, 4), Refits(kept_bytes=12_000)
     model = mr.convert(original, plan)
-    _fit.refit(model, plan, Wanted(original, random_batches(8)), refits)
+    _fit.refit(model, Wanted(original, random_batches(8)), refits)
     assert len(refits._kept) == 2
     refits.again(model, plan, 2)
     refits.keep(model, plan, LayerFit(1, before=0.5, after=0.4, ridge=1.0, values=False))

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mapreuse.convert._batches import check_original, check_precision
+from mapreuse.convert._passes import Passes
 from mapreuse.convert._projections import Kept, maps_of, read, values_can_move, write
 from mapreuse.convert._refits import LayerFit, Refits
 from mapreuse.convert._states import in_evaluation_mode
 from mapreuse.convert._sums import DRIFT, Sums, Weights
-from mapreuse.convert._wanted import Wanted, is_held_out, outputs, until
-from mapreuse.models import find_stack, output_projection, plan_of
-from mapreuse.plan import ReusePlan
+from mapreuse.convert._wanted import Wanted, is_held_out
+from mapreuse.models import output_projection, plan_of
 
 logger = logging.getLogger("mapreuse")
 
@@ -58,32 +58,34 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
         ValueError: where no plan is in force, there are too few batches or positions, a model is in half precision on
             a CPU, `original` has another depth or width or a plan, or activations are not finite.
     """
-    plan = plan_of(model)
-    if plan is None:
+    if plan_of(model) is None:
         raise ValueError("fit needs a converted model: apply a plan to it first")
     check_precision(model)
     check_original(model, original)
-    return refit(model, plan, Wanted(original, batches))
+    return refit(model, Wanted(original, batches))
 
 
-def refit(model: nn.Module, plan: ReusePlan, wanted: Wanted, refits: Refits | None = None) -> list[LayerFit]:
-    """`fit`, of a model that was converted by this plan, to what is wanted; layers that are among these refits, of
-    the same model to the same, are taken from there."""
-    refits = refits or Refits(kept_bytes=0)
+def refit(model: nn.Module, wanted: Wanted, refits: Refits | None = None) -> list[LayerFit]:
+    """`fit`, of a model under a plan, to what is wanted. Refits are those of other copies of the original: layers
+    that are among them are taken from there, and this model is such a copy too, its other weights the original's."""
+    plan = plan_of(model)
+    assert plan is not None
+    passes = Passes(model, wanted.batches, plan, None if refits is None else wanted.passes)
     reports: list[LayerFit] = []
     with in_evaluation_mode(model):
         for layer in filter(plan.reuses, range(plan.num_layers)):
-            report = refits.again(model, plan, layer)
+            report = None if refits is None else refits.again(model, plan, layer)
             if report is None:
-                report = _fit_layer(layer, model, wanted)
-                refits.keep(model, plan, report)
+                report = _fit_layer(layer, passes, wanted)
+                if refits is not None:
+                    refits.keep(model, plan, report)
             logger.info("layer %d: held-out error %.4f, before %.4f", layer, report.after, report.before)
             reports.append(report)
     return reports
 
 
-def _fit_layer(index: int, model: nn.Module, wanted: Wanted) -> LayerFit:
-    layer = find_stack(model).layers[index]
+def _fit_layer(index: int, passes: Passes, wanted: Wanted) -> LayerFit:
+    layer = passes.layers[index]
     projection = output_projection(layer)
     maps = maps_of(layer)
     moves_values = values_can_move(layer, maps)
@@ -91,12 +93,12 @@ def _fit_layer(index: int, model: nn.Module, wanted: Wanted) -> LayerFit:
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of every batch, what is regressed on, the target, and the drift."""
-        for number, (batch, rows) in enumerate(zip(wanted.batches, wanted.valid, strict=True)):
+        for number, rows in enumerate(wanted.valid):
             if is_held_out(number) != held_out:
                 continue
-            given, inputs = until(projection, model, layer, batch, whole_inputs=moves_values)
-            given = start.once_for_each_map(given[rows])
             target, original_inputs = wanted.attention(index, number)
+            given, inputs = passes.context(index, number, of_whole_inputs=moves_values)
+            given = start.once_for_each_map(given[rows])
             triple = given.double(), target.double(), (original_inputs - inputs[rows]).double()
             if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
                 raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
@@ -112,7 +114,7 @@ def _fit_layer(index: int, model: nn.Module, wanted: Wanted) -> LayerFit:
         fitted.add(*triple)
     for given, target, drift in observed(held_out=True):
         held_out.add(start.contexts(given), target, drift)
-    errors = _LayerErrors(index, model, wanted)
+    errors = _LayerErrors(index, passes, wanted)
     kept = Kept(layer, projection)
     candidates = [(share, *solved(share)) for share in DRIFT]
     try:
@@ -140,8 +142,8 @@ class _LayerErrors:
     """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of some changes of its weights;
     infinite where it is not finite."""
 
-    def __init__(self, index: int, model: nn.Module, wanted: Wanted) -> None:
-        self._index, self._model, self._wanted = index, model, wanted
+    def __init__(self, index: int, passes: Passes, wanted: Wanted) -> None:
+        self._index, self._passes, self._wanted = index, passes, wanted
         self._held_out = {
             number: wanted.output(index, number) for number in range(len(wanted.batches)) if is_held_out(number)
         }
@@ -151,7 +153,7 @@ class _LayerErrors:
         wrong = torch.zeros(len(changes), dtype=torch.float64)
         for number, output in self._held_out.items():
             rows = self._wanted.valid[number]
-            found = outputs(self._model, self._index, self._wanted.batches[number], changes)
+            found = self._passes.outputs(self._index, number, changes)
             wrong += torch.stack([(one[rows] - output).double().square().sum() for one in found]).cpu()
         errors = [(one / (self._size or 1.0)) ** 0.5 for one in wrong.tolist()]
         return [error if math.isfinite(error) else math.inf for error in errors]

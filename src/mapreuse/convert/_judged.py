@@ -22,10 +22,7 @@ from mapreuse.plan import ReusePlan
 _SAME = 1e-2
 """How near two errors of one plan are by one judge, relatively: another library rounds otherwise."""
 
-_KEPT_BYTES = 2**29
-"""Of what the original makes of the batches, which every refit needs."""
-
-_KEPT_BYTES_OF_LAYERS = 2**27
+_KEPT_BYTES = 2**27
 """Of layers as other plans' refits left them."""
 
 _START = '{"search": '
@@ -63,7 +60,7 @@ class Judged:
         self._path, self._identity = cache, identity
         self._entries = [] if cache is None else _entries(cache)
         self._errors: dict[ReusePlan, float] = {}
-        self._refits = Refits(_KEPT_BYTES_OF_LAYERS)
+        self._refits = Refits(_KEPT_BYTES)
         self._first: tuple[str, float] | None = None
         self._of_original = self._error_of(original)
 
@@ -72,9 +69,7 @@ class Judged:
         if plan.is_full:
             return self._of_original
         if plan not in self._errors:
-            model = apply(copy.deepcopy(self._original), plan)
-            refit(model, plan, self._wanted, self._refits)
-            error = self._error_of(model)
+            error = self._error_of(self.refitted(plan))
             if self._first is None:
                 self._first = plan.to_json(), error
                 self._recall()
@@ -83,9 +78,15 @@ class Judged:
                 self._write(plan)
         return self._errors[plan]
 
+    def refitted(self, plan: ReusePlan) -> nn.Module:
+        """A copy of the original, after `apply` and `fit`."""
+        model = apply(copy.deepcopy(self._original), plan)
+        refit(model, self._wanted, self._refits)
+        return model
+
     @functools.cached_property
     def _wanted(self) -> Wanted:
-        return Wanted(self._original, self._batches, kept_bytes=_KEPT_BYTES)
+        return Wanted(self._original, self._batches)
 
     def _error_of(self, model: nn.Module) -> float:
         error = float(self._judge(model))
