@@ -25,7 +25,7 @@ def regular_times(monkeypatch):
     """A device on which every reusing head saves a twentieth, so that results do not hang on this machine's moods."""
     import mapreuse as mr
 
-    def times(models, batch):
+    def times(models, batch, **options):
         plans = {name: mr.plan_of(model) for name, model in models.items()}
         heads = {
             name: 0 if plan is None else sum(s is not None for l in range(plan.num_layers) for s in plan.heads(l, 4))

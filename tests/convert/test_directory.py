@@ -38,7 +38,7 @@ def test_a_conversion_stopped_in_distillation_goes_on_with_the_plan_and_the_weig
         before.update(copy.deepcopy(model.state_dict()))
 
     monkeypatch.setattr(_directory, "distill", noted)
-    for name in ("search", "align", "fit"):
+    for name in ("searched", "align", "fit", "relative_latencies"):
         monkeypatch.setattr(_directory, name, None)
     monkeypatch.setattr(_linear, "onednn_is_faster", lambda threads: not torch.backends.mkldnn.is_available())
     model, report = convert_whole(bert, batches, **given)
@@ -48,6 +48,24 @@ def test_a_conversion_stopped_in_distillation_goes_on_with_the_plan_and_the_weig
     mr.fit(refitted, bert, _directory.calibrating_and_judging(batches)[0])
     for name, weight in refitted.state_dict().items():
         torch.testing.assert_close(before[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_search_refitted_and_timed_is_not_refitted_and_timed_again(bert, regular_times, monkeypatch):
+    batches = random_batches(12)
+    (*_, fastest) = mr.search(bert, batches, error=0.3)
+    by_hand = mr.apply(copy.deepcopy(bert), fastest.plan)
+    mr.fit(by_hand, bert, _directory.calibrating_and_judging(batches)[0])
+    for name in ("align", "fit", "relative_latencies"):
+        monkeypatch.setattr(_directory, name, None)
+    model, report = convert_whole(bert, batches, budget={"error": 0.3})
+
+    assert report.plan == fastest.plan == mr.plan_of(model)
+    assert not report.plan.is_full
+    assert report.errors["refitted"] == pytest.approx(fastest.error)
+    assert report.errors["refitted"] < report.errors["aligned"]
+    assert (report.latency, report.exact_latency) == (pytest.approx(fastest.latency), 1.0)
+    for name, weight in by_hand.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "found.json"])

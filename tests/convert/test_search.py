@@ -11,8 +11,9 @@ from text_batches import random_batches
 from torch.nn import functional
 
 import mapreuse as mr
-from mapreuse.convert import Judged, Ranking, _judged, _search, hidden_state_error
+from mapreuse.convert import Judged, Ranking, _judged, _search, hidden_state_error, relative_latencies
 from mapreuse.convert._search import _Costs, _extensions, _front
+from mapreuse.measure import Latency
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_a_search_goes_on_after_a_line_that_was_cut_short(bert, tmp_path, regula
 
 
 def test_a_budget_of_latency_is_kept_by_measurement_where_the_cost_model_promises_too_much(bert, monkeypatch):
-    def times(models, batch):
+    def times(models, batch, **options):
         """As the cost model wants them, but for plans of its own a tenth more."""
         found = {}
         for name, model in models.items():
@@ -231,14 +232,36 @@ def test_a_budget_of_latency_is_kept_by_measurement_where_the_cost_model_promise
 
 @pytest.mark.parametrize(("more", "said"), [(0.05, False), (0.15, True)])
 def test_a_time_that_is_more_than_a_tenth_from_what_was_predicted_is_said(bert, monkeypatch, caplog, more, said):
-    def times(models, batch):
-        """Of the cost model's own plans and the original 1, of others more."""
-        return {name: 1 + more * name.isdigit() for name in models}
+    def times(models, batch, **options):
+        """A twentieth less for each layer that reuses, in other plans than the cost model's own more."""
+        found = {}
+        for name, model in models.items():
+            plan = mr.plan_of(model)
+            saved = 0.0 if plan is None else sum(plan.reuses(layer) for layer in range(plan.num_layers)) / 20
+            found[name] = (1 - saved) * (1 + more * name.isdigit())
+        return found
 
     monkeypatch.setattr(_search, "_times", times)
     with caplog.at_level("WARNING", logger="mapreuse"):
         mr.search(bert, random_batches(8), error=1.0, breadth=1)
-    assert ("a plan was predicted to take 1.00×, and takes 1.15×" in caplog.text) is said
+    assert ("a plan was predicted to take 0.85×, and takes 0.98×" in caplog.text) is said
+
+
+def test_times_that_are_told_are_precise(bert, monkeypatch):
+    """Those of the plans found, and of `relative_latencies`; those that only choose between plans less so."""
+    asked = []
+
+    def timed(calls, **options):
+        asked.append((options["precision"], len(calls)))
+        return dict.fromkeys(calls, Latency((1.0,)))
+
+    monkeypatch.setattr(_search, "time_interleaved", timed)
+    found = mr.search(bert, random_batches(8), error=0.0, breadth=1)
+    relative_latencies(bert, {"again": bert}, random_batches(8))
+    assert [one.plan.is_full for one in found] == [True]
+    assert asked == [(0.05, 4), (0.02, 4), (0.02, 2)], (
+        "the original and the cost model's three, one of which was found"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the original, which is timed, too
@@ -268,7 +291,7 @@ def test_layers_of_torchs_own_encoder_are_searched_and_their_padding_left_out(re
 def test_the_batch_that_is_timed_may_be_given(bert, monkeypatch):
     seen = []
 
-    def times(models, batch):
+    def times(models, batch, **options):
         seen.append(batch)
         return dict.fromkeys(models, 1.0)
 

@@ -24,7 +24,7 @@ from mapreuse.convert._batches import calibration_batches, check_precision, dige
 from mapreuse.convert._checkpoints import DAMAGED
 from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
-from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latencies, search
+from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latencies, searched
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.models import apply, copy_with_same_weights, transformer_directory
 from mapreuse.plan import ReusePlan
@@ -106,27 +106,35 @@ def convert_whole(
     asked["of"] = digest([original.state_dict(), *given])
     refitted = None if work_dir is None else Path(work_dir) / _REFITTED
     if refitted is not None and (found := _refitted(refitted, original, asked)) is not None:
-        model, plan, errors = found
+        model, plan, errors, latencies = found
     else:
         if budget is not None:
-            latency, error = budget.get("latency"), budget.get("error")
-            plan = _within(search(original, given, latency=latency, error=error, cache=cache), latency, error).plan
-        assert plan is not None
-        plan = align(original, plan, calibration)
-        model = apply(copy.deepcopy(original), plan)
-        errors = {"aligned": judge(model)}
-        fit(model, original, calibration)
+            latency = budget.get("latency")
+            of_search = searched(original, given, latency=latency, error=budget.get("error"), cache=cache)
+            chosen = _within(of_search.candidates, latency)
+            plan, latencies = chosen.plan, (chosen.latency, of_search.exact_latency)
+            errors = {"aligned": judge(apply(copy_with_same_weights(original), plan))}
+            model = of_search.judged.refitted(plan)
+        else:
+            assert plan is not None
+            plan, latencies = align(original, plan, calibration), None
+            model = apply(copy.deepcopy(original), plan)
+            errors = {"aligned": judge(model)}
+            fit(model, original, calibration)
         errors["refitted"] = judge(model)
         if refitted is not None:
-            _keep_refitted(refitted, model, {"asked": asked, "plan": plan.to_json(), "errors": errors})
+            described = {"asked": asked, "plan": plan.to_json(), "errors": errors, "latencies": latencies}
+            _keep_refitted(refitted, model, described)
     if training is not None and not plan.is_full:  # which says what the original says
         teaching = random.Random(0).sample(calibration, len(calibration))  # not from short to long
         distill(model, original, teaching, training, out_dir=checkpoints)
         errors["distilled"] = judge(model)
     numbers = [sum(parameter.numel() for parameter in one.parameters()) for one in (original, model)]
-    exact = apply(copy_with_same_weights(original), ReusePlan.full(plan.num_layers))
-    latencies = relative_latencies(original, {"converted": model, "exact": exact}, given)
-    return model, Converted(plan, errors, latencies["converted"], latencies["exact"], (numbers[0], numbers[1]))
+    if latencies is None:
+        exact = apply(copy_with_same_weights(original), ReusePlan.full(plan.num_layers))
+        measured = relative_latencies(original, {"converted": model, "exact": exact}, given)
+        latencies = measured["converted"], measured["exact"]
+    return model, Converted(plan, errors, *latencies, (numbers[0], numbers[1]))
 
 
 def copy_companions(source: str | Path, out: str | Path, *, work_dir: str | Path) -> None:
@@ -173,8 +181,9 @@ def _keep_refitted(directory: Path, model: nn.Module, described: dict[str, Any])
 
 def _refitted(
     directory: Path, original: nn.Module, asked: Mapping[str, Any]
-) -> tuple[nn.Module, ReusePlan, dict[str, float]] | None:
-    """The refitted copy that is kept there, its plan and errors, where the same was asked for; None if damaged."""
+) -> tuple[nn.Module, ReusePlan, dict[str, float], tuple[float, float] | None] | None:
+    """The refitted copy that is kept there, its plan, errors, and latencies where they were measured, if the same was
+    asked for; None if damaged."""
     try:
         described = json.loads((directory / "found.json").read_text())  # written last
         if described["asked"] != asked:
@@ -182,7 +191,11 @@ def _refitted(
         plan = ReusePlan.from_json(described["plan"])
         model = apply(copy.deepcopy(original), plan)
         load_model(model, directory / "model.safetensors")
-        return model, plan, dict(described["errors"])
+        latencies = described["latencies"]
+        if latencies is not None:
+            converted, exact = map(float, latencies)
+            latencies = converted, exact
+        return model, plan, dict(described["errors"]), latencies
     except DAMAGED:
         return None
 
@@ -227,15 +240,8 @@ def check_new(out: str | Path) -> None:
         raise ValueError(f"{out} cannot be made: {above} is no directory that you may write to")
 
 
-def _within(found: Sequence[Candidate], latency: float | None, error: float | None) -> Candidate:
-    """The fastest plan of an error within the budget, or the most exact one of a latency within it."""
+def _within(found: Sequence[Candidate], latency: float | None) -> Candidate:
+    """The most exact plan of a latency within the budget; or the fastest, all being within one of error."""
     if latency is None:
-        return min(found, key=lambda candidate: candidate.latency)  # `search` keeps to a budget of error
-    within = [candidate for candidate in found if candidate.latency <= latency]
-    if not within:
-        fastest = min(found, key=lambda candidate: candidate.latency)
-        raise ValueError(
-            f"no plan found takes {latency} of the original's time, by measurement; the fastest takes "
-            f"{fastest.latency:.2f}, with an error of {fastest.error:.3f}"
-        )
-    return min(within, key=lambda candidate: candidate.error)
+        return min(found, key=lambda candidate: candidate.latency)
+    return min((one for one in found if one.latency <= latency), key=lambda candidate: candidate.error)

@@ -30,8 +30,8 @@ FEWEST = 8
 _ROUNDS = 7
 """Timed rounds, of the cost model and of the plans that are returned; more where times vary."""
 
-_PRECISION = 0.02
-"""Relative standard error of a time that is precise enough."""
+_PRECISION, _PRECISION_OF_COSTS = 0.02, 0.05
+"""Relative standard errors of times that are precise enough to be told, and to choose plans by."""
 
 _TOO_FAST = "no plan takes {} of the original's time: with all maps shared it is {:.2f}"
 
@@ -105,6 +105,38 @@ def search(
             the model has a plan already, is in half precision on a CPU or cannot be served, or the cache cannot be
             read.
     """
+    return searched(
+        original, batches, latency=latency, error=error, judge=judge, timed=timed, breadth=breadth, cache=cache
+    ).candidates
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search came to.
+
+    Attributes:
+        candidates: what `search` returns.
+        exact_latency: time of a plan that reuses nothing, divided by the original's, measured in the same run.
+        judged: can tell what each candidate's refitted model is.
+    """
+
+    candidates: list[Candidate]
+    exact_latency: float
+    judged: Judged
+
+
+def searched(
+    original: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    latency: float | None = None,
+    error: float | None = None,
+    judge: Callable[[nn.Module], float] | None = None,
+    timed: Mapping[str, Any] | None = None,
+    breadth: int = 4,
+    cache: str | Path | None = None,
+) -> Searched:
+    """`search`, with what else it found out."""
     if (latency is None) == (error is None):
         raise ValueError("give the budget as latency=0.7 (of the original's time) or as error=0.02, one of the two")
     if latency is not None and not 0 < latency < 1:
@@ -134,7 +166,7 @@ def search(
             if latency is not None and costs.of(reusing) <= latency:
                 found = _measured(original, visited, judged, costs, batch)
                 if any(candidate.latency <= latency for candidate in found):
-                    return found
+                    return Searched(found, costs.exact, judged)
             extensions = {e: ranking.plan(e) for e in _extensions(ranking, reusing, costs)[:breadth]}
             for plan in extensions.values():
                 judged(plan)
@@ -149,7 +181,7 @@ def search(
     if latency is not None:
         fastest = min((candidate.latency for candidate in found), default=costs.of(reusing))
         raise ValueError(_TOO_FAST.format(latency, fastest))
-    return _measured(original, visited, judged, costs, batch)
+    return Searched(_measured(original, visited, judged, costs, batch), costs.exact, judged)
 
 
 def calibrating_and_judging(
@@ -191,7 +223,11 @@ def _extensions(ranking: Ranking, reusing: frozenset[Head], costs: _Costs) -> li
 
 
 class _Costs:
-    """Time of a plan, by the number of heads that reuse in each layer, from three plans timed beside the original."""
+    """Time of a plan, by the number of heads that reuse in each layer, from three plans timed beside the original.
+
+    Attributes:
+        exact: measured share of the original's time of the plan that reuses nothing.
+    """
 
     def __init__(self, original: nn.Module, batch: Mapping[str, Any], ranking: Ranking) -> None:
         heads = range(ranking.num_heads)
@@ -200,7 +236,7 @@ class _Costs:
             plans["half"] = frozenset((layer, head) for layer in ranking.sharing for head in heads[1::2])
         self._original, self._plans = original, {name: ranking.plan(heads) for name, heads in plans.items()}
         self._num_heads, self._num_sharing = ranking.num_heads, len(ranking.sharing)
-        self.calibrate(_times({"original": original} | self.models(), batch))
+        self.calibrate(_times({"original": original} | self.models(), batch, precision=_PRECISION_OF_COSTS))
 
     def models(self) -> dict[str, nn.Module]:
         """The three plans' models, made anew: in memory only while they are timed."""
@@ -208,7 +244,7 @@ class _Costs:
 
     def calibrate(self, times: Mapping[str, float]) -> None:
         """Take what the original and the three plans cost from these times, measured in turns."""
-        self._full = times["none"] / times["original"]
+        self.exact = times["none"] / times["original"]
         self._saved = {
             name: (times["none"] - times[name]) / times["original"] / self._num_sharing
             for name in ("all", "half")
@@ -224,7 +260,7 @@ class _Costs:
                 saved += self._saved["all"]
             else:
                 saved += self._saved["half"] * number / (self._num_heads // 2)
-        return self._full - saved
+        return self.exact - saved
 
 
 def _measured(
@@ -233,15 +269,17 @@ def _measured(
     """Of the plans judged, those that no other beats, timed; the cost model is that of the same run."""
     heads = {plan: reusing for reusing, plan in visited.items()}
     chosen = _front({plan: (judged(plan), costs.of(reusing)) for plan, reusing in heads.items()})
-    models = {str(number): apply(copy_with_same_weights(original), plan) for number, plan in enumerate(chosen)}
-    times = _times({"original": original} | costs.models() | models, batch)
+    names = {plan: "none" if plan.is_full else str(number) for number, plan in enumerate(chosen)}
+    models = costs.models()
+    models |= {name: apply(copy_with_same_weights(original), plan) for plan, name in names.items() if name != "none"}
+    times = _times({"original": original} | models, batch)
     costs.calibrate(times)
     found = []
-    for number, plan in enumerate(chosen):
-        predicted, measured = costs.of(heads[plan]), times[str(number)] / times["original"]
+    for plan, name in names.items():
+        predicted, measured = costs.of(heads[plan]), times[name] / times["original"]
         if abs(predicted - measured) > _TOLERANCE * measured:
             logger.warning("a plan was predicted to take %.2f×, and takes %.2f×", predicted, measured)
-        parameters = sum(parameter.numel() for parameter in models[str(number)].parameters())
+        parameters = sum(parameter.numel() for parameter in models[name].parameters())
         found.append(Candidate(plan, judged(plan), measured, predicted, parameters))
     best = _front({candidate: (candidate.error, candidate.latency) for candidate in found})
     return sorted(best, key=lambda candidate: candidate.error)
@@ -256,12 +294,14 @@ def _front(points: Mapping[Any, tuple[float, float]]) -> list[Any]:
     ]
 
 
-def _times(models: Mapping[str, nn.Module], batch: Mapping[str, Any]) -> dict[str, float]:
+def _times(
+    models: Mapping[str, nn.Module], batch: Mapping[str, Any], *, precision: float = _PRECISION
+) -> dict[str, float]:
     """Seconds of a forward pass of each, in turns."""
     device = next(value for value in batch.values() if isinstance(value, Tensor)).device.type
     calls = {name: functools.partial(model, **batch) for name, model in models.items()}
     with in_evaluation_mode(*models.values()):
-        timed = time_interleaved(calls, repeats=_ROUNDS, warmup=2, precision=_PRECISION, device=device)
+        timed = time_interleaved(calls, repeats=_ROUNDS, warmup=2, precision=precision, device=device)
     return {name: latency.median for name, latency in timed.items()}
 
 

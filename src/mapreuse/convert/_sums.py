@@ -158,12 +158,13 @@ class Sums:
             of_heads = [self._gram[rows, other * inputs : (other + 1) * inputs] for other in maps]
             met = torch.stack([gram @ others for gram, others in zip(of_heads, values, strict=True)], 1)
             met[:, head] = 0
-            left = moment[rows] - met.flatten(1) @ output.flatten(0, 1)
-            left -= self._gram[rows, -1:] * constant
+            onto = output[head].mT  # from the right at once: what is left is as wide as the output, a head is narrow
+            left = moment[rows] @ onto - met.flatten(1) @ (output.flatten(0, 1) @ onto)
+            left -= self._gram[rows, -1:] * (constant @ onto)
             sizes, vectors = self._eigen[number]
-            widths, turned = torch.linalg.eigh(output[head] @ output[head].mT)
+            widths, turned = torch.linalg.eigh(output[head] @ onto)
             strength = ridge * _positive(sizes.mean() * widths.mean())
-            wanted = vectors.mT @ (left @ output[head].mT + strength * start.values[head]) @ turned
+            wanted = vectors.mT @ (left + strength * start.values[head]) @ turned
             values[head] = vectors @ (wanted / (sizes[:, None] * widths + strength)) @ turned.mT
         return replace(weights, values=values)
 
