@@ -51,6 +51,8 @@ GOALS = (
 """What is to be reached, by whole layers or by as many heads."""
 LONGER = 40
 """Minutes of distillation that show what more time than the goal's brings."""
+BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+"""Whether all that is distilled takes its products in that type."""
 _DOCUMENTED = ("numpy", "scipy", "torch")
 _RIDGES = (1e-3, 1e-2, 1e-1)
 _HELD_OUT = 8
@@ -370,7 +372,7 @@ def _nearest(layers: tuple[int, ...]) -> list[int]:
 
 
 def _distilled(model: nn.Module, original: nn.Module, teaching: list[Batch], minutes: int) -> nn.Module:
-    config = mr.DistillConfig(seconds=60.0 * minutes, evaluate_every=200, patience=50)
+    config = mr.DistillConfig(seconds=60.0 * minutes, evaluate_every=200, patience=50, bfloat16=BFLOAT16)
     mr.distill(model, original, teaching[_HELD_OUT:], config, held_out=teaching[:_HELD_OUT])
     return model
 
@@ -381,14 +383,13 @@ def _retaught(model: nn.Module, original: nn.Module, teaching: list[Batch], minu
     left = [layer for layer in range(6) if layer not in getattr(model, "without", ())]
     learning = list(model.encoder.layer.parameters())
     optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     started = time.monotonic()
     batches = itertools.cycle(teaching[_HELD_OUT:])
     while (elapsed := time.monotonic() - started) < 60.0 * minutes:
         batch = next(batches)
         rows = batch["attention_mask"].bool()
         optimizer.param_groups[0]["lr"] = learning_rate(config, 0, elapsed)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             with torch.no_grad():
                 theirs = original(**batch, output_hidden_states=True).hidden_states[1:]
             ours = model(**batch, output_hidden_states=True).hidden_states[1:]

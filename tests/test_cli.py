@@ -288,7 +288,7 @@ def test_a_conversion_that_fails_while_it_is_written_leaves_no_directory(tmp_pat
 
 
 def test_a_budget_of_latency_that_exact_attention_meets_is_said_to_need_no_reuse(tmp_path, monkeypatch, capsys):
-    def times(models, batch):
+    def times(models, batch, **options):
         return {name: 1.0 if mr.plan_of(model) is None else 0.5 for name, model in models.items()}
 
     monkeypatch.setattr(sys.modules[mr.search.__module__], "_times", times)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import shlex
 import sys
@@ -292,8 +291,6 @@ def convert(
         f"latency{of_part}: {report.latency:.2f}× of the original's; without reuse {report.exact_latency:.2f}×",
         highlight=False,
     )
-    if report.latency > (limits or {}).get("latency", math.inf):
-        console.print("That is above the budget; in the search, the same plan was measured to be within it.")
     console.print(
         f"parameters{of_part}: {before:,} before, {after:,} after ({1 - after / before:.1%} less)", highlight=False
     )

@@ -11,12 +11,14 @@ from text_batches import random_batches
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
+from mapreuse.convert import Judged
 from mapreuse.convert._passes import Passes
 from mapreuse.models import find_stack, output_projection
 
 FAMILIES_AND_ENCODERS = {
     **{family: functools.partial(build, family) for family in FAMILIES},
     "torch": lambda: (encoder(batch_first=True), {"src": torch.randn(3, 9, 32)}),
+    "torch, positions first": lambda: (encoder(batch_first=False), {"src": torch.randn(9, 3, 32)}),
     "timm": lambda: (peaked(VisionTransformer()), {"pixel_values": torch.randn(4, 3, 16, 16)}),
 }
 PLAN = mr.ReusePlan.from_sources([0, 1, 0, 1], {2: [2, 0, 3, 1]})
@@ -29,6 +31,11 @@ CHAIN = mr.ReusePlan(
 def made(request):
     torch.manual_seed(0)
     return request.param()
+
+
+def by_batch(model, states):
+    """States with the batch first."""
+    return states if getattr(find_stack(model).layers[0].attention, "batch_first", True) else states.transpose(0, 1)
 
 
 def run_by(model, call):
@@ -64,7 +71,7 @@ def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(made):
         assert not torch.allclose(found[0], found[1])
         for factor, output in zip(factors, found, strict=True):
             change(factor)
-            torch.testing.assert_close(output, output_of_layer(model, 2, batch))
+            torch.testing.assert_close(output, by_batch(model, output_of_layer(model, 2, batch)))
     assert not any("forward" in vars(one.layer) for one in find_stack(model).layers)
     assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in find_stack(model).layers)
     assert layer.attention._layout.releases == (0,)
@@ -82,7 +89,7 @@ def test_what_reaches_a_layers_projection_is_that_of_whole_passes(made):
         ),
     ):
         model(**batch)
-    expected["inputs"] = output_of_layer(model, 2, batch)
+    expected["inputs"] = by_batch(model, output_of_layer(model, 2, batch))
     for _ in range(2):
         context, inputs = passes.context(3, 0)
         torch.testing.assert_close(context, expected["context"])
@@ -176,6 +183,39 @@ def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(wi
         torch.testing.assert_close(once, expected)
         torch.testing.assert_close(again, once)
     assert [layer.forward for layer in layers] == forwards
+
+
+@pytest.mark.parametrize("call", ["context", "outputs"])
+def test_a_pass_that_is_stopped_leaves_the_model_as_it_was(call):
+    model, batch = build("bert")
+    mr.apply(model, PLAN)
+    passes, layers = Passes(model, [batch], PLAN), find_stack(model).layers
+    passes.outputs(3, 0)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with layers[3].attention.register_forward_pre_hook(stopped), pytest.raises(KeyboardInterrupt):
+        getattr(passes, call)(3, 0)
+    assert not any("forward" in vars(one.layer) for one in layers)
+    assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in layers)
+    assert layers[2].attention._layout.releases == (0,)
+    assert layers[3].attention._layout.releases == (1,)
+
+
+def test_a_fit_runs_the_first_layer_once_for_each_batch():
+    """Of a plan that applies none of its maps; later layers need what it puts out again and again."""
+    original, plan = build("bert")[0], mr.ReusePlan.from_sources([0, 1, 1, 1])
+    model = mr.convert(original, plan)
+    assert run_by(model, lambda: mr.fit(model, original, random_batches(8))).count(0) == 8
+
+
+def test_plans_that_are_judged_have_the_originals_first_layers_in_common():
+    judged, runs = Judged(build("bert")[0], random_batches(8), lambda model: 0.5), []
+    judged._wanted.passes.layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(0))
+    for last in (1, 2):
+        judged(mr.ReusePlan.from_sources([0, 1, 2, last]))
+        assert len(runs) == 8
 
 
 def test_which_positions_are_padding():

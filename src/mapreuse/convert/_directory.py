@@ -24,7 +24,7 @@ from mapreuse.convert._batches import calibration_batches, check_precision, dige
 from mapreuse.convert._checkpoints import DAMAGED
 from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
-from mapreuse.convert._search import FEWEST, Candidate, calibrating_and_judging, relative_latencies, searched
+from mapreuse.convert._search import FEWEST, calibrating_and_judging, relative_latencies, searched
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.models import apply, copy_with_same_weights, transformer_directory
 from mapreuse.plan import ReusePlan
@@ -108,16 +108,13 @@ def convert_whole(
     if refitted is not None and (found := _refitted(refitted, original, asked)) is not None:
         model, plan, errors, latencies = found
     else:
+        latencies = None
         if budget is not None:
-            latency = budget.get("latency")
-            of_search = searched(original, given, latency=latency, error=budget.get("error"), cache=cache)
-            chosen = _within(of_search.candidates, latency)
-            plan, latencies = chosen.plan, (chosen.latency, of_search.exact_latency)
+            plan, model, latencies = _best_within(budget, original, given, cache)
             errors = {"aligned": judge(apply(copy_with_same_weights(original), plan))}
-            model = of_search.judged.refitted(plan)
         else:
             assert plan is not None
-            plan, latencies = align(original, plan, calibration), None
+            plan = align(original, plan, calibration)
             model = apply(copy.deepcopy(original), plan)
             errors = {"aligned": judge(model)}
             fit(model, original, calibration)
@@ -240,8 +237,16 @@ def check_new(out: str | Path) -> None:
         raise ValueError(f"{out} cannot be made: {above} is no directory that you may write to")
 
 
-def _within(found: Sequence[Candidate], latency: float | None) -> Candidate:
-    """The most exact plan of a latency within the budget; or the fastest, all being within one of error."""
+def _best_within(
+    budget: Mapping[str, float], original: nn.Module, batches: Sequence[Mapping[str, Any]], cache: Path | None
+) -> tuple[ReusePlan, nn.Module, tuple[float, float]]:
+    """The most exact plan of a latency within the budget, or the fastest of an error within it; a refitted copy by
+    it; and the latencies of that and of a plan without reuse."""
+    latency = budget.get("latency")
+    found = searched(original, batches, latency=latency, error=budget.get("error"), cache=cache)
     if latency is None:
-        return min(found, key=lambda candidate: candidate.latency)
-    return min((one for one in found if one.latency <= latency), key=lambda candidate: candidate.error)
+        best = min(found.candidates, key=lambda candidate: candidate.latency)
+    else:
+        within = (candidate for candidate in found.candidates if candidate.latency <= latency)
+        best = min(within, key=lambda candidate: candidate.error)
+    return best.plan, found.judged.refitted(best.plan), (best.latency, found.exact_latency)

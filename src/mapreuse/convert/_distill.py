@@ -84,7 +84,7 @@ class DistillConfig:
 class Distillation:
     """What `distill` did: held-out errors, each the distance of the last layer's hidden states from the original's
     relative to their size, by the step at which they were measured. The model has the weights of the least.
-    `bfloat16` tells whether products were taken in that type; None before it was measured."""
+    `bfloat16` tells whether products were taken in that type; None before the first step."""
 
     errors: dict[int, float] = field(default_factory=dict)
     step: int = 0

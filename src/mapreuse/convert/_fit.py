@@ -66,8 +66,11 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
 
 
 def refit(model: nn.Module, wanted: Wanted, refits: Refits | None = None) -> list[LayerFit]:
-    """`fit`, of a model under a plan, to what is wanted. Refits are those of other copies of the original: layers
-    that are among them are taken from there, and this model is such a copy too, its other weights the original's."""
+    """`fit`, of a model under a plan, to what is wanted.
+
+    With `refits`, the model is a copy of the original but for its plan, as those are whose layers they hold. Layers
+    that are among them are taken from there, and what comes before the first that reuses runs in the original alone.
+    """
     plan = plan_of(model)
     assert plan is not None
     passes = Passes(model, wanted.batches, plan, None if refits is None else wanted.passes)

@@ -25,7 +25,8 @@ class Passes:
 
     What layers put out is kept, and where a pass meets them again they put out the same without running, but for
     those whose maps are applied by layers that do run. So the layers before the one that a pass is for must be as
-    they were in earlier passes; it may change, and so may those after it.
+    they were in earlier passes; it may change, and so may those after it. A layer hands on nothing but its output and
+    its map. Where there is more than is kept, the rest runs every time.
 
     Args:
         model: in evaluation mode.

@@ -31,7 +31,7 @@ _ROUNDS = 7
 """Timed rounds, of the cost model and of the plans that are returned; more where times vary."""
 
 _PRECISION, _PRECISION_OF_COSTS = 0.02, 0.05
-"""Relative standard errors of times that are precise enough to be told, and to choose plans by."""
+"""Relative standard errors of times that are precise enough to be told or be a budget, and to choose plans by."""
 
 _TOO_FAST = "no plan takes {} of the original's time: with all maps shared it is {:.2f}"
 
@@ -155,7 +155,7 @@ def searched(
     identity = digest([original.state_dict(), *given])
     judged = Judged(original, calibration, judge, None if cache is None else Path(cache), identity)
     ranking = Ranking(original, calibration, judged)
-    costs = _Costs(original, batch, ranking)
+    costs = _Costs(original, batch, ranking, precision=_PRECISION_OF_COSTS if latency is None else _PRECISION)
     if latency is not None and (least := costs.of(ranking.all)) > latency * (1 + _TOLERANCE):
         raise ValueError(_TOO_FAST.format(latency, least))
     reusing: frozenset[Head] = frozenset()
@@ -163,7 +163,7 @@ def searched(
     found: list[Candidate] = []
     with tqdm(desc="Searching", unit="plan") as bar:
         while True:
-            if latency is not None and costs.of(reusing) <= latency:
+            if latency is not None and (costs.of(reusing) <= latency or reusing == ranking.all):
                 found = _measured(original, visited, judged, costs, batch)
                 if any(candidate.latency <= latency for candidate in found):
                     return Searched(found, costs.exact, judged)
@@ -229,14 +229,16 @@ class _Costs:
         exact: measured share of the original's time of the plan that reuses nothing.
     """
 
-    def __init__(self, original: nn.Module, batch: Mapping[str, Any], ranking: Ranking) -> None:
+    def __init__(
+        self, original: nn.Module, batch: Mapping[str, Any], ranking: Ranking, *, precision: float = _PRECISION
+    ) -> None:
         heads = range(ranking.num_heads)
         plans = {"none": frozenset[Head](), "all": ranking.all}
         if ranking.partial:
             plans["half"] = frozenset((layer, head) for layer in ranking.sharing for head in heads[1::2])
         self._original, self._plans = original, {name: ranking.plan(heads) for name, heads in plans.items()}
         self._num_heads, self._num_sharing = ranking.num_heads, len(ranking.sharing)
-        self.calibrate(_times({"original": original} | self.models(), batch, precision=_PRECISION_OF_COSTS))
+        self.calibrate(_times({"original": original} | self.models(), batch, precision=precision))
 
     def models(self) -> dict[str, nn.Module]:
         """The three plans' models, made anew: in memory only while they are timed."""
