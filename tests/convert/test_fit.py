@@ -163,6 +163,19 @@ def test_the_reported_error_is_that_of_the_converted_models_layer(family):
     assert report.after < 0.9 * report.before
 
 
+def test_a_model_whose_first_layers_are_not_the_originals_any_more_is_refitted_as_it_is():
+    model, batch = build("bert")
+    converted = mr.convert(model, mr.ReusePlan.from_sources([0, 1, 2, 2]))
+    with torch.no_grad():
+        converted.encoder.layer[0].output.dense.weight *= -1
+    valid = valid_rows(model, batch, model(**batch))
+    theirs = output_of_layer(model, 3, batch)[valid]
+    before = relative(output_of_layer(converted, 3, batch)[valid], theirs)
+    (report,) = mr.fit(converted, model, [batch] * 4)
+    assert report.before == pytest.approx(before, rel=1e-3)
+    assert report.after == pytest.approx(relative(output_of_layer(converted, 3, batch)[valid], theirs), rel=1e-3)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_torchs_own_encoder_is_aligned_and_refitted(batch_first, norm_first):

@@ -135,16 +135,22 @@ def test_a_layer_that_is_met_for_the_first_time_has_the_maps_that_it_applies():
     assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("plan", "runs"), [(PLAN, [0, 2]), (CHAIN, [0, 1, 2])])
-def test_layers_before_the_first_that_reuses_put_out_what_the_originals_do(plan, runs):
-    """So they need not run; in `CHAIN` layer 1 is the first that reuses, and is not the original's."""
+PAIRS = mr.ReusePlan.from_sources([0, 0, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("plan", "index", "runs"),
+    [(PLAN, 2, [0, 2]), (CHAIN, 2, [0, 1, 2]), (PAIRS, 2, [0, 1, 2]), (PAIRS, 3, [0, 1, 2, 3])],
+)
+def test_layers_before_the_first_that_reuses_put_out_what_the_originals_do(plan, index, runs):
+    """So they need not run; in `CHAIN` and `PAIRS` layer 1 is the first that reuses, and is not the original's."""
     original, batch = build("bert")
     model = mr.convert(original, plan)
     of_original = Passes(original, [batch])
     of_original.outputs(3, 0)
     passes = Passes(model, [batch], plan, of_original)
-    expected = output_of_layer(model, 2, batch)
-    assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(2, 0)[0], expected)) == runs
+    expected = output_of_layer(model, index, batch)
+    assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(index, 0)[0], expected)) == runs
 
 
 @pytest.mark.parametrize(("kept_bytes", "number_kept"), [(0, 0), (2_000, 0), (3 * 4 * 7 * 32 * 4, 3), (2**20, 6)])
