@@ -38,7 +38,7 @@ def test_a_conversion_stopped_in_distillation_goes_on_with_the_plan_and_the_weig
         before.update(copy.deepcopy(model.state_dict()))
 
     monkeypatch.setattr(_directory, "distill", noted)
-    for name in ("searched", "align", "fit", "relative_latencies"):
+    for name in ("search", "align", "fit", "relative_latencies"):
         monkeypatch.setattr(_directory, name, None)
     monkeypatch.setattr(_linear, "onednn_is_faster", lambda threads: not torch.backends.mkldnn.is_available())
     model, report = convert_whole(bert, batches, **given)

@@ -39,26 +39,36 @@ def outputs(weights, inputs):
     )
 
 
+FEW, MANY = 9, 200
+"""Rows: no more than inputs, so that they are kept as they are; and more, so that all are summed."""
+
+
 def summed(weights, inputs, targets, drift):
     sums = Sums(weights)
-    for rows in torch.arange(len(inputs)).split(37):
+    for rows in torch.arange(len(inputs)).split(4):
         sums.add(inputs[rows], targets[rows], drift[rows])
+    assert (sums._sums is None) == (len(inputs) <= inputs.shape[1])
     return sums
 
 
+@pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("share", "block"), [(0.0, 512), (1.0, 512), (1.0, 4)])
-def test_the_output_solved_from_streamed_sums_is_ridge_regression(with_bias, share, block, monkeypatch):
+def test_the_output_solved_from_streamed_sums_is_ridge_regression(rows, with_bias, share, block, monkeypatch):
     """Ridge towards given weights is least squares with the penalty as extra rows."""
     monkeypatch.setattr(_sums, "_BLOCK", block)
     torch.manual_seed(0)
     start = random_weights(2, 5, 3, 4, with_bias=with_bias)
-    inputs, targets, drift = torch.randn(200, 10).double(), torch.randn(200, 4).double(), torch.randn(200, 4).double()
+    inputs, targets, drift = (
+        torch.randn(rows, 10).double(),
+        torch.randn(rows, 4).double(),
+        torch.randn(rows, 4).double(),
+    )
     solved = summed(start, inputs, targets, drift).solve(start, 0.3, share)
 
     contexts = torch.cat([inputs[:, 5 * h : 5 * h + 5] @ start.values[h] + start.value_bias[h] for h in (0, 1)], 1)
     strength = (0.3 * contexts.square().sum(0).mean()).sqrt()
-    left = torch.cat([contexts, torch.ones(200, 1).double()], 1) if with_bias else contexts
+    left = torch.cat([contexts, torch.ones(rows, 1).double()], 1) if with_bias else contexts
     penalty = strength * torch.eye(6, left.shape[1]).double()
     expected = torch.linalg.lstsq(
         torch.cat([left, penalty]), torch.cat([targets + share * drift, strength * start.output.flatten(0, 1)])
@@ -68,29 +78,34 @@ def test_the_output_solved_from_streamed_sums_is_ridge_regression(with_bias, sha
         torch.testing.assert_close(solved.bias, expected[6])
 
 
+@pytest.mark.parametrize("rows", [5, MANY])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_error_summed_over_contexts_is_that_of_the_outputs(with_bias):
+def test_the_error_summed_over_contexts_is_that_of_the_outputs(rows, with_bias):
     torch.manual_seed(3)
     weights = random_weights(2, 5, 3, 4, with_bias=with_bias)
-    inputs, targets, drift = torch.randn(200, 10).double(), torch.randn(200, 4).double(), torch.randn(200, 4).double()
+    inputs, targets, drift = torch.randn(rows, 10), torch.randn(rows, 4).double(), torch.randn(rows, 4).double()
     judged = summed(weights.on_contexts(), weights.contexts(inputs), targets, drift).error(weights.on_contexts(), 1.0)
-    expected = (outputs(weights, inputs) - targets - drift).norm() / targets.norm()
+    expected = (outputs(weights, inputs.double()) - targets - drift).norm() / targets.norm()
     assert judged == pytest.approx(float(expected))
 
 
+@pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("maps", [(0, 1), (0, 1, 1)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(with_bias, maps):
+def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(rows, with_bias, maps):
     torch.manual_seed(1)
     start = random_weights(len(maps), 5, 3, 4, with_bias=with_bias, maps=maps)
-    inputs, targets = torch.randn(200, 10).double(), torch.randn(200, 4).double()
-    sums = summed(start, inputs, targets, torch.zeros_like(targets))
-    solved = sums._solve_values(start, start, sums._target, 0.05)
+    inputs, targets, drift = (
+        torch.randn(rows, 10).double(),
+        torch.randn(rows, 4).double(),
+        torch.randn(rows, 4).double(),
+    )
+    solved = summed(start, inputs, targets, drift)._solve_values(start, start, 1.0, 0.05)
     gram, product = inputs[:, 5:].mT @ inputs[:, 5:], start.output[-1] @ start.output[-1].mT
     strength = 0.05 * torch.linalg.eigvalsh(gram).mean() * torch.linalg.eigvalsh(product).mean()
 
     def penalised(values):
-        wrong = outputs(replace(start, values=values), inputs) - targets
+        wrong = outputs(replace(start, values=values), inputs) - targets - drift
         return wrong.square().sum() + strength * (values - start.values).square().sum()
 
     least = penalised(solved.values)
@@ -101,11 +116,16 @@ def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(
         assert penalised(solved.values + change) > least
 
 
+@pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_error_from_sums_is_the_error_of_the_outputs(share):
+def test_the_error_from_sums_is_the_error_of_the_outputs(rows, share):
     torch.manual_seed(2)
     weights = random_weights(4, 4, 2, 5, maps=(0, 1, 1, 2))
-    inputs, targets, drift = torch.randn(90, 12).double(), torch.randn(90, 5).double(), torch.randn(90, 5).double()
+    inputs, targets, drift = (
+        torch.randn(rows, 12).double(),
+        torch.randn(rows, 5).double(),
+        torch.randn(rows, 5).double(),
+    )
     found = summed(weights, inputs, targets, drift).error(weights, share)
 
     wrong = outputs(weights, inputs) - targets - share * drift

@@ -41,6 +41,8 @@ def test_every_plan_found_has_the_error_that_converting_it_by_hand_gives(bert, t
         assert candidate.error <= 0.5
         assert candidate.latency == pytest.approx(candidate.predicted)
         assert candidate.parameters == sum(p.numel() for p in model.parameters())
+        for name, weight in found.converted(candidate).state_dict().items():
+            torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-3, atol=1e-5)
 
 
 def test_no_plan_found_is_both_slower_and_worse_than_another(bert):

@@ -25,12 +25,13 @@ from mapreuse.convert._judged import Judged
 from mapreuse.convert._ranking import Ranking
 from mapreuse.convert._samples import sound_files
 from mapreuse.convert._schedule import learning_rate, spent
-from mapreuse.convert._search import Candidate, relative_latencies, search
+from mapreuse.convert._search import Candidate, Candidates, relative_latencies, search
 from mapreuse.convert._states import hidden_state_error
 
 __all__ = [
     "DAMAGED",
     "Candidate",
+    "Candidates",
     "Converted",
     "DistillConfig",
     "Distillation",

@@ -24,7 +24,7 @@ from mapreuse.convert._batches import calibration_batches, check_precision, dige
 from mapreuse.convert._checkpoints import DAMAGED
 from mapreuse.convert._distill import DistillConfig, distill
 from mapreuse.convert._fit import fit
-from mapreuse.convert._search import FEWEST, calibrating_and_judging, relative_latencies, searched
+from mapreuse.convert._search import FEWEST, calibrating_and_judging, relative_latencies, search
 from mapreuse.convert._states import hidden_state_error
 from mapreuse.models import apply, copy_with_same_weights, transformer_directory
 from mapreuse.plan import ReusePlan
@@ -243,10 +243,10 @@ def _best_within(
     """The most exact plan of a latency within the budget, or the fastest of an error within it; a refitted copy by
     it; and the latencies of that and of a plan without reuse."""
     latency = budget.get("latency")
-    found = searched(original, batches, latency=latency, error=budget.get("error"), cache=cache)
+    found = search(original, batches, latency=latency, error=budget.get("error"), cache=cache)
     if latency is None:
-        best = min(found.candidates, key=lambda candidate: candidate.latency)
+        best = min(found, key=lambda candidate: candidate.latency)
     else:
-        within = (candidate for candidate in found.candidates if candidate.latency <= latency)
+        within = (candidate for candidate in found if candidate.latency <= latency)
         best = min(within, key=lambda candidate: candidate.error)
-    return best.plan, found.judged.refitted(best.plan), (best.latency, found.exact_latency)
+    return best.plan, found.converted(best), (best.latency, found.exact_latency)

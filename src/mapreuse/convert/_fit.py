@@ -38,13 +38,13 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
 
         V, O, b = argmin ‖Σ_h A_h X V_h O_h + b − Y‖² + λ ‖V − V₀‖² + λ ‖O − O₀‖²
 
-    solved for O and b, then for V one head after the other, in turn, each exactly, from normal equations summed over
-    the batches in float64. λ is chosen with O alone, on held-out batches by the error of the attention's output; then
-    whether the drift is added, which helps only where nothing but a sum comes after O, and whether V moves, by the
-    error of what the whole layer puts out there. A layer whose output no candidate improves keeps its weights.
-    Padding is left out. Heads that apply the same map share its part of the equations. Heads of the layer that
-    compute their maps are solved for like the others. Values stay as they are where heads share them, and where maps
-    · width exceeds 12,288.
+    solved for O and b, then for V one head after the other, in turn, each exactly, in float64: from normal equations
+    summed over the batches, or from all positions at once where these are fewer than maps · width. λ is chosen with O
+    alone, on held-out batches by the error of the attention's output; then whether the drift is added, which helps
+    only where nothing but a sum comes after O, and whether V moves, by the error of what the whole layer puts out
+    there. A layer whose output no candidate improves keeps its weights. Padding is left out. Heads that apply the
+    same map share its part of the equations. Heads of the layer that compute their maps are solved for like the
+    others. Values stay as they are where heads share them, and where maps · width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.
@@ -102,7 +102,7 @@ def _fit_layer(index: int, passes: Passes, wanted: Wanted) -> LayerFit:
             target, original_inputs = wanted.attention(index, number)
             given, inputs = passes.context(index, number, of_whole_inputs=moves_values)
             given = start.once_for_each_map(given[rows])
-            triple = given.double(), target.double(), (original_inputs - inputs[rows]).double()
+            triple = given, target, original_inputs - inputs[rows]
             if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
                 raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
             yield triple

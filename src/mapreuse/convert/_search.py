@@ -58,6 +58,22 @@ class Candidate:
     parameters: int
 
 
+class Candidates(list[Candidate]):
+    """What a search came to, from the most exact plan to the fastest.
+
+    Attributes:
+        exact_latency: time of a plan that reuses nothing, divided by the original's, measured in the same run.
+    """
+
+    def __init__(self, candidates: Iterable[Candidate], exact_latency: float, judged: Judged) -> None:
+        super().__init__(candidates)
+        self.exact_latency, self._judged = exact_latency, judged
+
+    def converted(self, candidate: Candidate) -> nn.Module:
+        """A copy of the original under a candidate's plan, refitted as when it was judged."""
+        return self._judged.refitted(candidate.plan)
+
+
 def search(
     original: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -68,7 +84,7 @@ def search(
     timed: Mapping[str, Any] | None = None,
     breadth: int = 4,
     cache: str | Path | None = None,
-) -> list[Candidate]:
+) -> Candidates:
     """Plans of which none is both slower and worse than another, from the most exact to the fastest.
 
     A plan is the set R of heads that reuse; each of them takes, of the heads of earlier layers that still compute,
@@ -105,38 +121,6 @@ def search(
             the model has a plan already, is in half precision on a CPU or cannot be served, or the cache cannot be
             read.
     """
-    return searched(
-        original, batches, latency=latency, error=error, judge=judge, timed=timed, breadth=breadth, cache=cache
-    ).candidates
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What a search came to.
-
-    Attributes:
-        candidates: what `search` returns.
-        exact_latency: time of a plan that reuses nothing, divided by the original's, measured in the same run.
-        judged: can tell what each candidate's refitted model is.
-    """
-
-    candidates: list[Candidate]
-    exact_latency: float
-    judged: Judged
-
-
-def searched(
-    original: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    latency: float | None = None,
-    error: float | None = None,
-    judge: Callable[[nn.Module], float] | None = None,
-    timed: Mapping[str, Any] | None = None,
-    breadth: int = 4,
-    cache: str | Path | None = None,
-) -> Searched:
-    """`search`, with what else it found out."""
     if (latency is None) == (error is None):
         raise ValueError("give the budget as latency=0.7 (of the original's time) or as error=0.02, one of the two")
     if latency is not None and not 0 < latency < 1:
@@ -166,7 +150,7 @@ def searched(
             if latency is not None and (costs.of(reusing) <= latency or reusing == ranking.all):
                 found = _measured(original, visited, judged, costs, batch)
                 if any(candidate.latency <= latency for candidate in found):
-                    return Searched(found, costs.exact, judged)
+                    return Candidates(found, costs.exact, judged)
             extensions = {e: ranking.plan(e) for e in _extensions(ranking, reusing, costs)[:breadth]}
             for plan in extensions.values():
                 judged(plan)
@@ -181,7 +165,7 @@ def searched(
     if latency is not None:
         fastest = min((candidate.latency for candidate in found), default=costs.of(reusing))
         raise ValueError(_TOO_FAST.format(latency, fastest))
-    return Searched(_measured(original, visited, judged, costs, batch), costs.exact, judged)
+    return Candidates(_measured(original, visited, judged, costs, batch), costs.exact, judged)
 
 
 def calibrating_and_judging(

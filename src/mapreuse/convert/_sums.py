@@ -1,4 +1,4 @@
-"""Least squares of a layer's attention output, from normal equations summed over batches."""
+"""Least squares of a layer's attention output, added batch by batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Weights:
 
     def contexts(self, inputs: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows context"]:
         """inputs[maps[h]] values[h] + value_bias[h], head after head."""
-        by_head = inputs.unflatten(1, (self.num_maps, -1)).transpose(0, 1)[list(self.maps)]
+        by_head = inputs.double().unflatten(1, (self.num_maps, -1)).transpose(0, 1)[list(self.maps)]
         return (by_head @ self.values + self.value_bias[:, None]).transpose(0, 1).flatten(1)
 
     def on_contexts(self) -> Weights:
@@ -66,14 +66,18 @@ class Weights:
 
 
 class Sums:
-    """Normal equations of a layer's output, summed over batches: inputs and a one against targets and drift."""
+    """A layer's least squares, added batch by batch: inputs and a one, X, against targets and drift.
+
+    While there are no more rows than X has columns, X itself is kept, with targets and drift, as they came: that
+    takes less memory than normal equations, and far fewer products. Where more come, Xᵀ times all of them is summed,
+    in float64. What is made of either is called an image here: it has a row for each of X, or is Xᵀ times that.
+    """
 
     def __init__(self, weights: Weights) -> None:
         self._start = weights
-        size, width = weights.num_maps * weights.values.shape[1] + 1, weights.output.shape[-1]
-        self._upper = weights.values.new_zeros(size, size)  # that triangle of the Gram matrix, block by block
-        self._target = weights.values.new_zeros(size, width)
-        self._drift = torch.zeros_like(self._target)
+        self._num_columns = weights.num_maps * weights.values.shape[1] + 1
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
         self._size = 0.0
         self._whole = dict.fromkeys(DRIFT, 0.0)
         self._eigen: list[tuple[Tensor, Tensor]] = []
@@ -84,50 +88,93 @@ class Sums:
         target: Float[Tensor, "rows width"],
         drift: Float[Tensor, "rows width"],
     ) -> None:
-        extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        for start in range(0, len(self._upper), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            self._upper[rows, start:].addmm_(extended[:, rows].mT, extended[:, start:])
-        self._target.addmm_(extended.mT, target)
-        self._drift.addmm_(extended.mT, drift)
+        self._kept.append((torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1), target, drift))
+        target, drift = target.double(), drift.double()
         self._size += float(target.square().sum())
         for share in DRIFT:
             self._whole[share] += float((target + share * drift).square().sum())
+        if self._sums is not None or sum(len(extended) for extended, *_ in self._kept) > self._num_columns:
+            self._sum_kept()
+
+    def _sum_kept(self) -> None:
+        if self._sums is None:
+            zeros = functools.partial(self._start.values.new_zeros, self._num_columns)
+            width = self._start.output.shape[-1]
+            self._sums = zeros(self._num_columns), zeros(width), zeros(width)
+        gram, *others = self._sums
+        while self._kept:
+            extended, *against = (tensor.double() for tensor in self._kept.pop())
+            for begin in range(0, self._num_columns, _BLOCK):  # the upper triangle
+                rows = slice(begin, begin + _BLOCK)
+                gram[rows, begin:].addmm_(extended[:, rows].mT, extended[:, begin:])
+            for summed, one in zip(others, against, strict=True):
+                summed.addmm_(extended.mT, one)
 
     @functools.cached_property
-    def _gram(self) -> Float[Tensor, "inputs_and_one inputs_and_one"]:
-        """The sum whole, once nothing is added any more."""
-        for start in range(0, len(self._upper), _BLOCK):
-            rows, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
-            self._upper[rest, rows] = self._upper[rows, rest].mT
-        return self._upper
+    def _images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of X, the targets and the drift, once nothing is added any more."""
+        if self._sums is None:
+            extended, target, drift = (torch.cat(one) for one in zip(*self._kept, strict=True))
+            return extended, target.double(), drift.double()
+        gram = self._sums[0]
+        for begin in range(0, self._num_columns, _BLOCK):
+            rows, rest = slice(begin, begin + _BLOCK), slice(begin + _BLOCK, None)
+            gram[rest, rows] = gram[rows, rest].mT
+        return self._sums
+
+    def _inputs(self, number: int) -> Float[Tensor, "image inputs"]:
+        """The image of what one map makes of the inputs, Z."""
+        return self._images[0][:, self._columns(number)].double()
+
+    def _columns(self, number: int) -> slice:
+        size = self._start.values.shape[1]
+        return slice(number * size, (number + 1) * size)
+
+    def _onto_inputs(self, number: int, image: Float[Tensor, "image columns"]) -> Float[Tensor, "inputs columns"]:
+        """Zᵀ of what has this image."""
+        return self._inputs(number).mT @ image if self._sums is None else image[self._columns(number)]
+
+    def _contexts(self, weights: Weights) -> Float[Tensor, "image context_and_one"]:
+        """The image of contexts and a one."""
+        one = self._images[0][:, -1:].double()
+        heads = [
+            self._inputs(number) @ values + one * bias
+            for number, values, bias in zip(weights.maps, weights.values, weights.value_bias, strict=True)
+        ]
+        return torch.cat([*heads, one], 1)
+
+    @functools.cached_property
+    def _equations_of_start(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._reduced(self._start)
+
+    def _equations(self, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Of contexts and a one, C: Cᵀ C, Cᵀ times targets, Cᵀ times drift."""
+        return self._equations_of_start if weights is self._start else self._reduced(weights)
+
+    def _reduced(self, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        contexts = self._contexts(weights)
+        images = contexts, *self._images[1:]
+        gram, target, drift = (contexts.mT @ image if self._sums is None else weights.onto(image) for image in images)
+        return gram, target, drift
 
     def error(self, weights: Weights, share: float) -> float:
         """√(Σ ‖output − target − share · drift‖² / Σ ‖target‖²), or the root as it is where the target is zero."""
         stacked = weights.stacked
-        wrong = (stacked * (self._reduced(weights) @ stacked)).sum()
-        wrong -= 2 * (stacked * weights.onto(self._target + share * self._drift)).sum()
+        gram, target, drift = self._equations(weights)
+        wrong = (stacked * (gram @ stacked - 2 * (target + share * drift))).sum()
         return (max(float(wrong) + self._whole[share], 0.0) / (self._size or 1.0)) ** 0.5
 
     def solve(self, start: Weights, ridge: float, share: float, *, sweeps: int = 0) -> Weights:
         """Output, then `sweeps` times values and output, each solved exactly and held to `start` by the ridge."""
-        moment = self._target + share * self._drift
-        weights = self._solve_output(start, start, moment, ridge)
+        weights = self._solve_output(start, start, share, ridge)
         for _ in range(sweeps):
-            weights = self._solve_values(start, weights, moment, ridge)
-            weights = self._solve_output(start, weights, moment, ridge)
+            weights = self._solve_values(start, weights, share, ridge)
+            weights = self._solve_output(start, weights, share, ridge)
         return weights
 
-    @functools.cached_property
-    def _reduced_by_start(self) -> Float[Tensor, "context_and_one context_and_one"]:
-        return self._start.onto(self._start.onto(self._gram).mT)
-
-    def _reduced(self, weights: Weights) -> Float[Tensor, "context_and_one context_and_one"]:
-        """The Gram matrix of contexts and a one."""
-        return self._reduced_by_start if weights is self._start else weights.onto(weights.onto(self._gram).mT)
-
-    def _solve_output(self, start: Weights, weights: Weights, moment: Tensor, ridge: float) -> Weights:
-        gram, moment, anchor = self._reduced(weights), weights.onto(moment), start.stacked
+    def _solve_output(self, start: Weights, weights: Weights, share: float, ridge: float) -> Weights:
+        gram, target, drift = self._equations(weights)
+        moment, anchor = target + share * drift, start.stacked
         size = len(gram) - 1
         if start.bias is None:
             gram, moment, anchor = gram[:size, :size], moment[:size], anchor[:size]
@@ -140,32 +187,31 @@ class Sums:
             bias=None if start.bias is None else solved[size],
         )
 
-    def _solve_values(self, start: Weights, weights: Weights, moment: Tensor, ridge: float) -> Weights:
-        """Head by head: the minimum over X of ‖Z X output[h] − what the other heads leave‖² + λ ‖X − X₀‖².
+    def _solve_values(self, start: Weights, weights: Weights, share: float, ridge: float) -> Weights:
+        """Head by head: the minimum over V of ‖Z V output[h] − what the other heads leave‖² + λ ‖V − V₀‖².
 
-        Z is inputs[maps[h]]. The normal equations G X P + λ X = R are diagonal in the eigenvectors of G = Zᵀ Z and of
+        Z is inputs[maps[h]]. The normal equations G V P + λ V = R are diagonal in the eigenvectors of G = Zᵀ Z and of
         P = output[h] output[h]ᵀ.
         """
-        inputs, maps = weights.values.shape[1], list(weights.maps)
         values, output = weights.values.clone(), weights.output
-        constant = torch.einsum("hd,hdw->w", weights.value_bias, output)
-        constant = constant if weights.bias is None else constant + weights.bias
+        by_head = self._contexts(weights)[:, :-1].unflatten(1, output.shape[:2])
+        extended, target, drift = self._images
+        aim = target + share * drift
+        if weights.bias is not None:
+            aim -= extended[:, -1:].double() * weights.bias
         if not self._eigen:
-            blocks = [slice(start, start + inputs) for start in range(0, len(self._gram) - 1, inputs)]
-            self._eigen = [torch.linalg.eigh(self._gram[block, block]) for block in blocks]
-        for head, number in enumerate(maps):
-            rows = slice(number * inputs, (number + 1) * inputs)
-            of_heads = [self._gram[rows, other * inputs : (other + 1) * inputs] for other in maps]
-            met = torch.stack([gram @ others for gram, others in zip(of_heads, values, strict=True)], 1)
-            met[:, head] = 0
+            numbers = range(weights.num_maps)
+            self._eigen = [torch.linalg.eigh(self._onto_inputs(number, self._inputs(number))) for number in numbers]
+        for head, number in enumerate(weights.maps):
             onto = output[head].mT  # from the right at once: what is left is as wide as the output, a head is narrow
-            left = moment[rows] @ onto - met.flatten(1) @ (output.flatten(0, 1) @ onto)
-            left -= self._gram[rows, -1:] * (constant @ onto)
+            by_head[:, head] = extended[:, -1:] * weights.value_bias[head]
+            left = aim @ onto - by_head.flatten(1) @ (output.flatten(0, 1) @ onto)
             sizes, vectors = self._eigen[number]
             widths, turned = torch.linalg.eigh(output[head] @ onto)
             strength = ridge * _positive(sizes.mean() * widths.mean())
-            wanted = vectors.mT @ (left + strength * start.values[head]) @ turned
+            wanted = vectors.mT @ (self._onto_inputs(number, left) + strength * start.values[head]) @ turned
             values[head] = vectors @ (wanted / (sizes[:, None] * widths + strength)) @ turned.mT
+            by_head[:, head] += self._inputs(number) @ values[head]
         return replace(weights, values=values)
 
 
