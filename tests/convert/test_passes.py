@@ -135,6 +135,19 @@ def test_a_layer_that_is_met_for_the_first_time_has_the_maps_that_it_applies():
     assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
 
 
+def test_of_a_layer_that_runs_again_for_its_map_what_comes_after_it_does_not():
+    model, batch = build("bert")
+    mr.apply(model, PLAN)
+    passes, runs = Passes(model, [batch], PLAN), []
+    expected = output_of_layer(model, 3, batch)
+    for index, layer in enumerate(model.encoder.layer):
+        layer.intermediate.register_forward_hook(lambda *_, index=index: runs.append(index))
+    for again in ([0, 1, 2, 3], [3]):
+        runs.clear()
+        torch.testing.assert_close(passes.outputs(3, 0)[0], expected)
+        assert runs == again
+
+
 PAIRS = mr.ReusePlan.from_sources([0, 0, 2, 2])
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mapreuse.models import find_stack, not_padding, observing_inputs, output_projection, recorded_states
+from mapreuse.models import Layer, find_stack, not_padding, observing_inputs, output_projection, recorded_states
 from mapreuse.plan import ReusePlan
 
 _KEPT_BYTES = 2**28
@@ -23,10 +23,10 @@ _KEPT_BYTES = 2**28
 class Passes:
     """What reaches a layer of a model, and what it puts out, batch by batch.
 
-    What layers put out is kept, and where a pass meets them again they put out the same without running, but for
-    those whose maps are applied by layers that do run. So the layers before the one that a pass is for must be as
-    they were in earlier passes; it may change, and so may those after it. A layer hands on nothing but its output and
-    its map. Where there is more than is kept, the rest runs every time.
+    What layers put out is kept, and where a pass meets them again they put out the same without running; those whose
+    maps are applied by layers that do run do so as far as their maps. So the layers before the one that a pass is for
+    must be as they were in earlier passes; it may change, and so may those after it. A layer hands on nothing but its
+    output and its map. Where there is more than is kept, the rest runs every time.
 
     Args:
         model: in evaluation mode.
@@ -123,8 +123,8 @@ class Passes:
                 if known is None:
                     keep = functools.partial(self._keep, before, number)  # before other hooks, which will run again
                     meanwhile.enter_context(module.register_forward_hook(keep, prepend=True))
-                elif before not in applied:
-                    meanwhile.enter_context(_putting_out(module, known))
+                else:
+                    meanwhile.enter_context(_putting_out(self.layers[before], known, with_map=before in applied))
             yield
 
     def _applied_by(self, layers: list[int]) -> set[int]:
@@ -154,22 +154,33 @@ class _Seen(Exception):
     """What was looked for has been made; the rest of the forward pass is not needed."""
 
 
-def _stop(module: nn.Module, args: tuple, output: Any) -> None:
+def _stop(*_: object) -> None:
     raise _Seen
 
 
 @contextmanager
-def _putting_out(module: nn.Module, output: Any) -> Iterator[None]:
-    """Meanwhile this is what the module's forward gives, without running; what comes after may change it in place."""
-    own, forward = vars(module).get("forward"), module.forward
+def _putting_out(layer: Layer, output: Any, *, with_map: bool) -> Iterator[None]:
+    """Meanwhile this is what the layer's forward gives, without running, or once it has handed on its map; what comes
+    after may change it in place."""
+    module = called = layer.layer
+    own = vars(module).get("forward")
 
-    @functools.wraps(forward)  # its signature is read from it
+    def on_call(one: nn.Module, args: tuple) -> None:
+        nonlocal called
+        called = one  # a copy of the module, where that bears the maps
+
+    @functools.wraps(module.forward)  # its signature is read from it
     def instead(*args: Any, **kwargs: Any) -> Any:
+        if with_map:
+            forward = functools.partial(type(called).forward, called) if own is None else own
+            with output_projection(layer).register_forward_pre_hook(_stop), suppress(_Seen):
+                forward(*args, **kwargs)
         return tree_map_only(Tensor, Tensor.clone, output)
 
     module.forward = instead
     try:
-        yield
+        with module.register_forward_pre_hook(on_call):
+            yield
     finally:
         if own is None:
             del module.forward
