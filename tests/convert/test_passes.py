@@ -180,12 +180,17 @@ def test_only_so_many_bytes_are_kept(kept_bytes, number_kept):
     assert sum(output.nbytes for output in passes._kept.values()) <= kept_bytes
 
 
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "a plan"])
 @pytest.mark.parametrize("with_hooks", [False, True])
-def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(with_hooks):
-    """In place, or by hooks of their own: what is skipped, and what runs twice, is given what it would be."""
+def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(with_hooks, plan):
+    """In place, or by hooks of their own: what is skipped, what hands on its map alone, and what runs twice, is given
+    what it would be."""
     model, batch = build("bert")
+    if plan is not None:
+        mr.apply(model, plan)
 
     def in_place(forward, hidden_states, *args, **kwargs):
+        hidden_states.mul_(0.5)
         hidden_states += forward(hidden_states, *args, **kwargs)
         return hidden_states
 
@@ -196,7 +201,7 @@ def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(wi
         if with_hooks:
             layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
             layer.register_forward_hook(lambda _, args, output: output.mul_(0.5))
-    expected, passes = output_of_layer(model, 2, batch), Passes(model, [batch])
+    expected, passes = output_of_layer(model, 2, batch), Passes(model, [batch], plan)
     for _ in range(3):
         once, again = passes.outputs(2, 0, [lambda: None, lambda: None])
         torch.testing.assert_close(once, expected)
