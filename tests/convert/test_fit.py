@@ -10,6 +10,7 @@ from families import FAMILIES, _text, build
 from oracle import output_of_layer, valid_rows
 from packed_encoders import encoder, peaked
 from text_batches import random_batches
+from torch import nn
 from torch.nn import functional
 from vision_blocks import VisionTransformer
 
@@ -39,15 +40,16 @@ def outputs(weights, inputs):
     )
 
 
-FEW, MANY = 9, 200
-"""Rows: no more than inputs, so that they are kept as they are; and more, so that all are summed."""
+FEW, MANY = 11, 200
+"""Rows: no more than inputs and a one, so that they are kept as they are; and more, so that all are summed."""
 
 
-def summed(weights, inputs, targets, drift):
+def summed(weights, inputs, targets, drift, dtype=torch.float32):
+    """In this precision, which is that of a model; it holds random numbers as they are."""
     sums = Sums(weights)
     for rows in torch.arange(len(inputs)).split(4):
-        sums.add(inputs[rows], targets[rows], drift[rows])
-    assert (sums._sums is None) == (len(inputs) <= inputs.shape[1])
+        sums.add(*(one[rows].to(dtype) for one in (inputs, targets, drift)))
+    assert (sums._sums is None) == (len(inputs) <= inputs.shape[1] + 1)
     return sums
 
 
@@ -78,13 +80,14 @@ def test_the_output_solved_from_streamed_sums_is_ridge_regression(rows, with_bia
         torch.testing.assert_close(solved.bias, expected[6])
 
 
-@pytest.mark.parametrize("rows", [5, MANY])
+@pytest.mark.parametrize("rows", [7, MANY])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_error_summed_over_contexts_is_that_of_the_outputs(rows, with_bias):
     torch.manual_seed(3)
     weights = random_weights(2, 5, 3, 4, with_bias=with_bias)
     inputs, targets, drift = torch.randn(rows, 10), torch.randn(rows, 4).double(), torch.randn(rows, 4).double()
-    judged = summed(weights.on_contexts(), weights.contexts(inputs), targets, drift).error(weights.on_contexts(), 1.0)
+    on_contexts = weights.on_contexts()
+    judged = summed(on_contexts, weights.contexts(inputs), targets, drift, torch.float64).error(on_contexts, 1.0)
     expected = (outputs(weights, inputs.double()) - targets - drift).norm() / targets.norm()
     assert judged == pytest.approx(float(expected))
 
@@ -194,6 +197,20 @@ def test_a_model_whose_first_layers_are_not_the_originals_any_more_is_refitted_a
     with torch.no_grad():
         converted.encoder.layer[0].output.dense.weight *= -1
     refitted(model, batch, 3, converted)
+
+
+def test_a_layer_that_only_hands_on_its_map_may_have_a_projection_of_another_class():
+    class OtherLinear(nn.Linear):
+        pass
+
+    reports = []
+    for projection in (nn.Linear, OtherLinear):
+        model, _ = build("bert")
+        model.encoder.layer[0].attention.output.dense.__class__ = projection
+        converted = mr.convert(model, mr.ReusePlan.from_sources([0, 0, 0, 3]))
+        reports.append(mr.fit(converted, model, random_batches(8)))
+    assert reports[0] == reports[1]
+    assert [report.layer for report in reports[0]] == [1, 2]
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -39,12 +39,13 @@ def fit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, An
         V, O, b = argmin ‖Σ_h A_h X V_h O_h + b − Y‖² + λ ‖V − V₀‖² + λ ‖O − O₀‖²
 
     solved for O and b, then for V one head after the other, in turn, each exactly, in float64: from normal equations
-    summed over the batches, or from all positions at once where these are fewer than maps · width. λ is chosen with O
-    alone, on held-out batches by the error of the attention's output; then whether the drift is added, which helps
-    only where nothing but a sum comes after O, and whether V moves, by the error of what the whole layer puts out
-    there. A layer whose output no candidate improves keeps its weights. Padding is left out. Heads that apply the
-    same map share its part of the equations. Heads of the layer that compute their maps are solved for like the
-    others. Values stay as they are where heads share them, and where maps · width exceeds 12,288.
+    summed over the batches, or from all positions at once where these are no more than there are unknowns for one
+    component of the output. λ is chosen with O alone, on held-out batches by the error of the attention's output;
+    then whether the drift is added, which helps only where nothing but a sum comes after O, and whether V moves, by
+    the error of what the whole layer puts out there. A layer whose output no candidate improves keeps its weights.
+    Padding is left out. Heads that apply the same map share its part of the equations. Heads of the layer that
+    compute their maps are solved for like the others. Values stay as they are where heads share them, and where maps
+    · width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.

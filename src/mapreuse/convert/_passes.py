@@ -173,7 +173,7 @@ def _putting_out(layer: Layer, output: Any, *, with_map: bool) -> Iterator[None]
     def instead(*args: Any, **kwargs: Any) -> Any:
         if with_map:
             forward = functools.partial(type(called).forward, called) if own is None else own
-            with output_projection(layer).register_forward_pre_hook(_stop), suppress(_Seen):
+            with layer.attention.register_forward_hook(_stop), suppress(_Seen):
                 forward(*args, **kwargs)
         return tree_map_only(Tensor, Tensor.clone, output)
 

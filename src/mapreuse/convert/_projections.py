@@ -12,7 +12,8 @@ from mapreuse.convert._sums import Weights, on_contexts
 from mapreuse.models import Layer, value_projection
 
 _MOST_INPUTS = 12_288
-"""Maps · width up to which values are refitted: their normal equations take 8 · (maps · width)² bytes."""
+"""Maps · width up to which values are refitted: their normal equations take 8 · (maps · width)² bytes, and as many
+rows as they have columns half of that beside them, until they are summed."""
 
 
 class Kept:

@@ -61,6 +61,9 @@ class Candidate:
 class Candidates(list[Candidate]):
     """What a search came to, from the most exact plan to the fastest.
 
+    For `converted` it refers to the original, which must be as it was, to the batches, and to what it knows of them,
+    up to 400 MB; `list(candidates)` refers to none of that, and can be pickled.
+
     Attributes:
         exact_latency: time of a plan that reuses nothing, divided by the original's, measured in the same run.
     """

@@ -66,11 +66,11 @@ class Weights:
 
 
 class Sums:
-    """A layer's least squares, added batch by batch: inputs and a one, X, against targets and drift.
+    """A layer's least squares, added batch by batch: inputs and a one, R, against targets and drift.
 
-    While there are no more rows than X has columns, X itself is kept, with targets and drift, as they came: that
-    takes less memory than normal equations, and far fewer products. Where more come, Xᵀ times all of them is summed,
-    in float64. What is made of either is called an image here: it has a row for each of X, or is Xᵀ times that.
+    While there are no more rows than R has columns, R itself is kept, with targets and drift, as they came: that
+    takes less memory than normal equations, and far fewer products. Where more come, Rᵀ times all of them is summed,
+    in float64. What is made of either is called an image here: it has a row for each of R, or is Rᵀ times that.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -112,10 +112,11 @@ class Sums:
 
     @functools.cached_property
     def _images(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of X, the targets and the drift, once nothing is added any more."""
+        """Of R, the targets and the drift, once nothing is added any more."""
         if self._sums is None:
             extended, target, drift = (torch.cat(one) for one in zip(*self._kept, strict=True))
-            return extended, target.double(), drift.double()
+            self._kept.clear()
+            return extended, target, drift
         gram = self._sums[0]
         for begin in range(0, self._num_columns, _BLOCK):
             rows, rest = slice(begin, begin + _BLOCK), slice(begin + _BLOCK, None)
@@ -154,7 +155,9 @@ class Sums:
     def _reduced(self, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         contexts = self._contexts(weights)
         images = contexts, *self._images[1:]
-        gram, target, drift = (contexts.mT @ image if self._sums is None else weights.onto(image) for image in images)
+        gram, target, drift = (
+            contexts.mT @ image.double() if self._sums is None else weights.onto(image) for image in images
+        )
         return gram, target, drift
 
     def error(self, weights: Weights, share: float) -> float:
@@ -196,7 +199,7 @@ class Sums:
         values, output = weights.values.clone(), weights.output
         by_head = self._contexts(weights)[:, :-1].unflatten(1, output.shape[:2])
         extended, target, drift = self._images
-        aim = target + share * drift
+        aim = target.double() + share * drift.double()
         if weights.bias is not None:
             aim -= extended[:, -1:].double() * weights.bias
         if not self._eigen:
