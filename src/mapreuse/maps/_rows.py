@@ -18,7 +18,7 @@ def softmax_of_sum(
     """out = softmax(scores + addend) over keys; the scores are overwritten.
 
     In C a row stays in the first-level cache from the sum to the last division, and the exponential is a polynomial,
-    good to 3e-6 of every weight; in PyTorch, the sum is a pass of its own over the block.
+    good to 4e-6 of every weight; in PyTorch, the sum is a pass of its own over the block.
 
     Args:
         scores: of adjacent keys; of half precision, they are softmaxed in float32.
