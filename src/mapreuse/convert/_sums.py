@@ -193,7 +193,7 @@ class Sums:
     def _solve_values(self, start: Weights, weights: Weights, share: float, ridge: float) -> Weights:
         """Head by head: the minimum over V of ‖Z V output[h] − what the other heads leave‖² + λ ‖V − V₀‖².
 
-        Z is inputs[maps[h]]. The normal equations G V P + λ V = R are diagonal in the eigenvectors of G = Zᵀ Z and of
+        Z is inputs[maps[h]]. The normal equations G V P + λ V = B are diagonal in the eigenvectors of G = Zᵀ Z and of
         P = output[h] output[h]ᵀ.
         """
         values, output = weights.values.clone(), weights.output
