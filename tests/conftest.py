@@ -9,7 +9,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # The speech room is left out: its class methods return typing.Self, which beartype checks in decorated classes only.
-CHECKED = [f"mapreuse.{room}" for room in ("plan", "maps", "models", "measure", "convert", "techniques")]
+CHECKED = [f"mapreuse.{room}" for room in ("plan", "maps", "models", "measure", "conversion")]
 install_import_hook(CHECKED, "beartype.beartype")
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -19,9 +19,8 @@ from tiny_models import SENTENCES, save_bert
 from transformers import AutoTokenizer, pipeline
 
 import mapreuse as mr
-import mapreuse.speech
 from mapreuse import cli
-from mapreuse.convert import open_batches, open_model
+from mapreuse.data import open_batches, open_model
 from mapreuse.measure import analyze
 
 
@@ -67,9 +66,9 @@ def mapreuse(monkeypatch, capsys, *arguments):
         (["convert", "recogniser", "--calibration", "x", "--out", "y", "--budget", "speed"], "expected latency<=0.7"),
         (["convert", "/nowhere", "--calibration", "/nowhere", "--out", "x"], "/nowhere: no such directory"),
         (["breakdown", "--contestants", ","], "--contestants must name some of"),
-        (["bench", "--strategies", "fast"], "--strategies must be one of"),
-        (["bench", "--strategies", ","], "--strategies must name some of"),
-        (["bench", "--cores", "--strategies", "auto"], "--cores takes --lengths"),
+        (["bench", "--storage", "fast"], "--storage must be one of"),
+        (["bench", "--storage", ","], "--storage must name some of"),
+        (["bench", "--kernels", "--storage", "auto"], "--kernels takes --lengths"),
         (["bench", "--json", "/proc"], "/proc cannot be written"),
         (["train", "--out", "x", "--seconds", "nan"], "must be positive, finite"),
         (["frobnicate"], "No such command"),
@@ -196,7 +195,7 @@ def test_a_model_of_texts_is_converted_where_speech_is_not_installed(tmp_path, m
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lhotse" else find_spec(name))
     monkeypatch.delattr(mr, "speech")
-    for name in [name for name in sys.modules if name.startswith("mapreuse.speech")]:
+    for name in [name for name in sys.modules if name.startswith("mapreuse_lab.training")]:
         monkeypatch.setitem(sys.modules, name, None)  # an import of it raises ModuleNotFoundError
     given = ["--calibration", str(tmp_path / "sentences.txt"), "--out", str(tmp_path / "out"), "--plan", "[0,0,2]"]
     directory = save_bert(tmp_path / "model", dtype=torch.bfloat16)
@@ -279,7 +278,7 @@ def test_a_conversion_that_fails_while_it_is_written_leaves_no_directory(tmp_pat
     out = tmp_path / "converted"
     arguments = ["convert", str(directory), "--calibration", str(tmp_path / "sentences.txt"), "--plan", "[0,0,2]"]
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["mapreuse.convert"], "copy_companions", interrupted)
+        patched.setattr(sys.modules["mapreuse.conversion"], "copy_companions", interrupted)
         status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--out", str(out))
     assert (status, out.exists()) == (130, False)
     assert error.strip().endswith("interrupted; the same command goes on from here")
@@ -424,7 +423,12 @@ def test_a_corpus_is_described_with_its_attribution(monkeypatch, capsys):
 def test_every_file_that_shows_other_figures_is_reported_at_once(tmp_path, monkeypatch, capsys):
     """`scripts/readme.py --check`, on results whose reports are not there."""
     root = Path(__file__).parent.parent
-    for part in ("README.md", "results/quick/results.json", "results/full/results.json", "results/full/runs"):
+    for part in (
+        "README.md",
+        "lab/results/study/quick/results.json",
+        "lab/results/study/full/results.json",
+        "lab/results/study/full/runs",
+    ):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / part).symlink_to(root / part)
     specification = importlib.util.spec_from_file_location("readme", root / "scripts" / "readme.py")
@@ -434,7 +438,12 @@ def test_every_file_that_shows_other_figures_is_reported_at_once(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
     assert script.main() == 1
     printed = capsys.readouterr().out
-    for name in ("results/quick/report.md", "results/quick/report.html", "docs/papers.md", "results/full/report.md"):
+    for name in (
+        "lab/results/study/quick/report.md",
+        "lab/results/study/quick/report.html",
+        "docs/papers.md",
+        "lab/results/study/full/report.md",
+    ):
         assert f"{name} does not show the figures of results" in printed
         assert not (tmp_path / name).exists()
 

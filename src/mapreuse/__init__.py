@@ -6,7 +6,7 @@ plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
 model = mr.apply(model, plan)
 """
 
-from mapreuse.convert import DistillConfig, align, convert, distill, fit, search
+from mapreuse.conversion import DistillConfig, align, convert, distill, refit, search
 from mapreuse.models import Unsupported, apply, load, plan_of, save
 from mapreuse.plan import ReusePlan
 
@@ -18,9 +18,9 @@ __all__ = [
     "apply",
     "convert",
     "distill",
-    "fit",
     "load",
     "plan_of",
+    "refit",
     "save",
     "search",
 ]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mapreuse.maps import _blocked, _in_c
+from mapreuse.maps import _blocked, _c_kernel
 
 CORES = {"any C": 0, "AVX2": 1, "AVX512": 2, "PyTorch": None}
 """The cores in C by their newest instructions; a processor that lacks them computes with older ones."""
@@ -11,14 +11,14 @@ CORES = {"any C": 0, "AVX2": 1, "AVX512": 2, "PyTorch": None}
 def core(request):
     """Everything is computed by every core, also by the twin in PyTorch of those in C."""
     newest = CORES[request.param]
-    if newest is not None and _in_c.library() is None:
+    if newest is not None and _c_kernel.library() is None:
         pytest.skip("the package was installed without a C compiler")
     with pytest.MonkeyPatch.context() as patch:
         if newest is None:
-            patch.setattr(_in_c, "library", lambda: None)
+            patch.setattr(_c_kernel, "library", lambda: None)
         else:
-            patch.setattr(_in_c, "_NEWEST", newest)
-        patch.setattr(_in_c, "map_memory", _used_memory)
+            patch.setattr(_c_kernel, "_NEWEST", newest)
+        patch.setattr(_c_kernel, "map_memory", _used_memory)
         yield request.param
 
 

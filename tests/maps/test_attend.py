@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case, on_leaves, with_gradients
 
-from mapreuse.maps import DenseMap, RelativePositions, _attend, _blocked, _faster, _in_c, attend
+from mapreuse.maps import DenseMap, RelativePositions, _attend, _blocked, _c_kernel, _microbenchmark, attend
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -30,27 +30,27 @@ def test_a_context_alone_is_the_definitions_by_whichever_core_is_faster(case, in
         patch.setattr(_blocked, "_SHORT", 0)
         patch.setattr(_attend, "_FEWEST_SCORES", 0)
         patch.setattr(_attend, "_core_is_faster", lambda threads, dim: in_c)
-        compute, calls = _in_c.compute, []
-        patch.setattr(_in_c, "compute", lambda *args: calls.append(None) or compute(*args))
+        compute, calls = _c_kernel.compute, []
+        patch.setattr(_c_kernel, "compute", lambda *args: calls.append(None) or compute(*args))
         context, _ = attend(case.scores, case.values, keep=False)
         if case.scores.relative is None:
-            assert bool(calls) == (in_c and _in_c.computes(case.scores, case.values))
+            assert bool(calls) == (in_c and _c_kernel.computes(case.scores, case.values))
     torch.testing.assert_close(context, case.context, **CLOSE)
 
 
 @pytest.mark.parametrize(("times", "wanted"), [((1.0, 2.0), True), ((0.95, 1.0), False), ((2.0, 1.0), False)])
 def test_the_core_in_c_is_taken_where_it_takes_clearly_less_time(monkeypatch, times, wanted):
     called = []
-    monkeypatch.setattr(_in_c, "compute", lambda *args: called.append(times[0]))
+    monkeypatch.setattr(_c_kernel, "compute", lambda *args: called.append(times[0]))
     monkeypatch.setattr(_attend, "_fused", lambda *args: called.append(times[1]))
-    monkeypatch.setattr(_faster, "_seconds", lambda call: call() or called[-1])
+    monkeypatch.setattr(_microbenchmark, "_seconds", lambda call: call() or called[-1])
     assert _attend._core_is_faster.__wrapped__(1, 8) is wanted
 
 
 def test_cores_are_compared_in_float32_whatever_the_default_type(monkeypatch):
     """C takes what it is given for float32."""
     types = set()
-    monkeypatch.setattr(_in_c, "compute", lambda scores, values: types.update((scores.query.dtype, values.dtype)))
+    monkeypatch.setattr(_c_kernel, "compute", lambda scores, values: types.update((scores.query.dtype, values.dtype)))
     monkeypatch.setattr(_attend, "_fused", lambda *args: None)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

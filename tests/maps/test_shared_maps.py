@@ -26,11 +26,11 @@ def test_a_layer_that_did_not_run_has_no_map():
     maps.release(0)
 
 
-@pytest.mark.parametrize("strategy", ["dense", "dense16", "dense8"])
-def test_the_memory_of_a_released_map_is_handed_out_once(strategy):
-    case, maps = make_case(), SharedMaps(strategy=strategy)
+@pytest.mark.parametrize("storage", ["dense", "dense16", "dense8"])
+def test_the_memory_of_a_released_map_is_handed_out_once(storage):
+    case, maps = make_case(), SharedMaps(storage=storage)
     with torch.no_grad():
-        attention_map = compute(case.scores, case.values, strategy)[1]
+        attention_map = compute(case.scores, case.values, storage)[1]
         maps.publish(0, attention_map)
         assert maps.buffer(case.scores) is None, "it is still being read"
         maps.release(0)
@@ -39,14 +39,14 @@ def test_the_memory_of_a_released_map_is_handed_out_once(strategy):
         assert maps.buffer(case.scores) is None
         expected = attention_map.dense().clone()
         memory.fill_(77)
-        again = compute(case.scores, case.values, strategy, buffer=memory)[1]
+        again = compute(case.scores, case.values, storage, buffer=memory)[1]
     assert again.weights is memory
     assert torch.equal(again.dense(), expected)
 
 
-@pytest.mark.parametrize("change", ["shape", "dtype", "strategy"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "storage"])
 def test_memory_that_does_not_fit_is_not_handed_out(change):
-    case, maps = make_case(batch=1), SharedMaps(strategy="dense8" if change == "strategy" else "dense")
+    case, maps = make_case(batch=1), SharedMaps(storage="dense8" if change == "storage" else "dense")
     maps.publish(0, DenseMap(case.map))
     maps.release(0)
     scores = case.scores.to(torch.float64) if change == "dtype" else case.scores

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from mapreuse import ReusePlan, cli
 from mapreuse.maps import Choice
-from mapreuse.maps._choice import Candidate
+from mapreuse.maps._storage_choice import Candidate
 from mapreuse.measure import (
     BenchConfig,
-    CoresConfig,
+    KernelsConfig,
     bench,
-    bench_cores,
+    bench_kernels,
     bench_tables,
-    cores_tables,
+    kernel_tables,
     memory_in_fresh_process,
     peak_memory,
     plans_for,
@@ -47,22 +47,22 @@ def config(**settings):
 
 def test_the_librarys_attention_is_timed_with_our_convolutions_too():
     spec = ENCODERS["conformer-m"]
-    kinds = {type(module).__name__ for module in build(Contestant("sdpa-tuned"), spec, LENGTH).modules()}
+    kinds = {type(module).__name__ for module in build(Contestant("sdpa+optimize"), spec, LENGTH).modules()}
     assert {"ChannelsLastConv1d", "ChannelsLastConv2d", "ParakeetEncoderAttention"} <= kinds
-    results = bench(config(contestants=("sdpa", "sdpa-tuned", "ours"), plans=("full",)))
+    results = bench(config(contestants=("sdpa", "sdpa+optimize", "ours"), plans=("full",)))
     measured = results["lengths"][str(LENGTH)]
-    assert list(measured["ratios"]["ours full"]) == ["sdpa", "sdpa-tuned"]
+    assert list(measured["ratios"]["ours full"]) == ["sdpa", "sdpa+optimize"]
     assert all(cell["agreement"] <= 1e-5 for cell in measured["contestants"].values())
 
 
 def test_what_auto_chooses_at_a_length_is_told_and_compared_with_the_definition(monkeypatch):
     def choosing(scores, *rest, **settings):
-        strategy = "dense" if scores.shape[2] <= LENGTH else "dense8"
-        return Choice((Candidate(strategy, 1.0, 1),), 1)
+        storage = "dense" if scores.shape[2] <= LENGTH else "dense8"
+        return Choice((Candidate(storage, 1.0, 1),), 1)
 
     monkeypatch.setattr(internals, "_CHECKED_LENGTH", LENGTH)
     monkeypatch.setattr("mapreuse.maps._shared.choose", choosing)
-    results = bench(config(lengths=(2 * LENGTH,), contestants=("ours",), plans=("4x1",), strategies=("auto",)))
+    results = bench(config(lengths=(2 * LENGTH,), contestants=("ours",), plans=("4x1",), storages=("auto",)))
     cell = results["lengths"][str(2 * LENGTH)]["contestants"]["ours 4x1 auto"]
     assert cell["carried"] == "dense8"
     assert cell["choice"].startswith("dense8 is the fastest")
@@ -305,7 +305,7 @@ def test_settings_that_are_off_are_refused_by_name(settings, message):
 
 def test_a_gpu_that_is_not_there_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for kind in (BenchConfig, CoresConfig):
+    for kind in (BenchConfig, KernelsConfig):
         with pytest.raises(ValueError, match="no CUDA GPU"):
             kind(device="cuda")
 
@@ -386,7 +386,7 @@ def short_turns(monkeypatch):
 
 
 def test_cores_are_set_against_their_products_and_their_growth_is_told(short_turns):
-    results = bench_cores(CoresConfig(lengths=(100, 200), repeats=2))
+    results = bench_kernels(KernelsConfig(lengths=(100, 200), repeats=2))
     cores = results["lengths"]["200"]
 
     assert results["agreement"] < 1e-5
@@ -405,7 +405,7 @@ def test_cores_are_set_against_their_products_and_their_growth_is_told(short_tur
         "computing core, map kept",
     }
     assert json.loads(json.dumps(results))["lengths"] == results["lengths"]
-    for table in cores_tables(results):
+    for table in kernel_tables(results):
         assert all(len(row) == len(table.header) for row in table.rows)
 
 
@@ -425,7 +425,7 @@ def test_the_command_prints_ratios_and_writes_everything_to_json(tmp_path):
 def test_the_command_times_cores(tmp_path, short_turns):
     file = tmp_path / "cores.json"
     ran = CliRunner().invoke(
-        cli.app, ["bench", "--cores", "--lengths", "50,100", "--repeats", "1", "--json", str(file)]
+        cli.app, ["bench", "--kernels", "--lengths", "50,100", "--repeats", "1", "--json", str(file)]
     )
 
     assert ran.exit_code == 0, ran.output
@@ -439,7 +439,7 @@ def test_the_command_times_cores(tmp_path, short_turns):
         (["--lengths", "ten"], "--lengths must be whole numbers parted by commas"),
         (["--encoder", "gpt"], "--encoder must be one of"),
         (["--plans", "4x4"], "speaks of 16 layers"),
-        (["--cores", "--plans", "4x1"], "--cores takes"),
+        (["--kernels", "--plans", "4x1"], "--kernels takes"),
     ],
 )
 def test_bad_input_to_the_command_is_a_value_error(words, message):
@@ -460,4 +460,4 @@ def test_a_core_that_is_wrong_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(_cores, "attend", wrong)
     with pytest.raises(ValueError, match="away from transformers' attention"):
-        bench_cores(CoresConfig(lengths=(100,)))
+        bench_kernels(KernelsConfig(lengths=(100,)))

@@ -24,7 +24,7 @@ from transformers import (
 
 import mapreuse as mr
 from mapreuse import cli
-from mapreuse.maps import CORE_IN_C, SharedMaps, _blocked
+from mapreuse.maps import HAS_C_KERNEL, SharedMaps, _blocked
 from mapreuse.measure import (
     PARTS,
     BreakdownConfig,
@@ -169,11 +169,11 @@ def test_flops_under_a_plan_are_the_counters_without_the_fringe_of_blocks(notati
 
 @pytest.mark.parametrize("heads", [None, [1, 1, 0, None]])
 def test_the_bytes_of_a_map_are_those_that_are_handed_on(monkeypatch, heads):
-    handed_on = []
+    published = []
     publish = SharedMaps.publish
 
     def publishing(self, layer, attention_map):
-        handed_on.append(attention_map.nbytes)
+        published.append(attention_map.nbytes)
         publish(self, layer, attention_map)
 
     monkeypatch.setattr(SharedMaps, "publish", publishing)
@@ -181,7 +181,7 @@ def test_the_bytes_of_a_map_are_those_that_are_handed_on(monkeypatch, heads):
     with torch.no_grad():
         model(input_features=features())
     _, (computing, _) = encoder_work(model, FRAMES)
-    assert [computing["softmax"].nbytes] == handed_on
+    assert [computing["softmax"].nbytes] == published
 
 
 def test_a_reusing_layer_counts_the_flops_of_its_values_context_and_output_alone():
@@ -250,7 +250,7 @@ def test_a_phase_of_the_core_lasts_from_its_operator_to_the_next_ones():
 
 def test_a_core_in_c_is_divided_as_it_measured_itself():
     """Two threads were busy for 60 and 30 of a hundred, so that shares count, not seconds."""
-    steps = [("aten::add", [[4, 100, 8], [4, 1, 8]], 1), (CORE_IN_C, [], 90), ("aten::view", [[4, 100, 8]], 3)]
+    steps = [("aten::add", [[4, 100, 8], [4, 1, 8]], 1), (HAS_C_KERNEL, [], 90), ("aten::view", [[4, 100, 8]], 3)]
     phases = {"positional_scores": 60e-9, "scores": 60e-9, "softmax": 30e-9, "context": 30e-9}
     assert nanoseconds(core_events(*steps), cores=[phases]) == {
         (None, "rest"): 15,

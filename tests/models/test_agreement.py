@@ -51,11 +51,11 @@ def test_the_definition_without_a_plan_is_the_untouched_model(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("strategy", agreement.STRATEGIES)
-def test_padding_on_the_left_is_not_attended(family, strategy):
+@pytest.mark.parametrize("storage", agreement.STORAGES)
+def test_padding_on_the_left_is_not_attended(family, storage):
     eager, batch = build(family, implementation="eager")
     batch = {name: tensor.flip(1) for name, tensor in batch.items()}
-    model = mr.apply(build(family)[0], PLANS["two sources"], strategy=strategy)
+    model = mr.apply(build(family)[0], PLANS["two sources"], storage=storage)
     with torch.no_grad():
         rows = valid_rows(eager, batch, eager(**batch))
         reference = defined_output(eager, batch, PLANS["two sources"])
@@ -142,15 +142,15 @@ def test_local_layers_share_with_local_layers(layer_types):
 
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-conformer-relative", "bert", "modernbert", "llama"])
 @pytest.mark.parametrize("implementation", agreement.IMPLEMENTATIONS)
-@pytest.mark.parametrize("strategy", agreement.STRATEGIES)
+@pytest.mark.parametrize("storage", agreement.STORAGES)
 @pytest.mark.parametrize("grad_mode", [True, False])
-def test_mixed_precision_stays_near_full_precision(family, implementation, strategy, grad_mode):
+def test_mixed_precision_stays_near_full_precision(family, implementation, storage, grad_mode):
     """Under autocast, sums and rotations come in float32 and projections in bfloat16."""
     model, batch = build(family, implementation=implementation)
     untouched = lost_in_mixed_precision(model, batch, grad_mode)
     if untouched > 0.1:
         pytest.skip(f"on this processor, mixed precision moves the untouched model by {untouched:.0%}")
-    mr.apply(model, PLANS["in part"], strategy=strategy)
+    mr.apply(model, PLANS["in part"], storage=storage)
     assert lost_in_mixed_precision(model, batch, grad_mode) < 0.1
 
 
@@ -165,10 +165,10 @@ def lost_in_mixed_precision(model, batch, grad_mode):
 
 
 @pytest.mark.parametrize("family", ["parakeet", "bert", "llama"])
-@pytest.mark.parametrize("strategy", agreement.STRATEGIES)
-def test_a_half_precision_model_stays_near_full_precision(family, strategy):
+@pytest.mark.parametrize("storage", agreement.STORAGES)
+def test_a_half_precision_model_stays_near_full_precision(family, storage):
     model, batch = build(family)
-    mr.apply(model, PLANS["in part"], strategy=strategy)
+    mr.apply(model, PLANS["in part"], storage=storage)
     with torch.no_grad():
         exact = model(**batch)
         model.bfloat16()
@@ -207,8 +207,8 @@ def test_families_that_nobody_wrote_a_line_for_agree_too(family, plan):
         untouched = model(**batch).last_hidden_state
         reference = defined_output(model, batch, PLANS[plan])
         assert disagreement(untouched, reference, mask.bool()) > 1e-1
-        for strategy in agreement.STRATEGIES:
-            ours = mr.apply(copy.deepcopy(model), PLANS[plan], strategy=strategy)(**batch).last_hidden_state
+        for storage in agreement.STORAGES:
+            ours = mr.apply(copy.deepcopy(model), PLANS[plan], storage=storage)(**batch).last_hidden_state
             assert disagreement(ours, reference, mask.bool()) <= 1e-4
 
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as tf
-from agreement import PLANS, STRATEGIES
+from agreement import PLANS, STORAGES
 from families import FAMILIES, build
 from torch import nn
 
@@ -51,7 +51,7 @@ def task_head(name):
 @pytest.mark.parametrize("plan", ["groups of 2", "two sources", "in part"])
 def test_a_saved_model_is_loaded_bit_for_bit(tmp_path, family, plan):
     model, batch = build(family)
-    mr.apply(model, PLANS[plan], strategy=STRATEGIES[len(family) % 2])
+    mr.apply(model, PLANS[plan], storage=STORAGES[len(family) % 2])
     mr.save(model, tmp_path / "model")
     loaded = mr.load(tmp_path / "model")
     assert_same_model(loaded, model)
@@ -94,7 +94,7 @@ def test_each_of_two_stacks_keeps_its_plan(tmp_path):
     config = tf.CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 16, "patch_size": 4})
     model = tf.CLIPModel(config).eval()
     mr.apply(model.text_model, GROUPS)
-    mr.apply(model.vision_model, PLANS["in part"], strategy="recompute")
+    mr.apply(model.vision_model, PLANS["in part"], storage="recompute")
     mr.save(model, tmp_path)
     loaded = mr.load(tmp_path)
     assert_same_model(loaded, model)
@@ -326,8 +326,8 @@ def test_a_config_that_makes_no_sense_is_refused(saved, changes, problem):
         ({"plan": None}, "not a plan"),
         ({"stack": "decoder"}, "its plan does not fit BertModel: .*decoder"),
         ({"stack": 3}, "its plan does not fit BertModel"),
-        ({"strategy": "sparse"}, "strategy must be one of"),
-        ({"strategy": 3}, "strategy must be one of"),
+        ({"storage": "sparse"}, "storage must be one of"),
+        ({"storage": 3}, "storage must be one of"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(saved, changes, problem):

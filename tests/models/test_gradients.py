@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from agreement import PLANS, STRATEGIES
+from agreement import PLANS, STORAGES
 from families import FAMILIES, build
 from oracle import defined_output, disagreement, softmax_follows, valid_rows
 from torch import nn
@@ -110,14 +110,14 @@ def test_what_was_frozen_stays_frozen(family, frozen):
 
 
 @pytest.mark.parametrize("plan", ["groups of 2", "all from one", "two sources", "in part"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
-def test_gradients_are_those_of_the_definition(family, plan, strategy):
+def test_gradients_are_those_of_the_definition(family, plan, storage):
     """In float64, for every parameter that is not removed; heads of an attention may be in another order."""
     model, batch = build(family)
     eager, _ = build(family, implementation="eager")
     batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
-    ours, output = backward(mr.apply(model.double(), PLANS[plan], strategy=strategy), batch)
+    ours, output = backward(mr.apply(model.double(), PLANS[plan], storage=storage), batch)
 
     rows = valid_rows(model, batch, output)
     defined_output(eager.double(), batch, PLANS[plan])[rows].square().mean().backward()
@@ -135,12 +135,12 @@ def test_gradients_are_those_of_the_definition(family, plan, strategy):
     assert len(compared) >= 20
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
-def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypatch, family, strategy):
+def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypatch, family, storage):
     """Its gradient is another one when the map that the readers get is cut from it."""
     model, batch = training(family)
-    mr.apply(model, PLANS["all from one"], strategy=strategy)
+    mr.apply(model, PLANS["all from one"], storage=storage)
     names = ("q_proj.weight", "linear_q.weight", "query.weight", "Wqkv.weight", "c_attn.weight")
     whole, _ = backward(model, batch)
     name = next(name for name in whole if name.endswith(names))
@@ -214,7 +214,7 @@ def test_fused_attention_draws_dropout_in_every_layer_too(monkeypatch, family):
             module.dropout.p = 0.5
         if "GPT2Attention" in type(module).__name__:
             module.attn_dropout.p = 0.5
-    mr.apply(model, GROUPS, strategy="recompute")
+    mr.apply(model, GROUPS, storage="recompute")
     original, drawn = functional.scaled_dot_product_attention, []
 
     def fused(*args, **kwargs):
@@ -229,11 +229,11 @@ def test_fused_attention_draws_dropout_in_every_layer_too(monkeypatch, family):
     assert drawn == [0.0] * 4
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
-def test_gradient_checkpointing_gives_the_same_gradients(family, strategy):
+def test_gradient_checkpointing_gives_the_same_gradients(family, storage):
     model, batch = training(family)
-    mr.apply(model, PLANS["in part"], strategy=strategy)
+    mr.apply(model, PLANS["in part"], storage=storage)
     expected, _ = backward(copy.deepcopy(model), batch)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     found, _ = backward(model, batch)
@@ -242,10 +242,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, strategy):
         torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_layers_wrapped_for_checkpointing_after_applying_give_the_same_gradients(strategy):
+@pytest.mark.parametrize("storage", STORAGES)
+def test_layers_wrapped_for_checkpointing_after_applying_give_the_same_gradients(storage):
     model, batch = training("bert")
-    mr.apply(model, PLANS["in part"], strategy=strategy)
+    mr.apply(model, PLANS["in part"], storage=storage)
     expected, _ = backward(copy.deepcopy(model), batch)
     for index, layer in enumerate(model.encoder.layer):
         model.encoder.layer[index] = checkpoint_wrapper(layer)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from mapreuse import ReusePlan, apply
-from mapreuse.maps import _faster, are_unobserved
+from mapreuse.maps import _microbenchmark, are_unobserved
 from mapreuse.models import _linear, tune
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -132,7 +132,7 @@ def test_onednn_is_taken_where_it_takes_clearly_less_time(monkeypatch, times, wa
     called = []
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: called.append(times[0]))
     monkeypatch.setattr(functional, "linear", lambda *args: called.append(times[1]))
-    monkeypatch.setattr(_faster, "_seconds", lambda call: call() or called[-1])
+    monkeypatch.setattr(_microbenchmark, "_seconds", lambda call: call() or called[-1])
     assert _linear.onednn_is_faster.__wrapped__(1) is wanted
 
 

@@ -125,11 +125,11 @@ def test_a_mask_of_every_head_follows_the_heads_that_compute():
         assert disagreement(ours, reference, ~torch.zeros_like(PADDING)) <= 1e-4, name
 
 
-@pytest.mark.parametrize("strategy", ["dense", "recompute"])
-def test_an_encoder_trains_with_the_gradients_of_the_definition(strategy):
+@pytest.mark.parametrize("storage", ["dense", "recompute"])
+def test_an_encoder_trains_with_the_gradients_of_the_definition(storage):
     model, src = encoder(batch_first=True).train(), inputs()
     plan = PLANS["in part"]
-    converted = mr.apply(copy.deepcopy(model), plan, strategy=strategy)
+    converted = mr.apply(copy.deepcopy(model), plan, storage=storage)
     ours, theirs = src.clone().requires_grad_(), src.clone().requires_grad_()
     weight = torch.randn_like(src).masked_fill(PADDING[..., None], 0.0)
     (converted(ours, src_key_padding_mask=PADDING) * weight).sum().backward()

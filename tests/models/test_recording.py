@@ -18,13 +18,13 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["dense", "recompute"])
+@pytest.mark.parametrize("storage", ["dense", "recompute"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("family", ["parakeet", "bert"])
-def test_under_a_plan_it_returns_the_maps_in_effect_heads_in_order(family, plan, strategy):
+def test_under_a_plan_it_returns_the_maps_in_effect_heads_in_order(family, plan, storage):
     model, batch = build(family)
     before = MapRecorder(model)(batch)
-    apply(model, plan, strategy=strategy)
+    apply(model, plan, storage=storage)
     found = MapRecorder(model, under_plan=True)(batch)
     with torch.no_grad():
         attentions = model(**batch, output_attentions=True).attentions

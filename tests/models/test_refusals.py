@@ -102,7 +102,7 @@ LATER = ("tune", "refuse_save_pretrained", "_demand", "register_forward_hook")
 @pytest.mark.parametrize(
     ("family", "step"),
     [(family, step) for family in ("parakeet", "bert", "vision blocks", "torch encoder") for step in LATER]
-    + [("vision blocks", "bear_maps"), ("torch encoder", "bear_maps")],
+    + [("vision blocks", "inject_maps"), ("torch encoder", "inject_maps")],
 )
 def test_a_failure_after_the_conversion_leaves_the_model_bit_identical(monkeypatch, family, step):
     model, batch = build(family) if family in FAMILIES else packed(family)
@@ -181,7 +181,7 @@ def test_a_plan_of_another_size_is_refused(plan, problem):
 
 
 def test_a_strategy_must_be_known():
-    assert_refused(build("bert")[0], GROUPS, "recompute and auto, got 'sparse'", strategy="sparse")
+    assert_refused(build("bert")[0], GROUPS, "recompute and auto, got 'sparse'", storage="sparse")
 
 
 def modernbert(**settings):

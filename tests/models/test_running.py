@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from agreement import PLANS, STRATEGIES
+from agreement import PLANS, STORAGES
 from families import FAMILIES, build
 from oracle import softmax_follows, valid_rows
 
@@ -37,8 +37,8 @@ def test_output_attentions_are_the_maps_in_effect_in_the_original_order_of_heads
     eager, batch = build(family, implementation="eager")
     with torch.no_grad(), softmax_follows(PLANS[plan]) as in_effect:
         rows = valid_rows(eager, batch, eager(**batch))
-    for strategy in STRATEGIES:
-        model = mr.apply(build(family)[0], PLANS[plan], strategy=strategy)
+    for storage in STORAGES:
+        model = mr.apply(build(family)[0], PLANS[plan], storage=storage)
         with torch.no_grad():
             attentions = model(**batch, output_attentions=True).attentions
         assert len(attentions) == 4

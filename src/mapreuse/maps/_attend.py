@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from mapreuse.maps import _in_c
+from mapreuse.maps import _c_kernel
 from mapreuse.maps._blocked import Block, blocked, is_short, keeping
-from mapreuse.maps._faster import is_clearly_faster
 from mapreuse.maps._gradients import blocked_with_gradients
+from mapreuse.maps._microbenchmark import is_clearly_faster
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
 
@@ -60,9 +60,9 @@ def attend(
         return blocked_with_gradients(scores, values, keep=keep, dropout=BlockDropout.drawn(dropout_p))
     kept = None
     if keep:
-        kept = _in_c.map_memory(scores, values.dtype) if buffer is None else buffer
-    if dropout_p == 0.0 and _in_c.computes(scores, values):
-        return _in_c.compute(scores, values, kept), kept
+        kept = _c_kernel.map_memory(scores, values.dtype) if buffer is None else buffer
+    if dropout_p == 0.0 and _c_kernel.computes(scores, values):
+        return _c_kernel.compute(scores, values, kept), kept
     map_of = Block.compute_map if kept is None else keeping(scores, kept)
     return blocked(scores, values, map_of, BlockDropout.drawn(dropout_p)), kept
 
@@ -88,7 +88,7 @@ def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
 def _core_is_better(scores: Scores, values: Tensor) -> bool:
     """Whether the core in C can compute this context, and takes less time than fused attention."""
     return (
-        _in_c.computes(scores, values)
+        _c_kernel.computes(scores, values)
         and not is_short(*scores.shape[-2:])
         and math.prod(scores.shape[1:]) >= _FEWEST_SCORES
         and _core_is_faster(torch.get_num_threads(), scores.query.shape[-1])
@@ -101,4 +101,4 @@ def _core_is_faster(threads: int, dim: int) -> bool:
     with torch.inference_mode():
         one = torch.ones(1, _HEADS, _LENGTH, dim, dtype=torch.float32, device="cpu")
         scores = Scores(one, one, dim**-0.5)
-        return is_clearly_faster(lambda: _in_c.compute(scores, one), lambda: _fused(scores, one, 0.0))
+        return is_clearly_faster(lambda: _c_kernel.compute(scores, one), lambda: _fused(scores, one, 0.0))

@@ -1,4 +1,4 @@
-"""Exact attention, some heads and query rows at a time: computing layers' core in PyTorch, the twin of `_in_c.py`."""
+"""Exact attention, some heads and query rows at a time: computing layers' core in PyTorch, the twin of `_c_kernel.py`."""
 
 from __future__ import annotations
 

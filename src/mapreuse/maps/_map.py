@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mapreuse.maps import _in_c
+from mapreuse.maps import _c_kernel
 from mapreuse.maps._attend import attend
 from mapreuse.maps._blocked import is_short, rows_at_a_time, slices
 from mapreuse.maps._scores import Scores, as_index
@@ -91,10 +91,10 @@ class DenseMap(AttentionMap):
                 weights, values = weights[:, as_index(map_heads)], values[:, as_index(value_heads)]
             return drop(weights, dropout_p) @ values
         batch, num_heads, num_queries, num_keys = self.weights.shape
-        if dropout_p == 0.0 and _in_c.applies(self.weights, values):
+        if dropout_p == 0.0 and _c_kernel.applies(self.weights, values):
             pairs = tuple((head, head) for head in range(num_heads)) if heads is None else heads
             extents = self.extents or ((num_queries, num_keys),) * batch
-            return _in_c.apply(self.weights, self.scales, values, pairs, extents)
+            return _c_kernel.apply(self.weights, self.scales, values, pairs, extents)
         num_heads = num_heads if heads is None else len(heads)
         context = values.new_empty(batch, num_queries, num_heads, values.shape[-1]).transpose(1, 2)
         for item, (rows, keys) in enumerate(self.extents or [(num_queries, num_keys)] * batch):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mapreuse.maps import _in_c
+from mapreuse.maps import _c_kernel
 from mapreuse.maps._softmax import softmax_dtype
 
 
@@ -25,8 +25,8 @@ def softmax_of_sum(
         addend: of adjacent keys, which may overlap from row to row, or None.
         out: of adjacent keys; it may be `scores`.
     """
-    if scores.stride(2) == out.stride(2) == 1 and _in_c.serves(scores, out):
-        _in_c.softmax_of_sum(scores, addend, out)
+    if scores.stride(2) == out.stride(2) == 1 and _c_kernel.serves(scores, out):
+        _c_kernel.softmax_of_sum(scores, addend, out)
         return
     if addend is not None:
         scores += addend

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mapreuse.maps._carrying import STRATEGIES, stored_dtype
-from mapreuse.maps._choice import Demand, choose
 from mapreuse.maps._map import AttentionMap, DenseMap
 from mapreuse.maps._scores import Scores
+from mapreuse.maps._storage import STORAGES, stored_dtype
+from mapreuse.maps._storage_choice import Demand, choose
 
 logger = logging.getLogger("mapreuse")
 
@@ -32,7 +32,7 @@ class SharedMaps:
     computing layer.
 
     Args:
-        strategy: how maps are carried, one of `STRATEGIES`, or "auto" for what `choose` finds for the first of them.
+        storage: how maps are carried, one of `STORAGES`, or "auto" for what `choose` finds for the first of them.
         demand: what the plan asks of the maps; needed by "auto" and by a budget.
         budget: bytes that the maps alive at once may take; None for no limit, or, under "auto", `choose`'s own.
         retain: keep every map until the end of the pass. Autograd holds them that long anyway, and gradient
@@ -46,17 +46,17 @@ class SharedMaps:
     def __init__(
         self,
         *,
-        strategy: str = "dense",
+        storage: str = "dense",
         demand: Demand | None = None,
         budget: int | None = None,
         retain: bool = False,
         differentiable: bool = False,
         output_attentions: bool = False,
     ) -> None:
-        self._strategy = strategy
+        self._storage = storage
         self._demand = demand
         self._budget = budget
-        self._is_settled = demand is None or (strategy != "auto" and budget is None)
+        self._is_settled = demand is None or (storage != "auto" and budget is None)
         self.output_attentions = output_attentions
         self._maps: _Maps | None = _Maps()
         self._kept = None
@@ -64,16 +64,16 @@ class SharedMaps:
         self._differentiable = differentiable
         self._free: Tensor | None = None
 
-    def strategy(self, scores: Scores, values: Tensor) -> str:
+    def storage(self, scores: Scores, values: Tensor) -> str:
         """How the maps of this pass are carried, settled when the first is about to be computed.
 
         Raises `ValueError`, naming the budget that would do, where no map can be carried within the budget.
         """
         if self._is_settled:
-            return self._strategy
+            return self._storage
         assert self._demand is not None
         # What compresses without gradients stores weights as they are with them, and in compiled code.
-        exact = "recompute" if self._strategy == "recompute" else "dense"
+        exact = "recompute" if self._storage == "recompute" else "dense"
         if torch.compiler.is_compiling():
             needed = self._demand.nbytes(exact, scores, retain=self._retain)
             if self._budget is not None and needed > self._budget:
@@ -81,15 +81,15 @@ class SharedMaps:
                     f"compiled code carries shared maps as {exact}, which needs memory_budget={needed}, more than "
                     f"memory_budget={self._budget}"
                 )
-            self._strategy, self._is_settled = exact, True
+            self._storage, self._is_settled = exact, True
         else:
-            names: tuple[str, ...] = (exact if torch.is_grad_enabled() else self._strategy,)
-            if self._strategy == "auto":
-                names = _DIFFERENTIABLE if torch.is_grad_enabled() else STRATEGIES
-            choice = choose(scores, values, self._demand, strategies=names, budget=self._budget, retain=self._retain)
-            self._strategy, self._is_settled = choice.strategy, True
+            names: tuple[str, ...] = (exact if torch.is_grad_enabled() else self._storage,)
+            if self._storage == "auto":
+                names = _DIFFERENTIABLE if torch.is_grad_enabled() else STORAGES
+            choice = choose(scores, values, self._demand, storages=names, budget=self._budget, retain=self._retain)
+            self._storage, self._is_settled = choice.storage, True
             logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
-        return self._strategy
+        return self._storage
 
     def publish(self, layer: int, attention_map: AttentionMap) -> None:
         """Hand on the map of a computing layer. Raises `ValueError` where its gradient would be lost."""
@@ -147,4 +147,4 @@ class SharedMaps:
         free, self._free = self._free, None
         if free is None or free.shape != scores.shape or free.device != scores.query.device:
             return None
-        return free if free.dtype == stored_dtype(self._strategy, scores) else None
+        return free if free.dtype == stored_dtype(self._storage, scores) else None

@@ -22,7 +22,7 @@ from mapreuse.measure._breakdown import (
 from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
 from mapreuse.measure._concentration import Concentration, concentration
 from mapreuse.measure._config import BenchConfig, plans_for
-from mapreuse.measure._cores import CoresConfig, bench_cores
+from mapreuse.measure._cores import KernelsConfig, bench_kernels
 from mapreuse.measure._diagonality import Diagonality, diagonality
 from mapreuse.measure._encoders import ENCODERS, SUBSAMPLING, conformer_m
 from mapreuse.measure._entropy import Entropy, entropy
@@ -32,7 +32,7 @@ from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
 from mapreuse.measure._phoneme_attention import PhonemeAttention, phoneme_attention, phoneme_attention_data
 from mapreuse.measure._similarity import Similarity, similarity
-from mapreuse.measure._tables import Table, bench_tables, cores_tables
+from mapreuse.measure._tables import bench_tables, kernel_tables
 
 __all__ = [
     "ENCODERS",
@@ -43,22 +43,21 @@ __all__ = [
     "Breakdown",
     "BreakdownConfig",
     "Concentration",
-    "CoresConfig",
     "Diagonality",
     "Entropy",
     "HeatMap",
+    "KernelsConfig",
     "Latency",
     "LayerBreakdown",
     "PartCost",
     "PhonemeAttention",
     "Similarity",
-    "Table",
     "analysis_data",
     "analysis_page",
     "analysis_tables",
     "analyze",
     "bench",
-    "bench_cores",
+    "bench_kernels",
     "bench_tables",
     "breakdown",
     "breakdown_data",
@@ -66,12 +65,12 @@ __all__ = [
     "breakdown_tables",
     "concentration",
     "conformer_m",
-    "cores_tables",
     "diagonality",
     "encoders_to_compare",
     "entropy",
     "heat_map_plot",
     "heat_maps",
+    "kernel_tables",
     "machine",
     "memory_in_fresh_process",
     "peak_memory",

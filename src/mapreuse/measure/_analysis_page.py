@@ -7,9 +7,9 @@ from html import escape
 from jaxtyping import Float
 from torch import Tensor
 
+from mapreuse.console import Table
 from mapreuse.measure._analysis import Analysis
 from mapreuse.measure._analysis_report import HeatMap, analysis_tables, heat_maps
-from mapreuse.measure._tables import Table
 
 Colour = tuple[int, int, int]
 

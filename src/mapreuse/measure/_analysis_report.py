@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from mapreuse.console import Table
 from mapreuse.measure._analysis import Analysis
 from mapreuse.measure._machine import machine
-from mapreuse.measure._tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -51,7 +51,7 @@ def bench(config: BenchConfig, progress: Progress = lambda doing, done, total: N
     Returns:
         What JSON can hold: `machine`, `config`, `command`, `signal` (what the inputs are) and, in `lengths`, for each
         length the `contestants` (`median`, `spread` and all `seconds`, `agreement`, `memory_bytes`, `graph_breaks`
-        of compiled ones, `carried` and `choice` where strategy "auto" chose, and why; or `not_measured` with the
+        of compiled ones, `carried` and `choice` where storage "auto" chose, and why; or `not_measured` with the
         reason), the `front` end by itself, and `ratios`: how many times
         as fast each of ours is as others, the median over rounds of the quotient of two times of the same round, with
         its spread. `compiled_while_timed`, graphs compiled after the first runs, should be 0.
@@ -107,7 +107,7 @@ class _Bench:
         self.spec = ENCODERS[config.encoder]
         self.dtype = DTYPES[config.dtype]
         self.longest = max(*config.lengths, _WARM_LENGTH)
-        self.entries = contestants(config.contestants, config.plans, config.strategies)
+        self.entries = contestants(config.contestants, config.plans, config.storages)
         self.encoders: dict[Contestant, Encoder] = {}
         self.failures: dict[Contestant, str] = {}
         self.agreement: dict[Contestant, float] = {}
@@ -212,7 +212,7 @@ class _Bench:
     def _compare(self, entry: Contestant, output: Tensor, reference: Tensor, name: str) -> None:
         difference = disagreement(output, reference)
         self.agreement[entry] = max(difference, self.agreement.get(entry, 0.0))
-        tolerance = max(self.tolerance, _ROUNDED.get(entry.strategy, 0.0))
+        tolerance = max(self.tolerance, _ROUNDED.get(entry.storage, 0.0))
         if difference > tolerance:
             raise ValueError(f"it is {difference:.1e} away from {name}, more than {tolerance:.1e}")
 
@@ -261,7 +261,7 @@ class _Bench:
                 run, inputs = self.call(entry, length)
                 with _choices() as made:
                     output = run(inputs)
-                if entry.strategy == "auto" and made:
+                if entry.storage == "auto" and made:
                     self._check_choice(entry, made[-1])
                 self.graph_breaks[entry] = _graph_breaks() - breaks
                 if self.config.training:
@@ -277,7 +277,7 @@ class _Bench:
         """Compare with the definition the way in which "auto" carries maps here; it may be another than before."""
         self.choices[entry] = choice
         length = min(_CHECKED_LENGTH, max(self.config.lengths))
-        encoder = self._encoder(replace(entry, strategy=choice.strategy))
+        encoder = self._encoder(replace(entry, storage=choice.storage))
         output = self._probe(encoder, encoder.layers, self._inputs(length, 1, "layers"))
         self._compare(entry, output, self.references[entry.plan], f"the definition at length {length}")
 
@@ -286,7 +286,7 @@ class _Bench:
             return asdict(entry) | {"not_measured": self.failures[entry]}
         cell = asdict(entry) | described(measured[entry.name]) | {"agreement": self.agreement[entry]}
         if entry in self.choices:
-            cell |= {"carried": self.choices[entry].strategy, "choice": str(self.choices[entry])}
+            cell |= {"carried": self.choices[entry].storage, "choice": str(self.choices[entry])}
         return cell | {"graph_breaks": self.graph_breaks[entry]} if entry.compiled else cell
 
     def _advance(self, doing: str, seconds: float) -> None:
@@ -306,7 +306,7 @@ class _Bench:
 
 @contextlib.contextmanager
 def _choices() -> Iterator[list[Choice]]:
-    """What strategy "auto" chose while it lasts, as the package's log has it."""
+    """What storage "auto" chose while it lasts, as the package's log has it."""
     made: list[Choice] = []
     logger = logging.getLogger("mapreuse")
     handler = logging.Handler(logging.INFO)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mapreuse.console import Table
 from mapreuse.measure._breakdown import Breakdown, BreakdownConfig, PartCost
 from mapreuse.measure._encoders import ENCODERS
 from mapreuse.measure._flops import PARTS
 from mapreuse.measure._machine import machine
-from mapreuse.measure._tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from mapreuse.maps import STRATEGIES
+from mapreuse.maps import STORAGES
 from mapreuse.measure._contestants import KINDS, PARTS, plan_of_notation, split_plans
 from mapreuse.measure._encoders import ENCODERS
 
@@ -28,7 +28,7 @@ class BenchConfig:
         lengths: encoder frames or tokens; empty for the encoder's own.
         plans: notations that `ReusePlan.parse` takes, or "full"; empty for full, groups of 2 and 4, and two groups.
         contestants: some of `KINDS`; empty for all, or in training for eager, sdpa and ours.
-        strategies: how shared maps are carried, as `apply` takes it.
+        storages: how shared maps are carried, as `apply` takes it.
         batch: sequences of that length.
         threads: of the CPU; None for as many as PyTorch uses.
         dtype: "float32", "bfloat16" or "float16".
@@ -46,7 +46,7 @@ class BenchConfig:
     lengths: tuple[int, ...] = ()
     plans: tuple[str, ...] = ()
     contestants: tuple[str, ...] = ()
-    strategies: tuple[str, ...] = ("dense",)
+    storages: tuple[str, ...] = ("dense",)
     batch: int = 1
     threads: int | None = None
     dtype: str = "float32"
@@ -66,10 +66,10 @@ class BenchConfig:
         set_default(self, "contestants", ("eager", "sdpa", "ours") if self.training else KINDS)
         for kind in self.contestants:
             one_of("--contestants", kind, KINDS)
-        if not self.strategies:
-            raise ValueError(f"--strategies must name some of {', '.join(STRATEGIES)}, auto")
-        for strategy in self.strategies:
-            one_of("--strategies", strategy, (*STRATEGIES, "auto"))
+        if not self.storages:
+            raise ValueError(f"--storage must name some of {', '.join(STORAGES)}, auto")
+        for storage in self.storages:
+            one_of("--storage", storage, (*STORAGES, "auto"))
         for plan in self.plans:
             plan_of_notation(plan, depth)
         check_settings(self.lengths, self.threads, self.dtype, self.device, self.repeats)

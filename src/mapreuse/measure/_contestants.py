@@ -1,4 +1,4 @@
-"""Who is timed: `transformers`' attentions, FlexAttention, and ours under each plan and strategy."""
+"""Who is timed: `transformers`' attentions, FlexAttention, and ours under each plan and storage."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Contestant:
     """One way to run an encoder.
 
     Attributes:
-        kind: "eager", "sdpa", "sdpa-tuned", "flex" or "ours".
+        kind: "eager", "sdpa", "sdpa+optimize", "flex" or "ours".
         plan: the plan's notation, or "full"; only ours reuse maps.
-        strategy: how ours carry shared maps.
+        storage: how ours carry shared maps.
         compiled: run under `torch.compile`.
     """
 
     kind: str
     plan: str = "full"
-    strategy: str = "dense"
+    storage: str = "dense"
     compiled: bool = False
 
     @property
@@ -43,7 +43,7 @@ class Contestant:
         """As shown in tables, such as "sdpa" or "ours 4x4 recompute+compile"."""
         words = [self.kind]
         if self.kind == "ours":
-            words += [self.plan] if self.strategy == "dense" else [self.plan, self.strategy]
+            words += [self.plan] if self.storage == "dense" else [self.plan, self.storage]
         return " ".join(words) + (COMPILED if self.compiled else "")
 
     @property
@@ -57,14 +57,14 @@ class Contestant:
         return self.compiled or self.kind == "flex"
 
 
-_UNCOMPILED = ("eager", "sdpa", "sdpa-tuned", "flex", "ours")
+_UNCOMPILED = ("eager", "sdpa", "sdpa+optimize", "flex", "ours")
 KINDS = tuple(kind + suffix for kind in _UNCOMPILED for suffix in ("", COMPILED))
 """The contestants to choose from: `transformers`' attentions, also with the convolutions as ours have them,
 FlexAttention, and ours; each also compiled."""
 
 
-def contestants(kinds: tuple[str, ...], plans: tuple[str, ...], strategies: tuple[str, ...]) -> list[Contestant]:
-    """One contestant for each kind, and for ours one for each plan and strategy, uncompiled ones first."""
+def contestants(kinds: tuple[str, ...], plans: tuple[str, ...], storages: tuple[str, ...]) -> list[Contestant]:
+    """One contestant for each kind, and for ours one for each plan and storage, uncompiled ones first."""
     found: list[Contestant] = []
     for kind in sorted(kinds, key=lambda kind: kind.endswith(COMPILED)):
         name, compiled = kind.removesuffix(COMPILED), kind.endswith(COMPILED)
@@ -72,9 +72,9 @@ def contestants(kinds: tuple[str, ...], plans: tuple[str, ...], strategies: tupl
             found.append(Contestant(name, compiled=compiled))
             continue
         found += [
-            Contestant(name, plan, strategy, compiled)
+            Contestant(name, plan, storage, compiled)
             for plan in plans
-            for strategy in (strategies if plan != "full" else ("dense",))
+            for storage in (storages if plan != "full" else ("dense",))
         ]
     return list(dict.fromkeys(found))
 
@@ -195,7 +195,7 @@ def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
 
 def _ours(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
     encoder = spec.build("sdpa", spec.num_layers, longest)
-    apply(encoder.layers, plan_of_notation(contestant.plan, spec.num_layers), strategy=contestant.strategy)
+    apply(encoder.layers, plan_of_notation(contestant.plan, spec.num_layers), storage=contestant.storage)
     tune(encoder.front)
     return encoder
 
@@ -203,7 +203,7 @@ def _ours(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
 BUILDERS: dict[str, Callable[[Contestant, EncoderSpec, int], Encoder]] = {
     "eager": _library,
     "sdpa": _library,
-    "sdpa-tuned": _library_tuned,
+    "sdpa+optimize": _library_tuned,
     "flex": _flex,
     "ours": _ours,
 }

@@ -1,4 +1,4 @@
-"""`bench_cores`: one layer's attention core, between the projections, beside the matrix products it cannot avoid."""
+"""`bench_kernels`: one layer's attention core, between the projections, beside the matrix products it cannot avoid."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class CoresConfig:
-    """What `bench_cores` measures: one layer of Conformer-M (4 heads × 64, relative positions), batch 1.
+class KernelsConfig:
+    """What `bench_kernels` measures: one layer of Conformer-M (4 heads × 64, relative positions), batch 1.
 
     Attributes:
         lengths: encoder frames.
@@ -59,10 +59,10 @@ class CoresConfig:
     @property
     def command(self) -> str:
         """The command that measures the same again."""
-        return command_of("mapreuse bench --cores", self)
+        return command_of("mapreuse bench --kernels", self)
 
 
-def bench_cores(config: CoresConfig, progress: Progress = lambda doing, done, total: None) -> dict[str, Any]:
+def bench_kernels(config: KernelsConfig, progress: Progress = lambda doing, done, total: None) -> dict[str, Any]:
     """Time the cores of one computing and one reusing layer, and bare matrix products; all lengths in one run.
 
     The products of a computing core are timed as it meets them: a block of rows at a time, so that their result (or,
@@ -120,7 +120,7 @@ def bench_cores(config: CoresConfig, progress: Progress = lambda doing, done, to
 class _Inputs:
     """Scores and values of a Conformer-M layer, for any length up to the greatest."""
 
-    def __init__(self, config: CoresConfig) -> None:
+    def __init__(self, config: KernelsConfig) -> None:
         self.encoder: Any = conformer_m(num_layers=1, implementation="eager").to(config.device, DTYPES[config.dtype])
         features = speech_like_features(max(config.lengths), 1).to(config.device, DTYPES[config.dtype])
         self.hidden = self.encoder.layers[0].norm_self_att(self.encoder.subsampling(features))

@@ -151,13 +151,13 @@ def _core(encoder: ParakeetEncoder, layer: int, size: _Size) -> dict[str, Work]:
         heads = plan.heads(layer, size.heads)
         sources = [source for source in heads if source is not None]
         (applied,) = applied_to(encoder).values()
-        strategy = applied.strategy
-        if strategy not in ("dense", "recompute"):
-            raise ValueError(f"breakdown has no formula for maps carried by strategy {strategy!r}")
+        storage = applied.storage
+        if storage not in ("dense", "recompute"):
+            raise ValueError(f"breakdown has no formula for maps carried by storage {storage!r}")
         readers = [plan.heads(reader, size.heads) for reader in plan.readers(layer)]
-        handed_on = {source for theirs in readers for source in theirs if source is not None and source[0] == layer}
-        own = _blocked_core(size, len(heads) - len(sources), len(handed_on) if strategy == "dense" else 0)
-        if strategy == "dense":
+        published = {source for theirs in readers for source in theirs if source is not None and source[0] == layer}
+        own = _blocked_core(size, len(heads) - len(sources), len(published) if storage == "dense" else 0)
+        if storage == "dense":
             reused = {"context": _apply_map(size, len(sources), len(set(sources)))}
         else:
             reused = _blocked_core(size, len(sources), kept=0)

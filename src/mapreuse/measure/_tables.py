@@ -1,17 +1,10 @@
-"""What `bench` and `bench_cores` found, as tables of text: ratios first."""
+"""What `bench` and `bench_kernels` found, as tables of text: ratios first."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Table(NamedTuple):
-    """A titled table, and lines to show below it."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str]
+from mapreuse.console import Table
 
 
 def bench_tables(results: dict[str, Any]) -> list[Table]:
@@ -27,7 +20,7 @@ def bench_tables(results: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def cores_tables(results: dict[str, Any]) -> list[Table]:
+def kernel_tables(results: dict[str, Any]) -> list[Table]:
     """Ratios of cores to the products they cannot avoid, growth with length, and the times behind them."""
     lengths = results["lengths"]
     header = ["", *(f"T = {length}" for length in lengths)]
@@ -66,7 +59,7 @@ def _bench_table(title: str, measured: dict[str, Any]) -> Table:
             row += [_mebibytes(cell), _memory_share(cell, cells)]
         rows.append(row)
     notes = [
-        "eager and sdpa are transformers' own attentions, flex is FlexAttention; sdpa-tuned has its convolutions and "
+        "eager and sdpa are transformers' own attentions, flex is FlexAttention; sdpa+optimize has its convolutions and "
         "linear layers run as ours do; × is how many times as fast."
     ]
     notes += [

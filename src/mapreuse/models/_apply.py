@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mapreuse.maps import STRATEGIES, Demand, SharedMaps
-from mapreuse.models._bearing import bear_maps
+from mapreuse.maps import STORAGES, Demand, SharedMaps
 from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
 from mapreuse.models._copying import copy_with_same_weights
+from mapreuse.models._map_injection import inject_maps
+from mapreuse.models._optimize import tune
 from mapreuse.models._packed import unpacked
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
 from mapreuse.models._source import Unsupported, parameter_names
 from mapreuse.models._stack import ENCODER_STATES, cross_attends_beside, find_stack, maps_travel_by_keyword
-from mapreuse.models._tuning import tune
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -33,14 +33,14 @@ class Applied:
     """What `apply` leaves on the module that holds the stack."""
 
     plan: ReusePlan
-    strategy: str
+    storage: str
     memory_budget: int | None
     demand: Demand
     parameter_names: tuple[str, ...]
     cross_attends: bool
 
 
-def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budget: int | None = None) -> Model:
+def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budget: int | None = None) -> Model:
     """Make the layers of `model` share attention maps as `plan` says, in place; returns the model.
 
     A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
@@ -52,7 +52,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         model: a `transformers` model with one stack of layers, or the part of a larger model that holds one
             (`model.encoder`, `model.vision_model`). What is outside the stack is left as it is.
         plan: whose map each layer applies.
-        strategy: how a shared map is carried: "dense" stores its weights (fastest, T×T memory); "dense16" and
+        storage: how a shared map is carried: "dense" stores its weights (fastest, T×T memory); "dense16" and
             "dense8" compress them to 16 or 8 bits, with a scale for every row (inference; a compressed map has no
             gradient, so training stores weights as they are); "recompute" keeps the source layer's queries and keys
             and computes the map anew (memory grows with T). "auto" takes, for every pass, the fastest by
@@ -69,8 +69,8 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         raise ValueError(f"apply takes a ReusePlan, such as ReusePlan.parse('4x4'), got {plan!r}")
     if applied_to(model):
         raise ValueError("the model reuses attention maps already; apply a plan to the original model instead")
-    if strategy not in (*STRATEGIES, "auto"):
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} and auto, got {strategy!r}")
+    if storage not in (*STORAGES, "auto"):
+        raise ValueError(f"storage must be one of {', '.join(STORAGES)} and auto, got {storage!r}")
     if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
         raise ValueError(f"memory_budget must be a positive whole number of bytes, got {memory_budget!r}")
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -78,8 +78,8 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
         conversions = check(model, stack, plan)
         names, crossing = parameter_names(type(stack.module)), cross_attends_beside(stack)
         by_keyword = maps_travel_by_keyword(stack) and all(c.adapter.form.takes_maps for c in conversions)
-        demand = _demand(plan, [conversion.layout.handed_on for conversion in conversions])
-        applied = Applied(plan, strategy, memory_budget, demand, names, crossing)
+        demand = _demand(plan, [conversion.layout.published for conversion in conversions])
+        applied = Applied(plan, storage, memory_budget, demand, names, crossing)
         with unchanged_on_failure(model):
             for conversion in conversions:
                 convert(conversion)
@@ -87,7 +87,7 @@ def apply(model: Model, plan: ReusePlan, *, strategy: str = "dense", memory_budg
             refuse_save_pretrained(model)
             stack.module._map_reuse = applied  # type: ignore[assignment]
             if not by_keyword:
-                bear_maps(stack.module, stack.attention_paths)
+                inject_maps(stack.module, stack.attention_paths)
             stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
             stack.module.register_forward_hook(_close_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -138,9 +138,9 @@ def with_projections(model: nn.Module) -> nn.Module:
     return apply(copy_with_same_weights(model), ReusePlan.full(len(stack.layers)))
 
 
-def _demand(plan: ReusePlan, handed_on: Sequence[int]) -> Demand:
+def _demand(plan: ReusePlan, published: Sequence[int]) -> Demand:
     spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
-    heads = {layer: handed_on[layer] for layer in spans}
+    heads = {layer: published[layer] for layer in spans}
     alive = [
         sum(heads[source] for source, readers in spans.items() if source <= layer <= readers[-1])
         for layer in range(plan.num_layers)
@@ -167,7 +167,7 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         if given.get("use_cache") is None:
             kwargs["use_cache"] = False  # a decoder would make a cache of its own accord
     maps = SharedMaps(
-        strategy=applied.strategy,
+        storage=applied.storage,
         demand=applied.demand,
         budget=applied.memory_budget,
         retain=torch.is_grad_enabled(),

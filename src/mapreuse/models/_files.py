@@ -112,7 +112,7 @@ def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrai
             plan = ReusePlan.from_json(json.dumps(reuse["plan"]))
             budget = reuse.get("memory_budget")
             stack = model.get_submodule(reuse["stack"])
-            apply(stack, plan, strategy=str(reuse["strategy"]), memory_budget=None if budget is None else int(budget))
+            apply(stack, plan, storage=str(reuse["storage"]), memory_budget=None if budget is None else int(budget))
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
         if config["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
@@ -175,7 +175,7 @@ def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
     reuse = [
         {
             "stack": path,
-            "strategy": applied.strategy,
+            "storage": applied.storage,
             "memory_budget": applied.memory_budget,
             "plan": json.loads(applied.plan.to_json()),
         }

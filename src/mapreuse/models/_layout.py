@@ -29,7 +29,7 @@ class LayerLayout:
         own_values: for each computing slot, the head of the values it meets.
         value_order: for each head of the values, the original head (grouped-query values keep theirs).
         parts: for each source layer, the pairs (head of the source's map, head of the values) of its slots.
-        handed_on: how many of the first slots have a map that later layers apply.
+        published: how many of the first slots have a map that later layers apply.
         releases: the layers whose maps this layer is the last to read.
     """
 
@@ -42,7 +42,7 @@ class LayerLayout:
     own_values: tuple[int, ...]
     value_order: tuple[int, ...]
     parts: tuple[tuple[int, HeadPairs], ...]
-    handed_on: int
+    published: int
     releases: tuple[int, ...]
 
     @property
@@ -60,7 +60,7 @@ def lay_out(
     its heads keeps theirs, and hands on the whole map where one of them is applied.
     """
     heads = plan.heads(layer, num_heads)
-    own, handed_on = _computing(plan, layer, num_heads, separable[layer])
+    own, published = _computing(plan, layer, num_heads, separable[layer])
     reusing = sorted(
         (source, head) for head, source in enumerate(heads) if source is not None
     )  # by source layer, source head, then own number
@@ -84,7 +84,7 @@ def lay_out(
         own_values=tuple(value_of[head] for head in own),
         value_order=value_order,
         parts=tuple((source, tuple(pairs)) for source, pairs in parts.items()),
-        handed_on=handed_on,
+        published=published,
         releases=tuple(source for source in plan.sources(layer) if plan.readers(source)[-1] == layer),
     )
 

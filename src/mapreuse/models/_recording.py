@@ -61,7 +61,7 @@ class MapRecorder:
         for index, layer in enumerate(stack.layers):
             attention: Any = layer.attention
             layout: LayerLayout = attention._layout
-            attention._layout = replace(layout, handed_on=layout.computing, releases=())
+            attention._layout = replace(layout, published=layout.computing, releases=())
             self._layouts.append(attention._layout)
             attention.register_forward_pre_hook(_project(self._values, index, layer), with_kwargs=True)
         stack.module.register_forward_hook(_keep(self._maps), with_kwargs=True)

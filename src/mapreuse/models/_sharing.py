@@ -26,7 +26,7 @@ ARGUMENT = "attention_maps"
 """The keyword argument in which the maps of a forward pass travel from layer to layer."""
 
 BORNE = "_borne_maps"
-"""The attribute in which a copy of an attention module, made for one call, holds the maps; see `Bearing`."""
+"""The attribute in which a copy of an attention module, made for one call, holds the maps; see `MapInjection`."""
 
 _OBSERVER = "_observer"
 """The attribute in which an attention module has its `_Observer`, while `observing_inputs`."""
@@ -155,22 +155,22 @@ def _compute(
     own_values = values[:, as_index(layout.own_values)]
     contexts: list[Tensor] = []
     own: list[AttentionMap] = []
-    handed_on, others = slice(layout.handed_on), slice(layout.handed_on, layout.computing)
-    if layout.handed_on:
+    published, others = slice(layout.published), slice(layout.published, layout.computing)
+    if layout.published:
         some, some_values = (
             (scores, own_values)
-            if layout.handed_on == layout.computing
-            else (scores.of_heads(handed_on), own_values[:, handed_on])
+            if layout.published == layout.computing
+            else (scores.of_heads(published), own_values[:, published])
         )
-        strategy = maps.strategy(some, some_values)
-        if strategy == "recompute" and some is not scores:
-            some = scores.of_heads(list(range(layout.handed_on)))  # a slice would keep those of all heads alive
-        context, attention_map = compute(some, some_values, strategy, dropout_p=dropout_p, buffer=maps.buffer(some))
+        storage = maps.storage(some, some_values)
+        if storage == "recompute" and some is not scores:
+            some = scores.of_heads(list(range(layout.published)))  # a slice would keep those of all heads alive
+        context, attention_map = compute(some, some_values, storage, dropout_p=dropout_p, buffer=maps.buffer(some))
         maps.publish(layout.layer, attention_map)
         contexts.append(context)
         own.append(attention_map)
-    if layout.handed_on < layout.computing:
-        rest = scores.of_heads(others) if layout.handed_on else scores
+    if layout.published < layout.computing:
+        rest = scores.of_heads(others) if layout.published else scores
         contexts.append(attend(rest, own_values[:, others], keep=False, dropout_p=dropout_p)[0])
         own.append(RecomputedMap(rest))
     return contexts, own

@@ -142,7 +142,7 @@ def _layer(layer: nn.Module, index: int) -> Layer:
 def maps_travel_by_keyword(stack: Stack) -> bool:
     """True where every module from the stack down to an attention passes its keyword arguments on.
 
-    Where one does not, maps can be borne (see `Bearing`) if each calls the next in one place.
+    Where one does not, maps can be borne (see `MapInjection`) if each calls the next in one place.
 
     Raises `Unsupported`, naming the class that does neither, or that runs its layers in another way than once, in
     order.

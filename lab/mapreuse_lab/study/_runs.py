@@ -1,0 +1,266 @@
+"""Training runs: each is named after what makes it, done once, by whichever worker comes first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from mapreuse.conversion import checkpoints
+from mapreuse.measure import machine
+from mapreuse_lab.techniques import parse
+from mapreuse_lab.training import Recogniser, TrainConfig, alphabet, evaluate, open_corpus, train, write_whole
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all runs have in common: the recogniser's size, and how it trains from scratch.
+
+    Only recorded speech trains it, so that the recipe is the same in every language. Augmentation is light and there
+    is no dropout: within this budget nothing overfits.
+
+    Attributes:
+        num_layers, hidden_size, intermediate_size, subsampling_channels: as `Recogniser.create` takes them.
+        steps, learning_rate, batch_seconds, evaluate_every: as `TrainConfig` does.
+
+    Raises:
+        ValueError: where `TrainConfig` does.
+    """
+
+    num_layers: int = 6
+    hidden_size: int = 96
+    intermediate_size: int = 288
+    subsampling_channels: int = 32
+    steps: int = 1200
+    learning_rate: float = 2e-3
+    batch_seconds: float = 28.0
+    evaluate_every: int = 200
+
+    def __post_init__(self) -> None:
+        self.training(seed=0)
+
+    def training(self, seed: int) -> TrainConfig:
+        """The settings of one run."""
+        return TrainConfig(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_seconds=self.batch_seconds,
+            evaluate_every=self.evaluate_every,
+            warmup=0.1,
+            noise_probability=0.0,
+            mask_bands=1,
+            mask_spans_per_second=0.35,
+            seed=seed,
+        )
+
+    def create(self, language: str, technique: str | None, seed: int) -> Recogniser:
+        """An untrained recogniser under a technique, or, where None, as `transformers` makes it."""
+        recogniser = Recogniser.create(
+            alphabet(language),
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            subsampling_channels=self.subsampling_channels,
+            dropout=0.0,
+            seed=seed,
+        )
+        if technique is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                recogniser.compress(parse(technique))
+        return recogniser
+
+
+@dataclass(frozen=True)
+class LongRecipe(Recipe):
+    """The same recogniser, trained for longer on more: recordings, and sentences put together from pieces of them.
+
+    Attributes:
+        concatenated_utterances, real_share: as `TrainConfig` takes them.
+    """
+
+    steps: int = 4000
+    evaluate_every: int = 500
+    concatenated_utterances: int = 16_000
+    real_share: tuple[float, float] = (0.1, 0.25)
+
+    def training(self, seed: int) -> TrainConfig:
+        """The settings of one run; the sentences, too, are other ones for another seed."""
+        return replace(
+            super().training(seed),
+            concatenated_utterances=self.concatenated_utterances,
+            real_share=self.real_share,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a technique from scratch on a corpus.
+
+    Attributes:
+        technique: its name, as `techniques.parse` reads it.
+        corpus: name of the corpus.
+        seed: of weights, batches and augmentation.
+        recipe: what all runs have in common.
+    """
+
+    technique: str
+    corpus: str
+    seed: int
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def key(self) -> str:
+        """Its name in files: readable, and a digest of all that makes it."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        parts = [re.sub(r"[^a-z0-9]+", "-", part.lower())[:50].strip("-") for part in (self.technique, self.corpus)]
+        return f"{'_'.join(parts)}_{self.seed}_{digest}"
+
+
+class RunDirectory:
+    """Results of finished runs, one small JSON file each, beside the locks of those that are going on.
+
+    Several workers, on one machine or on several with a shared file system, may use one directory. A run belongs to
+    the worker that holds its lock, which the operating system releases when the worker ends, however it ends.
+
+    Args:
+        results: directory of the result files, to be kept under version control.
+        work: directory of checkpoints and weights of this machine.
+    """
+
+    def __init__(self, results: Path, work: Path) -> None:
+        self.results, self.work = results, work
+        results.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+
+    def finished(self, run: Run) -> dict[str, Any] | None:
+        """The run's result, or None where it has not finished."""
+        return _read(self.results / f"{run.key}.json")
+
+    def failed(self, run: Run) -> dict[str, Any] | None:
+        """How the run failed when it was last tried, or None."""
+        return None if self.finished(run) else _read(self.results / f"{run.key}.failed.json")
+
+    def forget_failures(self, runs: Sequence[Run]) -> None:
+        """Runs that failed are to be tried again."""
+        for run in runs:
+            (self.results / f"{run.key}.failed.json").unlink(missing_ok=True)
+
+    def weights(self, run: Run) -> Path | None:
+        """Directory of the trained recogniser, where this machine has it."""
+        best = self.work / run.key / "best"
+        return best if self.finished(run) and Recogniser.is_saved_in(best) else None
+
+    def original(self, run: Run) -> Recogniser | None:
+        """The recogniser of a run of full attention, its encoder as `transformers` makes it, where it is here.
+
+        Analysis and search put plans of their own on it.
+        """
+        weights = self.weights(run)
+        if weights is None:
+            return None
+        trained = Recogniser.load(weights)
+        original = run.recipe.create(open_corpus(run.corpus).language, None, run.seed)
+        original.model.load_state_dict(trained.model.state_dict())
+        return original
+
+    def progress(self, run: Run) -> float:
+        """Which fraction of the run is done, as far as its log says."""
+        if self.finished(run) or self.failed(run):
+            return 1.0
+        log = self.work / run.key / "log.jsonl"
+        lines = log.read_text().splitlines() if log.is_file() else []
+        whole = [line for line in lines if line.endswith("}")]  # the last may not be, of a run that was killed
+        return json.loads(whole[-1])["step"] / run.recipe.steps if whole else 0.0
+
+    def lock(self, name: str) -> FileLock:
+        """That only one worker holds."""
+        locks = self.results / ".locks"
+        locks.mkdir(exist_ok=True)
+        return FileLock(locks / name)
+
+    @contextmanager
+    def claimed(self, run: Run) -> Iterator[bool]:
+        """Whether the run is this worker's, for as long as the context lasts."""
+        lock = self.lock(run.key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def perform(self, run: Run) -> None:
+        """Train and judge, going on from the last checkpoint, and write down the result, or how it failed."""
+        file, failure = (self.results / f"{run.key}{ending}" for ending in (".json", ".failed.json"))
+        try:
+            result = _result(run, self.work / run.key)
+        except Exception as error:  # whatever a technique or a corpus can raise: the other runs go on
+            traceback.print_exc()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            _write(failure, {"run": asdict(run), "error": reason})
+            return
+        _write(file, result)
+        failure.unlink(missing_ok=True)
+        for checkpoint in checkpoints(self.work / run.key):
+            shutil.rmtree(checkpoint)
+
+
+def work_off(runs: Sequence[Run], directory: RunDirectory) -> None:
+    """Perform, in order, every run that is neither finished nor another worker's; each is tried once."""
+    for run in runs:
+        with directory.claimed(run) as mine:
+            if mine and directory.finished(run) is None:
+                print(f"{datetime.now(UTC):%H:%M:%S} {run.key}", flush=True)
+                directory.perform(run)
+
+
+def worker(runs: Sequence[Run], directory: RunDirectory, threads: int, log: Path) -> None:
+    """`work_off` in a process of its own, which writes to a log what it has to say."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(threads)
+    work_off(runs, directory)
+
+
+def _result(run: Run, out_dir: Path) -> dict[str, Any]:
+    corpus = open_corpus(run.corpus)
+    recogniser = run.recipe.create(corpus.language, run.technique, run.seed)
+    train(recogniser, corpus, run.recipe.training(run.seed), out_dir)
+    scores = evaluate(recogniser, corpus.test)
+    curve = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return {
+        "run": asdict(run),
+        "steps": curve[-1]["step"],
+        "seconds": curve[-1]["elapsed"],
+        "learning_curve": curve,
+        "test": {"references": scores.references, "hypotheses": scores.hypotheses},
+        "machine": machine(),
+        "finished": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    write_whole(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

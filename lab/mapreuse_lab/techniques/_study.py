@@ -1,0 +1,55 @@
+"""The techniques that the study compares."""
+
+from __future__ import annotations
+
+from mapreuse_lab.techniques._technique import Technique, parse
+
+
+def study_techniques(num_layers: int, num_heads: int = 4) -> list[Technique]:
+    """The rows of the study's default table, for an encoder of this size; sizes suit utterances of a few seconds.
+
+    Layers share maps in groups of 2, 4 and 8 and in one of all, which in an encoder of 8 layers or fewer is the same.
+
+    Raises `ValueError` for fewer than 4 layers or fewer than 2 heads, too few to share or remove.
+    """
+    if num_layers < 4 or num_heads < 2:
+        raise ValueError(f"the study needs at least 4 layers and 2 heads, got {num_layers} and {num_heads}")
+    half, rest = num_layers // 2, num_layers - num_layers // 2
+    in_pairs = _groups(num_layers, 2)
+    reuse = [in_pairs, *(_groups(num_layers, size) for size in (4, 8, num_layers))]
+    reuse += [f"1x{half},{rest}x1", f"{half}x1,1x{rest}"]
+    names = [
+        "full",
+        *(f"reuse-{plan}" for plan in dict.fromkeys(reuse)),
+        f"reuse-{in_pairs}-partial-{num_heads // 2}",
+        f"heads-{num_heads // 2}",
+        "wide-heads-1",
+        "qk-dim-8",
+        "gqa-1",
+        *([f"gqa-{num_heads // 2}"] if num_heads > 2 else []),
+        "cla-2",
+        "window-16",
+        "window-64",
+        "window-16-global-1",
+        "grouped-3",
+        "strided-3",
+        "pool-4",
+        "linformer-32",
+        "linear",
+        "performer-64",
+        "nystrom-32",
+        "probsparse-5",
+        f"skip-{rest}",
+        "gaussian-2",
+        "diagonal",
+        f"layers-{half}",
+        f"window-16+reuse-{in_pairs}",
+        f"heads-{num_heads // 2}+reuse-{in_pairs}",
+    ]
+    return [parse(name) for name in names]
+
+
+def _groups(num_layers: int, size: int) -> str:
+    """The notation of groups of `size` layers, the last of which may be smaller."""
+    groups = [f"{size}x{num_layers // size}"] if num_layers >= size else []
+    return ",".join(groups + ([f"{num_layers % size}x1"] if num_layers % size else []))

@@ -1,0 +1,315 @@
+import hashlib
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment, load_manifest
+from lhotse.cut import Cut, MixedCut, PaddingCut
+from lhotse.utils import fastcopy
+
+from mapreuse_lab.training._errors import CorpusError, in_short
+from mapreuse_lab.training._prompts import ATTRIBUTIONS, cache_dir, read_prompts
+from mapreuse_lab.training._synthesis import synthesise
+from mapreuse_lab.training._text import LANGUAGES, normalise
+from mapreuse_lab.training._texts import generate_texts
+
+_FORMS = "prompts:<language>, synthetic:<language>, librispeech:<directory>, cuts:<manifest> or kaldi:<directory>"
+_SYNTHETIC_UTTERANCES = 1500
+_TOLERANCE = 0.001  # seconds by which rounded times may pass the end
+_READ_BY_COMMANDS = (".opus", ".sph")  # by lhotse, which puts the file's name into a shell's command line
+_LANGUAGE_NAMES = {
+    **{code: code for code in LANGUAGES},
+    **{"english": "en", "french": "fr", "spanish": "es", "italian": "it", "russian": "ru"},
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Speech with its transcripts, split so that no transcript of `dev` or `test` is also one of `train`.
+
+    Every cut is one utterance, mono at `sampling_rate` Hz, whose `supervisions[0].text` is normalised
+    (see `normalise`); `attribution` names the recordings' authors and licence, or says that it is unknown.
+    """
+
+    name: str
+    language: str
+    sampling_rate: int
+    attribution: str
+    train: CutSet
+    dev: CutSet
+    test: CutSet
+
+    @property
+    def held_out(self) -> list[str]:
+        """The transcripts of dev and test, sorted; nothing that trains may contain them."""
+        return sorted({cut.supervisions[0].text for cut in (*self.dev, *self.test)})
+
+
+def open_corpus(name: str, *, seed: int = 0) -> Corpus:
+    """Opens a corpus by name, fetching or making what is missing.
+
+    - `prompts:en` (or fr, es, it, ru): recorded telephone prompts, one voice per language, 8 kHz.
+    - `synthetic:en` (or ...): generated sentences in synthetic voices, 8 kHz.
+    - `librispeech:<directory>`: the official layout (`train-*`, `dev-*`, `test-*` below `<directory>`), 16 kHz.
+    - `cuts:<manifest>`: any lhotse CutSet, `.jsonl` or `.jsonl.gz`.
+    - `kaldi:<directory>`: a Kaldi data directory (`wav.scp`, `text`, perhaps `segments` and `utt2lang`).
+
+    Manifests and Kaldi directories are taken to be English unless their supervisions, or `utt2lang`, name another
+    language of the five. All but LibriSpeech, which has official splits (a training utterance whose transcript occurs
+    in dev or test is left out), are split by transcript: of the different transcripts of three words and more, in an
+    order fixed by `seed`, the first 20 % are the test set, the next 10 % dev.
+
+    Raises `CorpusError` with one line for a bad name, a missing directory, an unreadable manifest, or what names
+    recordings that are missing, or that only a command or the network would give.
+    """
+    kind, separator, where = name.partition(":")
+    openers = {
+        "prompts": _open_prompts,
+        "synthetic": _open_synthetic,
+        "librispeech": _open_librispeech,
+        "cuts": _open_cuts,
+        "kaldi": _open_kaldi,
+    }
+    if not separator or not where or kind not in openers:
+        raise CorpusError(f"no corpus {name!r}; a corpus is {_FORMS}")
+    if kind in ("prompts", "synthetic"):
+        if where not in LANGUAGES:
+            raise CorpusError(f"{name}: no such language; choose one of {', '.join(LANGUAGES)}")
+    elif not Path(where).exists():
+        raise CorpusError(f"{name}: {where} does not exist")
+    return openers[kind](name, where, seed)
+
+
+def split_by_transcript(
+    cuts: Iterable[MonoCut], *, seed: int, test: float = 0.2, dev: float = 0.1
+) -> tuple[CutSet, CutSet, CutSet]:
+    """(train, dev, test): whole transcripts of three words and more, in an order fixed by SHA-256 of seed and text.
+
+    Transcripts of one or two words only ever train. The split of a transcript does not depend on the order of
+    `cuts`. No transcript of one part is one of another; but it may be a run of words in a longer one of another, and
+    the voices of all parts may be the same.
+    """
+    cuts = list(cuts)
+    texts = {cut.supervisions[0].text for cut in cuts}
+    long = [text for text in texts if len(text.split()) >= 3]
+    long.sort(key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest())
+    num_test, num_dev = round(test * len(long)), round(dev * len(long))
+    in_test, in_dev = set(long[:num_test]), set(long[num_test : num_test + num_dev])
+    parts: tuple[list[MonoCut], list[MonoCut], list[MonoCut]] = ([], [], [])
+    for cut in cuts:
+        text = cut.supervisions[0].text
+        parts[2 if text in in_test else 1 if text in in_dev else 0].append(cut)
+    train, dev_cuts, test_cuts = (CutSet.from_cuts(part) for part in parts)
+    return train, dev_cuts, test_cuts
+
+
+def _open_prompts(name: str, language: str, seed: int) -> Corpus:
+    cuts = []
+    for prompt, path, written in read_prompts(language):
+        text = normalise(written, language)
+        if text:
+            recording = Recording.from_file(path, recording_id=f"{language}-{prompt.replace('/', '-')}")
+            supervision = SupervisionSegment(
+                recording.id, recording.id, 0.0, recording.duration, text=text, language=language
+            )
+            cuts.append(
+                MonoCut(recording.id, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording)
+            )
+    return Corpus(name, language, 8000, ATTRIBUTIONS[language], *split_by_transcript(cuts, seed=seed))
+
+
+def _open_synthetic(name: str, language: str, seed: int) -> Corpus:
+    texts = generate_texts(_SYNTHETIC_UTTERANCES, language, seed=seed)
+    cuts = synthesise(texts, language, cache_dir() / "synthetic", seed=seed)
+    return Corpus(name, language, 8000, "synthetic speech by espeak-ng", *split_by_transcript(cuts, seed=seed))
+
+
+def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
+    parts = {part: sorted(Path(where).glob(f"{part}-*")) for part in ("train", "dev", "test")}
+    if not any(parts.values()):
+        raise CorpusError(f"{name}: no directory train-*, dev-* or test-* in {where}; give LibriSpeech's own root")
+    cuts: dict[str, list[MonoCut]] = {"train": [], "dev": [], "test": []}
+    for part, directories in parts.items():
+        for directory in directories:
+            cuts[part] += _normalised(name, _librispeech_cuts(name, directory), language="en")
+    held_out = {cut.supervisions[0].text for cut in cuts["dev"] + cuts["test"]}
+    cuts["train"] = [cut for cut in cuts["train"] if cut.supervisions[0].text not in held_out]
+    rate = next(cut.sampling_rate for part in cuts.values() for cut in part)
+    train, dev, test = (CutSet.from_cuts(cuts[part]) for part in ("train", "dev", "test"))
+    return Corpus(name, "en", rate, "LibriSpeech (Panayotov et al., 2015), CC-BY 4.0", train, dev, test)
+
+
+def _librispeech_cuts(name: str, directory: Path) -> list[MonoCut]:
+    """One cut for every line of the transcripts, whose recordings lie beside them."""
+    files = {
+        key: (listing.parent / f"{key}.flac", text)
+        for listing in sorted(directory.rglob("*.trans.txt"))
+        for key, text in _keyed_lines(name, listing)
+    }
+    if not files:
+        raise CorpusError(f"{name}: {directory} is not in LibriSpeech's layout (no utterance with a transcript)")
+    missing = [str(file) for file, _ in files.values() if not file.is_file()]
+    if missing:
+        named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CorpusError(f"{name}: {len(missing)} of {len(files)} recordings with a transcript are missing: {named}")
+    cuts = []
+    for key, (file, text) in files.items():
+        recording = _recording(name, file, key)
+        supervision = SupervisionSegment(key, key, 0.0, recording.duration, text=text)
+        cuts.append(MonoCut(key, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording))
+    return cuts
+
+
+def _open_cuts(name: str, where: str, seed: int) -> Corpus:
+    try:
+        manifest = load_manifest(where)
+    except Exception as problem:  # lhotse's readers raise whatever their parsers do
+        raise CorpusError(f"{name}: not a lhotse manifest ({in_short(problem)})") from None
+    if not isinstance(manifest, CutSet):
+        raise CorpusError(f"{name}: holds a {type(manifest).__name__}; a CutSet is wanted")
+    cuts = _normalised(name, manifest)
+    return _split_corpus(name, cuts, seed)
+
+
+def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
+    directory = Path(where)
+    audio = dict(_keyed_lines(name, directory / "wav.scp"))
+    texts = dict(_keyed_lines(name, directory / "text"))
+    recordings = {}
+    for recording_id, path in audio.items():
+        if path.rstrip().endswith("|"):
+            raise CorpusError(f"{name}: wav.scp gives a command for {recording_id}; write the audio to a file first")
+        if not (directory / path).is_file():
+            raise CorpusError(f"{name}: wav.scp gives {path} for {recording_id}, which does not exist")
+        recordings[recording_id] = _recording(name, directory / path, recording_id)
+    listing, segments = "wav.scp", {key: (key, 0.0, -1.0) for key in recordings}
+    if (directory / "segments").exists():
+        listing, segments = "segments", {}
+        for key, rest in _keyed_lines(name, directory / "segments"):
+            try:
+                recording_id, first, last = rest.split()
+                segments[key] = (recording_id, float(first), float(last))
+            except ValueError:
+                raise CorpusError(
+                    f"{name}: segments says {rest!r} of {key}; a recording, its start and end in seconds are wanted"
+                ) from None
+    languages = dict(_keyed_lines(name, directory / "utt2lang")) if (directory / "utt2lang").exists() else {}
+    cuts = []
+    for key, (recording_id, start, end) in segments.items():
+        if key in texts and recording_id in recordings:
+            recording = recordings[recording_id]
+            duration = (recording.duration if end < 0 else min(end, recording.duration)) - start
+            if not (start >= 0 and duration > 0):
+                raise CorpusError(
+                    f"{name}: {listing} says {key} is from {start} to {end} s of a recording of "
+                    f"{recording.duration:.2f} s"
+                )
+            supervision = SupervisionSegment(
+                key, recording_id, 0.0, duration, text=texts[key], language=languages.get(key)
+            )
+            cuts.append(MonoCut(key, start, duration, 0, supervisions=[supervision], recording=recording))
+    return _split_corpus(name, _normalised(name, cuts), seed)
+
+
+def _keyed_lines(name: str, path: Path) -> list[tuple[str, str]]:
+    """(first word, all after it) of a file's lines that have both, as Kaldi and LibriSpeech list things."""
+    if not path.is_file():
+        raise CorpusError(f"{name}: {path} is missing; a Kaldi data directory has wav.scp and text")
+    try:
+        lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise CorpusError(f"{name}: {path} is not text in UTF-8") from None
+    return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
+
+
+def _normalised(name: str, cuts: Iterable[MonoCut], language: str | None = None) -> list[MonoCut]:
+    """One cut per utterance that has words, its transcript normalised in `language`, or in its own."""
+    normalised = []
+    for cut in chain.from_iterable(_utterances(name, whole) for whole in cuts):
+        spoken = language or _LANGUAGE_NAMES.get((cut.supervisions[0].language or "en").lower())
+        if spoken is None:
+            raise CorpusError(
+                f"{name}: {cut.id} is in language {cut.supervisions[0].language!r}; known are {', '.join(LANGUAGES)}"
+            )
+        text = normalise(cut.supervisions[0].text or "", spoken)
+        if text:
+            normalised.append(cut.map_supervisions(lambda s, t=text, lang=spoken: fastcopy(s, text=t, language=lang)))
+    if not normalised:
+        raise CorpusError(f"{name}: no utterance with a transcript")
+    return normalised
+
+
+def _utterances(name: str, cut: Cut) -> list[MonoCut]:
+    """A cut's supervisions, each as a cut of its own."""
+    try:
+        problem, utterances = _problem(cut), []
+        if problem is None:
+            utterances = list(cut.trim_to_supervisions(keep_overlapping=False))
+    except Exception as damage:  # lhotse asserts what it expects of times, channels and samples
+        problem = f"not a cut that lhotse can read ({in_short(damage)})"
+    if problem is not None:
+        raise CorpusError(f"{name}: {cut.id}: {problem}")
+    return utterances
+
+
+def _problem(cut: Cut) -> str | None:
+    """What is wrong with a cut that is not speech with its transcripts, in files that are there."""
+    for source in _sources(cut.to_dict()):
+        kind, where = source["type"], source["source"]
+        if kind != "file":
+            return f"its recording is of type {kind} ({str(where)[:60]}); write the audio to a file first"
+        if problem := _problem_of_file(Path(where)):
+            return f"its recording {problem}"
+    parts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    for part in (part for part in parts if not isinstance(part, PaddingCut)):
+        recording = part.recording
+        if recording is None:
+            return "no recording"
+        if not (part.start >= 0 and part.end <= recording.duration + _TOLERANCE):
+            return f"from {part.start} to {part.end} s of a recording of {recording.duration:.2f} s"
+    for supervision in cut.supervisions:
+        start, end, text, language = supervision.start, supervision.end, supervision.text, supervision.language
+        if not (0 <= start < end <= cut.duration + _TOLERANCE):
+            return f"its supervision {supervision.id} is from {start} to {end} s of {cut.duration:.2f} s"
+        if not isinstance(text, str | None) or not isinstance(language, str | None):
+            return f"its supervision {supervision.id} has text {text!r} and language {language!r}; strings are wanted"
+    return None
+
+
+def _sources(manifest: object) -> Iterator[dict[str, Any]]:
+    """Every source of audio that a manifest names, also of what is mixed in or reverberated with."""
+    if isinstance(manifest, dict):
+        for key, value in manifest.items():
+            yield from value if key == "sources" else _sources(value)
+    elif isinstance(manifest, list):
+        for value in manifest:
+            yield from _sources(value)
+
+
+def _problem_of_file(file: Path) -> str | None:
+    if not file.is_file():
+        return f"{file} does not exist"
+    if file.suffix.lower() in _READ_BY_COMMANDS and shlex.quote(str(file)) != str(file):
+        return f"{file} would be read by a shell command that its name could change; rename it"
+    return None
+
+
+def _recording(name: str, file: Path, recording_id: str) -> Recording:
+    if problem := _problem_of_file(file):
+        raise CorpusError(f"{name}: {recording_id}: {problem}")
+    try:
+        return Recording.from_file(file, recording_id=recording_id)
+    except Exception as damage:  # lhotse tries several readers and raises what they do
+        raise CorpusError(f"{name}: {file} cannot be read as audio ({in_short(damage)})") from None
+
+
+def _split_corpus(name: str, cuts: list[MonoCut], seed: int) -> Corpus:
+    languages = {cut.supervisions[0].language for cut in cuts}
+    if len(languages) > 1:
+        raise CorpusError(f"{name}: holds several languages ({', '.join(sorted(languages))}); give one at a time")
+    attribution = "unknown: see where the recordings come from"
+    train, dev, test = split_by_transcript(cuts, seed=seed)
+    return Corpus(name, languages.pop(), cuts[0].sampling_rate, attribution, train, dev, test)

@@ -1,0 +1,158 @@
+"""Where the recorded prompts come from: the system's packages, or the same packages fetched beside it."""
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mapreuse_lab.training._errors import CorpusError
+from mapreuse_lab.training._text import LANGUAGES
+
+VOICES = {
+    "en": "en_US_f_Allison",
+    "fr": "fr_CA_f_June",
+    "es": "es_MX_f_Allison",
+    "it": "it_IT_m_Carlo",
+    "ru": "ru_RU_f_IvrvoiceRU",
+}
+ATTRIBUTIONS = {
+    "en": "Asterisk core sounds, English: recorded by Allison Smith, © 2003-2010 Allison Smith, CC-BY-SA 3.0",
+    "fr": "Asterisk core sounds, French: recorded by June Wallack, © 2006-2008 June Wallack, CC-BY-SA 3.0",
+    "es": "Asterisk core sounds, Spanish: recorded by Allison Smith, © 2003-2010 Allison Smith, CC-BY-SA 3.0",
+    "it": "Asterisk core sounds, Italian: recorded by Carlo Flora, © 2012 Carlo Flora, CC-BY 3.0",
+    "ru": "Asterisk core sounds, Russian: provided by Maxim Topal, © 2010 Maxim, CC-BY 3.0",
+}
+_SYSTEM = Path("/")
+_VERSION = "1.6.1-1"
+_SHA256 = {
+    "asterisk-core-sounds-en": "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+    "asterisk-core-sounds-en-wav": "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+    "asterisk-core-sounds-es": "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74",
+    "asterisk-core-sounds-es-wav": "9283a09a6d56fccdcc2bcfe86c48f0f844289cfbd46a3184d8785a6f7f569903",
+    "asterisk-core-sounds-fr": "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056",
+    "asterisk-core-sounds-fr-wav": "8d4e1bc32ed5ba7fbda40841ca1825ed20cc6232724a473c90f8bb0e53e6073e",
+    "asterisk-core-sounds-it": "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b",
+    "asterisk-core-sounds-it-wav": "5a26638089e134b8ac39363fe249c5c93c50cd8bfdc9b2499ae61ec4a35e2fcb",
+    "asterisk-core-sounds-ru": "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
+    "asterisk-core-sounds-ru-wav": "ccbfaebfa450b7a9ddf644ae0f3d1e9017d5df7c0aebe816e946345589d38201",
+}
+
+
+def cache_dir() -> Path:
+    """The user's cache directory of this package, `$XDG_CACHE_HOME/mapreuse` or `~/.cache/mapreuse`, created."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    path = Path(base) / "mapreuse"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def fetch_prompts(language: str) -> Path:
+    """Root directory that holds `usr/share/asterisk/sounds/<voice>` and the transcripts of one language.
+
+    `/` where Debian's `asterisk-core-sounds-<language>` and `-wav` are installed; else the two packages are
+    downloaded by `apt-get download` (signed index verified by apt, then our own SHA-256), unpacked by `dpkg-deb`
+    into `cache_dir()`, and moved into place when complete. Needs neither root nor any change to the system.
+
+    Raises `CorpusError` for an unknown language, where there is no apt, or where the download fails.
+    """
+    if language not in LANGUAGES:
+        raise CorpusError(f"prompts:{language}: no such language; choose one of {', '.join(LANGUAGES)}")
+    for root in (_SYSTEM, cache_dir() / f"prompts-{language}"):
+        if _voice_dir(root, language).is_dir() and _transcript_file(root, language).is_file():
+            return root
+    packages = [f"asterisk-core-sounds-{language}", f"asterisk-core-sounds-{language}-wav"]
+    return fetch_packages(
+        packages,
+        cache_dir() / f"prompts-{language}",
+        f"prompts:{language}",
+        f"install them, or use synthetic speech instead: make study CORPUS=synthetic:{language}",
+    )
+
+
+def fetch_packages(packages: list[str], target: Path, purpose: str, instead: str = "install them") -> Path:
+    """`target`, filled with the files of Debian packages by `apt-get download` and `dpkg-deb` where it is missing.
+
+    Raises `CorpusError` where there is no apt, or where the download fails.
+    """
+    if target.exists():
+        return target
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise CorpusError(
+            f"{purpose} needs Debian's packages {' and '.join(packages)}, and there is no apt here to fetch them; "
+            f"{instead}"
+        )
+    print(f"Fetching {', '.join(packages)} with apt-get download ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target.name}-") as work:
+        # apt drops root's privileges to its own user for downloads; that user must be able to enter.
+        Path(work).chmod(0o755)
+        _download(packages, Path(work))
+        unpacked = Path(work) / "unpacked"
+        for archive in sorted(Path(work).glob("*.deb")):
+            _verify(archive)
+            _run(["dpkg-deb", "-x", str(archive), str(unpacked)], Path(work), f"unpacking {archive.name}")
+        if not target.exists():
+            unpacked.rename(target)
+    return target
+
+
+def read_prompts(language: str) -> list[tuple[str, Path, str]]:
+    """(name, path of the wav file, transcript as written) of every recording of speech, sorted by name.
+
+    Tones and silence, whose entry is wholly in brackets, are left out; a recording without a transcript too.
+    """
+    root = fetch_prompts(language)
+    sounds = _voice_dir(root, language)
+    prompts = []
+    with gzip.open(_transcript_file(root, language), "rt", encoding="utf-8-sig") as lines:
+        for line in lines:
+            name, separator, text = line.strip().partition(":")
+            text = text.strip()
+            path = sounds / f"{name.strip()}.wav"
+            if line.startswith(";") or not separator or not text or (text[0] in "[(<" and text[-1] in "])>"):
+                continue
+            if path.is_file():
+                prompts.append((name.strip(), path, text))
+    return sorted(prompts)
+
+
+def _voice_dir(root: Path, language: str) -> Path:
+    return root / "usr/share/asterisk/sounds" / VOICES[language]
+
+
+def _transcript_file(root: Path, language: str) -> Path:
+    return root / f"usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
+
+
+def _run(command: list[str], directory: Path, doing: str) -> None:
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise CorpusError(f"{doing} failed ({reason}); install the package by hand, or try again later")
+
+
+def _download(packages: list[str], directory: Path) -> None:
+    doing = f"downloading {' and '.join(packages)}"
+    try:
+        _run(["apt-get", "download", *packages], directory, doing)
+    except CorpusError:
+        print("apt has no usable package lists; reading them into a private directory ...", file=sys.stderr)
+        for part in ("lists/partial", "archives/partial"):
+            (directory / part).mkdir(parents=True)
+        private = ["-o", f"Dir::State::Lists={directory}/lists", "-o", f"Dir::Cache={directory}"]
+        _run(["apt-get", *private, "update"], directory, "reading the package lists")
+        _run(["apt-get", *private, "download", *packages], directory, doing)
+
+
+def _verify(archive: Path) -> None:
+    package, version = archive.name.split("_")[:2]
+    if package not in _SHA256:
+        return  # a program, which differs by architecture: apt's own check stands alone
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if version != _VERSION:
+        print(f"{package} is version {version}; published figures used {_VERSION}", file=sys.stderr)
+    elif digest != _SHA256[package]:
+        raise CorpusError(f"{archive.name}: SHA-256 is {digest}, expected {_SHA256[package]}; try again later")

@@ -1,0 +1,206 @@
+"""Speech from text with the espeak-ng library that `espeakng-loader` bundles; no system package."""
+
+import _ctypes
+import ctypes
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+
+import espeakng_loader
+import numpy as np
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from mapreuse_lab.training._audio import write_wav
+from mapreuse_lab.training._features import resample
+
+_ACCENTS = {
+    "en": (*["en-us"] * 6, "en-us-nyc", "en", "en-gb-scotland", "en-029"),
+    "fr": ("fr", "fr-be", "fr-ch"),
+    "es": ("es", "es-419"),
+    "it": ("it",),
+    "ru": ("ru",),
+}
+_VARIANTS = (
+    *("f1", "f2", "f3", "f4", "f5", "linda", "belinda", "steph", "steph2", "steph3", "Alicia", "Annie", "Andrea"),
+    *("anika", "aunty", "grandma", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "klatt", "klatt2", "klatt3"),
+    *("klatt4", "adam", "Alex", "Andy", "Denis", "Gene", "Lee", "Marco", "Michael", "Mike", "max", "michel", "paul"),
+    *("quincy", "rob", "robert", "travis", "victor", "zac", "boris", "david", "ed", "edward", "ian", "john"),
+)
+_SYNCHRONOUS, _UTF8, _IPA, _RATE, _PITCH, _RANGE = 2, 1, 2, 1, 3, 4
+_PHONEME_EVENTS, _IPA_EVENTS = 1, 2  # options of espeak_Initialize
+_LAST_EVENT, _PHONEME_EVENT = 0, 7  # types of events
+_SEED = 1  # of the noise of breath and consonants, for which espeak-ng would take the time of day
+
+
+class _Event(ctypes.Structure):
+    """`espeak_EVENT` of espeak-ng's speak_lib.h, of whose union `id` this is the phoneme's name."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 8),
+    )
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+
+
+def synthesise(
+    texts: Sequence[str],
+    language: str,
+    out_dir: str | Path,
+    *,
+    seed: int,
+    sampling_rate: int = 8000,
+) -> CutSet:
+    """Speaks every text once, in a voice, accent, speed and pitch drawn from `seed` and the text, into wav files.
+
+    Returns a CutSet in the order of `texts`, mono at `sampling_rate` Hz, 16 bits, with the text as supervision.
+    Files are named after what they hold and written in one move, so that a second call, or one after an
+    interruption, speaks only what is missing; the result does not depend on what was there before.
+
+    Raises `ValueError` for a language without voices, `RuntimeError` if the bundled library does not load.
+    """
+    check_voices(language)
+    directory = Path(out_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    cuts = []
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        for text in progress.track(texts, description=f"Synthesising speech ({language})"):
+            key = key_of(text, language, seed, sampling_rate)
+            path = directory / key[:2] / f"{key}.wav"
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                samples, _ = speak(text, language, random.Random(key), sampling_rate)
+                write_wav(path, samples, sampling_rate)
+            cuts.append(cut_of(path, key, text, language))
+    return CutSet.from_cuts(cuts)
+
+
+def pronounce(texts: Sequence[str], language: str) -> list[list[list[str]]]:
+    """For every text, its words as lists of phones (International Phonetic Alphabet, stress left out).
+
+    Words that are spoken as one ("of the") come as one. Raises `ValueError` for a language without voices.
+    """
+    if language not in _ACCENTS:
+        raise ValueError(f"no pronunciation for language {language!r}; choose one of {', '.join(_ACCENTS)}")
+    said = []
+    with _engine() as (library, *_):
+        library.espeak_SetVoiceByName(_ACCENTS[language][0].encode())
+        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
+        for text in texts:
+            rest, clauses = ctypes.c_char_p(text.encode()), []
+            while rest.value:
+                clauses.append(
+                    library.espeak_TextToPhonemes(ctypes.byref(rest), _UTF8, _IPA | ord("_") << 8).decode()
+                )
+            words = [re.sub("[ˈˌ]|\\(.*?\\)", "", word).split("_") for word in " ".join(clauses).split()]
+            said.append([phones for word in words if (phones := [phone for phone in word if phone])])
+    return said
+
+
+def cut_of(path: Path, key: str, text: str, language: str) -> MonoCut:
+    """One utterance: a whole file and what is said in it."""
+    recording = Recording.from_file(path, recording_id=f"synthetic-{key}")
+    supervision = SupervisionSegment(
+        id=recording.id,
+        recording_id=recording.id,
+        start=0.0,
+        duration=recording.duration,
+        text=text,
+        language=language,
+    )
+    return MonoCut(
+        id=recording.id,
+        start=0.0,
+        duration=recording.duration,
+        channel=0,
+        recording=recording,
+        supervisions=[supervision],
+    )
+
+
+def check_voices(language: str) -> None:
+    """Raises `ValueError` for a language without voices."""
+    if language not in _ACCENTS:
+        raise ValueError(f"no synthetic voices for language {language!r}; choose one of {', '.join(_ACCENTS)}")
+
+
+def key_of(text: str, language: str, seed: int, sampling_rate: int) -> str:
+    """What names an utterance, and seeds the draw of its voice."""
+    return hashlib.sha256(json.dumps([text, language, seed, sampling_rate]).encode()).hexdigest()[:20]
+
+
+def speak(
+    text: str, language: str, generator: random.Random, sampling_rate: int
+) -> tuple[np.ndarray, list[tuple[str, float]]]:
+    """The waveform of a text, and in seconds when espeak-ng begins each of its phonemes ("" is a pause)."""
+    voice = f"{generator.choice(_ACCENTS[language])}+{generator.choice(_VARIANTS)}"
+    data = text.encode() + b"\0"
+    with _engine() as (library, rate, chunks, begun):
+        if library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise RuntimeError(f"espeak-ng has no voice {voice!r}; reinstall espeakng-loader")
+        library.espeak_SetParameter(_RATE, generator.randrange(130, 195), 0)
+        library.espeak_SetParameter(_PITCH, generator.randrange(25, 75), 0)
+        library.espeak_SetParameter(_RANGE, generator.randrange(25, 80), 0)
+        library.espeak_Synth(data, len(data), 0, 0, 0, _UTF8, None, None)
+    if not chunks:
+        raise RuntimeError(f"espeak-ng said nothing for {text!r} with voice {voice!r}")
+    samples = np.concatenate(chunks).astype(np.float32) / 32768
+    return resample(samples, rate, sampling_rate).clip(-1, 1), [(name, sample / rate) for name, sample in begun]
+
+
+@contextmanager
+def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray], list[tuple[str, int]]]]:
+    """A fresh engine: the library, its sampling rate in Hz, and the lists that its callback appends samples to, and
+    phonemes with the number of their first sample.
+
+    The library carries state from one utterance to the next in its static variables, so that what it says depends
+    on what it said before. Unloading it after every utterance (a few milliseconds) takes that away.
+    """
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
+    library.espeak_Synth.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
+        *(ctypes.c_void_p, ctypes.c_void_p),
+    ]
+    chunks: list[np.ndarray] = []
+    begun: list[tuple[str, int]] = []
+
+    def receive(samples, count, events):
+        told = takewhile(lambda event: event.type != _LAST_EVENT, events or ())
+        phonemes = (event for event in told if event.type == _PHONEME_EVENT)
+        begun.extend((event.name.decode(errors="ignore"), event.sample) for event in phonemes)  # cut at 8 bytes
+        if samples and count > 0:
+            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    options = _PHONEME_EVENTS | _IPA_EVENTS
+    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), options)
+    if rate <= 0:
+        raise RuntimeError("espeak-ng did not start; reinstall espeakng-loader")
+    library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
+    callback = _CALLBACK(receive)
+    library.espeak_SetSynthCallback(callback)
+    try:
+        yield library, rate, chunks, begun
+    finally:
+        library.espeak_Terminate()
+        _ctypes.dlclose(library._handle)

@@ -1,0 +1,92 @@
+"""Paired differences of error rates, against what is obvious."""
+
+import numpy as np
+import pytest
+from mapreuse_lab.study._compare import Errors, SeedNoise, difference, seed_noise
+
+REFERENCES = [f"one two three {number}" for number in range(40)]
+"""Forty utterances of four words."""
+
+
+NONE = SeedNoise(0.0, 0)
+
+
+def wrong(references, every):
+    """The first word of every so many utterances left out."""
+    return [text.partition(" ")[2] if index % every == 0 else text for index, text in enumerate(references)]
+
+
+def test_rates_are_pooled_over_seeds_and_utterances():
+    errors = Errors.of(REFERENCES, [wrong(REFERENCES, 2), REFERENCES])
+    assert errors.rate("wer") == pytest.approx(20 / 320)
+    assert errors.by_seed("wer").tolist() == pytest.approx([20 / 160, 0.0])
+    characters = 2 * sum(map(len, REFERENCES))
+    assert errors.rate("cer") == pytest.approx(20 * len("one ") / characters)
+    low, high = errors.interval("wer")
+    assert low < errors.rate("wer") < high
+
+
+def test_the_same_hypotheses_differ_by_nothing():
+    errors = Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
+    found = difference(errors, errors, "cer", NONE)
+    assert (found.difference, found.interval, found.found) == (0.0, (0.0, 0.0), "no difference found")
+    assert found.over_utterances == (0.0, 0.0)
+
+
+def test_a_great_difference_is_found_and_its_sign_told():
+    good, bad = Errors.of(REFERENCES, [wrong(REFERENCES, 20)]), Errors.of(REFERENCES, [wrong(REFERENCES, 2)])
+    assert difference(bad, good, "wer", NONE).found == "worse"
+    assert difference(good, bad, "wer", NONE).found == "better"
+
+
+def test_pairing_finds_what_two_separate_intervals_overlap_on():
+    """One more error in four utterances of forty, where half of all utterances are wrong in both."""
+    one = wrong(REFERENCES, 2)
+    other = [text if index % 10 != 1 else "" for index, text in enumerate(one)]
+    first, second = Errors.of(REFERENCES, [one]), Errors.of(REFERENCES, [other])
+    assert first.interval("wer")[1] > second.interval("wer")[0]
+    assert difference(second, first, "wer", NONE).found == "worse"
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (1000, 1.962)])
+def test_chance_between_seeds_widens_the_interval_as_stated(freedom, quantile):
+    good, bad = Errors.of(REFERENCES, [wrong(REFERENCES, 4)]), Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
+    narrow, wide = difference(bad, good, "wer", NONE), difference(bad, good, "wer", SeedNoise(2.0, freedom))
+    assert wide.difference == narrow.difference
+    assert wide.over_utterances == narrow.over_utterances == narrow.interval
+    width = wide.interval[1] - wide.interval[0]
+    rates = (good.rate("wer") ** 2 + bad.rate("wer") ** 2) ** 0.5
+    assert width == pytest.approx(2 * quantile * 2.0 * rates, rel=0.15)
+    assert wide.found == "no difference found"
+
+
+def test_a_pair_needs_as_many_seeds_of_both():
+    one = Errors.of(REFERENCES, [wrong(REFERENCES, 4), REFERENCES])
+    assert one.some([1]).by_seed("wer").tolist() == [0.0]
+    with pytest.raises(ValueError, match="the same seeds: got 1 and 2"):
+        difference(one.some([0]), one, "wer", NONE)
+
+
+def rated(rates):
+    """A technique with these error rates, seed by seed, of a hundred words."""
+    counts = np.array([[[round(100 * rate), 100]] for rate in rates])
+    return Errors({"wer": counts})
+
+
+def test_what_a_seed_does_to_all_techniques_alike_is_no_noise():
+    alike = [rated([0.2, 0.3, 0.1]), rated([0.4, 0.6, 0.2])]
+    assert seed_noise([alike], "wer").deviation == pytest.approx(0)
+    assert seed_noise([alike], "wer").freedom == 2
+
+
+def test_the_noise_is_what_two_factors_leave():
+    """Two techniques, two seeds: relative rates ±0.5 and ∓0.5 leave four residuals of 0.5, one degree of freedom."""
+    crossed = [rated([0.3, 0.1]), rated([0.1, 0.3])]
+    assert seed_noise([crossed], "wer") == SeedNoise(pytest.approx(1.0), 1)
+    assert seed_noise([crossed, crossed], "wer") == SeedNoise(pytest.approx(1.0), 2)
+    assert seed_noise([], "wer") == seed_noise([[rated([0.3, 0.1])]], "wer") == SeedNoise(0.0, 0)
+
+
+def test_hypotheses_of_another_test_set_are_refused():
+    with pytest.raises(ValueError, match="cannot score 39 hypotheses against 40 references"):
+        Errors.of(REFERENCES, [REFERENCES[:-1]])

@@ -1,0 +1,57 @@
+"""What a recogniser is calibrated on: corpora and folders of recordings."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mapreuse_lab.training import calibration_batches, features
+
+
+def test_the_dev_utterances_of_a_corpus_come_by_length_as_the_recogniser_hears_them(prompts, baseline):
+    batches = calibration_batches(baseline, "prompts:en", batch_size=4, max_batches=3)
+    utterances = [cut.load_audio()[0] for cut in list(prompts.dev)[:12]]
+    shortest, longest = min(utterances, key=len), max(utterances, key=len)
+
+    assert sum(len(batch["input_features"]) for batch in batches) == 12
+    lengths = [int(length) for batch in batches for length in batch["attention_mask"].sum(1)]
+    assert lengths == sorted(lengths)
+    for found, samples in ((batches[0]["input_features"][0], shortest), (batches[-1]["input_features"][-1], longest)):
+        expected = features([samples], baseline.feature_config)[0][0]
+        torch.testing.assert_close(found[: len(expected)], expected)
+        assert (found[len(expected) :] == 0).all()
+
+
+def test_recordings_of_a_folder_are_resampled_and_long_ones_count_as_several(tiny, tmp_path):
+    noise = np.random.default_rng(0).standard_normal(16000 * 70).astype(np.float32) / 10
+    (tmp_path / "inside").mkdir()
+    soundfile.write(tmp_path / "long.flac", noise, 16000)
+    soundfile.write(tmp_path / "short.wav", noise[:16000], 16000)
+    soundfile.write(tmp_path / "inside" / "slow.wav", noise[:8000], 8000)
+    soundfile.write(tmp_path / "inside" / "both.WAV", noise[:16000].reshape(-1, 2), 8000)
+    batches = calibration_batches(tiny, tmp_path)
+    lengths = [round(int(n) / 100) for batch in batches for n in batch["attention_mask"].sum(1)]
+
+    assert lengths == [1, 1, 1, 10, 36, 40]
+    assert [len(batch["input_features"]) for batch in batches] == [4, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda there: there / "nothing", "no such folder of wav or flac files, nor a corpus"),
+        (lambda there: there, "holds no wav or flac files"),
+        (lambda there: "prompts:tlh", "no such language"),
+        (lambda there: tone(there, 0.01), "lasts 0.010 s"),
+        (lambda there: tone(there, 1.0), "1 utterances, at least 4 are wanted"),
+    ],
+)
+def test_a_source_that_is_off_is_refused_on_one_line(tiny, tmp_path, make, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        calibration_batches(tiny, make(tmp_path))
+
+    assert "\n" not in str(refused.value)
+
+
+def tone(folder, seconds):
+    soundfile.write(folder / "tone.wav", 0.1 * np.sin(np.arange(round(seconds * 8000)) / 5), 8000)
+    return folder

@@ -1,0 +1,313 @@
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from mapreuse_lab.training import Corpus, CorpusError, normalise, open_corpus, split_by_transcript, waveform_of
+
+
+def texts(cuts) -> set[str]:
+    return {cut.supervisions[0].text for cut in cuts}
+
+
+def make_cuts(transcripts: list[str]) -> list[MonoCut]:
+    return [
+        MonoCut(f"cut-{i}", 0.0, 1.0, 0, supervisions=[SupervisionSegment(f"s-{i}", f"r-{i}", 0.0, 1.0, text=text)])
+        for i, text in enumerate(transcripts)
+    ]
+
+
+sentences = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=5).map(" ".join), max_size=60)
+
+
+@given(sentences, st.integers(0, 3))
+def test_no_held_out_transcript_ever_trains(transcripts, seed):
+    cuts = make_cuts(transcripts)
+    train, dev, test = split_by_transcript(cuts, seed=seed)
+    assert sorted(cut.id for part in (train, dev, test) for cut in part) == sorted(cut.id for cut in cuts)
+    assert not texts(train) & texts(dev)
+    assert not texts(train) & texts(test)
+    assert not texts(dev) & texts(test)
+    long = {text for text in transcripts if len(text.split()) >= 3}
+    assert texts(test) | texts(dev) <= long
+    assert (len(texts(test)), len(texts(dev))) == (round(0.2 * len(long)), round(0.1 * len(long)))
+
+
+@given(sentences, st.randoms())
+def test_the_split_of_a_transcript_does_not_depend_on_the_order_of_the_cuts(transcripts, random):
+    cuts = make_cuts(transcripts)
+    parts = split_by_transcript(cuts, seed=0)
+    random.shuffle(cuts)
+    assert [texts(part) for part in split_by_transcript(cuts, seed=0)] == [texts(part) for part in parts]
+
+
+def test_the_prompts_are_real_speech_with_normalised_transcripts(prompts):
+    cuts = [*prompts.train, *prompts.dev, *prompts.test]
+    assert len(cuts) > 540
+    assert 22 * 60 < sum(cut.duration for cut in cuts) < 27 * 60
+    assert all(cut.sampling_rate == 8000 and cut.supervisions[0].text for cut in cuts)
+    assert all(normalise(text) == text for text in texts(cuts))
+    audio = next(iter(prompts.test)).load_audio()
+    assert audio.shape[0] == 1
+    assert audio.std() > 0.01
+    assert "Allison Smith" in prompts.attribution
+
+
+def test_opening_the_prompts_twice_gives_the_same_splits(prompts):
+    again = open_corpus("prompts:en")
+    assert [cut.id for cut in again.test] == [cut.id for cut in prompts.test]
+    other = open_corpus("prompts:en", seed=1)
+    assert texts(other.test) != texts(prompts.test)
+
+
+def write_speech(path: Path, seconds: float = 0.5, rate: int = 16000) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(round(seconds * rate)), rate)
+
+
+def test_librispeech_keeps_its_official_splits_but_trains_on_no_held_out_transcript(tmp_path):
+    spoken = {
+        "train-clean-5/7/1": ["A MAN SAID", "MISTER QUILTER IS"],
+        "dev-clean/8/2": ["HE WENT"],
+        "test-clean/9/3": ["MISTER QUILTER IS"],
+    }
+    for folder, lines in spoken.items():
+        speaker, chapter = folder.split("/")[1:]
+        for number in range(len(lines)):
+            write_speech(tmp_path / folder / f"{speaker}-{chapter}-{number:04d}.flac")
+        listing = "".join(f"{speaker}-{chapter}-{i:04d} {line}\n" for i, line in enumerate(lines))
+        (tmp_path / folder / f"{speaker}-{chapter}.trans.txt").write_text(listing)
+    corpus = open_corpus(f"librispeech:{tmp_path}")
+    assert corpus.sampling_rate == 16000
+    assert texts(corpus.train) == {"a man said"}
+    assert texts(corpus.dev) == {"he went"}
+    assert texts(corpus.test) == {"mister quilter is"}
+    assert next(iter(corpus.test)).load_audio().shape == (1, 8000)
+
+
+@pytest.fixture
+def kaldi(tmp_path) -> Path:
+    write_speech(tmp_path / "audio" / "one.wav", seconds=2.0)
+    (tmp_path / "wav.scp").write_text("one audio/one.wav\n")
+    (tmp_path / "segments").write_text("one-a one 0.0 0.5\none-b one 0.5 -1\n")
+    (tmp_path / "text").write_text("one-a Hello!\none-b Dial 7 now\n")
+    return tmp_path
+
+
+def test_a_kaldi_directory_may_name_its_language(kaldi):
+    (kaldi / "text").write_text("one-a Mañana\none-b marque el 7 ahora\n")
+    (kaldi / "utt2lang").write_text("one-a es\none-b es\n")
+    corpus = open_corpus(f"kaldi:{kaldi}")
+    assert corpus.language == "es"
+    assert texts([*corpus.train, *corpus.dev, *corpus.test]) == {"mañana", "marque el siete ahora"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("audio/one.wav", "this is no sound\n" * 100, "audio/one.wav cannot be read as audio"),
+        ("segments", "one-a one 0.5 0.2\n", "one-a is from 0.5 to 0.2 s of a recording of 2.00 s"),
+        ("segments", "one-a one 7.0 9.0\n", "one-a is from 7.0 to 9.0 s of a recording of 2.00 s"),
+        ("segments", "one-a one nan nan\n", "segments says one-a is from nan to nan s"),
+        ("segments", "one-a one 0.5\n", "a recording, its start and end in seconds are wanted"),
+        ("segments", "one-a one 0.5 soon\n", "a recording, its start and end in seconds are wanted"),
+        ("utt2lang", "one-a tlh\none-b tlh\n", "in language 'tlh'"),
+    ],
+)
+def test_a_kaldi_directory_that_makes_no_sense_is_refused_in_one_line(kaldi, file, content, problem):
+    (kaldi / file).write_text(content)
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"kaldi:{kaldi}")
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_kaldi_text_that_is_no_text_is_refused(kaldi):
+    (kaldi / "text").write_bytes(b"one-a \xff\xfe\n")
+    with pytest.raises(CorpusError, match="is not text in UTF-8"):
+        open_corpus(f"kaldi:{kaldi}")
+
+
+@pytest.mark.parametrize("what", ["nothing in it", "no transcripts", "no sound"])
+def test_librispeech_in_another_layout_is_refused_in_one_line(tmp_path, what):
+    chapter = tmp_path / "test-clean" / "9" / "3"
+    chapter.mkdir(parents=True)
+    if what != "nothing in it":
+        write_speech(chapter / "9-3-0000.flac")
+    if what == "no sound":
+        (chapter / "9-3-0000.flac").write_text("this is no sound")
+        (chapter / "9-3.trans.txt").write_text("9-3-0000 HELLO\n")
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"librispeech:{tmp_path}")
+    assert "\n" not in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_a_librispeech_that_lacks_recordings_is_refused_in_one_line(tmp_path, capsys, caplog):
+    chapter = tmp_path / "test-clean" / "9" / "3"
+    write_speech(chapter / "9-3-0000.flac")
+    (chapter / "9-3.trans.txt").write_text("9-3-0000 HELLO\n9-3-0001 YOU\n9-3-0002 THERE\n")
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"librispeech:{tmp_path}")
+    named = f"{chapter / '9-3-0001.flac'}, {chapter / '9-3-0002.flac'}"
+    assert str(refused.value).endswith(f"2 of 3 recordings with a transcript are missing: {named}")
+    assert (*capsys.readouterr(), caplog.text) == ("", "", "")
+
+
+def test_recordings_that_are_gone_are_named(kaldi):
+    corpus = open_corpus(f"kaldi:{kaldi}")
+    cuts = [*corpus.train, *corpus.dev, *corpus.test]
+    (kaldi / "audio" / "one.wav").unlink()
+    with pytest.raises(ValueError, match="one-a: its recording cannot be read"):
+        waveform_of(min(cuts, key=lambda cut: cut.start), 8000)
+
+
+def test_a_kaldi_directory_is_cut_at_its_segments(kaldi):
+    corpus = open_corpus(f"kaldi:{kaldi}")
+    cuts = {cut.supervisions[0].text: cut for part in (corpus.train, corpus.dev, corpus.test) for cut in part}
+    assert set(cuts) == {"hello", "dial seven now"}
+    assert cuts["hello"].load_audio().shape == (1, 8000)
+    assert cuts["dial seven now"].duration == pytest.approx(1.5)
+
+
+def test_a_kaldi_directory_that_would_run_a_command_is_refused(kaldi):
+    (kaldi / "wav.scp").write_text("one sph2pipe one.sph |\n")
+    with pytest.raises(CorpusError, match=r"command for one"):
+        open_corpus(f"kaldi:{kaldi}")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_any_cut_manifest_is_a_corpus(prompts, tmp_path, suffix):
+    manifest = tmp_path / f"cuts.{suffix}"
+    CutSet.from_cuts(list(prompts.test)[:30]).to_file(manifest)
+    corpus = open_corpus(f"cuts:{manifest}")
+    assert texts([*corpus.train, *corpus.dev, *corpus.test]) == texts(list(prompts.test)[:30])
+    assert (len(corpus.train), corpus.sampling_rate) > (15, 8000)
+    assert len(corpus.test) > len(corpus.dev) > 0
+
+
+def _reverberated(cut: dict, path: Path) -> None:
+    response = {**cut["recording"], "sources": [{"type": "command", "channels": [0], "source": f"touch {path}"}]}
+    cut["recording"]["transforms"] = [{"name": "ReverbWithImpulseResponse", "kwargs": {"rir": response}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda cut, _: cut.pop("recording"), "no recording"),
+        (
+            lambda cut, _: cut["supervisions"][0].update(start=1.5),
+            "its supervision one is from 1.5 to 3.5 s of 2.00 s",
+        ),
+        (lambda cut, _: cut["supervisions"][0].update(start=-0.5), "its supervision one is from -0.5 to 1.5 s"),
+        (lambda cut, _: cut["supervisions"][0].update(duration=float("nan")), "is from 0.0 to nan s of 2.00 s"),
+        (lambda cut, _: cut["supervisions"][0].update(start="x"), "not a cut that lhotse can read"),
+        (lambda cut, _: cut["supervisions"][0].update(text=7), "has text 7"),
+        (lambda cut, _: cut["supervisions"][0].update(language=7), "language 7; strings are wanted"),
+        (lambda cut, _: cut.update(start=1.0), "from 1.0 to 3.0 s of a recording of 2.00 s"),
+        (lambda cut, _: cut["recording"]["sources"][0].update(source="gone.wav"), "gone.wav does not exist"),
+        (
+            lambda cut, path: cut["recording"]["sources"][0].update(type="command", source=f"touch {path}"),
+            "its recording is of type command",
+        ),
+        (_reverberated, "its recording is of type command"),
+    ],
+)
+def test_a_cut_that_makes_no_sense_is_refused_by_name_in_one_line_and_runs_nothing(tmp_path, change, problem):
+    write_speech(tmp_path / "one.wav", seconds=2.0)
+    cut = Recording.from_file(tmp_path / "one.wav").to_cut()
+    cut.supervisions = [SupervisionSegment("one", cut.recording_id, 0.0, 2.0, text="dial seven now")]
+    written = cut.to_dict()
+    change(written, tmp_path / "ran")
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(written) + "\n")
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(f"cuts:{tmp_path / 'cuts.jsonl'}")
+    assert f"cuts.jsonl: {cut.id}: " in str(refused.value)
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_whose_name_a_shell_would_run_is_refused(kaldi):
+    (kaldi / "x;touch ran;.sph").write_bytes(b"")
+    (kaldi / "wav.scp").write_text("one x;touch ran;.sph\n")
+    with pytest.raises(CorpusError, match="shell command that its name could change"):
+        open_corpus(f"kaldi:{kaldi}")
+
+
+def test_synthetic_speech_is_a_corpus_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("mapreuse_lab.training._corpora._SYNTHETIC_UTTERANCES", 30)
+    corpus = open_corpus("synthetic:it")
+    assert isinstance(corpus, Corpus)
+    assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 30
+    assert not texts(corpus.train) & set(corpus.held_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("prompts", "a corpus is"),
+        ("prompts:de", "no such language; choose one of en, fr"),
+        ("synthetic:xx", "no such language"),
+        ("klingon:en", "a corpus is"),
+        ("librispeech:/nowhere", "/nowhere does not exist"),
+        ("cuts:/nowhere.jsonl", "/nowhere.jsonl does not exist"),
+        ("", "a corpus is"),
+    ],
+)
+def test_a_bad_name_is_refused_in_one_line(name, reason):
+    with pytest.raises(CorpusError) as caught:
+        open_corpus(name)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_corpus_inside_is_refused_in_one_line(tmp_path):
+    (tmp_path / "broken.jsonl").write_text("{not json\n")
+    with gzip.open(tmp_path / "empty.jsonl.gz", "wt"):
+        pass
+    for name in (f"librispeech:{tmp_path}", f"kaldi:{tmp_path}", f"cuts:{tmp_path}/broken.jsonl"):
+        with pytest.raises(CorpusError) as caught:
+            open_corpus(name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def bare_machine(monkeypatch, tmp_path) -> Path:
+    """A machine with an empty cache and nothing on its path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("mapreuse_lab.training._prompts._SYSTEM", tmp_path / "system")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    return tools
+
+
+def test_without_apt_one_line_says_what_to_do(bare_machine):
+    with pytest.raises(CorpusError, match=r"^prompts:en needs .*asterisk-core-sounds-en-wav.*make study CORPUS=syn"):
+        open_corpus("prompts:en")
+
+
+def test_a_package_with_another_checksum_is_refused_and_leaves_nothing(bare_machine, tmp_path):
+    fake = "#!/bin/sh\n/usr/bin/touch asterisk-core-sounds-en_1.6.1-1_all.deb\n"
+    for tool in ("apt-get", "dpkg-deb"):
+        (bare_machine / tool).write_text(fake)
+        os.chmod(bare_machine / tool, 0o755)
+    with pytest.raises(CorpusError, match="SHA-256"):
+        open_corpus("prompts:en")
+    assert list((tmp_path / "cache" / "mapreuse").iterdir()) == []
+
+
+def test_a_failed_download_is_told_in_one_line(bare_machine):
+    for tool in ("apt-get", "dpkg-deb"):
+        (bare_machine / tool).write_text("#!/bin/sh\necho 'E: no network' >&2\nexit 100\n")
+        os.chmod(bare_machine / tool, 0o755)
+    with pytest.raises(CorpusError, match="E: no network"):
+        open_corpus("prompts:en")

@@ -1,0 +1,76 @@
+import re
+
+import jiwer
+import pytest
+from mapreuse_lab.training import BASELINE, evaluate, score
+from mapreuse_lab.training._evaluation import batches_by_length
+
+PAGE = BASELINE / "README.md"
+REFERENCES = ["press one now", "the number is not valid", "goodbye"]
+HYPOTHESES = ["press one", "the number is now valid", "good bye"]
+
+
+def test_rates_are_those_of_jiwer_over_the_whole_set():
+    scores = score(REFERENCES, HYPOTHESES)
+    assert scores.wer == pytest.approx(jiwer.wer(REFERENCES, HYPOTHESES))
+    assert scores.cer == pytest.approx(jiwer.cer(REFERENCES, HYPOTHESES))
+    assert (scores.num_utterances, scores.num_words) == (3, 9)
+
+
+def test_the_interval_holds_the_rate_and_shrinks_with_more_utterances():
+    few, many = score(REFERENCES, HYPOTHESES), score(REFERENCES * 30, HYPOTHESES * 30)
+    for scores in (few, many):
+        low, high = scores.wer_interval
+        assert low <= scores.wer <= high
+    assert many.wer_interval[1] - many.wer_interval[0] < 0.5 * (few.wer_interval[1] - few.wer_interval[0])
+    assert score(REFERENCES, HYPOTHESES) == few
+
+
+def test_a_perfect_recogniser_scores_zero_and_nothing_cannot_be_scored():
+    assert score(REFERENCES, REFERENCES).wer_interval == (0.0, 0.0)
+    with pytest.raises(ValueError, match="cannot score 0 hypotheses"):
+        score([], [])
+
+
+def test_batches_hold_every_utterance_once_within_their_budget():
+    lengths = [5, 1, 9, 3, 3, 30, 2]
+    batches = batches_by_length(lengths, 10)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 10 for batch in batches)
+
+
+@pytest.mark.parametrize("decoder", ["greedy", "beam+lm"])
+def test_the_shipped_recogniser_has_the_error_rates_its_page_claims(baseline, prompts, decoder):
+    scores = evaluate(baseline, prompts.test, decoder=decoder)
+    assert scores.num_utterances == len(prompts.test)
+    row = re.search(rf"--decoder {re.escape(decoder)}` \| ([\d.]+) % .*?\| ([\d.]+) %", PAGE.read_text())
+    wer, cer = (float(rate) / 100 for rate in row.groups())
+    assert scores.wer == pytest.approx(wer, abs=0.01)
+    assert scores.cer == pytest.approx(cer, abs=0.01)
+    trained = [f" {cut.supervisions[0].text} " for cut in prompts.train]
+    pairs = zip(scores.references, scores.hypotheses, strict=True)
+    others = [pair for pair in pairs if not any(f" {pair[0]} " in text for text in trained)]
+    stated = re.search(r"other (\d+)\s+utterances", PAGE.read_text())
+    rate = re.search(rf"([\d.]+) % \[[^]]*\]\s+by {re.escape(decoder)}\b", PAGE.read_text())
+    assert len(others) == int(stated.group(1))
+    assert score(*zip(*others, strict=True)).wer == pytest.approx(float(rate.group(1)) / 100, abs=0.01)
+
+
+def test_the_shipped_recogniser_names_whose_voice_it_learnt_from():
+    assert "Allison Smith, CC-BY-SA 3.0" in PAGE.read_text()
+
+
+def test_error_rates_do_not_depend_on_the_batches(baseline, prompts):
+    cuts = [cut for cut in prompts.dev if cut.duration < 4]
+    small, large = (evaluate(baseline, cuts, batch_seconds=seconds) for seconds in (1.0, 30.0))
+    assert small.hypotheses == large.hypotheses
+
+
+def test_an_empty_split_is_refused_with_a_way_out(baseline):
+    with pytest.raises(ValueError, match=r"this split of the corpus is empty; .* \(--split all\)"):
+        evaluate(baseline, [])
+
+
+def test_an_unknown_decoder_is_refused(baseline, prompts):
+    with pytest.raises(ValueError, match="no decoder 'viterbi'; choose one of greedy, beam, beam"):
+        evaluate(baseline, prompts.dev, decoder="viterbi")

@@ -1,0 +1,149 @@
+"""Synthetic speech that tells when each phoneme is said, and what each frame of an encoder hears."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mapreuse_lab.training import LANGUAGES, generate_texts, phoneme_batches, speak_with_phonemes, synthesise
+from mapreuse_lab.training._forced_alignment import PAUSE
+
+from mapreuse.measure import phoneme_attention
+from mapreuse.models import MapRecorder
+
+RATE = 8000
+
+
+def names(spoken):
+    return [phone.name for phone in spoken.phonemes if phone.name != PAUSE]
+
+
+def loudness(spoken, phone, rate=RATE):
+    return np.sqrt(np.mean(spoken.samples[round(phone.start * rate) : round(phone.stop * rate)] ** 2))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_phonemes_follow_one_another_from_the_first_sample_to_the_last(language):
+    for spoken in speak_with_phonemes(generate_texts(5, language, seed=2), language, seed=0):
+        phones = spoken.phonemes
+        assert phones[0].start == 0
+        assert phones[-1].stop == len(spoken.samples) / RATE
+        assert all(one.stop == other.start for one, other in pairwise(phones))
+        assert all(phone.start < phone.stop for phone in phones)
+        assert not any(one.name == other.name == PAUSE for one, other in pairwise(phones))
+        assert 4 < len(names(spoken)) / phones[-1].stop < 25  # a second
+        assert not set("ˈˌ()") & set("".join(names(spoken)))
+
+
+def test_the_waveform_is_the_one_that_is_synthesised(tmp_path):
+    texts = generate_texts(4, "en", seed=6)
+    cuts = synthesise(texts, "en", tmp_path, seed=3)
+    for cut, spoken in zip(cuts, speak_with_phonemes(texts, "en", seed=3), strict=True):
+        soundfile.write(tmp_path / "again.wav", spoken.samples, RATE, subtype="PCM_16")
+        assert (tmp_path / "again.wav").read_bytes() == Path(cut.recording.sources[0].source).read_bytes()
+
+
+def test_known_words_have_their_known_phonemes_in_every_voice():
+    for seed in range(8):
+        (spoken,) = speak_with_phonemes(["see me"], "en", seed=seed)
+        assert [name[0] for name in names(spoken)] == ["s", "i", "m", "i"]
+    (spoken,) = speak_with_phonemes(["aaa"], "es", seed=0)
+    assert set(names(spoken)) == {"a"}
+
+
+def test_phonemes_are_where_they_sound():
+    """An s is a faint noise of high frequencies, an o is loud and low."""
+
+    def share_above(spoken, phone, hertz):
+        part = spoken.samples[round(phone.start * RATE) : round(phone.stop * RATE)]
+        power = np.abs(np.fft.rfft(part)) ** 2
+        return power[np.fft.rfftfreq(len(part), 1 / RATE) > hertz].sum() / power.sum()
+
+    for seed in range(4):
+        (spoken,) = speak_with_phonemes(["so so, so so"], "en", seed=seed)
+        hissing = [phone for phone in spoken.phonemes if phone.name == "s"]
+        voiced = [phone for phone in spoken.phonemes if phone.name not in ("s", PAUSE)]
+        assert len(hissing) == len(voiced) == 4
+        assert min(share_above(spoken, s, 2000) for s in hissing) > 3 * max(
+            share_above(spoken, o, 2000) for o in voiced
+        )
+        assert 3 * max(loudness(spoken, s) for s in hissing) < min(loudness(spoken, o) for o in voiced)
+
+
+def test_a_comma_is_a_pause_and_pauses_are_quiet():
+    (joined, parted) = speak_with_phonemes(["hello hello", "hello, hello"], "en", seed=4)
+    inside = [phone for phone in parted.phonemes[1:-1] if phone.name == PAUSE]
+
+    assert names(joined) == names(parted)
+    assert not [phone for phone in joined.phonemes[1:-1] if phone.name == PAUSE]
+    assert len(inside) == 1
+    assert inside[0].stop - inside[0].start > 0.1
+    assert parted.phonemes[-1].name == PAUSE
+    quiet = max(loudness(parted, phone) for phone in (inside[0], parted.phonemes[-1]))
+    assert quiet < 0.3 * min(loudness(parted, phone) for phone in parted.phonemes if phone.name != PAUSE)
+
+
+def test_the_times_do_not_depend_on_the_sampling_rate(monkeypatch):
+    monkeypatch.setattr("mapreuse_lab.training._phonemes.key_of", lambda text, language, seed, sampling_rate: text)
+    (low,) = speak_with_phonemes(["press three"], "en", seed=0)
+    (high,) = speak_with_phonemes(["press three"], "en", seed=0, sampling_rate=16000)
+
+    assert len(high.samples) == pytest.approx(2 * len(low.samples), abs=2)
+    assert high.phonemes[:-1] == low.phonemes[:-1]
+
+
+def test_every_frame_of_the_encoder_hears_the_phoneme_at_its_centre(baseline):
+    batches, labels, phonemes = phoneme_batches(baseline, "en", sentences=11, seed=5, batch_size=4)
+    texts = generate_texts(11, "en", seed=5)
+    spoken = sorted(speak_with_phonemes(texts, "en", seed=5), key=lambda one: len(one.samples))
+    recordings = map(MapRecorder(baseline.model), batches)
+
+    assert [len(row) for row in labels] == [4, 4, 3]
+    assert len(set(phonemes)) == len(phonemes) > 20
+    assert PAUSE not in phonemes
+    for classes, recorded, first in zip(labels, recordings, (0, 4, 8), strict=True):
+        assert classes.shape == recorded.valid.shape
+        assert (classes[~recorded.valid] == -1).all()
+        for found, one, valid in zip(classes, spoken[first:], recorded.valid, strict=False):
+            for frame, number in enumerate(found[: int(valid.sum())].tolist()):
+                centre = 0.0125 + 4 * 0.008 * frame
+                said = next((p.name for p in one.phonemes if p.start <= centre < p.stop), one.phonemes[-1].name)
+                assert number == (phonemes.index(said) if said in phonemes else -1)
+
+
+def test_rare_phonemes_are_none_and_alike_ones_stand_side_by_side(tiny):
+    _, labels, phonemes = phoneme_batches(tiny, "en", sentences=30)
+    counts = torch.cat([row[row >= 0] for row in labels]).bincount(minlength=len(phonemes))
+
+    assert counts.min() >= 0.005 * counts.sum()
+    assert phonemes.index("p") < phonemes.index("s") < phonemes.index("m") < phonemes.index("l") < phonemes.index("ə")
+    assert abs(phonemes.index("s") - phonemes.index("z")) == 1
+
+
+def test_the_shipped_recogniser_attends_the_same_phonemes_in_lower_layers(baseline):
+    batches, labels, phonemes = phoneme_batches(baseline, "en", sentences=24)
+    found = phoneme_attention(baseline.model, batches, labels, num_classes=len(phonemes))
+    moved = [row.roll(20, 1) for row in labels]  # 0.8 s later, where something else is said
+    chance = phoneme_attention(baseline.model, batches, moved, num_classes=len(phonemes))
+
+    for measured in ("same", "same_beyond_position"):
+        lower, upper = getattr(found, measured).unflatten(0, (2, 4)).mean((1, 2)).tolist()
+        assert lower > 1.3 > 1.2 > upper
+        assert getattr(chance, measured)[:4].mean() < 1.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"language": "de"}, "no synthetic voices for language 'de'"),
+        ({"language": "en", "sentences": 0}, "sentences and batch_size must be at least 1, got 0 and 8"),
+        ({"language": "en", "batch_size": 0}, "sentences and batch_size must be at least 1, got 60 and 0"),
+    ],
+)
+def test_what_cannot_be_said_is_refused_on_one_line(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        phoneme_batches(tiny, **arguments)
+    with pytest.raises(ValueError, match="no synthetic voices for language 'xx'"):
+        speak_with_phonemes(["x"], "xx", seed=0)

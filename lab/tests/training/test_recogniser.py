@@ -1,0 +1,247 @@
+import json
+import shutil
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mapreuse_lab.techniques import parse
+from mapreuse_lab.training import BASELINE, Recogniser, evaluate
+from mapreuse_lab.training._features import resample
+
+from mapreuse import ReusePlan, apply
+
+
+def test_the_shipped_recogniser_is_small_on_disk_and_deep_enough(baseline):
+    assert sum(path.stat().st_size for path in BASELINE.iterdir()) < 8e6
+    config = baseline.model.config.encoder_config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.layerdrop) == (8, 4, 0)
+    assert next(baseline.model.parameters()).dtype == torch.float32
+
+
+def test_saving_and_loading_changes_no_bit(tiny, tmp_path, rng):
+    tiny.save(tmp_path)
+    again = Recogniser.load(tmp_path)
+    audio = [rng.standard_normal(4000).astype(np.float32)]
+    assert torch.equal(again.logits(audio)[0], tiny.logits(audio)[0])
+    assert again.vocabulary == tiny.vocabulary
+    assert not list(tmp_path.glob("*.pt")) + list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pkl"))
+
+
+def test_half_precision_on_disk_is_single_precision_in_memory(tiny, tmp_path, rng):
+    tiny.save(tmp_path / "whole")
+    tiny.save(tmp_path / "half", dtype=torch.float16)
+    size = {
+        name: sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in ("whole", "half")
+    }
+    assert size["half"] < 0.6 * size["whole"]
+    audio = [rng.standard_normal(4000).astype(np.float32)]
+    again = Recogniser.load(tmp_path / "half")
+    logits = again.logits(audio)[0]
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, tiny.logits(audio)[0], atol=0.05)
+
+
+def test_a_recogniser_that_reuses_maps_is_saved_with_its_plan(tiny, tmp_path, rng):
+    apply(tiny.model, ReusePlan.grouped(2, 2))
+    tiny.save(tmp_path)
+    audio = [rng.standard_normal(4000).astype(np.float32)]
+    assert torch.equal(Recogniser.load(tmp_path).logits(audio)[0], tiny.logits(audio)[0])
+
+
+def _damage_weights(directory):
+    (weights,) = directory.glob("mapreuse*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _damage_description(directory):
+    (directory / "recogniser.json").write_text("{")
+
+
+def _foreign_vocabulary(directory):
+    description = json.loads((directory / "recogniser.json").read_text())
+    (directory / "recogniser.json").write_text(json.dumps(description | {"vocabulary": ["a"]}))
+
+
+def _damage_language_model(directory):
+    (directory / "language_model.safetensors").write_bytes(b"no")
+
+
+def _empty(directory):
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(
+    "damage", [_damage_weights, _damage_description, _foreign_vocabulary, _damage_language_model, _empty]
+)
+def test_a_damaged_or_foreign_directory_is_one_clear_error(tiny, tmp_path, damage):
+    tiny.save(tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(ValueError, match="model") as caught:
+        Recogniser.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "reason"),
+    [
+        ("vocabulary", list(range(28)), "must list single characters: got 0"),
+        ("vocabulary", ["ab"] * 28, "must list single characters: got 'ab'"),
+        ("features", {"sampling_rate": "x"}, "sampling_rate must be a positive whole number: got 'x'"),
+        ("features", {"hop": 0}, "hop must be a positive finite number: got 0"),
+        ("features", {"window": -1}, "window must be a positive finite number: got -1"),
+        ("features", {"num_mel_bins": 40}, "the model reads 32 mel bins, the features have 40"),
+        ("fusion", {"weight": "x"}, "weight must be a positive finite number: got 'x'"),
+        ("fusion", {"bonus": float("nan")}, "bonus must be a finite number: got nan"),
+    ],
+)
+def test_a_damaged_description_is_one_clear_error(tiny, tmp_path, part, value, reason):
+    tiny.save(tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "recogniser.json").read_text())
+    description[part] = description[part] | value if isinstance(value, dict) else value
+    (tmp_path / "model" / "recogniser.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="model holds a damaged or foreign recogniser") as caught:
+        Recogniser.load(tmp_path / "model")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interrupted_save_leaves_the_description_that_was_there(tiny, tmp_path, monkeypatch):
+    tiny.save(tmp_path)
+    before = (tmp_path / "recogniser.json").read_bytes()
+    write_text = Path.write_text
+
+    def interrupted(path, text, **settings):
+        write_text(path, text[:5] if "recogniser.json" in path.name else text, **settings)
+        if "recogniser.json" in path.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.save(tmp_path)
+    assert (tmp_path / "recogniser.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["window-3", "skip-1", "window-3+reuse-2x1", "full"])
+def test_a_technique_is_saved_with_its_weights(name, tmp_path, rng):
+    recogniser = Recogniser.create("abc ", num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
+    recogniser.compress(parse(name))
+    audio = [rng.standard_normal(8000).astype(np.float32)]
+    recogniser.save(tmp_path / "model")
+    again = Recogniser.load(tmp_path / "model")
+    assert torch.equal(again.logits(audio)[0], recogniser.logits(audio)[0])
+    again.save(tmp_path / "copy")
+    assert torch.equal(Recogniser.load(tmp_path / "copy").logits(audio)[0], recogniser.logits(audio)[0])
+
+
+def test_damaged_weights_of_a_technique_are_one_clear_error(tmp_path):
+    recogniser = Recogniser.create("abc ", num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
+    recogniser.compress(parse("window-3"))
+    recogniser.save(tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "recogniser.json").read_text())
+    description["technique"]["name"] = "window-4"
+    (tmp_path / "model" / "recogniser.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="weights of 'window-3' do not belong in a model under 'window-4'"):
+        Recogniser.load(tmp_path / "model")
+    weights = tmp_path / "model" / "weights.safetensors"
+    for damage in (lambda: weights.write_bytes(b"no"), weights.unlink):
+        damage()
+        with pytest.raises(ValueError, match="damaged or foreign") as caught:
+            Recogniser.load(tmp_path / "model")
+        assert "\n" not in str(caught.value)
+
+
+def test_text_that_cannot_be_written_is_refused(tiny):
+    assert tiny.decode(tiny.encode("it's on")) == "it's on"
+    with pytest.raises(ValueError, match="no character 'é'"):
+        tiny.encode("café")
+
+
+def test_a_vocabulary_that_does_not_fit_the_model_is_refused(tiny):
+    with pytest.raises(ValueError, match="29 outputs"):
+        Recogniser(tiny.model, ["a", "b"], tiny.feature_config)
+
+
+def test_an_utterance_has_the_same_logits_alone_and_in_a_batch(baseline, prompts):
+    audio = [cut.load_audio()[0] for cut in prompts.test if cut.duration < 4][:4]
+    together, lengths = baseline.logits(audio)
+    for row, length, samples in zip(together, lengths.tolist(), audio, strict=True):
+        alone, (frames,) = baseline.logits([samples])
+        assert length == int(frames) == alone.shape[1]
+        assert torch.allclose(row[:length], alone[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("suffix", "rate", "channels"), [("flac", 8000, 1), ("wav", 16000, 2), ("wav", 44100, 1)])
+def test_any_rate_and_any_number_of_channels_give_much_the_same_text(baseline, wav, tmp_path, suffix, rate, channels):
+    samples, source = soundfile.read(wav, dtype="float32")
+    path = tmp_path / f"copy.{suffix}"
+    soundfile.write(path, np.stack([resample(samples, source, rate)] * channels, 1), rate)
+    assert jiwer.cer(baseline.transcribe(wav), baseline.transcribe(path)) < 0.1
+
+
+@pytest.mark.parametrize("decoder", ["greedy", "beam", "beam+lm"])
+def test_a_file_and_its_waveform_give_the_same_text(baseline, wav, decoder):
+    samples, rate = soundfile.read(wav, dtype="int16")
+    text = baseline.transcribe(wav, decoder=decoder)
+    assert len(text) > 5
+    assert baseline.transcribe(samples, sampling_rate=rate, decoder=decoder) == text
+
+
+def test_long_audio_is_recognised_in_pieces_much_as_its_utterances_are(baseline, prompts, tmp_path):
+    pause = np.zeros(4000, np.float32)
+    cuts, seconds = [], 0.0
+    for cut in prompts.test:
+        if cut.duration < 8 and seconds < 110:
+            cuts.append(cut)
+            seconds += cut.duration + 0.5
+    samples = np.concatenate([part for cut in cuts for part in (cut.load_audio()[0], pause)])
+    assert len(samples) > 100 * 8000
+    soundfile.write(tmp_path / "long.wav", samples, 8000)
+    said = " ".join(cut.supervisions[0].text for cut in cuts)
+    apart = " ".join(evaluate(baseline, cuts).hypotheses)
+    long = baseline.transcribe(tmp_path / "long.wav")
+    assert jiwer.cer(said, long) < jiwer.cer(said, apart) + 0.06
+    assert long == baseline.transcribe(samples)
+
+
+def test_the_shortest_audio_is_heard_and_shorter_is_refused(baseline, rng):
+    assert isinstance(baseline.transcribe(rng.standard_normal(400).astype(np.float32)), str)
+    with pytest.raises(ValueError, match=r"lasts 0.025 s; at least 0.05 s"):
+        baseline.transcribe(np.zeros(200, np.float32))
+
+
+def test_silence_says_nothing(baseline):
+    assert len(baseline.transcribe(np.zeros(16000, np.float32))) < 3
+
+
+def test_what_is_not_audio_is_refused_in_one_line(baseline, tmp_path):
+    (tmp_path / "text.wav").write_text("hello")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "nothing.wav", np.zeros(0), 8000)
+    bad = {
+        tmp_path / "text.wav": "not a readable wav or flac",
+        tmp_path / "empty.wav": "not a readable wav or flac",
+        tmp_path / "nothing.wav": "lasts 0.000 s",
+        tmp_path / "missing.wav": "no such file",
+        tmp_path: "a directory; a wav or flac file is wanted",
+    }
+    for path, reason in bad.items():
+        with pytest.raises(ValueError, match=reason) as caught:
+            baseline.transcribe(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [(np.zeros((2, 8000), np.float32), r"shape \(2, 8000\)"), (np.full(8000, np.nan), "not finite")],
+)
+def test_a_waveform_that_is_not_one_is_refused(baseline, samples, reason):
+    with pytest.raises(ValueError, match=reason):
+        baseline.transcribe(samples)
+
+
+def test_a_recogniser_without_a_language_model_says_so(tiny, rng):
+    with pytest.raises(ValueError, match="has no language model"):
+        tiny.transcribe(rng.standard_normal(8000).astype(np.float32), decoder="beam+lm")

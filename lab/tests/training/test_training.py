@@ -1,0 +1,284 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet, Recording
+from mapreuse_lab.training import Recogniser, TrainConfig, evaluate, train
+from mapreuse_lab.training._batches import RoundPlan, read_batch
+from mapreuse_lab.training._training import _Run, _State
+from safetensors.torch import load_file
+
+from mapreuse import ReusePlan, apply
+
+SHORT = TrainConfig(steps=6, batch_seconds=5, evaluate_every=2, learning_rate=3e-3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Recognisers this small are trained several times as fast by one thread as by two that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(recogniser: Recogniser) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in recogniser.model.state_dict().items()}
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path, monkeypatch):
+    train(make_tiny(), few, SHORT, tmp_path / "whole")
+    step, done = _Run._step, []
+
+    def until_the_fourth(self, items):
+        if len(done) == 3:
+            raise _Stop
+        done.append(items)
+        return step(self, items)
+
+    monkeypatch.setattr(_Run, "_step", until_the_fourth)
+    with pytest.raises(_Stop):
+        train(make_tiny(), few, SHORT, tmp_path / "broken")
+    monkeypatch.undo()
+    train(make_tiny(), few, SHORT, tmp_path / "broken")
+    for file in ("checkpoint-6/model.safetensors", "checkpoint-6/optimizer.safetensors"):
+        whole, broken = (load_file(tmp_path / run / file) for run in ("whole", "broken"))
+        assert whole.keys() == broken.keys()
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_a_finished_run_is_not_repeated(make_tiny, few, tmp_path):
+    first = make_tiny()
+    scores = train(first, few, SHORT, tmp_path)
+    log = (tmp_path / "log.jsonl").read_text()
+    again = make_tiny()
+    assert train(again, few, SHORT, tmp_path) == scores
+    assert (tmp_path / "log.jsonl").read_text() == log
+    assert all(torch.equal(weights(first)[name], tensor) for name, tensor in weights(again).items())
+
+
+@pytest.mark.parametrize("change", ["weights", "plan", "hop"])
+def test_a_run_from_another_recogniser_in_the_same_directory_is_refused(change, make_tiny, few, tmp_path):
+    train(make_tiny(), few, SHORT, tmp_path / "run")
+    other = make_tiny(seed=9 if change == "weights" else 0)
+    if change == "plan":
+        apply(other.model, ReusePlan.grouped(other.model.config.encoder_config.num_hidden_layers, 2))
+    if change == "hop":
+        other.feature_config = replace(other.feature_config, hop=0.02)
+    with pytest.raises(ValueError, match="from other weights"):
+        train(other, few, SHORT, tmp_path / "run")
+
+
+def test_other_settings_in_the_same_directory_are_refused(make_tiny, few, tmp_path):
+    train(make_tiny(), few, SHORT, tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        train(make_tiny(), few, replace(SHORT, steps=8), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(make_tiny, few, tmp_path):
+    train(make_tiny(), few, SHORT, tmp_path)
+    checkpoint = tmp_path / "checkpoint-6"
+    state = (checkpoint / "state.json").read_bytes()
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    damages = {
+        "state.json": [b"{}", b"[]", b"\xff", state[: len(state) // 2], state.replace(b'"step": 6', b'"step": "x"')],
+        "model.safetensors": [weights[: len(weights) // 2], b""],
+        "optimizer.safetensors": [b"junk", weights],
+    }
+    for file, contents in damages.items():
+        whole = (checkpoint / file).read_bytes()
+        for content in contents:
+            (checkpoint / file).write_bytes(content)
+            with pytest.raises(
+                ValueError, match=r"checkpoint-6: not a checkpoint of train \(.+\); delete it"
+            ) as refused:
+                train(make_tiny(), few, SHORT, tmp_path)
+            assert "\n" not in str(refused.value)
+        (checkpoint / file).write_bytes(whole)
+    for junk in ("{junk}\n", "{}\n", '[{"step": 1}\n', '{"step": {}}\n'):
+        (tmp_path / "log.jsonl").write_text(junk)
+        with pytest.raises(ValueError, match=r"log.jsonl: not a log of train \(.+\); delete it"):
+            train(make_tiny(), few, SHORT, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_weights(make_tiny, few, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is not finite at step \d+; lower the learning rate"):
+        train(make_tiny(), few, replace(SHORT, learning_rate=1e30, warmup=0.0), tmp_path)
+
+
+def test_a_recording_that_is_not_finite_is_named_before_it_spoils_the_weights(make_tiny, few, tmp_path):
+    cut = min(few.train, key=lambda cut: cut.duration)
+    samples = cut.load_audio()[0]
+    samples[100] = float("nan")
+    soundfile.write(tmp_path / "nan.wav", samples, cut.sampling_rate, subtype="FLOAT")
+    damaged = cut.recording.to_cut().with_id("spoilt")
+    damaged.recording = Recording.from_file(tmp_path / "nan.wav")
+    damaged.supervisions = cut.supervisions
+    corpus = replace(few, train=CutSet.from_cuts([damaged]))
+    with pytest.raises(ValueError, match="spoilt: holds samples that are not finite"):
+        train(make_tiny(), corpus, SHORT, tmp_path / "run")
+    with pytest.raises(ValueError, match="spoilt: holds samples that are not finite"):
+        evaluate(make_tiny(), corpus.train)
+
+
+def test_a_run_without_dev_speech_claims_no_error_rate():
+    assert _State(step=3).description == "Step 3"
+    assert _State(step=3, best_wer=0.25).description == "Step 3, best dev WER 25.0%"
+
+
+def test_a_recogniser_learns_what_a_few_recordings_say(make_tiny, few, tmp_path):
+    still = {"noise_probability": 0.0, "mask_bands": 0, "mask_spans_per_second": 0.0, "speeds": (1.0,)}
+    recogniser = make_tiny(dropout=0.0)
+    train(recogniser, replace(few, dev=CutSet.from_cuts([])), replace(SHORT, steps=250, **still), tmp_path)
+    assert evaluate(recogniser, few.train).cer < 0.3
+
+
+def test_the_best_weights_on_dev_are_kept_and_patience_ends_the_run(make_tiny, few, tmp_path):
+    config = replace(SHORT, steps=40, evaluate_every=1, patience=2, learning_rate=1e-9)
+    scores = train(make_tiny(), few, config, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(log) < 40
+    best = min((line["dev_wer"], line["dev_cer"]) for line in log)
+    assert (round(scores.wer, 4), round(scores.cer, 4)) == best
+
+
+def test_a_budget_in_seconds_ends_the_run(make_tiny, few, tmp_path):
+    train(make_tiny(), few, TrainConfig(seconds=1.5, batch_seconds=5), tmp_path)
+    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert 1.5 <= line["elapsed"] < 6
+
+
+def test_recovery_trains_a_converted_recogniser_towards_the_original(few, baseline, tmp_path):
+    converted = copy.deepcopy(baseline)
+    apply(converted.model, ReusePlan.grouped(8, 2))
+    before = divergence(baseline, converted, few)
+    config = TrainConfig(steps=12, learning_rate=3e-4, batch_seconds=10, evaluate_every=100)
+    train(converted, few, config, tmp_path, original=baseline)
+    assert divergence(baseline, converted, few) < before
+    assert Recogniser.load(tmp_path / "best").model.state_dict().keys() == converted.model.state_dict().keys()
+
+
+def divergence(original: Recogniser, converted: Recogniser, corpus) -> float:
+    audio = [cut.load_audio()[0] for cut in corpus.train]
+    (target, lengths), (found, _) = original.logits(audio), converted.logits(audio)
+    real = torch.arange(target.shape[1]) < lengths[:, None]
+    found, target = found.log_softmax(-1)[real], target.log_softmax(-1)[real]
+    return float(torch.nn.functional.kl_div(found, target, log_target=True, reduction="batchmean"))
+
+
+def test_a_run_gives_the_recogniser_a_language_model_where_asked(make_tiny, few, tmp_path):
+    recogniser = make_tiny()
+    train(recogniser, few, replace(SHORT, steps=2, language_model=True), tmp_path)
+    assert Recogniser.load(tmp_path / "best").language_model.counts == recogniser.language_model.counts
+
+
+def test_every_recorded_utterance_is_in_every_round_and_shares_follow_the_plan(prompts):
+    config = TrainConfig(steps=1, real_share=(0.5, 1.0), batch_seconds=30)
+    real, synthetic = list(prompts.train)[:100], list(prompts.train)[100:]
+    plan = RoundPlan(real, synthetic, config)
+    for progress in (0.0, 1.0):
+        batches = plan.batches(3, progress, num_processes=2)
+        assert len(batches) % 2 == 0
+        heard = [cut for batch in batches for cut, _ in batch]
+        assert {cut.id for cut in real} <= {cut.id for cut in heard}
+        seconds = sum(cut.duration for cut in heard if cut.id in {c.id for c in real})
+        share = seconds / sum(cut.duration for cut in heard)
+        assert share == pytest.approx(config.real_share[round(progress)], abs=0.08)
+        for batch in batches:
+            lengths = [cut.duration / speed for cut, speed in batch]
+            assert len(batch) == 1 or len(batch) * max(lengths) <= 30
+
+
+def test_a_batch_is_heard_at_one_tempo_by_spacing_its_features(make_tiny, prompts):
+    items = [(cut, 1.0) for cut in list(prompts.train)[:4]]
+    recogniser, config = make_tiny(), TrainConfig(steps=1, noise_probability=0.0)
+    plain = read_batch(items, recogniser, config, seed=0)
+    slowed, hastened = (read_batch(items, recogniser, replace(config, tempos=(t,)), seed=0) for t in (0.5, 2.0))
+    frames = plain["attention_mask"].sum(1)
+    assert torch.allclose(slowed["attention_mask"].sum(1).float(), 2.0 * frames, atol=4)
+    assert torch.allclose(hastened["attention_mask"].sum(1).float(), 0.5 * frames, atol=4)
+    assert torch.equal(slowed["labels"], plain["labels"])
+
+
+def test_a_run_may_change_how_far_apart_features_are(make_tiny, few, tmp_path):
+    recogniser = make_tiny()
+    train(recogniser, few, replace(SHORT, steps=2, hop=0.008), tmp_path)
+    best = Recogniser.load(tmp_path / "best")
+    assert best.feature_config == recogniser.feature_config == replace(make_tiny().feature_config, hop=0.008)
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+from lhotse import CutSet
+from safetensors.torch import save_file
+from mapreuse_lab.training import Corpus, FeatureConfig, Recogniser, TrainConfig, alphabet, open_corpus, train
+
+out = Path(sys.argv[1])
+prompts = open_corpus("prompts:en")
+short = CutSet.from_cuts([cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12])
+dev = CutSet.from_cuts([cut for cut in prompts.dev if cut.duration < 2][:3])
+corpus = Corpus("prompts:en", "en", 8000, "", short, dev, CutSet.from_cuts([]))
+size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "conv_kernel_size": 7}
+config = FeatureConfig(num_mel_bins=32)
+recogniser = Recogniser.create(alphabet("en"), **size, subsampling_channels=8, feature_config=config)
+train(recogniser, corpus, TrainConfig(steps=6, batch_seconds=3, evaluate_every=2), out / "out")
+save_file(recogniser.model.state_dict(), out / f"weights-{os.environ['RANK']}.safetensors")
+"""
+
+
+def test_two_processes_train_one_model(few, tmp_path):
+    """Under `accelerate launch`, whose only launcher of several local processes is called --multi_gpu."""
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(script),
+        str(tmp_path),
+    ]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = [load_file(tmp_path / f"weights-{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "steps or as seconds"),
+        ({"steps": 5, "seconds": 5}, "steps or as seconds"),
+        ({"seconds": -1}, "must be positive"),
+        ({"seconds": float("nan")}, "must be positive"),
+        ({"steps": 5, "real_share": (0.0, 1.0)}, "real_share"),
+        ({"steps": 5, "tempos": (1.0, 0.0)}, "tempos must be positive"),
+        ({"steps": 5, "tempos": ()}, "tempos must be positive"),
+        ({"steps": 5, "hop": 0.0}, "hop and tempos must be positive"),
+        ({"steps": 5, "hop": -0.01}, "hop and tempos must be positive"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        TrainConfig(**settings)
+
+
+def test_settings_come_back_from_json():
+    config = TrainConfig.baseline()
+    assert TrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="no such training setting: momentum"):
+        TrainConfig.from_json('{"steps": 1, "momentum": 0.9}')

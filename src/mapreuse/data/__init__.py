@@ -1,0 +1,13 @@
+"""How do models and calibration data get from disk into batches?"""
+
+from mapreuse.data._batches import OpenedModel, batches_by_length, check_enough, open_batches, open_model
+from mapreuse.data._files import sound_files
+
+__all__ = [
+    "OpenedModel",
+    "batches_by_length",
+    "check_enough",
+    "open_batches",
+    "open_model",
+    "sound_files",
+]

@@ -1,0 +1,472 @@
+"""Distillation: closer to the original on batches it has not seen, never further, resumable to the bit."""
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from oracle import valid_rows
+from text_batches import random_batches
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+import mapreuse as mr
+from mapreuse.conversion import DistillConfig, _distill
+from mapreuse.measure import Latency
+from mapreuse.models import find_stack
+
+CONFIG = DistillConfig(steps=30, learning_rate=3e-3, evaluate_every=10, bfloat16=False)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return make_original()
+
+
+def make_original():
+    """Of BERT's usual initial weights: its maps are alike, so that all that is lost can be learned back."""
+    config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**config)).eval()
+
+
+def converted(original):
+    """With groups of 2, and values spoilt by noise."""
+    model = mr.convert(original, mr.ReusePlan.grouped(4, 2))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in find_stack(model).layers:
+            weight = layer.attention.get_submodule("value").weight
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def distance(model, original, batches):
+    """Of the last hidden states, by the oracle's idea of padding."""
+    wrong = size = 0.0
+    for batch in batches:
+        theirs = original(**batch)
+        rows = valid_rows(original, batch, theirs)
+        wrong += (model(**batch).last_hidden_state - theirs.last_hidden_state)[rows].square().sum()
+        size += theirs.last_hidden_state[rows].square().sum()
+    return (wrong / size).sqrt().item()
+
+
+@pytest.mark.parametrize("length", [11, 12])
+def test_a_classifier_learns_from_sentences_of_as_many_tokens_as_it_has_labels(length):
+    torch.manual_seed(0)
+    config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    model = BertForSequenceClassification(BertConfig(**config, num_labels=12)).eval()
+    ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+    report = mr.distill(ours, model, random_batches(8, length=length), DistillConfig(steps=2, evaluate_every=1))
+    assert report.after <= report.before
+
+
+def test_what_cannot_be_learned_from_is_refused_before_anything_is_changed(original):
+    batches, config = random_batches(8), DistillConfig(steps=2)
+    padding = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches]
+    half = original.__class__(original.config).bfloat16()
+    for model, given, message in (
+        (original, (batch for batch in batches), "give a list, not a generator"),
+        (original, padding, "the held-out batches hold no position but padding"),
+        (half, batches, "in bfloat16 on the CPU"),
+    ):
+        ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+        before = copy.deepcopy(ours.state_dict())
+        with pytest.raises(ValueError, match=message):
+            mr.distill(ours, model, given, config)
+        assert all(torch.equal(before[name], now) for name, now in ours.state_dict().items())
+    with pytest.raises(ValueError, match="give a list, not a generator"):
+        mr.distill(converted(original), original, batches, config, held_out=iter(batches))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_both_models_are_on_their_device_again_afterwards(original):
+    model = converted(original)
+    mr.distill(model, original, random_batches(8), DistillConfig(steps=2))
+    for one in (model, original):
+        assert {parameter.device.type for parameter in one.parameters()} == {"cpu"}
+
+
+def test_the_model_comes_closer_to_the_original_on_batches_it_has_not_seen(original):
+    model, unseen = converted(original), random_batches(5, seed=1)
+    before = distance(model, original, unseen)
+    kept = copy.deepcopy(original.state_dict())
+    report = mr.distill(model, original, random_batches(24), CONFIG, held_out=unseen)
+
+    assert report.before == pytest.approx(before, rel=1e-4)
+    assert report.after == pytest.approx(distance(model, original, unseen), rel=1e-4)
+    assert report.after < 0.8 * report.before
+    assert all(torch.equal(kept[name], tensor) for name, tensor in original.state_dict().items())
+
+
+def test_what_comes_before_the_first_map_that_is_shared_stays(original):
+    model = mr.convert(original, mr.ReusePlan.from_sources([0, 1, 1, 3]))
+    model.encoder.layer[3].output.dense.bias.requires_grad_(False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.encoder.layer[2].attention.self.value.weight.normal_(std=0.3)
+    before = copy.deepcopy(model.state_dict())
+    report = mr.distill(model, original, random_batches(8), CONFIG)
+    assert report.after < report.before
+
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[2] for name in changed} == {"1", "2", "3"}
+    assert all(name.startswith("encoder.layer.") for name in changed)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["encoder.layer.3.output.dense.bias"]
+    assert not changed & set(frozen)
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.5, True), (0.9, False)])
+def test_products_are_in_bfloat16_where_that_is_measured_to_be_much_faster(original, monkeypatch, seconds, chosen):
+    seen = []
+
+    def timed(calls, **options):
+        seen.clear()
+        for call in calls.values():
+            call()
+        assert seen[-1] == torch.bfloat16, "the second contestant"
+        seen.clear()
+        return {"float32": Latency((1.0,)), "bfloat16": Latency((seconds,))}
+
+    monkeypatch.setattr(_distill, "time_interleaved", timed)
+    model, unseen = converted(original), random_batches(5, seed=1)
+    expected = distance(model, original, unseen)
+    model.encoder.layer[2].attention.self.value.register_forward_hook(
+        lambda module, args, output: seen.append(output.dtype)
+    )
+    report = mr.distill(
+        model, original, random_batches(24), dataclasses.replace(CONFIG, bfloat16=None), held_out=unseen
+    )
+
+    assert report.bfloat16 is chosen
+    assert (torch.bfloat16 in seen) is chosen
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert report.before == pytest.approx(expected, rel=1e-4), "judged in float32"
+    assert report.after == pytest.approx(distance(model, original, unseen), rel=1e-4)
+    assert report.after < 0.8 * report.before
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_products_are_of_the_type_that_is_asked_for_and_nothing_is_timed(original, monkeypatch, chosen):
+    monkeypatch.delattr(_distill, "time_interleaved")
+    model, seen = converted(original), set()
+    model.encoder.layer[2].attention.self.value.register_forward_hook(
+        lambda module, args, output: seen.add(output.dtype) if torch.is_grad_enabled() else None
+    )
+    config = DistillConfig(steps=2, bfloat16=chosen)
+    assert mr.distill(model, original, random_batches(8), config).bfloat16 is chosen
+    assert seen == {torch.bfloat16 if chosen else torch.float32}, "of the passes that teach"
+
+
+def test_every_eighth_batch_judges_where_no_others_are_given(original):
+    batches = random_batches(16)
+    report = mr.distill(converted(original), original, batches, CONFIG)
+    assert report.before == pytest.approx(distance(converted(original), original, batches[7::8]), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["parakeet", "gpt2", "vit", "distilbert"])
+def test_families_with_other_masks_and_outputs_are_judged_without_their_padding(family):
+    model, batch = build(family)
+    ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+    batches = [batch] * 8
+    report = mr.distill(copy.deepcopy(ours), model, batches, DistillConfig(steps=3, evaluate_every=3))
+    assert report.before > 0.05
+    assert report.after <= report.before
+    if "attention_mask" not in batch:
+        return
+    rows = valid_rows(model, batch, model(**batch))
+    assert not rows.all(), "the family's batch has padding"
+    layers = [layer.layer for layer in find_stack(model).layers]
+    seen = {}
+    for name, one in (("theirs", layers[-1]), ("ours", find_stack(ours).layers[-1].layer)):
+        one.register_forward_hook(
+            lambda m, a, out, name=name: seen.update({name: out[0] if isinstance(out, tuple) else out})
+        )
+    with torch.no_grad():
+        model(**batch), ours(**batch)
+    off = (seen["ours"] - seen["theirs"])[rows].square().sum() / seen["theirs"][rows].square().sum()
+    assert report.before == pytest.approx(off.sqrt().item(), rel=1e-3)
+
+
+def test_training_that_does_not_help_leaves_the_weights_as_they_were(original):
+    model = converted(original)
+    before = copy.deepcopy(model.state_dict())
+    wild = DistillConfig(steps=20, learning_rate=3.0, evaluate_every=5, patience=2)
+    report = mr.distill(model, original, random_batches(16), wild)
+    assert report.best_step == 0
+    assert report.after == report.before
+    assert report.step == 10, "two measurements without a better one"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Breaking:
+    """Batches that break off after so many were read."""
+
+    def __init__(self, batches, after):
+        self.batches, self.left = batches, after
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.left -= 1
+            if self.left < 0:
+                raise Interrupted
+            yield batch
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path):
+    batches, unseen = random_batches(7), random_batches(3, seed=1)
+    whole = converted(original)
+    expected = mr.distill(whole, original, batches, CONFIG, held_out=unseen)
+
+    broken = converted(original)
+    with pytest.raises(Interrupted):
+        mr.distill(broken, original, Breaking(batches, 18), CONFIG, held_out=unseen, out_dir=tmp_path)
+    resumed = converted(original)
+    report = mr.distill(resumed, original, batches, CONFIG, held_out=unseen, out_dir=tmp_path)
+
+    assert report.errors == expected.errors
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+    again = converted(original)
+    once_more = mr.distill(again, original, Breaking(batches, 1), CONFIG, held_out=unseen, out_dir=tmp_path)
+    assert once_more.errors == expected.errors, "a run that had ended is not run again"
+    assert torch.equal(next(again.parameters()), next(whole.parameters()))
+
+
+def test_the_same_call_again_goes_on_with_the_model_that_the_run_left(original, tmp_path):
+    batches, unseen = random_batches(7), random_batches(3, seed=1)
+    expected = mr.distill(converted(original), original, batches, CONFIG, held_out=unseen)
+    model = converted(original)
+    for stop in (12, 12):  # after 10 steps, and after 20
+        with pytest.raises(Interrupted):
+            mr.distill(model, original, Breaking(batches, stop), CONFIG, held_out=unseen, out_dir=tmp_path)
+    for _ in range(2):
+        assert (
+            mr.distill(model, original, batches, CONFIG, held_out=unseen, out_dir=tmp_path).errors == expected.errors
+        )
+
+
+def test_a_directory_of_another_run_is_refused(original, tmp_path):
+    mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=1), out_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds a run of other models, batches or settings"):
+        mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=2), out_dir=tmp_path)
+
+
+def test_bad_input_is_refused_in_one_line(original):
+    with pytest.raises(ValueError, match="apply a plan to it first"):
+        mr.distill(copy.deepcopy(original), original, random_batches(8), CONFIG)
+    with pytest.raises(ValueError, match="no batches held out: give at least 8"):
+        mr.distill(converted(original), original, random_batches(7), CONFIG)
+    with pytest.raises(ValueError, match="no batches to learn from"):
+        mr.distill(converted(original), original, [], CONFIG)
+    broken = converted(original)
+    with torch.no_grad():
+        broken.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="hidden states are not finite"):
+        mr.distill(broken, original, random_batches(8), CONFIG)
+    frozen = converted(original).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the layers that share maps learns"):
+        mr.distill(frozen, original, random_batches(8), CONFIG)
+    padded = random_batches(16)
+    padded[3]["attention_mask"].zero_()
+    with pytest.raises(ValueError, match="the batch of step 3 holds no position but padding; leave it out"):
+        mr.distill(converted(original), original, padded, CONFIG)
+    with pytest.raises(ValueError, match="got one that is a str"):
+        mr.distill(converted(original), original, Breaking(["ids"], 9), CONFIG, held_out=random_batches(1))
+    for budget in ({}, {"steps": 1, "seconds": 1.0}, {"steps": 0}):
+        with pytest.raises(ValueError, match="give a positive budget as steps or as seconds"):
+            DistillConfig(**budget)
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = {paths!r}
+import mapreuse as mr
+from test_distill import CONFIG, converted, make_original
+from text_batches import random_batches
+original = make_original()
+model = converted(original)
+report = mr.distill(model, original, random_batches(8), CONFIG, held_out=random_batches(4, seed=1))
+import accelerate
+torch.save((report.errors, model.state_dict()), {out!r} + str(accelerate.PartialState().process_index))
+"""
+
+
+def test_two_processes_learn_one_model(tmp_path, original):
+    tests = Path(__file__).parent
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent)], out=str(tmp_path / "rank")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+    (errors, weights), (other_errors, other_weights) = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert errors == other_errors
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    unseen = random_batches(4, seed=1)
+    assert errors[0] == pytest.approx(distance(converted(original), original, unseen), rel=1e-4)
+    assert min(errors.values()) < 0.9 * errors[0]
+    assert sorted(errors) == [0, 10, 20, 30]
+
+
+def test_a_run_of_another_model_or_of_other_batches_is_not_gone_on_with(original, tmp_path):
+    config = DistillConfig(steps=2, evaluate_every=1)
+    mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
+    other = converted(original)
+    with torch.no_grad():
+        next(other.parameters())[0] += 1
+    others_held_out = [*random_batches(8)[:7], *random_batches(1, seed=2)]
+    reshaped = [{name: value.view(2, -1) for name, value in batch.items()} for batch in random_batches(8)]
+    for model, batches in (
+        (other, random_batches(8)),
+        (converted(original), random_batches(8, seed=2)),
+        (converted(original), others_held_out),
+        (converted(original), reshaped),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="holds a run of other models, batches or settings"):
+            mr.distill(model, original, batches, config, out_dir=tmp_path)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    (state,) = tmp_path.glob("checkpoint-*/state.json")
+    state.write_text(state.read_text()[:30])
+    with pytest.raises(ValueError, match="not a checkpoint of distill"):
+        mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
+
+
+def test_what_only_looks_like_a_checkpoint_is_left_alone(original, tmp_path):
+    (tmp_path / "checkpoint-old").mkdir()
+    config = DistillConfig(steps=2, evaluate_every=1)
+    for _ in range(2):
+        mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-old", "checkpoint-2"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"evaluate_every": 0}, "at least 1"),
+        ({"patience": 0}, "at least 1"),
+        ({"learning_rate": -1.0}, "must be positive"),
+        ({"clip": 0.0}, "must be positive"),
+        ({"warmup": 1.0}, "a share of the budget"),
+        ({"hidden": 0.0, "logits": 0.0}, "weigh the loss"),
+    ],
+)
+def test_settings_by_which_nothing_could_be_learned_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(steps=1, **wrong)
+
+
+@pytest.mark.parametrize("step", [mr.refit, lambda *given: mr.distill(*given, DistillConfig(steps=1))])
+def test_another_model_is_refused_as_the_original(original, step):
+    config = original.config.to_dict()
+    for other, message in (
+        (BertModel(BertConfig(**config | {"num_hidden_layers": 6})), "what should be its original 6 of 32"),
+        (BertModel(BertConfig(**config | {"hidden_size": 64})), "what should be its original 4 of 64"),
+        (converted(original), "the original reuses attention maps itself"),
+        (copy.deepcopy(original).bfloat16(), "in bfloat16 on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=message) as refusal:
+            step(converted(original), other, random_batches(8))
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("step", [mr.refit, lambda *given: mr.distill(*given, DistillConfig(steps=1))])
+def test_every_module_is_in_the_mode_that_it_was_in(original, step):
+    ours, theirs = converted(original).train(), copy.deepcopy(original).train()
+    for model in (ours, theirs):
+        model.embeddings.eval()
+    step(ours, theirs, random_batches(8))
+    for model in (ours, theirs):
+        in_training = {name.split(".")[0] for name, module in model.named_modules() if module.training}
+        assert in_training == {"", "encoder", "pooler"}
+
+
+def test_gradients_that_are_there_already_have_no_part_in_it(original):
+    fresh, used = converted(original), converted(original)
+    for parameter in used.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.no_grad():
+        for model in (fresh, used):
+            mr.distill(model, original, random_batches(8), CONFIG)
+    assert all(torch.equal(one, other) for one, other in zip(fresh.parameters(), used.parameters(), strict=True))
+    assert all(parameter.grad is None for name, parameter in used.named_parameters() if "encoder" in name)
+
+
+def test_a_run_that_is_stopped_within_a_step_leaves_no_gradients(original, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    model = converted(original)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        mr.distill(model, original, random_batches(8), CONFIG)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_checkpoints_that_cannot_be_written_are_said_before_anything_is_learned(original, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    model = converted(original)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="where checkpoints would go, cannot be made"):
+        mr.distill(model, original, random_batches(8), CONFIG, out_dir=tmp_path / "file")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_that_is_stopped_leaves_the_best_weights_it_had(original, monkeypatch):
+    model, unseen = converted(original), random_batches(5, seed=1)
+    step = _distill._Run._step
+
+    def stops(run, batch):
+        step(run, batch)
+        if run.state.step >= 25:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_distill._Run, "_step", stops)
+    before = distance(model, original, unseen)
+    with pytest.raises(KeyboardInterrupt):
+        mr.distill(model, original, random_batches(24), CONFIG, held_out=unseen)
+    assert distance(model, original, unseen) < before
+
+    monkeypatch.setattr(_distill._Run, "_step", step)
+    errors = mr.distill(converted(original), original, random_batches(24), CONFIG, held_out=unseen).errors
+    assert min(errors[at] for at in (0, 10, 20)) == pytest.approx(distance(model, original, unseen), rel=1e-4)
+
+
+def test_batches_that_come_in_another_order_each_time_need_others_to_judge_by(original):
+    class Shuffled:
+        seed = 0
+
+        def __iter__(self):
+            self.seed += 1
+            return iter(random_batches(9, seed=self.seed))
+
+    with pytest.raises(ValueError, match="give held_out, or batches that are not shuffled"):
+        mr.distill(converted(original), original, Shuffled(), CONFIG)
+    config = DistillConfig(steps=2)
+    assert mr.distill(converted(original), original, Shuffled(), config, held_out=random_batches(2)).finished
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors", "best.safetensors"])
+def test_a_checkpoint_that_is_cut_short_is_refused_in_one_line(original, tmp_path, name):
+    config = DistillConfig(steps=2)
+    mr.distill(converted(original), original, random_batches(9), config, out_dir=tmp_path)
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint-2: not a checkpoint of distill \(.+\); delete it") as refused:
+        mr.distill(converted(original), original, random_batches(9), config, out_dir=tmp_path)
+    assert "\n" not in str(refused.value)

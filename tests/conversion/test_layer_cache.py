@@ -1,0 +1,247 @@
+"""Passes that skip what is known, against whole passes."""
+
+import functools
+
+import pytest
+import torch
+from families import FAMILIES, build
+from oracle import output_of_layer
+from packed_encoders import encoder, peaked
+from text_batches import random_batches
+from vision_blocks import VisionTransformer
+
+import mapreuse as mr
+from mapreuse.conversion import Judged
+from mapreuse.conversion._layer_cache import Passes
+from mapreuse.models import find_stack, output_projection
+
+FAMILIES_AND_ENCODERS = {
+    **{family: functools.partial(build, family) for family in FAMILIES},
+    "torch": lambda: (encoder(batch_first=True), {"src": torch.randn(3, 9, 32)}),
+    "torch, positions first": lambda: (encoder(batch_first=False), {"src": torch.randn(9, 3, 32)}),
+    "timm": lambda: (peaked(VisionTransformer()), {"pixel_values": torch.randn(4, 3, 16, 16)}),
+}
+PLAN = mr.ReusePlan.from_sources([0, 1, 0, 1], {2: [2, 0, 3, 1]})
+CHAIN = mr.ReusePlan(
+    ((None,) * 4, (None, (0, 0), None, (0, 1)), (None, (1, 0), None, (1, 2)), (None, (2, 0), None, None))
+)
+
+
+@pytest.fixture(params=FAMILIES_AND_ENCODERS.values(), ids=FAMILIES_AND_ENCODERS)
+def made(request):
+    torch.manual_seed(0)
+    return request.param()
+
+
+def by_batch(model, states):
+    """States with the batch first."""
+    return states if getattr(find_stack(model).layers[0].attention, "batch_first", True) else states.transpose(0, 1)
+
+
+def run_by(model, call):
+    """The layers whose attention runs meanwhile."""
+    found = []
+    stack = find_stack(model)
+    for index, layer in enumerate(stack.layers):
+        layer.attention.register_forward_pre_hook(lambda *_, index=index: found.append(index))
+    call()
+    for layer in stack.layers:
+        layer.attention._forward_pre_hooks.popitem()
+    return found
+
+
+def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(made):
+    """Also where earlier layers are skipped; the layer is the last to read a map, which it needs again and again."""
+    model, batch = made
+    mr.apply(model, PLAN)
+    layer = find_stack(model).layers[2]
+    projection = output_projection(layer)
+    weight = projection.weight.detach().clone()
+
+    def change(factor):
+        with torch.no_grad():
+            projection.weight.copy_(factor * weight)
+
+    factors = (1.0, 0.5, 0.0, 1.0)
+    passes = Passes(model, [batch], PLAN)
+    for _ in range(2):
+        found = passes.outputs(2, 0, [functools.partial(change, factor) for factor in factors])
+        assert len(found) == len(factors)
+        assert torch.equal(found[0], found[3])
+        assert not torch.allclose(found[0], found[1])
+        for factor, output in zip(factors, found, strict=True):
+            change(factor)
+            torch.testing.assert_close(output, by_batch(model, output_of_layer(model, 2, batch)))
+    assert not any("forward" in vars(one.layer) for one in find_stack(model).layers)
+    assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in find_stack(model).layers)
+    assert layer.attention._layout.releases == (0,)
+
+
+def test_what_reaches_a_layers_projection_is_that_of_whole_passes(made):
+    model, batch = made
+    mr.apply(model, PLAN)
+    passes, layer = Passes(model, [batch], PLAN), find_stack(model).layers[3]
+    expected = {}
+    with (
+        torch.no_grad(),
+        output_projection(layer).register_forward_pre_hook(
+            lambda _, args: expected.update(context=args[0].flatten(2))
+        ),
+    ):
+        model(**batch)
+    expected["inputs"] = by_batch(model, output_of_layer(model, 2, batch))
+    for _ in range(2):
+        context, inputs = passes.context(3, 0)
+        torch.testing.assert_close(context, expected["context"])
+        torch.testing.assert_close(inputs, expected["inputs"])
+
+
+@pytest.mark.parametrize(
+    ("index", "runs"), [(1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3])], ids=["once", "a chain", "a longer chain"]
+)
+def test_layers_run_again_where_maps_of_theirs_are_applied(index, runs):
+    """Of a chain, also those whose maps the sources apply in turn."""
+    model, batch = build("bert")
+    mr.apply(model, CHAIN)
+    passes = Passes(model, [batch], CHAIN)
+    assert run_by(model, lambda: passes.outputs(3, 0)) == [0, 1, 2, 3]
+    assert run_by(model, lambda: passes.outputs(index, 0)) == runs
+
+
+@pytest.mark.parametrize(
+    ("plan", "runs"), [(None, [3]), (PLAN, [1, 3]), (mr.ReusePlan.from_sources([0, 0, 2, 2]), [2, 3])]
+)
+def test_layers_whose_maps_are_not_applied_do_not_run_again(plan, runs):
+    model, batch = build("bert")
+    if plan is not None:
+        mr.apply(model, plan)
+    passes = Passes(model, [batch, batch], plan)
+    expected = output_of_layer(model, 3, batch)
+    for again in (False, True):
+        for number in range(2):
+            found = run_by(
+                model, lambda number=number: torch.testing.assert_close(passes.outputs(3, number)[0], expected)
+            )
+            assert found == (runs if again else [0, 1, 2, 3])
+
+
+def test_a_layer_that_is_met_for_the_first_time_has_the_maps_that_it_applies():
+    """Layer 2 is not known, since the pass before ended with it; it applies a map of layer 0, which is."""
+    model, batch = build("bert")
+    mr.apply(model, PLAN)
+    passes = Passes(model, [batch], PLAN)
+    passes.outputs(2, 0)
+    expected = output_of_layer(model, 3, batch)
+    assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
+
+
+def test_of_a_layer_that_runs_again_for_its_map_what_comes_after_it_does_not():
+    model, batch = build("bert")
+    mr.apply(model, PLAN)
+    passes, runs = Passes(model, [batch], PLAN), []
+    expected = output_of_layer(model, 3, batch)
+    for index, layer in enumerate(model.encoder.layer):
+        layer.intermediate.register_forward_hook(lambda *_, index=index: runs.append(index))
+    for again in ([0, 1, 2, 3], [3]):
+        runs.clear()
+        torch.testing.assert_close(passes.outputs(3, 0)[0], expected)
+        assert runs == again
+
+
+PAIRS = mr.ReusePlan.from_sources([0, 0, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("plan", "index", "runs"),
+    [(PLAN, 2, [0, 2]), (CHAIN, 2, [0, 1, 2]), (PAIRS, 2, [0, 1, 2]), (PAIRS, 3, [0, 1, 2, 3])],
+)
+def test_layers_before_the_first_that_reuses_put_out_what_the_originals_do(plan, index, runs):
+    """So they need not run; in `CHAIN` and `PAIRS` layer 1 is the first that reuses, and is not the original's."""
+    original, batch = build("bert")
+    model = mr.convert(original, plan)
+    of_original = Passes(original, [batch])
+    of_original.outputs(3, 0)
+    passes = Passes(model, [batch], plan, of_original)
+    expected = output_of_layer(model, index, batch)
+    assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(index, 0)[0], expected)) == runs
+
+
+@pytest.mark.parametrize(("kept_bytes", "number_kept"), [(0, 0), (2_000, 0), (3 * 4 * 7 * 32 * 4, 3), (2**20, 6)])
+def test_only_so_many_bytes_are_kept(kept_bytes, number_kept):
+    """A layer of a batch puts out 4 · 7 · 32 floats of four bytes."""
+    model, _ = build("bert")
+    batches = [{"input_ids": torch.randint(5, 40, (4, 7))} for _ in range(2)]
+    passes = Passes(model, batches, kept_bytes=kept_bytes)
+    expected = [output_of_layer(model, 3, batch) for batch in batches]
+    for _ in range(2):
+        for number, output in enumerate(expected):
+            torch.testing.assert_close(passes.outputs(3, number)[0], output)
+    assert len(passes._kept) == number_kept
+    assert sum(output.nbytes for output in passes._kept.values()) <= kept_bytes
+
+
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "a plan"])
+@pytest.mark.parametrize("with_hooks", [False, True])
+def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(with_hooks, plan):
+    """In place, or by hooks of their own: what is skipped, what hands on its map alone, and what runs twice, is given
+    what it would be."""
+    model, batch = build("bert")
+    if plan is not None:
+        mr.apply(model, plan)
+
+    def in_place(forward, hidden_states, *args, **kwargs):
+        hidden_states.mul_(0.5)
+        hidden_states += forward(hidden_states, *args, **kwargs)
+        return hidden_states
+
+    layers = [layer.layer for layer in find_stack(model).layers[:3]]
+    forwards = [functools.partial(in_place, layer.forward) for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+        if with_hooks:
+            layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
+            layer.register_forward_hook(lambda _, args, output: output.mul_(0.5))
+    expected, passes = output_of_layer(model, 2, batch), Passes(model, [batch], plan)
+    for _ in range(3):
+        once, again = passes.outputs(2, 0, [lambda: None, lambda: None])
+        torch.testing.assert_close(once, expected)
+        torch.testing.assert_close(again, once)
+    assert [layer.forward for layer in layers] == forwards
+
+
+@pytest.mark.parametrize("call", ["context", "outputs"])
+def test_a_pass_that_is_stopped_leaves_the_model_as_it_was(call):
+    model, batch = build("bert")
+    mr.apply(model, PLAN)
+    passes, layers = Passes(model, [batch], PLAN), find_stack(model).layers
+    passes.outputs(3, 0)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with layers[3].attention.register_forward_pre_hook(stopped), pytest.raises(KeyboardInterrupt):
+        getattr(passes, call)(3, 0)
+    assert not any("forward" in vars(one.layer) for one in layers)
+    assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in layers)
+    assert layers[2].attention._layout.releases == (0,)
+    assert layers[3].attention._layout.releases == (1,)
+
+
+def test_a_fit_runs_the_first_layer_once_for_each_batch():
+    """Of a plan that applies none of its maps; later layers need what it puts out again and again."""
+    original, plan = build("bert")[0], mr.ReusePlan.from_sources([0, 1, 1, 1])
+    model = mr.convert(original, plan)
+    assert run_by(model, lambda: mr.refit(model, original, random_batches(8))).count(0) == 8
+
+
+def test_plans_that_are_judged_have_the_originals_first_layers_in_common():
+    judged, runs = Judged(build("bert")[0], random_batches(8), lambda model: 0.5), []
+    judged._wanted.passes.layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(0))
+    for last in (1, 2):
+        judged(mr.ReusePlan.from_sources([0, 1, 2, last]))
+        assert len(runs) == 8
+
+
+def test_which_positions_are_padding():
+    model, (batch,) = build("bert")[0], random_batches(1)
+    assert torch.equal(Passes(model, [batch]).valid(0), batch["attention_mask"].bool())

@@ -1,0 +1,335 @@
+"""Search: what it returns is what converting by hand gives, and no plan is beaten by another."""
+
+import copy
+import json
+
+import pytest
+import torch
+from families import build
+from packed_encoders import LAYERS, WIDTH, encoder, peaked
+from text_batches import random_batches
+from torch.nn import functional
+
+import mapreuse as mr
+from mapreuse.conversion import Judged, Ranking, _evaluation, _search, hidden_state_error, relative_latencies
+from mapreuse.conversion._search import _Costs, _extensions, _front
+from mapreuse.measure import Latency
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return build("bert")[0]
+
+
+def test_every_plan_found_has_the_error_that_converting_it_by_hand_gives(bert, tmp_path, regular_times):
+    batches = random_batches(12)
+    found = mr.search(bert, batches, error=0.5, breadth=2, cache=tmp_path / "judged.jsonl")
+
+    assert len(found) > 2
+    assert found[0].plan.is_full
+    for candidate in found:
+        model = mr.apply(copy.deepcopy(bert), candidate.plan)
+        if not candidate.plan.is_full:
+            mr.refit(model, bert, [batch for index, batch in enumerate(batches) if index % 4 != 1])
+        cosines = []
+        with torch.no_grad():
+            for batch in batches[1::4]:
+                rows = batch["attention_mask"].bool()
+                ours, theirs = (m(**batch).last_hidden_state[rows] for m in (model, bert))
+                cosines.append(functional.cosine_similarity(ours, theirs, dim=-1))
+        assert candidate.error == pytest.approx(1 - torch.cat(cosines).mean().item(), abs=1e-5)
+        assert candidate.error <= 0.5
+        assert candidate.latency == pytest.approx(candidate.predicted)
+        assert candidate.parameters == sum(p.numel() for p in model.parameters())
+        for name, weight in found.converted(candidate).state_dict().items():
+            torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_no_plan_found_is_both_slower_and_worse_than_another(bert):
+    found = mr.search(bert, random_batches(8), error=1.0, breadth=2)
+    for one in found:
+        assert not any(
+            other.error <= one.error and other.latency <= one.latency for other in found if other is not one
+        )
+
+
+def test_a_second_search_judges_nothing_again(bert, tmp_path, regular_times):
+    judged = []
+    error = hidden_state_error(bert, random_batches(2, seed=1))
+
+    def judge(model):
+        judged.append(mr.plan_of(model))
+        return error(model)
+
+    cache = tmp_path / "judged.jsonl"
+    first = mr.search(bert, random_batches(8), error=0.2, breadth=2, judge=judge, cache=cache)
+    number = len(cache.read_text().splitlines())
+    assert len(judged) == number + 1  # and the original
+    cache.write_text("".join(line + "\n" for line in cache.read_text().splitlines()[: number - 1]))
+    judged.clear()
+    second = mr.search(bert, random_batches(8), error=0.2, breadth=2, judge=judge, cache=cache)
+
+    assert second == first
+    assert len(judged) == 3  # the original, the first plan, by which the judge is known, and the one forgotten
+    other = mr.search(bert, random_batches(8, seed=5), error=0.2, breadth=2, judge=judge, cache=cache)
+    assert [c.error for c in other] != [c.error for c in first]
+
+
+def test_what_another_search_judged_does_not_count(bert, tmp_path, regular_times):
+    cache = tmp_path / "judged.jsonl"
+    first = mr.search(bert, random_batches(8), error=0.2, breadth=2, cache=cache)
+    lines = [json.loads(line) | {"search": "another", "error": 0.0} for line in cache.read_text().splitlines()]
+    cache.write_text(cache.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+
+    assert mr.search(bert, random_batches(8), error=0.2, breadth=2, cache=cache) == first
+
+
+@pytest.mark.parametrize("heads", [[(2, 0)], [(1, 1), (1, 3)], [(3, 0), (3, 1), (3, 2)], [(2, h) for h in range(4)]])
+def test_the_cost_model_counts_the_heads_that_reuse(bert, regular_times, heads):
+    batches = random_batches(4)
+    ranking = Ranking(bert, batches, Judged(bert, batches, hidden_state_error(bert, batches)))
+
+    assert _Costs(bert, batches[0], ranking).of(frozenset(heads)) == pytest.approx(1 - len(heads) / 20)
+
+
+def test_a_latency_budget_is_met(bert, regular_times):
+    found = mr.search(bert, random_batches(8), latency=0.65, breadth=2)
+    latencies = [candidate.latency for candidate in found]
+    assert latencies == sorted(latencies, reverse=True)
+    assert latencies[-1] <= 0.65 < latencies[0]
+
+
+def test_a_larger_set_of_reusing_heads_takes_readers_along_to_sources_that_still_compute(bert):
+    batches = random_batches(4)
+    ranking = Ranking(bert, batches, Judged(bert, batches, hidden_state_error(bert, batches)))
+    smaller = frozenset((3, head) for head in range(4))
+    larger = smaller | {(2, head) for head in range(4)} | {(1, 0), (1, 1)}
+    for reusing in (smaller, larger):
+        plan = ranking.plan(reusing)
+        assert {(l, h) for l in range(4) for h, s in enumerate(plan.heads(l, 4)) if s is not None} == reusing
+        assert ranking.predicted(larger) >= ranking.predicted(smaller)
+
+
+def test_extensions_hold_what_they_extend_and_some_leave_part_of_a_layer_computing(bert):
+    batches = random_batches(4)
+    ranking = Ranking(bert, batches, Judged(bert, batches, hidden_state_error(bert, batches)))
+    costs = _Costs(bert, batches[0], ranking)
+    start = frozenset((2, head) for head in range(4))
+    found = _extensions(ranking, start, costs)
+
+    assert all(extension > start for extension in found)
+    assert {len(extension) - len(start) for extension in found} == {2, 4}
+
+
+def test_a_front_keeps_what_nothing_beats():
+    points = {"a": (0.0, 1.0), "b": (0.1, 0.5), "c": (0.1, 0.6), "d": (0.2, 0.5), "e": (0.3, 0.1)}
+    assert _front(points) == ["a", "b", "e"]
+
+
+def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
+    batches = random_batches(8)
+    with pytest.raises(ValueError, match="one of the two"):
+        mr.search(bert, batches)
+    with pytest.raises(ValueError, match="one of the two"):
+        mr.search(bert, batches, error=0.1, latency=0.5)
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        mr.search(bert, batches, latency=1.5)
+    with pytest.raises(ValueError, match="error must be at least 0, got nan"):
+        mr.search(bert, batches, error=float("nan"))
+    with pytest.raises(ValueError, match="breadth must be at least 1, got 0"):
+        mr.search(bert, batches, error=0.1, breadth=0)
+    with pytest.raises(ValueError, match="search needs at least 8 calibration batches, got 3"):
+        mr.search(bert, batches[:3], error=0.1)
+    with pytest.raises(ValueError, match=r"no plan takes 0\.001 of the original's time"):
+        mr.search(bert, batches, latency=0.001, breadth=1)
+    with pytest.raises(ValueError, match="in bfloat16 on the CPU"):
+        mr.search(copy.deepcopy(bert).bfloat16(), batches, error=0.1)
+    spoilt = copy.deepcopy(bert)
+    with torch.no_grad():
+        next(spoilt.encoder.layer[1].parameters())[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        mr.search(spoilt, batches, error=0.1)
+    with pytest.raises(ValueError, match="must be finite, got nan"):
+        mr.search(bert, batches, error=0.1, judge=lambda model: float("nan"))
+    with pytest.raises(ValueError, match=r"got one that is a str$"):
+        mr.search(bert, iter(["input_ids"] * 8), error=0.1)
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b'{"a": 1}', b'{"a": 1,\n "b": 2}', b"\xff\xfe\x00", None])
+def test_a_cache_that_holds_anything_else_is_refused_and_left_as_it_is(bert, tmp_path, content):
+    cache = tmp_path / "other"
+    cache.mkdir() if content is None else cache.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a judged plan|no file that a search") as refusal:
+        mr.search(bert, random_batches(8), error=0.1, cache=cache)
+    assert "\n" not in str(refusal.value)
+    assert cache.is_dir() if content is None else cache.read_bytes() == content
+
+
+def test_a_latency_that_no_plan_takes_is_refused_before_any_is_refitted(bert, regular_times, monkeypatch):
+    monkeypatch.setattr(_evaluation, "refit", None)
+    with pytest.raises(
+        ValueError, match=r"no plan takes 0\.1 of the original's time: with all maps shared it is 0\.\d"
+    ):
+        mr.search(bert, random_batches(8), latency=0.1)
+
+
+def test_settings_among_the_batches_values_do_not_matter(bert):
+    batches = [{"output_attentions": False, **batch} for batch in random_batches(8)]
+    assert mr.search(bert, batches, error=1.0, breadth=1)
+
+
+def test_errors_that_another_library_rounds_otherwise_count_all_the_same(bert, tmp_path, regular_times):
+    batches, cache = random_batches(8), tmp_path / "judged.jsonl"
+    found = mr.search(bert, batches, error=0.2, breadth=2, cache=cache)
+    entries = [json.loads(line) for line in cache.read_text().splitlines()]
+    for entry in entries:
+        entry["first"][1] *= 1 + 1e-3
+    cache.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert mr.search(bert, batches, error=0.2, breadth=2, cache=cache) == found
+    assert len(cache.read_text().splitlines()) == len(entries), "nothing judged again"
+
+
+def test_errors_of_another_judge_or_of_other_judging_batches_do_not_count(bert, tmp_path, regular_times):
+    batches, cache = random_batches(8), tmp_path / "judged.jsonl"
+    mr.search(bert, batches, error=0.2, breadth=2, cache=cache)
+    others = [random_batches(8, seed=3)[i] if i % 4 == 1 else batch for i, batch in enumerate(batches)]
+    for options in (
+        {"batches": others},
+        {"batches": batches, "judge": lambda model: 0.0 if plan_is_full(model) else 0.1},
+        {"batches": batches, "judge": lambda model: 1e-3 * hidden_state_error(bert, batches[1::4])(model)},
+    ):
+        afresh = mr.search(bert, error=0.2, breadth=2, **options)
+        assert mr.search(bert, error=0.2, breadth=2, cache=cache, **options) == afresh
+
+
+def plan_is_full(model):
+    plan = mr.plan_of(model)
+    return plan is None or plan.is_full
+
+
+def test_a_search_goes_on_after_a_line_that_was_cut_short(bert, tmp_path, regular_times):
+    cache = tmp_path / "judged.jsonl"
+    first = mr.search(bert, random_batches(8), error=0.2, breadth=2, cache=cache)
+    lines = cache.read_text()
+    cache.write_text(lines[:-20])
+
+    assert mr.search(bert, random_batches(8), error=0.2, breadth=2, cache=cache) == first
+    assert cache.read_text() == lines
+
+
+def test_a_budget_of_latency_is_kept_by_measurement_where_the_cost_model_promises_too_much(bert, monkeypatch):
+    def times(models, batch, **options):
+        """As the cost model wants them, but for plans of its own a tenth more."""
+        found = {}
+        for name, model in models.items():
+            plan = mr.plan_of(model)
+            saved = 0.0 if plan is None else sum(plan.reuses(layer) for layer in range(plan.num_layers)) / 10
+            found[name] = 1 - saved + (0.1 if name.isdigit() and saved else 0.0)
+        return found
+
+    monkeypatch.setattr(_search, "_times", times)
+    found = mr.search(bert, random_batches(8), latency=0.85, breadth=8)
+    assert min(candidate.latency for candidate in found) <= 0.85
+
+
+def test_a_budget_of_latency_that_the_cost_model_just_misses_is_measured(bert, monkeypatch):
+    def times(models, batch, **options):
+        """Sharing all maps takes 0.93 to the cost model, and 0.89 in the plan found."""
+        shares = {"all": 0.93, "half": 0.965}
+        return {name: 0.89 if name.isdigit() else shares.get(name, 1.0) for name in models}
+
+    monkeypatch.setattr(_search, "_times", times)
+    found = mr.search(bert, random_batches(8), latency=0.9, breadth=1)
+    assert min(candidate.latency for candidate in found) == 0.89
+
+
+@pytest.mark.parametrize(("more", "said"), [(0.05, False), (0.15, True)])
+def test_a_time_that_is_more_than_a_tenth_from_what_was_predicted_is_said(bert, monkeypatch, caplog, more, said):
+    def times(models, batch, **options):
+        """A twentieth less for each layer that reuses, in other plans than the cost model's own more."""
+        found = {}
+        for name, model in models.items():
+            plan = mr.plan_of(model)
+            saved = 0.0 if plan is None else sum(plan.reuses(layer) for layer in range(plan.num_layers)) / 20
+            found[name] = (1 - saved) * (1 + more * name.isdigit())
+        return found
+
+    monkeypatch.setattr(_search, "_times", times)
+    with caplog.at_level("WARNING", logger="mapreuse"):
+        mr.search(bert, random_batches(8), error=1.0, breadth=1)
+    assert ("a plan was predicted to take 0.85×, and takes 0.98×" in caplog.text) is said
+
+
+def test_times_that_are_told_are_precise(bert, monkeypatch):
+    """Those of the plans found, and of `relative_latencies`; those that only choose between plans less so."""
+    asked = []
+
+    def timed(calls, **options):
+        asked.append((options["precision"], len(calls)))
+        return dict.fromkeys(calls, Latency((1.0,)))
+
+    monkeypatch.setattr(_search, "time_interleaved", timed)
+    found = mr.search(bert, random_batches(8), error=0.0, breadth=1)
+    relative_latencies(bert, {"again": bert}, random_batches(8))
+    assert [one.plan.is_full for one in found] == [True]
+    assert asked == [(0.05, 4), (0.02, 4), (0.02, 2)], (
+        "the original and the cost model's three, one of which was found"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the original, which is timed, too
+def test_layers_of_torchs_own_encoder_are_searched_and_their_padding_left_out(regular_times):
+    model = peaked(encoder(batch_first=True))
+    generator = torch.Generator().manual_seed(0)
+    padding = torch.tensor([[False] * 9, [False] * 5 + [True] * 4, [False] * 2 + [True] * 7])
+    batches = [
+        {"src": torch.randn(3, 9, WIDTH, generator=generator), "src_key_padding_mask": padding} for _ in range(8)
+    ]
+    plan = mr.ReusePlan.from_sources([0, *[0] * (LAYERS - 1)])
+    with torch.no_grad():
+        cosines = []
+        changed = mr.apply(copy.deepcopy(model), plan)
+        for batch in batches:
+            ours, theirs = changed(**batch), mr.apply(copy.deepcopy(model), mr.ReusePlan.full(LAYERS))(**batch)
+            cosines.append(functional.cosine_similarity(ours[~padding], theirs[~padding], dim=-1))
+    expected = 1 - torch.cat(cosines).mean().item()
+
+    assert hidden_state_error(model, batches)(changed) == pytest.approx(expected, abs=1e-5)
+    assert expected > 1e-3
+    found = mr.search(model, batches, error=2.0, breadth=1)
+    assert found[0].error == pytest.approx(0, abs=1e-6)
+    assert len(found) > 1
+
+
+def test_the_batch_that_is_timed_may_be_given(bert, monkeypatch):
+    seen = []
+
+    def times(models, batch, **options):
+        seen.append(batch)
+        return dict.fromkeys(models, 1.0)
+
+    monkeypatch.setattr(_search, "_times", times)
+    (timed,) = random_batches(1, seed=7)
+    mr.search(bert, random_batches(8), error=0.0, breadth=1, timed=timed)
+    assert seen
+    assert all(batch is timed for batch in seen)
+
+
+def test_the_original_is_in_its_mode_again_also_where_it_cannot_be_judged_or_timed(bert):
+    model = copy.deepcopy(bert).train()
+    model.embeddings.eval()
+    beyond = {"input_ids": torch.full((2, 4), 999)}
+    for given in ({"batches": [beyond] * 8}, {"batches": random_batches(8), "timed": beyond}):
+        with pytest.raises(IndexError):
+            mr.search(model, error=0.1, **given)
+        assert model.training
+        assert model.encoder.training
+        assert not model.embeddings.training
+
+
+def test_hidden_states_that_are_not_finite_have_no_error(bert):
+    converted = mr.apply(copy.deepcopy(bert), mr.ReusePlan.grouped(4, 2))
+    with torch.no_grad():
+        next(converted.encoder.layer[3].output.parameters())[0] = float("nan")
+    with pytest.raises(ValueError, match="last hidden states are not finite"):
+        hidden_state_error(bert, random_batches(2))(converted)

@@ -1,0 +1,102 @@
+"""What reusing heads should cost, against least squares on recorded maps and values."""
+
+import copy
+
+import pytest
+import torch
+from families import build
+from packed_encoders import peaked
+from text_batches import random_batches
+
+import mapreuse as mr
+from mapreuse.conversion import Judged, Ranking, hidden_state_error, output_errors
+from mapreuse.conversion._search_heuristic import RefitErrors
+from mapreuse.models import MapRecorder, find_stack, output_projection
+
+
+def least_squares(model, batches, layer, applied):
+    """What is left of a layer's output, by its best output projection, head by head."""
+    recorder = MapRecorder(model)
+    projection = output_projection(find_stack(model).layers[layer])
+    weight = (projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T).detach().double()
+    own, given = [], []
+    for batch in batches:
+        maps, valid, values = recorder(batch)
+        repeated = values[layer].repeat_interleave(len(applied) // values[layer].shape[1], 1)
+        sources = [(layer, head) if source is None else source for head, source in enumerate(applied)]
+        pairs = [(maps[layer][:, head], maps[l][:, h]) for head, (l, h) in enumerate(sources)]
+        for contexts, which in ((own, 0), (given, 1)):
+            found = [pair[which] @ repeated[:, head] for head, pair in enumerate(pairs)]
+            contexts.append(torch.cat(found, -1)[valid].double())
+    wanted, given = torch.cat(own) @ weight, torch.cat(given)
+    given = torch.cat([given, torch.ones(len(given), 1)], 1)
+    left = wanted - given @ torch.linalg.lstsq(given, wanted, driver="gelsd").solution
+    return float(left.square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_what_a_refitted_layer_loses_is_what_least_squares_leaves(family):
+    torch.manual_seed(0)
+    model, batch = build(family)
+    peaked(model)
+    batches = [batch | {"input_ids": torch.randint_like(batch["input_ids"], 3, 30)} for _ in range(20)]
+    sources = {2: (0, 1)}
+    errors = output_errors(model, sources, batches)
+    refit_errors = RefitErrors(model, errors, sources, batches)
+    nearest = [divmod(int(errors[2][..., head].flatten().argmin()), 4) for head in range(4)]
+    for applied in (nearest, [*nearest[:2], None, None], [None, None, None, nearest[3]]):
+        expected = least_squares(model, batches, 2, applied)
+        assert refit_errors(2, applied) == pytest.approx(expected, rel=0.02, abs=0.004)
+    assert refit_errors(2, [None] * 4) == 0
+
+
+def test_a_map_that_its_head_was_not_tried_by_counts_as_nothing():
+    torch.manual_seed(0)
+    model, batch = build("bert")
+    sources = {3: (0, 1, 2)}
+    errors = output_errors(model, sources, [batch])
+    last = divmod(int(errors[3][..., 0].flatten().argmax()), 4)
+    found = RefitErrors(model, errors, sources, [batch])(3, [last, None, None, None])
+    silent = copy.deepcopy(model)
+    silent.encoder.layer[3].attention.output.dense.weight.data[:, :8] = 0
+    assert found > RefitErrors(model, errors, sources, [batch])(3, [None, None, None, None])
+    assert RefitErrors(silent, errors, sources, [batch])(3, [last, None, None, None]) == pytest.approx(0, abs=1e-3)
+
+
+def test_heads_whose_maps_an_earlier_layer_has_cost_least():
+    """Some heads attend everywhere alike; the first of them has the only map that the others need."""
+    torch.manual_seed(0)
+    model = peaked(build("bert")[0])
+    planted = {0: {2}, 1: {0}, 2: {1, 3}}
+    for layer, heads in planted.items():
+        query = model.encoder.layer[layer].attention.self.query
+        for rows in (slice(head * query.out_features // 4, (head + 1) * query.out_features // 4) for head in heads):
+            query.weight.data[rows], query.bias.data[rows] = 0, 0
+    batches = random_batches(8)
+    ranking = Ranking(model, batches, Judged(model, batches, hidden_state_error(model, batches)))
+    for layer in (1, 2):
+        costs = {head: ranking.predicted(frozenset({(layer, head)})) for head in range(4)}
+        assert set(sorted(costs, key=costs.get)[: len(planted[layer])]) == planted[layer]
+        assert all(
+            costs[head] < 0.2 * costs[other] for head in planted[layer] for other in set(range(4)) - planted[layer]
+        )
+
+
+def test_reusing_heads_are_joined_by_the_one_that_costs_least():
+    model, _ = build("bert")
+    batches = random_batches(8)
+    ranking = Ranking(model, batches, Judged(model, batches, hidden_state_error(model, batches)))
+    reusing = frozenset({(2, 1)})
+    for head in ranking.grown(reusing, 2) - ranking.grown(reusing, 1):
+        one = ranking.grown(reusing, 1)
+        assert ranking.predicted(one | {head}) == min(ranking.predicted(one | {other}) for other in ranking.all - one)
+    assert ranking.grown(reusing, 2) > ranking.grown(reusing, 1) > reusing
+    assert ranking.grown(reusing, 100) == ranking.all
+
+
+def test_a_head_without_a_source_that_computes_is_refused():
+    model, batch = build("bert")
+    ranking = Ranking(model, [batch] * 4, Judged(model, [batch] * 4, hidden_state_error(model, [batch])))
+    with pytest.raises(ValueError, match="layer 0, head 2: no head of an earlier layer of its kind computes its map"):
+        ranking.plan(ranking.all | {(0, 2)})
+    assert ranking.plan(frozenset()) == mr.ReusePlan.full(4)

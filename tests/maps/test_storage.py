@@ -1,0 +1,177 @@
+"""Every storage carries the same map, exactly or to the bits it keeps; cost and memory choose among them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from map_cases import cases, defined_map, make_case
+
+from mapreuse.maps import STORAGES, Choice, Demand, RelativePositions, Scores, SharedMaps, choose, compute
+from mapreuse.maps._storage_choice import Candidate
+from mapreuse.maps.reference import attention_map
+
+TOLERANCE = {"dense": 1e-5, "recompute": 1e-5, "dense16": 2**-11, "dense8": 1 / 509}
+"""Of a weight, beside the greatest of its row."""
+
+
+@given(cases(), st.sampled_from(STORAGES), st.data())
+def test_a_carried_map_is_the_definitions_to_the_bits_it_keeps(case, storage, data):
+    batch, heads, _, num_keys = case.scores.shape
+    with torch.no_grad():
+        context, carried = compute(case.scores, case.values, storage)
+    torch.testing.assert_close(context, case.context, atol=1e-5, rtol=1e-5)
+    dense, exact = carried.dense(), case.map
+    torch.testing.assert_close(dense.sum(-1), exact.sum(-1), atol=1e-5, rtol=0)
+    off = dense / dense.amax(-1, keepdim=True).clamp(min=1e-9) - exact / exact.amax(-1, keepdim=True).clamp(min=1e-9)
+    assert off.abs().max() <= TOLERANCE[storage]
+
+    pair = st.tuples(st.integers(0, heads - 1), st.integers(0, 1))
+    pairs = data.draw(st.none() | st.lists(pair, min_size=1, max_size=5).map(tuple))
+    values = torch.randn(batch, num_keys, 2 if pairs else heads, 3).transpose(1, 2)
+    with torch.no_grad():
+        applied = carried.apply(values, pairs)
+    met = pairs or tuple((head, head) for head in range(heads))
+    expected = torch.stack([carried.dense()[:, m] @ values[:, v] for m, v in met], 1)
+    torch.testing.assert_close(applied, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["dense16", "dense8"])
+def test_what_stands_in_padding_is_never_applied(storage):
+    case = make_case(batch=2, num_queries=9, num_keys=9)
+    real = torch.arange(9) < torch.tensor([[9], [4]])
+    scores = replace(case.scores, mask=real[:, None, :, None] & real[:, None, None, :])
+    values = case.values.clone()
+    values[1, :, 4:] = float("nan")
+    with torch.no_grad():
+        applied = compute(scores, case.values, storage)[1].apply(values)
+    torch.testing.assert_close(applied, defined_map(scores) @ case.values, atol=0.02, rtol=0)
+    assert (applied[1, :, 4:] == 0).all()
+
+
+def test_halves_are_rounded_to_the_nearest_down_to_the_least_of_them():
+    """One query whose weights span all that half precision holds; what float32 rounds beside it is a thousandth."""
+    logits = torch.linspace(0, -17, 400)
+    scores = Scores(torch.ones(1, 1, 100, 1), logits.view(1, 1, 400, 1), 1.0)
+    with torch.no_grad():
+        levels = compute(scores, torch.randn(1, 1, 400, 3), "dense16")[1].weights[0, 0, 0].double()
+    exact = logits.double().exp()
+    spacing = torch.maximum(2.0 ** torch.floor(exact.log2()), torch.tensor(2.0**-14)) * 2**-10
+    assert ((levels - exact).abs() <= 0.502 * spacing).all()
+
+
+@pytest.mark.parametrize("storage", ["dense16", "dense8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_long_rows_of_even_weights_are_carried_in_half_precision(storage, dtype):
+    """Of 600 weights that are much alike, 255ths add up to more than float16 holds."""
+    case = make_case(batch=1, num_queries=90, num_keys=600)
+    scores = Scores(0.1 * case.scores.query.to(dtype), case.scores.key.to(dtype), case.scores.scaling)
+    values = (case.values + 1).to(dtype)
+    exact = attention_map(scores.query.float(), scores.key.float(), scaling=scores.scaling) @ values.float()
+    with torch.no_grad():
+        found = compute(scores, values, storage)[1].apply(values)
+    assert found.dtype == dtype
+    assert (found.float() - exact).abs().max() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_is_not_a_number_reaches_the_readers(storage):
+    case = make_case(batch=1, num_queries=100, num_keys=100)
+    case.scores.query[0, 0, 3] = float("nan")
+    with torch.no_grad():
+        context, carried = compute(case.scores, case.values, storage)
+        applied = carried.apply(case.values)
+    for found in (context, applied):
+        assert found[0, 0, 3].isnan().all()
+        assert not found[0, 0, 4].isnan().any()
+
+
+def test_compressed_maps_take_a_half_and_a_quarter_of_the_memory():
+    case = make_case(batch=1, heads=2, num_queries=130, num_keys=130)
+    with torch.no_grad():
+        sizes = {storage: compute(case.scores, case.values, storage)[1].nbytes for storage in STORAGES}
+    weights = 2 * 130 * 130
+    assert sizes["dense"] == 4 * weights
+    assert sizes["dense16"] == 2 * weights + 4 * 2 * 130
+    assert sizes["dense8"] == weights + 4 * 2 * 130
+    assert sizes["recompute"] == case.scores.nbytes
+
+
+@pytest.mark.parametrize("storage", ["dense16", "dense8"])
+def test_where_gradients_flow_weights_are_kept_as_they_are(storage):
+    case = make_case()
+    query = case.scores.query.clone().requires_grad_()
+    _, carried = compute(replace(case.scores, query=query), case.values, storage)
+    assert carried.weights.dtype == torch.float32
+    carried.apply(case.values).sum().backward()
+    assert query.grad is not None
+
+
+@pytest.mark.parametrize("storage", ["dense16", "dense8"])
+def test_compressed_maps_draw_dropout_anew(storage):
+    case = make_case(batch=1, num_queries=40, num_keys=40)
+    ones = torch.ones(1, 3, 40, 1)
+    with torch.no_grad():
+        carried = compute(case.scores, case.values, storage)[1]
+        torch.manual_seed(0)
+        draws = torch.stack([carried.apply(ones, dropout_p=0.5) for _ in range(50)])
+    assert (draws[0] - draws[1]).abs().mean() > 0.1
+    assert draws.mean() == pytest.approx(1.0, abs=0.03)
+
+
+def candidates(**costs):
+    return tuple(Candidate(name, seconds, nbytes) for name, (seconds, nbytes) in costs.items())
+
+
+def test_eight_bits_are_for_want_of_memory_never_for_speed():
+    costs = candidates(dense=(0.2, 100), dense8=(0.1, 25))
+    assert Choice(costs, budget=100).storage == "dense"
+    assert Choice(costs, budget=99).storage == "dense8"
+
+
+def test_the_fastest_that_fits_is_chosen_and_says_why():
+    three = candidates(dense=(1.0, 1000), dense8=(2.0, 250), recompute=(3.0, 10))
+    assert Choice(three, 1000).storage == "dense"
+    assert Choice(three, 999).storage == "dense8"
+    assert Choice(three, 10).storage == "recompute"
+    assert str(Choice(three, 999_999)).startswith("dense is the fastest that keeps shared maps within 1.0 MB")
+    assert "dense 1000.0 ms, 0.0 MB (too much)" in str(Choice(three, 999))
+
+
+def test_where_nothing_fits_the_budget_that_would_do_is_named():
+    with pytest.raises(ValueError, match="memory_budget=9: recompute needs the least, memory_budget=10"):
+        _ = Choice(candidates(dense=(1.0, 1000), recompute=(3.0, 10)), 9).storage
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(relative):
+    case = make_case(batch=1, heads=2, num_queries=130, num_keys=130, relative=relative)
+    few, many = (choose(case.scores, case.values, Demand(1, 3, 4, alive), budget=10**9) for alive in (2, 4))
+    with torch.no_grad():
+        for one, two in zip(few.candidates, many.candidates, strict=True):
+            used = compute(case.scores, case.values, one.storage)[1].nbytes
+            assert (one.nbytes, two.nbytes) == (used, 2 * used)
+            assert one.seconds == two.seconds > 0
+    relative = case.scores.relative
+    if relative is not None:
+        relative = RelativePositions(relative.query.repeat(3, 1, 1, 1), relative.key)
+    tripled = Scores(*(t.repeat(3, 1, 1, 1) for t in (case.scores.query, case.scores.key)), 0.7, relative=relative)
+    thrice = choose(tripled, case.values.repeat(3, 1, 1, 1), Demand(1, 3, 4, 2), budget=10**9)
+    for one, three in zip(few.candidates, thrice.candidates, strict=True):
+        assert three.seconds == pytest.approx(3 * one.seconds)
+
+
+def test_a_pass_settles_its_strategy_once_and_a_training_pass_on_one_with_gradients(monkeypatch):
+    case = make_case(num_queries=70, num_keys=70)
+    with torch.no_grad():
+        roomy = SharedMaps(storage="auto", demand=Demand(1, 1, 3, 3), budget=10**9)
+        settled = roomy.storage(case.scores, case.values)
+        assert settled in STORAGES
+        short = SharedMaps(storage="auto", demand=Demand(1, 1, 3, 3), budget=case.scores.nbytes)
+        assert short.storage(case.scores, case.values) == "recompute"
+    monkeypatch.setattr("mapreuse.maps._shared.choose", None)
+    assert roomy.storage(case.scores, case.values) == settled
+    monkeypatch.undo()
+    training = SharedMaps(storage="auto", demand=Demand(1, 1, 3, 3), budget=2 * 3 * 70 * 70 * 4 - 1)
+    assert training.storage(case.scores, case.values) == "recompute", "compressed maps would fit, without gradients"

@@ -1,0 +1,192 @@
+"""Storages and memory budgets on whole models."""
+
+import copy
+import logging
+
+import jaxtyping
+import pytest
+import torch
+import transformers as tf
+from agreement import PLANS
+from families import SIZE, build
+from oracle import defined_output, disagreement, valid_rows
+
+import mapreuse as mr
+from mapreuse.maps import DenseMap, SharedMaps
+
+GROUPS = PLANS["groups of 2"]
+BY_HEADS = mr.ReusePlan((None, ((0, 0), (0, 1), (0, 2), None), ((0, 0), (0, 1), (0, 2), (1, 3)), None))
+"""Of layer 1, one head's map is alive beside those of layer 0."""
+
+
+def bytes_alive(monkeypatch, model, batch):
+    """The most bytes that published maps kept alive at once in one pass."""
+    alive, most = {}, [0]
+    publish, release = SharedMaps.publish, SharedMaps.release
+
+    def publishing(self, layer, attention_map):
+        alive[layer] = attention_map.nbytes
+        most[0] = max(most[0], sum(alive.values()))
+        publish(self, layer, attention_map)
+
+    def releasing(self, layer):
+        alive.pop(layer)
+        release(self, layer)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    monkeypatch.setattr(SharedMaps, "release", releasing)
+    with torch.no_grad():
+        model(**batch)
+    monkeypatch.undo()
+    assert alive == {}
+    return most[0]
+
+
+@pytest.mark.parametrize("family", ["parakeet", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("storage", "tolerance"), [("dense16", 2e-3), ("dense8", 3e-2), ("auto", 3e-2)])
+@pytest.mark.parametrize("plan", ["groups of 2", "in part"])
+def test_compressed_maps_stay_near_the_definition(family, storage, tolerance, plan):
+    model, batch = build(family, implementation="eager")
+    reference = defined_output(model, batch, PLANS[plan])
+    rows = valid_rows(model, batch, model(**batch))
+    mr.apply(model, PLANS[plan], storage=storage)
+    with torch.no_grad():
+        assert disagreement(model(**batch).last_hidden_state, reference, rows) < tolerance
+
+
+@pytest.mark.parametrize("plan", [GROUPS, PLANS["all from one"], BY_HEADS], ids=["groups", "all from one", "heads"])
+@pytest.mark.parametrize("storage", ["dense", "dense8", "recompute"])
+def test_a_budget_is_what_a_pass_would_use_and_a_byte_less_is_refused(monkeypatch, plan, storage):
+    if plan is BY_HEADS and storage == "recompute":
+        pytest.skip("queries and keys are counted head by head, but the mask is shared by them all")
+    model, batch = build("bert")
+    used = bytes_alive(monkeypatch, mr.apply(model, plan, storage=storage), batch)
+    model, batch = build("bert")
+    mr.apply(model, plan, storage=storage, memory_budget=used)
+    with torch.no_grad():
+        model(**batch)
+    short, batch = build("bert")
+    mr.apply(short, plan, storage=storage, memory_budget=used - 1)
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"memory_budget={used - 1}: {storage} needs the least"):
+        short(**batch)
+
+
+@pytest.mark.parametrize("storage", ["dense", "dense8"])
+def test_in_training_a_budget_is_for_all_maps_uncompressed_since_autograd_keeps_them(monkeypatch, storage):
+    sizes = []
+    publish = SharedMaps.publish
+    monkeypatch.setattr(
+        SharedMaps, "publish", lambda self, layer, one: sizes.append(one.nbytes) or publish(self, layer, one)
+    )
+    model, batch = build("bert")
+    mr.apply(model, GROUPS, storage=storage)
+    model(**batch)
+    monkeypatch.undo()
+    assert len(sizes) == 2
+    for budget, fits in ((sum(sizes), True), (sum(sizes) - 1, False)):
+        model, batch = build("bert")
+        mr.apply(model, GROUPS, storage=storage, memory_budget=budget)
+        if fits:
+            model(**batch)
+            continue
+        with pytest.raises(ValueError, match=f"memory_budget={sum(sizes)}"):
+            model(**batch)
+
+
+def test_auto_stays_within_its_budget_and_says_why(monkeypatch, caplog):
+    dense = bytes_alive(monkeypatch, mr.apply(build("bert")[0], GROUPS), build("bert")[1])
+    model, batch = build("bert")
+    mr.apply(model, GROUPS, storage="auto", memory_budget=dense // 2)
+    with caplog.at_level(logging.INFO, logger="mapreuse"):
+        used = bytes_alive(monkeypatch, model, batch)
+    assert used <= dense // 2
+    (line,) = [record.getMessage() for record in caplog.records if "is the fastest" in record.getMessage()]
+    assert "(too much)" in line
+
+
+def test_auto_trains_with_maps_that_have_gradients(monkeypatch):
+    model, batch = build("parakeet")
+    mr.apply(model, GROUPS, storage="auto")
+    published = []
+    publish = SharedMaps.publish
+    monkeypatch.setattr(SharedMaps, "publish", lambda s, n, m: published.append(m) or publish(s, n, m))
+    model(**batch).last_hidden_state.square().mean().backward()
+    assert len(published) == 2
+    assert all(not isinstance(one, DenseMap) or one.scales is None for one in published)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "layers.0.self_attn.q_proj" in n)
+
+
+def test_strategy_and_budget_are_saved(tmp_path):
+    model, batch = build("bert")
+    mr.apply(model, GROUPS, storage="auto", memory_budget=1)
+    mr.save(model, tmp_path)
+    with torch.no_grad(), pytest.raises(ValueError, match="memory_budget=1"):
+        mr.load(tmp_path)(**batch)
+
+
+@pytest.mark.parametrize("budget", [0, -5, "1GB", float("nan"), float("inf"), 0.5])
+def test_a_budget_that_is_none_is_refused(monkeypatch, budget):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside tests
+    model, _ = build("bert")
+    with pytest.raises(ValueError, match="memory_budget must be a positive whole number of bytes, got") as error:
+        mr.apply(model, GROUPS, memory_budget=budget)
+    assert "\n" not in str(error.value)
+    assert mr.plan_of(model) is None
+
+
+@pytest.mark.parametrize("plan", ["other heads", "in part", "two sources"])
+@pytest.mark.parametrize("family", ["bert", "parakeet", "llama", "gpt2"])
+def test_only_heads_that_are_applied_are_handed_on(monkeypatch, family, plan):
+    published = {}
+    publish = SharedMaps.publish
+
+    def publishing(self, layer, attention_map):
+        published[layer] = attention_map.num_heads
+        publish(self, layer, attention_map)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    model, batch = build(family)
+    with torch.no_grad():
+        mr.apply(model, PLANS[plan])(**batch)
+    applied = {}
+    for heads in PLANS[plan].layers:
+        for source in filter(None, heads if isinstance(heads, tuple) else ()):
+            applied.setdefault(source[0], set()).add(source[1])
+    assert published == {layer: len(heads) for layer, heads in applied.items()}
+
+
+def test_queries_and_keys_of_heads_that_nobody_applies_are_not_kept(monkeypatch):
+    kept = []
+    publish = SharedMaps.publish
+
+    def publishing(self, layer, attention_map):
+        kept.append(attention_map.scores)
+        publish(self, layer, attention_map)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    model, batch = build("bert")
+    with torch.no_grad():
+        mr.apply(model, PLANS["in part"], storage="recompute")(**batch)
+    assert [scores.shape[1] for scores in kept] == [2, 2]
+    for scores in kept:
+        for tensor in (scores.query, scores.key):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_heads_that_cannot_compute_in_another_order_are_handed_on_together():
+    """OLMo 2 norms the queries of all heads at once."""
+    torch.manual_seed(0)
+    model = tf.Olmo2Model(tf.Olmo2Config(**SIZE, vocab_size=50, pad_token_id=0)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.45)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    batch = {"input_ids": torch.arange(12).view(2, 6) + 3}
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    mr.apply(model, PLANS["other heads"])
+    with torch.no_grad():
+        reference = defined_output(eager, batch, PLANS["other heads"])
+        found = model(**batch).last_hidden_state
+    assert disagreement(found, reference, torch.ones(2, 6, dtype=torch.bool)) <= 1e-4
