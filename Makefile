@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study full-study test coverage check readme models speed speed-bfloat16 setup speech clean
+.PHONY: study full-study test test-full coverage check readme models speed speed-bfloat16 setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,10 @@ full-study: speech
 	$(BIN)/mapreuse-lab study --preset full --workers 2
 
 test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
+
+# Every combination of every matrix.
+test-full: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Lines that the tests run of the rooms that everything rests on: at least nine in ten.
