@@ -15,7 +15,7 @@ from torch.nn import functional
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
-from mapreuse.conversion import _refit, _least_squares
+from mapreuse.conversion import _least_squares, _refit
 from mapreuse.conversion._least_squares import Sums, Weights
 from mapreuse.models import find_stack
 
