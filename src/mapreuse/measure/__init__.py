@@ -30,6 +30,7 @@ from mapreuse.measure._flops import PARTS
 from mapreuse.measure._latency import Latency, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
+from mapreuse.measure._page import Image, Section, write_page
 from mapreuse.measure._phoneme_attention import PhonemeAttention, phoneme_attention, phoneme_attention_data
 from mapreuse.measure._similarity import Similarity, similarity
 from mapreuse.measure._tables import bench_tables, kernel_tables
@@ -46,11 +47,13 @@ __all__ = [
     "Diagonality",
     "Entropy",
     "HeatMap",
+    "Image",
     "KernelsConfig",
     "Latency",
     "LayerBreakdown",
     "PartCost",
     "PhonemeAttention",
+    "Section",
     "Similarity",
     "analysis_data",
     "analysis_page",
@@ -80,4 +83,5 @@ __all__ = [
     "similarity",
     "time_interleaved",
     "write_analysis",
+    "write_page",
 ]
