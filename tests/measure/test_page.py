@@ -48,7 +48,9 @@ def test_a_page_with_figures_and_images_loads_nothing_from_elsewhere(tmp_path):
     (tmp_path / "pixel.png").write_bytes(PIXEL)
     figures = [graph_objects.Figure(graph_objects.Scatter(y=[1, 2])) for _ in range(3)]
     before = figures[0].to_dict()
-    page = written(tmp_path, Section("One", figures[:2]), Section("Two", [figures[2], Image(tmp_path / "pixel.png", "dot")]))
+    page = written(
+        tmp_path, Section("One", figures[:2]), Section("Two", [figures[2], Image(tmp_path / "pixel.png", "dot")])
+    )
 
     (address,) = Fetched(page).addresses
     assert address.startswith("data:image/png;base64,")
