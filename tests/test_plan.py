@@ -1,9 +1,9 @@
-"""Plans: notation, checks, and the questions that layers ask."""
+"""Plans: notation, checks and queries."""
 
+import doctest
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ from mapreuse import ReusePlan, plan
 
 @st.composite
 def sources(draw, max_layers=8, max_heads=4):
-    """Per layer a list of head sources, every one of them an earlier head that computes: valid by construction."""
+    """Valid plans: for each layer, a list of head sources that are earlier heads which compute."""
     num_heads = draw(st.integers(1, max_heads))
     layers = []
     for layer in range(draw(st.integers(1, max_layers))):
@@ -23,7 +23,7 @@ def sources(draw, max_layers=8, max_heads=4):
     return layers
 
 
-def test_full_reuses_nothing():
+def test_a_full_plan_reuses_nothing():
     assert ReusePlan.full(5).layers == (None,) * 5
     assert ReusePlan.full(5).is_full
     assert not ReusePlan.grouped(5, 2).is_full
@@ -66,7 +66,7 @@ def test_notation_is_group_size_times_number_of_groups(text, sizes):
         ("{'a': 1}", 2),
     ],
 )
-def test_an_error_of_notation_points_at_the_character(text, character):
+def test_a_notation_error_points_at_the_wrong_character(text, character):
     with pytest.raises(ValueError, match=rf"character {character}: ") as error:
         ReusePlan.parse(text)
     assert repr(text) in str(error.value)
@@ -79,9 +79,9 @@ def test_a_json_list_names_the_source_of_each_layer():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[0, true]", "one source layer for each layer"),
-        ('[0, "0"]', "one source layer for each layer"),
-        ("[0, [0]]", "one source layer for each layer"),
+        ("[0, true]", "source layer of each layer"),
+        ('[0, "0"]', "source layer of each layer"),
+        ("[0, [0]]", "source layer of each layer"),
         ("{}", "not a plan"),
         ('{"format": "other"}', "not a plan"),
         ('{"format": "mapreuse-plan", "version": 2, "layers": [null]}', "version 2 is not supported"),
@@ -99,12 +99,12 @@ def test_a_json_list_names_the_source_of_each_layer():
         ('{"format": "mapreuse-plan", "version": 1, "layers": [null, []]}', "layer 1: expected"),
     ],
 )
-def test_json_that_is_no_plan_is_refused(text, problem):
+def test_json_that_is_not_a_plan_is_refused(text, problem):
     with pytest.raises(ValueError, match=problem):
         ReusePlan.from_json(text)
 
 
-def test_heads_of_from_sources_choose_source_heads_or_compute():
+def test_a_head_assignment_selects_source_heads_or_lets_heads_compute():
     reuse = ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]})
     assert reuse.layers == (None, 0, None, ((2, 1), (2, 1), (2, 0), None))
     assert reuse.num_heads == 4
@@ -113,14 +113,14 @@ def test_heads_of_from_sources_choose_source_heads_or_compute():
 @pytest.mark.parametrize(
     ("heads", "problem"),
     [
-        ({4: [0]}, "layer 4, but the plan has layers 0–3"),
+        ({4: [0]}, "heads to layer 4, but the plan has layers 0–3"),
         ({-1: [0]}, "layer -1, but the plan has layers 0–3"),
-        ({2: [0]}, "layer 2, but it computes its own map"),
+        ({2: [0]}, "layer 2, but that layer computes its own map"),
         ({1: [0, 4, 0, 0]}, "layer 1, head 1 reuses head 4 of layer 0, but its heads are 0–3"),
         ({1: [0, -1]}, "layer 1, head 1 reuses head -1 of layer 0"),
     ],
 )
-def test_heads_of_from_sources_must_fit(heads, problem):
+def test_a_head_assignment_that_does_not_fit_is_refused(heads, problem):
     with pytest.raises(ValueError, match=problem):
         ReusePlan.from_sources([0, 0, 2, 2], heads=heads)
 
@@ -129,7 +129,7 @@ def test_heads_of_from_sources_must_fit(heads, problem):
     ("layers", "problem"),
     [
         ((), "at least one layer"),
-        ((0,), "layer 0 reuses layer 0's map.*must compute its own"),
+        ((0,), "layer 0 reuses layer 0's map.*must compute"),
         ((None, 1), "layer 1 reuses layer 1's map.*earlier layer"),
         ((None, 7, None), r"layer 1 reuses layer 7's map.*earlier layer \(0–0\)"),
         ((None, -1), "layer 1 reuses layer -1's map"),
@@ -140,7 +140,7 @@ def test_heads_of_from_sources_must_fit(heads, problem):
         ((None, (None, (0, 0)), (None, (1, 1))), "layer 2, head 1 reuses head 1 of layer 1.*does not compute"),
         ((None, 0, (None, (1, 0))), "layer 2, head 1 reuses head 0 of layer 1.*does not compute"),
         ((None, (None, (0, 0)), ((1, 2), None)), "layer 2, head 0 reuses head 2 of layer 1, but its heads are 0–1"),
-        ((None, ((0, 1), None), ((1, 1), None, None)), "layer 2 speaks of 3 heads, but layer 1 of 2"),
+        ((None, ((0, 1), None), ((1, 1), None, None)), "layer 2 has 3 heads, but layer 1 has 2"),
         ((None, True), "layer 1: expected None"),
     ],
 )
@@ -150,32 +150,32 @@ def test_a_source_must_be_an_earlier_head_that_computes(layers, problem):
 
 
 @pytest.mark.parametrize(("num_layers", "group_size"), [(0, 1), (4, 0), (-1, 2), (4, -2)])
-def test_there_are_no_empty_groups(num_layers, group_size):
-    with pytest.raises(ValueError, match=f"from 1 up, got {num_layers} and {group_size}"):
+def test_grouped_needs_positive_integers(num_layers, group_size):
+    with pytest.raises(ValueError, match=f"positive integers, got {num_layers} and {group_size}"):
         ReusePlan.grouped(num_layers, group_size)
 
 
-def test_plans_that_say_the_same_are_equal():
+def test_plans_with_the_same_sources_are_equal():
     spelled_out = ReusePlan((None, ((0, 0), (0, 1)), (None, None)))
     assert spelled_out == ReusePlan((None, 0, None))
     assert hash(spelled_out) == hash(ReusePlan((None, 0, None)))
     assert ReusePlan((None, ((0, 1), (0, 0)))) != ReusePlan((None, 0))
 
 
-def test_a_plan_prints_one_line_for_each_layer():
+def test_a_plan_prints_a_summary_and_one_line_per_layer():
     reuse = ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]})
     assert str(reuse).splitlines() == [
-        "4 layers, 2 computing, 2 reusing",
+        "4 layers: 2 computing, 2 reusing",
         "layer 0  computes",
         "layer 1  reuses layer 0",
         "layer 2  computes",
         "layer 3  heads: layer 2 head 1, layer 2 head 1, layer 2 head 0, computes",
     ]
-    assert str(ReusePlan.full(1)).startswith("1 layer, 1 computing")
+    assert str(ReusePlan.full(1)).startswith("1 layer: 1 computing")
 
 
 @given(sources())
-def test_json_and_parse_give_back_the_same_plan(layers):
+def test_from_json_and_parse_restore_a_written_plan(layers):
     reuse = ReusePlan(tuple(tuple(layer) for layer in layers))
     assert ReusePlan.from_json(reuse.to_json()) == reuse
     assert ReusePlan.parse(reuse.to_json()) == reuse
@@ -184,7 +184,7 @@ def test_json_and_parse_give_back_the_same_plan(layers):
 
 
 @given(sources())
-def test_a_plan_answers_as_its_heads_say(layers):
+def test_queries_agree_with_the_head_assignments(layers):
     reuse = ReusePlan(tuple(tuple(layer) for layer in layers))
     for layer, heads in enumerate(layers):
         assert list(reuse.heads(layer, len(heads))) == heads
@@ -198,8 +198,7 @@ def test_a_plan_answers_as_its_heads_say(layers):
 
 
 @given(sources(), st.data())
-def test_a_plan_whose_source_reuses_is_refused(layers, data):
-    """Point any head at one that reuses, and the plan is no plan."""
+def test_a_source_that_reuses_is_refused(layers, data):
     reusing = [(s, h) for s, heads in enumerate(layers[:-1]) for h, source in enumerate(heads) if source is not None]
     if not reusing:
         return
@@ -209,7 +208,7 @@ def test_a_plan_whose_source_reuses_is_refused(layers, data):
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4))
-def test_every_layer_of_a_parsed_plan_reads_the_nearest_computing_layer_below(groups):
+def test_each_layer_of_a_parsed_plan_uses_the_nearest_computing_layer(groups):
     reuse = ReusePlan.parse(",".join(f"{size}x{count}" for size, count in groups))
     assert reuse.num_layers == sum(size * count for size, count in groups)
     assert sum(source is None for source in reuse.layers) == sum(count for _, count in groups)
@@ -218,7 +217,7 @@ def test_every_layer_of_a_parsed_plan_reads_the_nearest_computing_layer_below(gr
         assert source == (None if below == layer else below)
 
 
-def test_plans_need_no_torch():
+def test_the_plan_module_does_not_import_torch():
     code = (
         "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('plan', {plan.__file__!r})\n"
@@ -230,4 +229,9 @@ def test_plans_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["(None, 0, None, 2)", "[]"]
-    assert Path(plan.__file__).name == "plan.py"
+
+
+def test_the_examples_in_the_docstrings_run():
+    outcome = doctest.testmod(plan)
+    assert outcome.attempted >= 5
+    assert outcome.failed == 0

@@ -1,4 +1,4 @@
-"""The terminal: one progress bar, one table, one way for commands to end."""
+"""Terminal output: tables, progress bars, and the error handling of commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -13,24 +14,27 @@ import typer
 from rich import table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 INTERRUPTED = 130
-"""Exit status of a command that was interrupted."""
+"""Exit status of an interrupted command."""
 
 ProgressCallback: TypeAlias = Callable[[str, float, float], object]
-"""Called with a description, the work done so far, and all of it, in any one unit."""
+"""`callback(description, completed, total)`: reports progress, in any unit."""
 
 console = Console()
+
+_running: ContextVar[Progress | None] = ContextVar("running", default=None)
 
 
 class Table(NamedTuple):
     """A table of text.
 
     Attributes:
-        title: its headline.
-        header: names of the columns.
-        rows: the cells, row by row.
-        notes: lines below it.
+        title: title above the table.
+        header: column names.
+        rows: cells, row by row.
+        notes: lines printed below the table.
     """
 
     title: str
@@ -47,9 +51,11 @@ class Table(NamedTuple):
 def show_tables(tables: Sequence[Table]) -> None:
     """Print tables on standard output."""
     for one in tables:
-        shown = table.Table(*one.header, title=one.title, title_justify="left")
+        shown = table.Table(title=Text(one.title), title_justify="left")
+        for name in one.header:
+            shown.add_column(Text(name))
         for row in one.rows:
-            shown.add_row(*row)
+            shown.add_row(*map(Text, row))
         console.print(shown)
         for note in one.notes:
             console.print(note, markup=False, highlight=False)
@@ -57,24 +63,56 @@ def show_tables(tables: Sequence[Table]) -> None:
 
 @contextlib.contextmanager
 def progress_bar(description: str = "", *, disable: bool = False) -> Iterator[ProgressCallback]:
-    """A progress bar with the remaining time on standard error; yields the function that updates it.
+    """Show a progress bar with the elapsed and the remaining time on standard error.
 
-    Nothing is shown where standard error is not a terminal, or with `disable`.
+    The bar disappears at the end. A bar inside another one gets a line of its own below it. Nothing is shown if
+    standard error is not a terminal.
+
+    Args:
+        description: text before the bar until the first update.
+        disable: show nothing.
+
+    Yields:
+        The function that updates the bar.
+
+    Examples:
+        >>> with progress_bar("Timing") as progress:
+        ...     for done in range(1, 4):
+        ...         progress(f"Timing plan {done}", done, 3)
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    outer = _running.get()
+    if outer is not None:
+        task = outer.add_task(description, total=None, visible=not disable)
+        yield lambda doing, done, total: outer.update(task, description=doing, completed=done, total=total)
+        outer.remove_task(task)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     errors = Console(stderr=True)
     with Progress(*columns, console=errors, transient=True, disable=disable or not errors.is_terminal) as bar:
+        before = _running.set(bar)
         task = bar.add_task(description, total=None)
-        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
+        try:
+            yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
+        finally:
+            _running.reset(before)
 
 
 def run_command(app: typer.Typer, name: str, *, resumable: Sequence[str] = ()) -> None:
-    """Run a command line: bad input ends in one line on standard error and exit status 2, never in a traceback.
+    """Run a command-line program and exit.
+
+    Invalid input (`ValueError`, `OSError`), a missing optional dependency or a wrong option prints one line on
+    standard error and exits with status 2. An interrupt exits with status 130. Other exceptions are bugs and keep
+    their traceback.
 
     Args:
-        app: the commands.
-        name: of the program, for messages.
-        resumable: commands that continue where they were interrupted.
+        app: the program.
+        name: name of the program, for messages.
+        resumable: commands that continue after an interrupt if they are run again.
     """
 
     def fail(message: str, status: int = 2) -> None:
@@ -92,35 +130,47 @@ def run_command(app: typer.Typer, name: str, *, resumable: Sequence[str] = ()) -
     except typer.TyperException as error:
         fail(f"{error.format_message().rstrip('.')}; see {name} --help")
     except ModuleNotFoundError as error:
-        fail(f"{error}; the docs' installation page lists the extras, such as pip install 'mapreuse[data,plots]'")
+        fail(f"{error}; install the optional dependencies: pip install 'mapreuse[data,plots]'")
     except (ValueError, OSError) as error:
         fail(str(error))
 
 
 def check_writable_file(file: Path | None) -> None:
-    """Make the directory of an output file. Raises `ValueError` where the file cannot be written."""
+    """Make the directory of an output file, if one is given.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ValueError(f"{file} cannot be written: give a file in a directory that you can write to")
+        raise ValueError(f"{file} cannot be written: choose a file in a directory that you can write to")
 
 
 def check_writable_directory(option: str, directory: Path) -> None:
-    """Raises `ValueError` where an output directory cannot be written or made; makes nothing yet."""
+    """Check that an output directory can be written or made, without making it.
+
+    Raises:
+        ValueError: if it cannot. The message names the option.
+    """
     existing = next(one for one in (directory, *directory.absolute().parents) if one.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{option} {directory} cannot be written: {existing} is not a writable directory")
 
 
 def comma_separated(text: str | None) -> tuple[str, ...]:
-    """The words of a comma-separated option."""
+    """Split the value of a comma-separated option."""
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def comma_separated_integers(option: str, text: str) -> tuple[int, ...]:
-    """The integers of a comma-separated option, each once. Raises `ValueError`, naming the option."""
+    """Parse a comma-separated list of integers and drop duplicates.
+
+    Raises:
+        ValueError: if a part is not an integer. The message names the option.
+    """
     try:
         return tuple(dict.fromkeys(int(word) for word in comma_separated(text)))
     except ValueError:
-        raise ValueError(f"{option} must be integers separated by commas, such as 1000,2000; got {text!r}") from None
+        raise ValueError(f"{option} must be integers separated by commas, such as 1000,2000, got {text!r}") from None

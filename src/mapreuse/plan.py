@@ -1,4 +1,4 @@
-"""Who reuses whose attention map: the `ReusePlan`, in pure Python."""
+"""The reuse plan: which layer applies which layer's attention map. Pure Python, without torch."""
 
 from __future__ import annotations
 
@@ -10,39 +10,54 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 HeadSource: TypeAlias = tuple[int, int] | None
-"""`(source layer, source head)`, or None where the head computes its own map."""
+"""`(source layer, source head)`, or None if the head computes its own map."""
 
 LayerSource: TypeAlias = int | tuple[HeadSource, ...] | None
-"""None: every head computes. An integer: every head applies the same head of that layer. A tuple: head by head."""
+"""None: all heads compute. An integer: all heads apply the same head of that layer. A tuple: one entry per head."""
 
 _FORMAT = "mapreuse-plan"
 _VERSION = 1
 _GROUPS = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
-_MOST_LAYERS = 10_000
-_SHOWN = 200
-"""Characters of a notation that an error repeats."""
-_SINGULAR = {True: "", False: "s"}
+_MAX_LAYERS = 10_000
+_MAX_SHOWN = 200
+"""Maximum number of characters of the notation that an error message repeats."""
 
 
 @dataclass(frozen=True)
 class ReusePlan:
-    """For every layer and head, whose attention map it applies.
+    """Assigns a source of its attention map to every layer and head.
 
-    Layer `l`, head `h` either computes its own map, or reuses the map of `(source layer, source head)`, which must be
-    an earlier layer that computes that head:
+    Each head `h` of layer `l` either computes its own attention map or reuses the map of an earlier layer:
 
-        context[l, h] = map[source(l, h)] @ values[l, h]
+        context[l, h] = map[source layer, source head] @ values[l, h]
 
-    `layers[l]` is None when the whole layer computes, a layer index when all its heads apply the same-numbered heads
-    of that layer, or a tuple with one entry for each head: None (computes) or `(source layer, source head)`. A tuple
-    that says no more than None or an index is replaced by it, so that equal plans compare equal.
+    A reusing head skips the query and key projections, the scores and the softmax. Its source must compute its own
+    map: reuse is never chained.
 
-    Example:
+    Most plans come from `parse`, `grouped` or `from_sources`. Plans are immutable, hashable, and equal if they assign
+    the same sources.
+
+    Shim, Choi & Sung, "Understanding the Role of Self Attention for Efficient Speech Recognition" (ICLR 2022), and
+    "Exploring Attention Map Reuse for Efficient Transformer Neural Networks" (arXiv 2301.12444).
+
+    Args:
+        layers: one entry per layer. None: the layer computes its map. An integer: all heads apply the same-numbered
+            heads of that layer. A tuple: one entry per head, None or `(source layer, source head)`. A tuple that
+            means the same as None or an integer is stored as that.
+
+    Raises:
+        ValueError: if a source is not an earlier layer that computes that head. The message names layer and head.
+
+    Examples:
         >>> plan = ReusePlan.parse("1x2,2x1")
         >>> plan.layers
         (None, None, None, 2)
-
-    Raises `ValueError`, naming the layer and head, when a source is not an earlier layer that computes that head.
+        >>> print(plan)
+        4 layers: 3 computing, 1 reusing
+        layer 0  computes
+        layer 1  computes
+        layer 2  computes
+        layer 3  reuses layer 2
     """
 
     layers: tuple[LayerSource, ...]
@@ -63,19 +78,24 @@ class ReusePlan:
 
     @classmethod
     def full(cls, num_layers: int) -> ReusePlan:
-        """The plan that reuses nothing: each of `num_layers` layers computes its own map."""
+        """The plan without reuse: each of `num_layers` layers computes its own map."""
         return cls.grouped(num_layers, 1)
 
     @classmethod
     def grouped(cls, num_layers: int, group_size: int) -> ReusePlan:
-        """Groups of `group_size` consecutive layers, the first of each computing; the last group may be shorter.
+        """Divide the layers into groups of consecutive layers that share one map.
 
-        Shim, Choi & Sung, "Exploring Attention Map Reuse for Efficient Transformer Neural Networks" (2301.12444).
+        The first layer of each group computes the map and the others reuse it. The last group is shorter if
+        `group_size` does not divide `num_layers`.
+
+        Examples:
+            >>> ReusePlan.grouped(num_layers=5, group_size=2).layers
+            (None, 0, None, 2, None)
         """
         if not (_is_index(num_layers) and _is_index(group_size) and num_layers >= 1 and group_size >= 1):
             raise ValueError(
-                f"num_layers and group_size must be whole numbers from 1 up, got {num_layers!r} and {group_size!r}; "
-                "ReusePlan.grouped(16, 4) is four groups of four layers"
+                f"num_layers and group_size must be positive integers, got {num_layers!r} and {group_size!r}; "
+                "for example, ReusePlan.grouped(16, 4) makes four groups of four layers"
             )
         return cls.from_sources([layer - layer % group_size for layer in range(num_layers)])
 
@@ -83,14 +103,14 @@ class ReusePlan:
     def from_sources(
         cls, sources: Sequence[int], heads: Mapping[int, Sequence[int | None]] | None = None
     ) -> ReusePlan:
-        """A plan from one source layer for each layer; a layer that names itself computes.
+        """Make a plan from the source layer of each layer.
 
         Args:
-            sources: `sources[l]` is the layer whose map layer `l` applies, or `l` itself.
-            heads: for some reusing layers, the source head that each of their heads applies (any head may be named
-                more than once), or None where that head computes its own map (partial reuse).
+            sources: `sources[l]` is the layer whose map layer `l` applies, or `l` itself if the layer computes.
+            heads: a head assignment for some of the reusing layers: the source head that each head applies, or None
+                if that head computes its own map. Several heads may apply the same source head.
 
-        Example:
+        Examples:
             >>> ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]}).layers[3]
             ((2, 1), (2, 1), (2, 0), None)
         """
@@ -98,30 +118,35 @@ class ReusePlan:
         numbers = {layer: len(assignment) for layer, assignment in (heads or {}).items()}
         if len(set(numbers.values())) > 1:
             given = ", ".join(f"{number} heads for layer {layer}" for layer, number in numbers.items())
-            raise ValueError(f"all layers of a plan have the same number of heads, got {given}")
+            raise ValueError(f"all layers of a plan must have the same number of heads, got {given}")
         for layer, assignment in (heads or {}).items():
             if not _is_index(layer) or not 0 <= layer < len(layers):
-                raise ValueError(f"heads are given for layer {layer}, but the plan has layers 0–{len(layers) - 1}")
+                raise ValueError(f"heads assigns heads to layer {layer}, but the plan has layers 0–{len(layers) - 1}")
             source = layers[layer]
             if not isinstance(source, int):
-                raise ValueError(f"heads are given for layer {layer}, but it computes its own map")
+                raise ValueError(f"heads assigns heads to layer {layer}, but that layer computes its own map")
             layers[layer] = tuple(None if head is None else (source, head) for head in assignment)
         return cls(tuple(layers))
 
     @classmethod
     def parse(cls, text: str) -> ReusePlan:
-        """A plan from its notation.
+        """Make a plan from text.
 
         Accepted forms:
             "4x4"       group size × number of groups: four groups of four layers
-            "1x4,4x3"   from the lowest layer up: four layers on their own, then three groups of four
-            "[0,0,2,2]" JSON: the source layer of each layer, as for `from_sources`
-            "{…}"       JSON: what `to_json` writes
+            "1x4,4x3"   from the first layer on: four layers that compute, then three groups of four layers
+            "[0,0,2,2]" JSON list: the source layer of each layer, as for `from_sources`
+            "{…}"       JSON object, as written by `to_json`
 
-        Raises `ValueError` pointing at the character that does not belong.
+        Raises:
+            ValueError: if the text is none of these. The message gives the position of the wrong character.
+
+        Examples:
+            >>> ReusePlan.parse("2x2") == ReusePlan.parse("[0,0,2,2]") == ReusePlan.grouped(4, 2)
+            True
         """
         if not isinstance(text, str):
-            raise ValueError(f'a plan\'s notation is text, such as "4x4", got {text!r}')
+            raise ValueError(f'a plan is parsed from text such as "4x4", got {text!r}')
         if text.lstrip()[:1] in ("{", "["):
             return cls.from_json(text)
         sources: list[int] = []
@@ -129,12 +154,12 @@ class ReusePlan:
         while True:
             match = _GROUPS.match(text, position)
             if match is None:
-                raise _notation_error(text, position, "expected group size × groups, such as 4x3")
+                raise _notation_error(text, position, "expected group size × number of groups, such as 4x3")
             size, count = int(match[1]), int(match[2])
             if size == 0 or count == 0:
                 raise _notation_error(text, match.start(1), "group size and number of groups must be at least 1")
-            if len(sources) + size * count > _MOST_LAYERS:
-                raise _notation_error(text, match.start(1), f"a plan has at most {_MOST_LAYERS} layers")
+            if len(sources) + size * count > _MAX_LAYERS:
+                raise _notation_error(text, match.start(1), f"a plan has at most {_MAX_LAYERS} layers")
             for _ in range(count):
                 sources += [len(sources)] * size
             position = match.end()
@@ -146,78 +171,84 @@ class ReusePlan:
 
     @classmethod
     def from_json(cls, text: str) -> ReusePlan:
-        """The plan that `to_json` wrote, or a JSON list of source layers. Raises `ValueError` on anything else."""
+        """Read a plan from the output of `to_json`, or from a JSON list of source layers.
+
+        Raises:
+            ValueError: if the text is anything else.
+        """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise _notation_error(text, error.pos, f"not JSON: {error.msg}") from None
         except RecursionError:
-            raise ValueError("not a plan: its JSON is nested too deeply") from None
+            raise ValueError("not a plan: the JSON is nested too deeply") from None
         if isinstance(data, list):
             if not all(_is_index(source) for source in data):
-                raise ValueError(f"a JSON list must hold one source layer for each layer, got {text}")
+                raise ValueError(
+                    f"a JSON list must hold the source layer of each layer, such as [0, 0, 2, 2], got {text}"
+                )
             return cls.from_sources(data)
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f'not a plan: expected a JSON object with "format": "{_FORMAT}"')
         if data.get("version") != _VERSION:
-            raise ValueError(f"plan version {data.get('version')!r} is not supported, only {_VERSION}")
+            raise ValueError(
+                f"plan version {data.get('version')!r} is not supported; this mapreuse reads version {_VERSION}"
+            )
         if not isinstance(data.get("layers"), list):
-            raise ValueError('a plan needs "layers", a list with one entry for each layer')
+            raise ValueError('a plan needs "layers", a list with one entry per layer')
         return cls(tuple(_normalised(source, layer) for layer, source in enumerate(data["layers"])))
 
     def to_json(self) -> str:
-        """The plan as one line of JSON, read back by `from_json` and `parse`."""
+        """The plan as one line of JSON; `from_json` and `parse` read it back."""
         return json.dumps({"format": _FORMAT, "version": _VERSION, "layers": self.layers})
 
     @property
     def num_layers(self) -> int:
-        """Number of layers the plan speaks of."""
+        """Number of layers in the plan."""
         return len(self.layers)
 
     @property
     def is_full(self) -> bool:
-        """True when nothing is reused."""
+        """Whether every layer computes its own map."""
         return all(source is None for source in self.layers)
 
     @property
     def num_heads(self) -> int | None:
-        """Number of heads, where some layer is planned head by head; None where any number will do."""
+        """Number of heads per layer if some layer has a head assignment; None if any number of heads fits."""
         return next((len(source) for source in self.layers if isinstance(source, tuple)), None)
 
     def heads(self, layer: int, num_heads: int) -> tuple[HeadSource, ...]:
-        """Layer `layer` head by head, for a model of `num_heads` heads."""
+        """The source of each head of `layer`, in a model with `num_heads` heads."""
         source = self.layers[layer]
         if isinstance(source, tuple):
             return source
         return tuple(None if source is None else (source, head) for head in range(num_heads))
 
     def sources(self, layer: int) -> tuple[int, ...]:
-        """The layers whose maps `layer` applies, in order; empty for a computing layer."""
+        """The layers whose maps `layer` applies, in ascending order; empty for a computing layer."""
         source = self.layers[layer]
         if isinstance(source, int):
             return (source,)
         return tuple(sorted({entry[0] for entry in source or () if entry is not None}))
 
     def readers(self, layer: int) -> tuple[int, ...]:
-        """The later layers that apply a map of `layer`, in order."""
+        """The layers that apply a map of `layer`, in ascending order."""
         return tuple(other for other in range(layer + 1, self.num_layers) if layer in self.sources(other))
 
     def computes(self, layer: int) -> bool:
-        """True when some head of `layer` computes its own map."""
+        """Whether at least one head of `layer` computes its own map."""
         source = self.layers[layer]
         return source is None or (isinstance(source, tuple) and None in source)
 
     def reuses(self, layer: int) -> bool:
-        """True when some head of `layer` applies another layer's map."""
+        """Whether at least one head of `layer` applies another layer's map."""
         return self.layers[layer] is not None
 
     def __str__(self) -> str:
-        """A table with one line for each layer."""
+        """A summary line, then one line per layer."""
         computing = sum(source is None for source in self.layers)
-        lines = [
-            f"{self.num_layers} layer{_SINGULAR[self.num_layers == 1]}, "
-            f"{computing} computing, {self.num_layers - computing} reusing"
-        ]
+        layers = "1 layer" if self.num_layers == 1 else f"{self.num_layers} layers"
+        lines = [f"{layers}: {computing} computing, {self.num_layers - computing} reusing"]
         width = len(str(self.num_layers - 1))
         for layer, source in enumerate(self.layers):
             lines.append(f"layer {layer:>{width}}  {_describe(source)}")
@@ -228,8 +259,8 @@ class ReusePlan:
         for layer, number in by_head:
             if number != by_head[0][1]:
                 raise ValueError(
-                    f"layer {layer} speaks of {number} heads, but layer {by_head[0][0]} of {by_head[0][1]}; "
-                    "all layers of a plan have the same number"
+                    f"layer {layer} has {number} heads, but layer {by_head[0][0]} has {by_head[0][1]}; "
+                    "all layers of a plan must have the same number of heads"
                 )
 
     def _check_layer_source(self, layer: int, source: int) -> None:
@@ -238,7 +269,7 @@ class ReusePlan:
             head = next((h for h, s in enumerate(self.heads(source, 1)) if s is not None), 0)
             raise ValueError(
                 f"layer {layer} reuses layer {source}'s map, but layer {source} does not compute head {head}: "
-                f"it reuses layer {self.sources(source)[0]}'s; name that layer as the source instead"
+                f"it reuses layer {self.sources(source)[0]}'s map; name that layer as the source instead"
             )
 
     def _check_head_source(self, layer: int, head: int, head_source: tuple[int, int]) -> None:
@@ -254,16 +285,19 @@ class ReusePlan:
         if not computes:
             raise ValueError(
                 f"{name} reuses head {source_head} of layer {source}, but that head does not compute its own map; "
-                "name the head it reuses instead"
+                "name the head that it reuses instead"
             )
 
     @staticmethod
     def _check_earlier(name: str, layer: int, source: int) -> None:
         if 0 <= source < layer:
             return
-        earlier = f"an earlier layer (0–{layer - 1})" if layer else "an earlier layer, and layer 0 has none: it"
-        verb = "that computes its own" if layer else "must compute its own"
-        raise ValueError(f"{name} reuses layer {source}'s map, but a source must be {earlier} {verb}; see ReusePlan")
+        allowed = (
+            f"an earlier layer (0–{layer - 1}) that computes its own"
+            if layer
+            else "an earlier layer; layer 0 must compute"
+        )
+        raise ValueError(f"{name} reuses layer {source}'s map, but a source must be {allowed}; see ReusePlan")
 
 
 def _normalised(source: Any, layer: int) -> LayerSource:
@@ -272,7 +306,7 @@ def _normalised(source: Any, layer: int) -> LayerSource:
     if _is_index(source):
         return operator.index(source)
     if not isinstance(source, list | tuple) or not source:
-        raise ValueError(f"layer {layer}: expected None, a source layer, or one entry for each head, got {source!r}")
+        raise ValueError(f"layer {layer}: expected None, a source layer, or one entry per head, got {source!r}")
     entries: list[HeadSource] = []
     for head, entry in enumerate(source):
         if entry is None:
@@ -296,7 +330,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _notation_error(text: str, position: int, problem: str) -> ValueError:
-    text = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+    text = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
     return ValueError(f"plan {text!r}, character {position + 1}: {problem}")
 
 
