@@ -20,6 +20,14 @@ def test_a_published_map_is_read_until_it_is_released():
     assert maps.read(3) is None
 
 
+def test_layers_share_keys_and_values_as_they_share_maps():
+    maps, keys_and_values = SharedMaps(), (torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+    maps.publish(0, keys_and_values)
+    assert maps.read(0) is keys_and_values
+    maps.release(0)
+    assert maps.read(0) is None
+
+
 def test_a_layer_that_did_not_run_has_no_map():
     maps = SharedMaps()
     assert maps.read(0) is None

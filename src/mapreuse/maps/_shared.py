@@ -20,7 +20,7 @@ logger = logging.getLogger("mapreuse")
 _DIFFERENTIABLE = ("dense", "recompute")
 
 
-class _Maps(dict[int, AttentionMap]):
+class _Maps(dict[int, Any]):
     """Maps by layer; a class of its own, so that there are weak references to it."""
 
 
@@ -29,7 +29,8 @@ class SharedMaps:
 
     A new one is made for every forward pass and travels as an argument from layer to layer, so nothing is shared
     between threads, models or calls. A map is dropped after its last reader, and its memory is handed to the next
-    computing layer.
+    computing layer. Layers may share other tensors the same way, such as keys and values: `publish`, `read` and
+    `release` take any object.
 
     Args:
         storage: how maps are carried, one of `STORAGES`, or "auto" for what `choose` finds for the first of them.
@@ -91,7 +92,7 @@ class SharedMaps:
             logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
         return self._storage
 
-    def publish(self, layer: int, attention_map: AttentionMap) -> None:
+    def publish(self, layer: int, attention_map: AttentionMap | Any) -> None:
         """Hand on the map of a computing layer. Raises `ValueError` where its gradient would be lost."""
         if self._differentiable and not torch.is_grad_enabled():
             raise ValueError(
@@ -103,7 +104,7 @@ class SharedMaps:
         if self._maps is not None:
             self._maps[layer] = attention_map
 
-    def read(self, layer: int) -> AttentionMap | None:
+    def read(self, layer: int) -> AttentionMap | Any | None:
         """The map of `layer`, or None where that layer did not run (LayerDrop)."""
         return self._alive().get(layer)
 
