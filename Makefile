@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study full-study test test-full coverage check readme models speed speed-bfloat16 setup speech clean
+.PHONY: study full-study test test-full test-versions wheel coverage check readme models speed speed-bfloat16 setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,14 @@ test: setup
 # Every combination of every matrix.
 test-full: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The library's tests on every supported version of torch and transformers, each in an environment of its own.
+test-versions: setup
+	$(BIN)/nox -s versions
+
+# A wheel with the compiled kernel in dist/, tested where there is no compiler.
+wheel: setup
+	$(BIN)/nox -s wheel
 
 # Lines that the tests run of the rooms that everything rests on: at least nine in ten.
 coverage: setup
