@@ -4,13 +4,13 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study full-study test test-full test-versions wheel coverage check readme models speed speed-bfloat16 setup speech clean
+.PHONY: study full-study test test-full test-versions wheel coverage check docs readme models speed speed-bfloat16 setup speech clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml lab/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,plots,dev]' -e lab
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,plots,dev,docs]' -e lab
 	touch $@
 
 speech: setup
@@ -42,7 +42,7 @@ wheel: setup
 coverage: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=src/mapreuse --cov-report=term --cov-fail-under=90
 
-check: setup
+check: setup docs
 	$(BIN)/ruff format --check src lab tests docs
 	$(BIN)/ruff check src lab tests docs
 	$(BIN)/mypy
@@ -52,6 +52,10 @@ check: setup
 readme: setup
 	$(BIN)/python lab/experiments/readme.py
 	$(BIN)/python lab/experiments/speed.py
+
+# The documentation site, into docs/_build; a warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going -j auto docs docs/_build
 
 # Every model type of transformers, into docs/models.md.
 models: setup

@@ -34,7 +34,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$])")
 
 
 def markdown(results: Results) -> str:
-    """The study's report in Markdown; `docs/results.md` documents `results`.
+    """The study's report in Markdown; `docs/results_format.md` documents `results`.
 
     Every part of `results` is optional: a section whose part is absent says "not measured".
     """

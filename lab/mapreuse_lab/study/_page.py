@@ -50,7 +50,7 @@ _POLICY = (
 
 
 def page(results: Results) -> str:
-    """The study's report as one self-contained page of HTML; `docs/results.md` documents `results`.
+    """The study's report as one self-contained page of HTML; `docs/results_format.md` documents `results`.
 
     Every part of `results` is optional: a section whose part is absent says "not measured".
     """

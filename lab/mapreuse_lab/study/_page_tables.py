@@ -1,6 +1,6 @@
 """The tables of the study's report, as cells that `page` and `markdown` show each in its own way.
 
-`docs/results.md` documents the dictionary they are made from.
+`docs/results_format.md` documents the dictionary they are made from.
 """
 
 from __future__ import annotations

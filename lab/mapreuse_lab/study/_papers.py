@@ -45,7 +45,7 @@ def papers_page(results: Results) -> str:
         "# Published claims beside our figures",
         "",
         f"From `{results['command']}` on {machine['processor']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}; the figures are those of [lab/results/study/full](../results/full/report.md). Of the papers, "
+        f"{machine['torch']}; the figures are those of [lab/results/study/full](../lab/results/study/full/report.md). Of the papers, "
         "only the abstracts were read for this page.",
         "",
     ]

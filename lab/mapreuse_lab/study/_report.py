@@ -85,7 +85,7 @@ def report(results: Results) -> str:
 
 
 def page_results(results: Results) -> Results:
-    """The results as the page reads them (docs/results.md): each plan, recovered, is a technique."""
+    """The results as the page reads them (docs/results_format.md): each plan, recovered, is a technique."""
     corpus, latency = results["config"]["corpus"], results["latency"]["recogniser"]
     full = results["baseline"]
     variants = [("full", full["greedy"], full["parameters"])]

@@ -1,4 +1,4 @@
-"""The full study's results in one dictionary, `results.json`: see docs/results.md for what its fields mean."""
+"""The full study's results in one dictionary, `results.json`: see docs/results_format.md for what its fields mean."""
 
 from __future__ import annotations
 
