@@ -73,7 +73,7 @@ def test_similarity_of_long_peaked_maps_is_that_of_sums_in_float64():
 def test_similarity_does_not_depend_on_how_many_rows_are_compared_at_a_time(monkeypatch):
     maps = torch.randn(3, 2, 21, 17, generator=torch.Generator().manual_seed(0)).softmax(-1)
     whole = summed_similarity(maps)
-    monkeypatch.setattr("mapreuse.measure._similarity._MOST_COMPARED", 4 * 6 * 17)
+    monkeypatch.setattr("mapreuse.measure._similarity._MAX_COMPARED", 4 * 6 * 17)
 
     torch.testing.assert_close(summed_similarity(maps), whole)
 

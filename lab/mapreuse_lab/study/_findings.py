@@ -18,11 +18,10 @@ from mapreuse.measure import (
     breakdown,
     encoders_to_compare,
     machine,
-    phoneme_attention,
-    phoneme_attention_data,
 )
 from mapreuse.models import plan_of
 from mapreuse_lab.study._config import FullConfig
+from mapreuse_lab.study._phoneme_attention import phoneme_attention, phoneme_attention_data
 from mapreuse_lab.study._progress import ProgressBar
 from mapreuse_lab.study._runs import Run, RunDirectory
 from mapreuse_lab.study._steps import Steps, where

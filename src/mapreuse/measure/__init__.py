@@ -1,15 +1,7 @@
 """What does it cost, how alike are maps?"""
 
 from mapreuse.measure._analysis import Analysis, analyze
-from mapreuse.measure._analysis_page import analysis_page
-from mapreuse.measure._analysis_report import (
-    HeatMap,
-    analysis_data,
-    analysis_tables,
-    heat_map_plot,
-    heat_maps,
-    write_analysis,
-)
+from mapreuse.measure._analysis_report import analysis_tables, write_analysis
 from mapreuse.measure._bench import bench
 from mapreuse.measure._breakdown import (
     Breakdown,
@@ -30,8 +22,8 @@ from mapreuse.measure._flops import PARTS
 from mapreuse.measure._latency import Latency, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
+from mapreuse.measure._over_queries import maps_by_sequence
 from mapreuse.measure._page import Image, Section, write_page
-from mapreuse.measure._phoneme_attention import PhonemeAttention, phoneme_attention, phoneme_attention_data
 from mapreuse.measure._similarity import Similarity, similarity
 from mapreuse.measure._tables import bench_tables, kernel_tables
 
@@ -46,17 +38,13 @@ __all__ = [
     "Concentration",
     "Diagonality",
     "Entropy",
-    "HeatMap",
     "Image",
     "KernelsConfig",
     "Latency",
     "LayerBreakdown",
     "PartCost",
-    "PhonemeAttention",
     "Section",
     "Similarity",
-    "analysis_data",
-    "analysis_page",
     "analysis_tables",
     "analyze",
     "bench",
@@ -71,14 +59,11 @@ __all__ = [
     "diagonality",
     "encoders_to_compare",
     "entropy",
-    "heat_map_plot",
-    "heat_maps",
     "kernel_tables",
     "machine",
+    "maps_by_sequence",
     "memory_in_fresh_process",
     "peak_memory",
-    "phoneme_attention",
-    "phoneme_attention_data",
     "plans_for",
     "similarity",
     "time_interleaved",

@@ -1,4 +1,4 @@
-"""Everything that is measured of a model's maps, in one pass."""
+"""All measures of a model's attention maps, in one pass over the data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from mapreuse.console import ProgressCallback
 from mapreuse.measure._concentration import Concentration, check_epsilon, summed_shares
-from mapreuse.measure._config import Progress
 from mapreuse.measure._diagonality import Diagonality, diagonality_of, summed_diagonality
 from mapreuse.measure._entropy import Entropy, summed_entropy
 from mapreuse.measure._over_queries import mean_over_queries
@@ -19,13 +19,13 @@ from mapreuse.measure._similarity import Similarity, summed_similarity
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a model's attention maps are like, layer by layer and head by head.
+    """Properties of a model's attention maps, by layer and head.
 
     Attributes:
-        similarity: how alike every two of them are; which layers may share a map.
-        entropy: how widely they spread.
-        diagonality: how near the diagonal they lie.
-        concentration: which share of the keys they need; what storing them sparsely would save.
+        similarity: similarity of each pair of maps. It shows which layers can share a map.
+        entropy: how widely queries spread their attention.
+        diagonality: how close to the diagonal the attention is.
+        concentration: which share of the keys a map needs. It shows what sparse storage would save.
     """
 
     similarity: Similarity
@@ -40,26 +40,28 @@ def analyze(
     *,
     epsilon: float = 0.02,
     block_rows: int = 64,
-    progress: Progress = lambda doing, done, total: None,
+    progress: ProgressCallback = lambda doing, done, total: None,
 ) -> Analysis:
-    """Similarity, entropy, diagonality and concentration of all maps of `model`; every batch is run once.
+    """Similarity, entropy, diagonality and concentration of all maps of `model`. Each batch runs once.
 
     Args:
-        model: a model that `apply` accepts; it is left as it is.
+        model: a model that `apply` accepts. It is not changed.
         batches: keyword dictionaries for the model's forward.
-        epsilon, block_rows: as for `concentration`.
-        progress: called after every batch with its number, twice, and the number of batches where it is known.
+        epsilon: see `Concentration`.
+        block_rows: see `Concentration`.
+        progress: called after each batch with its number and the number of batches.
 
     Raises:
-        ValueError: where there are no batches, a map is not finite, or epsilon is not between 0 and 1.
+        ValueError: if there are no batches, a map is not finite, or epsilon is not between 0 and 1.
     """
     check_epsilon(epsilon)
     shares = partial(summed_shares, epsilon=epsilon, block_rows=block_rows)
     measures = (summed_similarity, summed_entropy, summed_diagonality, shares)
-    (alike, entropies, near, kept), num_queries = mean_over_queries(model, batches, *measures, progress=progress)
+    means, num_queries = mean_over_queries(model, batches, *measures, progress=progress)
+    similarities, entropies, diagonalities, concentrations = means
     return Analysis(
-        Similarity(alike, num_queries),
+        Similarity(similarities, num_queries),
         Entropy(*entropies),
-        diagonality_of(near),
-        Concentration(kept, epsilon, block_rows),
+        diagonality_of(diagonalities),
+        Concentration(concentrations, epsilon, block_rows),
     )

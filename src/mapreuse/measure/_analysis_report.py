@@ -1,12 +1,13 @@
-"""What `analyze` found, as tables of text, as JSON and as heat maps."""
+"""Results of `analyze` as tables, JSON, heat maps and one page of HTML."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,28 +15,28 @@ from torch import Tensor
 from mapreuse.console import Table
 from mapreuse.measure._analysis import Analysis
 from mapreuse.measure._machine import machine
+from mapreuse.measure._page import Block, Section, write_page
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+_log = logging.getLogger("mapreuse")
 
 _DIGITS = 4
-_MOST_PANELS = 4  # beside each other
-_MOST_HEADS = 6  # beside each other, in a terminal of 80 columns
-_MOST_WRITTEN = 150  # cells of a plot whose values are written into them; more make it large and unreadable
+_MAX_PANELS = 4  # side by side
+_MAX_HEADS = 6  # side by side, in a terminal of 80 columns
+_MAX_LABELLED_CELLS = 150  # above it, numbers inside the cells of a heat map are unreadable
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values to be shown as colours.
+    """Values to show as colours.
 
     Attributes:
-        name: a word, for file names.
-        title: what the values are.
-        note: how to read them.
-        rows: what the rows are; they are numbered from 0.
-        columns: likewise.
-        span: the values of the first and the last colour; what lies outside takes the nearer one.
-        panels: one or more tables of values, by their titles.
+        name: file name, without extension.
+        title: name of the measure.
+        note: how to read it.
+        rows: what a row is; rows are numbered from 0.
+        columns: what a column is; columns are numbered from 0.
+        span: values of the first and the last colour. Values outside take the nearer colour.
+        panels: one or more matrices, by title.
     """
 
     name: str
@@ -54,18 +55,18 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
         HeatMap(
             "similarity",
             "Similarity of layers",
-            "One minus the total variation of two rows, each head of the column's layer to its most similar head of "
-            "the row's, averaged. Layers near 1 may share a map.",
-            "layer that computes",
-            "layer that reuses",
+            "1 − total variation of two rows. Each head of the reusing layer is compared with its most similar head of "
+            "the computing layer; the value is the mean over heads. Layers near 1 can share a map.",
+            "computing layer",
+            "reusing layer",
             (0.0, 1.0),
             {"": analysis.similarity.layers},
         ),
         HeatMap(
             "entropy",
             "Entropy",
-            "Of a query's attention, relative to the logarithm of the number of keys: 0 where it attends to one key, "
-            "1 where to all alike.",
+            "Mean entropy of a query's attention, divided by the logarithm of the number of keys: 0 if the query "
+            "attends to one key, 1 if it attends to all keys equally.",
             "layer",
             "head",
             (0.0, 1.0),
@@ -74,8 +75,8 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
         HeatMap(
             "diagonality",
             "Diagonality",
-            "Cumulative attention diagonality: 1 where all attention lies on the diagonal, about 0.67 where it is "
-            "spread evenly. Colours begin at 0.5.",
+            "Cumulative attention diagonality: 1 if all attention is on the diagonal, about 0.67 if it is uniform. "
+            "Colours begin at 0.5.",
             "layer",
             "head",
             (0.5, 1.0),
@@ -84,21 +85,20 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
         HeatMap(
             "concentration",
             "Concentration",
-            f"Share of the keys that {block_rows} neighbouring queries need for all but {epsilon:g} of every row's "
-            "mass: what a map stored sparsely would cost, beside the whole.",
+            f"Share of the keys that {block_rows} neighbouring queries need to keep all but {epsilon:g} of each row's "
+            "mass. It is the relative cost of a map that is stored as intervals.",
             "layer",
             "head",
             (0.0, 1.0),
             {"": analysis.concentration.heads},
         ),
     ]
-    pairs = neighbours(analysis)
-    if pairs:
+    if pairs := _neighbours(analysis):
         found.append(
             HeatMap(
                 "neighbours",
                 "Heads of neighbouring layers",
-                "Similarity of every head of a layer to every head of the layer before it.",
+                "Similarity of each head of a layer to each head of the layer before it.",
                 "head of the layer before",
                 "head of the layer",
                 (0.0, 1.0),
@@ -108,33 +108,29 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
     return found
 
 
-def neighbours(analysis: Analysis) -> list[Float[Tensor, "heads heads"]]:
-    """Similarity of every layer's heads (rows) to the next layer's (columns)."""
-    heads = analysis.similarity.heads
-    return [heads[layer, :, layer + 1] for layer in range(len(heads) - 1)]
-
-
 def analysis_tables(analysis: Analysis) -> list[Table]:
-    """One row for each layer, then the most similar head of the layer before, then the measures of every head."""
+    """Tables of an analysis: one row per layer, the best matching heads of neighbouring layers, and all heads."""
     layers = analysis.similarity.layers
     rows = [
         [
             str(layer),
             f"{layers[layer - 1, layer].item():.2f}" if layer else "",
             f"{analysis.entropy.heads[layer].mean().item():.2f}",
-            _spread(analysis.entropy.relative[layer]),
-            _spread(analysis.diagonality.heads[layer]),
-            _spread(analysis.concentration.heads[layer]),
+            _mean_and_range(analysis.entropy.relative[layer]),
+            _mean_and_range(analysis.diagonality.heads[layer]),
+            _mean_and_range(analysis.concentration.heads[layer]),
         ]
         for layer in range(len(layers))
     ]
-    header = ["layer", "similarity to the one before", "entropy, nats", "entropy, relative"]
+    header = ["layer", "similarity to the layer before", "entropy (nats)", "relative entropy"]
     header += ["diagonality", f"keys needed, ε = {analysis.concentration.epsilon:g}"]
-    note = f"Mean over heads, least and greatest head in brackets; over {analysis.similarity.num_queries} queries."
+    note = f"Mean over heads (minimum to maximum), over {analysis.similarity.num_queries} queries."
     tables = [Table("Layers", header, rows, [note])]
-    pairs = neighbours(analysis)
-    if pairs:
-        matches = [[f"{int(head)}: {value:.2f}" for value, head in zip(*_best(pair), strict=True)] for pair in pairs]
+    if pairs := _neighbours(analysis):
+        matches = []
+        for pair in pairs:
+            values, heads = pair.max(dim=0)
+            matches.append([f"{head}: {value:.2f}" for value, head in zip(values, heads.tolist(), strict=True)])
         tables += _head_tables("Most similar head of the layer before, and its similarity", matches, first=1)
     for shown in heat_maps(analysis):
         if (shown.rows, shown.columns) == ("layer", "head"):
@@ -143,62 +139,126 @@ def analysis_tables(analysis: Analysis) -> list[Table]:
     return tables
 
 
-def analysis_data(analysis: Analysis, *, model: str, calibration: str, command: str) -> dict[str, Any]:
-    """What JSON can hold, numbers rounded to 4 digits after the point.
+def write_analysis(analysis: Analysis, directory: str | Path, *, model: str, calibration: str, command: str) -> None:
+    """Write `analysis.json`, the page `index.html`, and a PNG file of each heat map.
 
-    Keys: `schema` (1), `command`, `model`, `calibration` and `machine`; `num_queries`, over which means were taken;
-    `similarity` with `layers[computing][reusing]` and `heads[layer][head][layer][head]`; `entropy` with `heads`
-    (nats) and `relative`; `diagonality` with `heads`, and `curve[layer][head]` at `ranges`; `concentration` with
-    `heads`, `epsilon` and `block_rows`. `heads` without more are `[layer][head]`; layers and heads count from 0.
+    The figures of the page need plotly, the PNG files matplotlib: `pip install 'mapreuse[plots]'`. Without them, a
+    warning is logged and the rest is written.
+
+    Keys of `analysis.json`, numbers rounded to 4 decimals: `schema` (1), `command`, `model`, `calibration` and
+    `machine`; `num_queries`, the number of queries that the means are taken over; `similarity` with
+    `layers[computing][reusing]` and `heads[layer][head][layer][head]`; `entropy` with `heads` (nats) and `relative`;
+    `diagonality` with `heads`, and `curve[layer][head]` at `ranges`; `concentration` with `heads`, `epsilon` and
+    `block_rows`. `heads` and `relative` are `[layer][head]`; layers and heads count from 0.
+
+    Args:
+        analysis: from `analyze`.
+        directory: where to write; it is made.
+        model: name of the model, for the page and the JSON file.
+        calibration: name of the calibration data.
+        command: the command that made the analysis.
     """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = {"schema": 1, "command": command, "model": model, "calibration": calibration, "machine": machine()}
+    text = json.dumps(data | _data(analysis), indent=1)
+    innermost = re.compile(r"\[\s+([^][{}]*?)\s+\]")
+    text = innermost.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
+    (directory / "analysis.json").write_text(text + "\n", encoding="utf-8")
+
+    plotly = _is_available("plotly", "index.html has tables only")
+    sections = _sections(analysis, calibration, command, with_figures=plotly)
+    write_page(directory / "index.html", f"Attention maps of {model}", sections)
+    if _is_available("matplotlib", "no PNG files are written"):
+        for shown in heat_maps(analysis):
+            _save_png(shown, directory / f"{shown.name}.png")
+
+
+def _data(analysis: Analysis) -> dict[str, Any]:
+    def rounded(values: Tensor) -> Any:
+        return values.double().mul(10**_DIGITS).round().div(10**_DIGITS).tolist()
+
     return {
-        "schema": 1,
-        "command": command,
-        "model": model,
-        "calibration": calibration,
-        "machine": machine(),
         "num_queries": analysis.similarity.num_queries,
-        "similarity": {"layers": _rounded(analysis.similarity.layers), "heads": _rounded(analysis.similarity.heads)},
-        "entropy": {"heads": _rounded(analysis.entropy.heads), "relative": _rounded(analysis.entropy.relative)},
+        "similarity": {"layers": rounded(analysis.similarity.layers), "heads": rounded(analysis.similarity.heads)},
+        "entropy": {"heads": rounded(analysis.entropy.heads), "relative": rounded(analysis.entropy.relative)},
         "diagonality": {
-            "heads": _rounded(analysis.diagonality.heads),
-            "ranges": _rounded(analysis.diagonality.ranges),
-            "curve": _rounded(analysis.diagonality.curve),
+            "heads": rounded(analysis.diagonality.heads),
+            "ranges": rounded(analysis.diagonality.ranges),
+            "curve": rounded(analysis.diagonality.curve),
         },
         "concentration": {
-            "heads": _rounded(analysis.concentration.heads),
+            "heads": rounded(analysis.concentration.heads),
             "epsilon": analysis.concentration.epsilon,
             "block_rows": analysis.concentration.block_rows,
         },
     }
 
 
-def write_analysis(analysis: Analysis, directory: str | Path, *, model: str, calibration: str, command: str) -> None:
-    """Write `analysis.json`, `index.html` (one page that needs nothing else) and a PNG of every heat map.
-
-    Raises `ValueError` where matplotlib is missing, after the first two are written.
-    """
-    from mapreuse.measure._analysis_page import analysis_page
-
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    data = analysis_data(analysis, model=model, calibration=calibration, command=command)
-    innermost = re.compile(r"\[\s+([^][{}]*?)\s+\]")
-    text = innermost.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(data, indent=1))
-    (directory / "analysis.json").write_text(text + "\n", encoding="utf-8")
-    page = analysis_page(analysis, model=model, calibration=calibration, command=command)
-    (directory / "index.html").write_text(page, encoding="utf-8")
-    for shown in heat_maps(analysis):
-        heat_map_plot(shown).savefig(directory / f"{shown.name}.png", dpi=90, format="png")
-
-
-def heat_map_plot(shown: HeatMap) -> Figure:
-    """The heat map as a plot. Raises `ValueError` where matplotlib is missing."""
+def _is_available(package: str, consequence: str) -> bool:
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the plots need matplotlib: pip install 'mapreuse[study]'") from None
-    num_columns = min(_MOST_PANELS, len(shown.panels))
+        __import__(package)
+    except ModuleNotFoundError:
+        _log.warning("%s is not installed, so %s; pip install 'mapreuse[plots]'", package, consequence)
+        return False
+    return True
+
+
+def _sections(analysis: Analysis, calibration: str, command: str, *, with_figures: bool) -> list[Section]:
+    num_layers, num_heads = analysis.entropy.heads.shape
+    introduction = (
+        f"Layers: {num_layers}; heads in each: {num_heads}; both count from 0. Measured over "
+        f"{analysis.similarity.num_queries} queries of {calibration}, without padding."
+    )
+    layers, *heads = analysis_tables(analysis)
+    sections = [Section("", [introduction, f"Made by: {command}"]), Section("Layers", [layers])]
+    if not with_figures:
+        return [*sections, Section("Heads", heads)]
+    sections += [Section(shown.title, [shown.note, *_heat_map_figures(shown)]) for shown in heat_maps(analysis)]
+    note = (
+        "Share of attention within a distance of the diagonal, averaged over heads. The distance is relative to the "
+        "length of the sequence; diagonality is the area under the curve."
+    )
+    return [*sections, Section("Attention near the diagonal", [note, _diagonality_figure(analysis)])]
+
+
+def _heat_map_figures(shown: HeatMap) -> list[Block]:
+    from plotly.graph_objects import Figure, Heatmap
+
+    low, high = shown.span
+    figures: list[Block] = []
+    for title, values in shown.panels.items():
+        cells = Heatmap(
+            z=values.tolist(), zmin=low, zmax=high, colorscale="Viridis", texttemplate="%{z:.2f}", xgap=1, ygap=1
+        )
+        num_rows, num_columns = values.shape
+        size = {"width": 250 + 42 * num_columns, "height": 180 + 30 * num_rows}
+        figure = Figure(cells)
+        figure.update_layout(title=title, xaxis_title=shown.columns, yaxis_title=shown.rows, **size)
+        figure.update_xaxes(dtick=1)
+        figure.update_yaxes(dtick=1, autorange="reversed")
+        figures.append(figure)
+    return figures
+
+
+def _diagonality_figure(analysis: Analysis) -> Block:
+    from plotly.colors import sample_colorscale
+    from plotly.graph_objects import Figure, Scatter
+
+    curves = analysis.diagonality.curve.mean(1).tolist()
+    colours = sample_colorscale("Viridis", [layer / max(len(curves) - 1, 1) for layer in range(len(curves))])
+    ranges = analysis.diagonality.ranges.tolist()
+    lines = [
+        Scatter(x=ranges, y=curve, name=f"layer {layer}", mode="lines", line_color=colour)
+        for layer, (curve, colour) in enumerate(zip(curves, colours, strict=True))
+    ]
+    return Figure(lines, {"xaxis": {"title": "distance ÷ length"}, "yaxis": {"title": "share of attention"}})
+
+
+def _save_png(shown: HeatMap, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    num_columns = min(_MAX_PANELS, len(shown.panels))
     num_rows = -(-len(shown.panels) // num_columns)
     height, width = next(iter(shown.panels.values())).shape
     size = (1.5 + num_columns * (0.8 + 0.36 * width), 0.8 + num_rows * (0.9 + 0.3 * height))
@@ -210,7 +270,7 @@ def heat_map_plot(shown: HeatMap) -> Figure:
         axes.set_title(title, fontsize="medium")
         axes.set_xticks(range(width), [str(column) for column in range(width)], fontsize="small")
         axes.set_yticks(range(height), [str(row) for row in range(height)], fontsize="small")
-        if height * width * len(shown.panels) <= _MOST_WRITTEN:
+        if height * width * len(shown.panels) <= _MAX_LABELLED_CELLS:
             for row, cells in enumerate(values.tolist()):
                 for column, value in enumerate(cells):
                     colour = "black" if (value - low) / (high - low) > 0.6 else "white"
@@ -221,32 +281,25 @@ def heat_map_plot(shown: HeatMap) -> Figure:
     figure.supxlabel(shown.columns, fontsize="medium")
     figure.supylabel(shown.rows, fontsize="medium")
     figure.colorbar(image, ax=grid, label=shown.title.lower() if len(shown.panels) == 1 else "similarity")
-    return figure
+    figure.savefig(file, dpi=90, format="png")
 
 
-def _spread(values: Float[Tensor, " heads"]) -> str:
+def _neighbours(analysis: Analysis) -> list[Float[Tensor, "heads heads"]]:
+    """Similarity of each layer's heads (rows) to the next layer's heads (columns)."""
+    heads = analysis.similarity.heads
+    return [heads[layer, :, layer + 1] for layer in range(len(heads) - 1)]
+
+
+def _mean_and_range(values: Float[Tensor, " heads"]) -> str:
     return f"{values.mean().item():.2f} ({values.min().item():.2f} to {values.max().item():.2f})"
 
 
 def _head_tables(title: str, cells: list[list[str]], *, first: int, note: str = "") -> list[Table]:
-    """Layers from `first` on, by heads, in as many tables as a terminal is wide enough for."""
+    """Layers by heads, from layer `first` on, split into tables that fit a terminal."""
     tables = []
-    for start in range(0, len(cells[0]), _MOST_HEADS):
-        header = ["layer", *(f"head {head}" for head in range(start, min(start + _MOST_HEADS, len(cells[0]))))]
-        rows = [[str(layer), *row[start : start + _MOST_HEADS]] for layer, row in enumerate(cells, start=first)]
-        tables.append(Table(title, header, rows, []))
-    tables[-1].notes.extend([note] if note else [])
+    for start in range(0, len(cells[0]), _MAX_HEADS):
+        header = ["layer", *(f"head {head}" for head in range(start, min(start + _MAX_HEADS, len(cells[0]))))]
+        rows = [[str(layer), *row[start : start + _MAX_HEADS]] for layer, row in enumerate(cells, start=first)]
+        notes = [note] if note and start + _MAX_HEADS >= len(cells[0]) else []
+        tables.append(Table(title, header, rows, notes))
     return tables
-
-
-def _best(pair: Float[Tensor, "heads heads"]) -> tuple[list[float], list[int]]:
-    """Of every column, the greatest value and its row."""
-    values, rows = pair.max(dim=0)
-    return values.tolist(), rows.tolist()
-
-
-def _rounded(values: Float[Tensor, "*shape"]) -> Any:
-    def of(value: Any) -> Any:
-        return [of(one) for one in value] if isinstance(value, list) else round(value, _DIGITS)
-
-    return of(values.tolist())

@@ -1,4 +1,4 @@
-"""How few keys hold most of an attention map?"""
+"""Concentration of attention maps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from mapreuse.measure._over_queries import mean_over_queries
 
 @dataclass(frozen=True)
 class Concentration:
-    """Which share of its keys an attention map needs, if a little of every row may be left out.
+    """Share of its keys that an attention map needs, if a share ε of each row may be dropped.
+
+    A block of neighbouring queries needs the shortest interval of keys from which at most ε/2 of each row's mass is
+    cut off at either end. The length of this interval, relative to the number of keys, is the relative cost of
+    products with a map that is stored as intervals.
 
     Attributes:
-        heads: for every layer and head, the share of keys, from 0 to 1, in the interval that is left when of every
-            row of a block of neighbouring queries at most ε/2 of the mass is cut off at either end; the mean over
-            blocks, weighed by their rows. What products with a map so restricted would cost, beside the whole map.
+        heads: for each layer and head, the share of keys, from 0 to 1; mean over blocks, weighted by their rows.
         epsilon: ε.
-        block_rows: queries in a block.
+        block_rows: number of queries in a block.
     """
 
     heads: Float[Tensor, "layers heads"]
@@ -34,9 +36,10 @@ class Concentration:
 def concentration(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, epsilon: float, block_rows: int = 64
 ) -> Concentration:
-    """Concentration of all maps of `model` over `batches`, padding left out.
+    """Concentration of all maps of `model` over `batches`, without padding.
 
-    Raises `ValueError` where there are no batches, a map is not finite, or epsilon is not between 0 and 1.
+    Raises:
+        ValueError: if there are no batches, a map is not finite, or epsilon is not between 0 and 1.
     """
     check_epsilon(epsilon)
     shares = partial(summed_shares, epsilon=epsilon, block_rows=block_rows)
@@ -45,7 +48,7 @@ def concentration(
 
 
 def check_epsilon(epsilon: float) -> None:
-    """Raises `ValueError` for an epsilon that is not between 0 and 1."""
+    """Raise `ValueError` if epsilon is not between 0 and 1."""
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
 
@@ -53,11 +56,11 @@ def check_epsilon(epsilon: float) -> None:
 def summed_shares(
     maps: Float[Tensor, "layers heads query key"], epsilon: float, block_rows: int
 ) -> Float[Tensor, "layers heads"]:
-    """The share of keys that each map of one sequence needs, summed over its queries."""
+    """Share of keys that each map of one sequence needs, summed over its queries."""
     num_keys = maps.shape[-1]
     cumulated = maps.double().cumsum(-1)
-    first = (cumulated <= epsilon / 2).sum(-1)  # keys before which at most ε/2 of the row lies
-    last = num_keys - (cumulated[..., -1:] - cumulated <= epsilon / 2).sum(-1)  # the last key that is needed
+    first = (cumulated <= epsilon / 2).sum(-1)  # first needed key
+    last = num_keys - (cumulated[..., -1:] - cumulated <= epsilon / 2).sum(-1)  # last needed key
     summed = torch.zeros(maps.shape[:2], dtype=torch.float64, device=maps.device)
     for start in range(0, maps.shape[2], block_rows):
         rows = slice(start, start + block_rows)

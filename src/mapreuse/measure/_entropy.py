@@ -1,4 +1,4 @@
-"""How widely do the queries of a map spread their attention?"""
+"""Entropy of attention maps."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mapreuse.measure._over_queries import mean_over_queries
 
 @dataclass(frozen=True)
 class Entropy:
-    """Entropy of every attention map of a model.
+    """Entropy of each attention map of a model.
 
     Attributes:
-        heads: for every layer and head, the mean over queries q of
+        heads: for each layer and head, the mean over queries q of
 
                 − Σ_k map[q, k] ln map[q, k]
 
-            in nats: 0 where every query attends to one key. Padding is left out.
-        relative: the mean over queries of their entropy ÷ ln K, where K keys of the query's sequence are not padding:
-            0 where every query attends to one key, 1 where all attend to all keys alike; 0 where there is one key. A
-            causal map, whose early queries see few keys, stays below 1.
+            in nats: 0 if each query attends to one key. Padding is excluded.
+        relative: mean over queries of entropy ÷ ln K, for sequences of K valid keys: 0 if each query attends to one
+            key, 1 if all keys get equal attention, and 0 if K = 1. Causal maps stay below 1, because early queries
+            see few keys.
     """
 
     heads: Float[Tensor, "layers heads"]
@@ -34,16 +34,17 @@ class Entropy:
 
 
 def entropy(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Entropy:
-    """Entropy of all maps of `model`, averaged over the queries of `batches`, one batch at a time.
+    """Entropy of all maps of `model`, averaged over the queries of `batches`.
 
-    Raises `ValueError` where there are no batches, or a map is not finite.
+    Raises:
+        ValueError: if there are no batches, or a map is not finite.
     """
     (both,), _ = mean_over_queries(model, batches, summed_entropy)
     return Entropy(*both)
 
 
 def summed_entropy(maps: Float[Tensor, "layers heads query key"]) -> Float[Tensor, "2 layers heads"]:
-    """The entropy of each map of one sequence, summed over its queries: in nats, and relative to ln K."""
+    """Entropy of each map of one sequence, summed over its queries: in nats, and relative to ln K."""
     nats = torch.special.entr(maps).sum((-2, -1), dtype=torch.float64)
     num_keys = maps.shape[-1]
     return torch.stack([nats, nats / math.log(num_keys) if num_keys > 1 else torch.zeros_like(nats)])

@@ -1,4 +1,4 @@
-"""How alike are the maps of two layers?"""
+"""Similarity of attention maps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mapreuse.measure._over_queries import mean_over_queries
 
-_MOST_COMPARED = 2**20
-"""Elements of the maps whose differences are in memory at a time."""
+_MAX_COMPARED = 2**20
+"""Maximum number of differences in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Similarity:
 
                 1 − mean over queries of ½ Σ_k |map[l, h][q, k] − map[m, g][q, k]|
 
-            one minus the total variation of two rows (Bhojanapalli et al., "Leveraging redundancy in attention with
-            Reuse Transformers", 2021). Padding is left out.
-        num_queries: how many rows the mean was taken over.
+            that is, one minus the total variation of two rows (Bhojanapalli et al., "Leveraging redundancy in attention with
+            Reuse Transformers", 2021). Padding is excluded.
+        num_queries: number of queries that the mean is taken over.
     """
 
     heads: Float[Tensor, "layers heads layers heads"]
@@ -35,25 +35,26 @@ class Similarity:
 
     @property
     def layers(self) -> Float[Tensor, "layers layers"]:
-        """Similarity of two layers: each head of the second to its most similar head of the first, averaged."""
+        """Similarity of two layers: mean over the second layer's heads of the maximum over the first layer's heads."""
         return self.heads.amax(dim=1).mean(dim=-1)
 
 
 def similarity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Similarity:
-    """Similarity of all pairs of maps of `model`, averaged over the queries of `batches`, one batch at a time.
+    """Similarity of all pairs of maps of `model`, averaged over the queries of `batches`.
 
-    Raises `ValueError` where there are no batches, or a map is not finite.
+    Raises:
+        ValueError: if there are no batches, or a map is not finite.
     """
     (heads,), num_queries = mean_over_queries(model, batches, summed_similarity)
     return Similarity(heads, num_queries)
 
 
 def summed_similarity(maps: Float[Tensor, "layers heads query key"]) -> Float[Tensor, "layers heads layers heads"]:
-    """The similarity of every pair of maps of one sequence, summed over its queries in float64."""
+    """Similarity of each pair of maps of one sequence, summed over its queries in float64."""
     layers, heads, queries, keys = maps.shape
     flat = maps.flatten(0, 1)
     distances = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=maps.device)  # later head, earlier head
-    for rows in flat.split(max(1, _MOST_COMPARED // (len(flat) * keys)), dim=1):
+    for rows in flat.split(max(1, _MAX_COMPARED // (len(flat) * keys)), dim=1):
         for head in range(1, len(flat)):
             variation = (rows[:head] - rows[head]).abs().sum(-1)  # of each row: float32 would lose a sum of all
             distances[head, :head] += variation.sum(-1, dtype=torch.float64)

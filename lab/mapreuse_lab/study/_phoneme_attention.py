@@ -1,4 +1,4 @@
-"""How much do frames attend to other frames of the same phoneme, and to those of every other phoneme?"""
+"""Attention between phonemes: how much do frames of one phoneme attend to frames of another?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mapreuse.measure._over_queries import sequences
+from mapreuse.measure import maps_by_sequence
 from mapreuse.models import MapRecorder
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -19,33 +19,30 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class PhonemeAttention:
-    """Phoneme attention relationship of every attention map of a model, relative to attending to all frames alike.
+    """Phoneme attention relationship of each attention map of a model, relative to uniform attention.
 
-    With C_p the frames of class p in a sequence of T frames, and E(i) the run of consecutive frames of one class that
-    frame i lies in, summed over sequences,
+    C_p are the frames of class p in a sequence of T frames. E(i) is the run of consecutive frames of one class that
+    contains frame i. Summed over sequences,
 
         attended[p, q] = Σ_{i ∈ C_p} Σ_{j ∈ C_q − E(i)} map[i, j]
         even[p, q]     = Σ_{i ∈ C_p} |C_q − E(i)| / T
         matrices[p, q] = attended[p, q] / even[p, q]
 
-    A map that attends to all frames alike has 1 everywhere, however frequent the classes are. Frames without a class
-    neither attend nor are attended here, but count in T. Where no pair of frames is there to be counted, nan.
+    A uniform map has the value 1 everywhere, whatever the frequencies of the classes. Frames without a class are
+    excluded, but count in T. The value is nan if there is no pair of frames.
 
-    The measure is that of Shim, Choi & Sung, "Understanding the Role of Self Attention for Efficient Speech
-    Recognition", ICLR 2022, as far as summaries of the paper tell, which give C_p − E(i): a frame's own run is left
-    out, for it is near as well as alike. Its text was out of reach: how it normalises could not be confirmed.
-    Dividing by `even`, and the last two summaries below, are choices made here.
+    The measure follows Shim, Choi & Sung, "Understanding the Role of Self Attention for Efficient Speech
+    Recognition", ICLR 2022. A frame's own run is excluded, because it is both near and alike. The normalisation by
+    `even` and the last two summaries below are choices of this implementation.
 
     Attributes:
-        matrices: for every layer and head, frames of class p (rows) attending to frames of class q (columns).
-        same: attention to other frames of a frame's own class, Σ_p attended[p, p] / Σ_p even[p, p]. The more a head
-            gathers from alike sounds all over the utterance, the larger; a diagonal map, which stays near, has less
-            than 1.
-        same_or_own: the same with the own run and the frame itself; a diagonal map has a large one.
-        same_beyond_position: Σ_p attended[p, p], over what the same pairs of frames would be paid if, in each
-            sequence, attended mass were shared evenly among all pairs at one distance |j − i|. A map that depends on
-            j − i alone, diagonal or not, has 1.
-        num_frames: how many frames of every class there were.
+        matrices: for each layer and head, frames of class p (rows) attending to frames of class q (columns).
+        same: attention to other frames of the same class, Σ_p attended[p, p] / Σ_p even[p, p]. It is large for heads that
+            gather similar sounds across the utterance, and below 1 for diagonal maps.
+        same_or_own: the same, including the frame's own run. It is large for diagonal maps.
+        same_beyond_position: Σ_p attended[p, p], divided by the attention that the same pairs would get if all pairs at
+            one distance |j − i| of a sequence had equal attention. It is 1 for maps that depend on j − i only.
+        num_frames: number of frames of each class.
     """
 
     matrices: Float[Tensor, "layers heads classes classes"]
@@ -62,19 +59,19 @@ def phoneme_attention(
     *,
     num_classes: int,
 ) -> PhonemeAttention:
-    """How much frames of one class attend to those of another, in all maps of `model`; one batch at a time.
+    """Attention between frames of each pair of classes, in all maps of `model`.
 
     Args:
-        model: a model that `apply` accepts, or to which a plan was applied; it is left as it is. A layer that reuses
-            a map counts with the map it applies.
+        model: a model that `apply` accepts, with or without a plan. It is not changed. A reusing layer counts with the map
+            that it applies.
         batches: keyword dictionaries for the model's forward.
-        labels: for every batch, integers of shape (batch, frames): the class, from 0 to `num_classes` − 1, of every
-            position of the maps, −1 where it has none. Those of padding are not looked at.
-        num_classes: how many classes there are.
+        labels: for each batch, integers of shape (batch, frames): the class of each position of the maps, from 0 to
+            `num_classes` − 1, or −1 for none. Labels of padding are ignored.
+        num_classes: number of classes.
 
     Raises:
-        ValueError: where there are no batches or no frame has a class, batches and labels are not of one number and
-            shape, a label is not a class, or a map is not finite.
+        ValueError: if there are no batches, no frame has a class, the labels do not match the batches in number and
+            shape, a label is out of range, or a map is not finite.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -86,7 +83,7 @@ def phoneme_attention(
             raise ValueError(f"there are more {more} than {fewer}, of which there are {number}: give as many of each")
         recording = recorder(batch)
         _check(classes, recording.valid, number)
-        for item, rows, maps in sequences(recording):
+        for item, rows, maps in maps_by_sequence(recording):
             sums = _Sums.of(maps, _classes(classes[item].to(maps.device)[rows], num_classes, number), num_classes)
             total = sums if total is None else total.plus(sums)
     if total is None:
@@ -97,14 +94,15 @@ def phoneme_attention(
 
 
 def phoneme_attention_data(found: Mapping[str, PhonemeAttention], phonemes: Sequence[str]) -> dict[str, Any]:
-    """What JSON can hold of the phoneme attention of several models of the same classes: to 4 decimals, None for nan.
+    """Phoneme attention of several models with the same classes, for JSON: 4 decimals, None for nan.
 
-        {"phonemes": [name, …], "frames": [how many, …],
+        {"phonemes": [name, …], "frames": [number of frames, …],
          "matrices": {model: [per layer: [[class × class, mean over heads]]]},
          "same_phoneme": {model: [[per head] per layer]},
          "same_phoneme_or_own": likewise, "same_phoneme_beyond_position": likewise}
 
-    Raises `ValueError` where there is not one name for every class.
+    Raises:
+        ValueError: if the number of names is not the number of classes.
     """
     for name, one in found.items():
         if len(phonemes) != len(one.num_frames):
@@ -122,7 +120,7 @@ def phoneme_attention_data(found: Mapping[str, PhonemeAttention], phonemes: Sequ
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of some sequences: what is attended, and what would be, in float64."""
+    """Sums over sequences of actual and uniform attention, in float64."""
 
     attended: Float[Tensor, "layers heads classes classes"]
     even: Float[Tensor, "classes classes"]
@@ -135,7 +133,7 @@ class _Sums:
     def of(
         cls, maps: Float[Tensor, "layers heads frames frames"], classes: Int[Tensor, " frames"], num_classes: int
     ) -> _Sums:
-        """Of one sequence without its padding; a class of −1 is none."""
+        """Sums of one sequence without padding. Class −1 means none."""
         length = len(classes)
         member = (classes[:, None] == torch.arange(num_classes, device=classes.device)).double()
         alike = (classes[:, None] == classes) & (classes >= 0)
@@ -171,10 +169,7 @@ def _by_position(
     pairs: Bool[Tensor, "frames frames"],
     chosen: Bool[Tensor, "frames frames"],
 ) -> Float[Tensor, " heads"]:
-    """What the chosen of the pairs would be paid if all pairs at one distance were paid alike.
-
-    Both directions are one distance: with (i, j), (j, i) is a pair, and chosen or not like it.
-    """
+    """Attention of the chosen pairs, if all pairs at one distance |j − i| had equal attention."""
     steps = torch.arange(len(pairs), device=pairs.device)
     distance = (steps - steps[:, None]).abs().flatten()
 
@@ -182,8 +177,8 @@ def _by_position(
         return values.new_zeros(len(values), len(pairs)).index_add_(1, distance, values.flatten(1))
 
     mass = at_distances(weights * pairs)
-    there, wanted = at_distances(torch.stack([pairs, chosen]).double())
-    return (mass * (wanted / there.clamp(min=1))).sum(-1)
+    num_pairs, num_chosen = at_distances(torch.stack([pairs, chosen]).double())
+    return (mass * (num_chosen / num_pairs.clamp(min=1))).sum(-1)
 
 
 def _check(labels: Tensor, valid: Bool[Tensor, "batch frames"], number: int) -> None:

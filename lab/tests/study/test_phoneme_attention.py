@@ -9,7 +9,7 @@ import torch
 from families import build
 
 from mapreuse import ReusePlan, apply
-from mapreuse.measure import phoneme_attention, phoneme_attention_data
+from mapreuse_lab.study._phoneme_attention import phoneme_attention, phoneme_attention_data
 from mapreuse.models import MapRecorder, Recording
 
 CLASSES = 3
