@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from families import build
+from mapreuse_lab.study._phoneme_attention import phoneme_attention, phoneme_attention_data
 
 from mapreuse import ReusePlan, apply
-from mapreuse_lab.study._phoneme_attention import phoneme_attention, phoneme_attention_data
 from mapreuse.models import MapRecorder, Recording
 
 CLASSES = 3

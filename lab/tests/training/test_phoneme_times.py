@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from mapreuse_lab.study._phoneme_attention import phoneme_attention
 from mapreuse_lab.training import LANGUAGES, generate_texts, phoneme_batches, speak_with_phonemes, synthesise
 from mapreuse_lab.training._forced_alignment import PAUSE
 
-from mapreuse_lab.study._phoneme_attention import phoneme_attention
 from mapreuse.models import MapRecorder
 
 RATE = 8000

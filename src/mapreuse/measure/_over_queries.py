@@ -38,7 +38,9 @@ def mean_over_queries(
             num_queries += int(rows.sum())
         progress(f"batch {done}", done, max(done, num_batches))
     if num_queries == 0:
-        raise ValueError("no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]")
+        raise ValueError(
+            "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
+        )
     return [(torch.as_tensor(total) / num_queries).float() for total in totals], num_queries
 
 
