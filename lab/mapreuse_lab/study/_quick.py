@@ -87,7 +87,7 @@ class _Quick:
         if missing:
             raise ValueError(
                 f"the recogniser in {config.baseline} has no {' '.join(missing)}, but {config.corpus} does; "
-                f"train one first: mapreuse train --corpus {config.corpus} --seconds 3600 --out runs/mine, then add "
+                f"train one first: mapreuse-lab train --corpus {config.corpus} --seconds 3600 --out runs/mine, then add "
                 "--model runs/mine/best"
             )
         self.identity = {"corpus": config.corpus, "baseline": _digest(Path(config.baseline)), "seed": config.seed}
@@ -107,7 +107,8 @@ class _Quick:
         }
         attention = self._attention()
         return {
-            "schema": 1,
+            "schema": 2,
+            "preset": "quick",
             "command": _command(self.config),
             "machine": machine(),
             "config": asdict(self.config) | {"baseline": Path(self.config.baseline).name},
@@ -126,13 +127,7 @@ class _Quick:
         return self.steps.do(name, inputs, run)
 
     def _score_baseline(self) -> dict[str, Any]:
-        return {"greedy": _scores(self.baseline, self.corpus)} | self._fused("beam+lm", self.baseline)
-
-    def _fused(self, name: str, recogniser: Recogniser) -> dict[str, Any]:
-        """Error rates with the language model, under this name; nothing where the recogniser has none."""
-        if recogniser.language_model is None:
-            return {}
-        return {name: _scores(recogniser, self.corpus, "beam+lm")}
+        return _scores(self.baseline, self.corpus)
 
     def _similarity(self) -> dict[str, Any]:
         measured = similarity(self.baseline.model, self._calibration())
@@ -173,7 +168,7 @@ class _Quick:
 
         def recover() -> dict[str, Any]:
             train(converted, self.corpus, training, work, original=self.baseline)
-            result = {"recovered": _scores(converted, self.corpus)} | self._fused("recovered_beam+lm", converted)
+            result = {"recovered": _scores(converted, self.corpus)}
             shutil.rmtree(work)
             return result
 
@@ -263,7 +258,7 @@ def conformer_plans() -> dict[str, ReusePlan]:
 
 def _command(config: QuickConfig) -> str:
     """The command line of this study, options that differ from their defaults included."""
-    words = ["mapreuse", "study", "--preset", "quick", "--corpus", config.corpus]
+    words = ["mapreuse-lab", "study", "--preset", "quick", "--corpus", config.corpus]
     if config.baseline != QuickConfig.baseline:
         words += ["--model", config.baseline]
     if config.device != QuickConfig.device:
@@ -288,8 +283,8 @@ def _parameters(recogniser: Recogniser) -> int:
     return sum(parameter.numel() for parameter in recogniser.model.parameters())
 
 
-def _scores(recogniser: Recogniser, corpus: Corpus, decoder: str = "greedy") -> dict[str, Any]:
-    kept = asdict(evaluate(recogniser, corpus.test, decoder=decoder))
+def _scores(recogniser: Recogniser, corpus: Corpus) -> dict[str, Any]:
+    kept = asdict(evaluate(recogniser, corpus.test))
     return {name: kept[name] for name in kept if name not in ("references", "hypotheses")}
 
 

@@ -13,7 +13,7 @@ from mapreuse_lab.study._page import page
 from mapreuse_lab.study._page_tables import Results
 from mapreuse_lab.training import write_whole
 
-_MADE_BY_DEFAULT = "mapreuse study --preset quick --corpus prompts:en"
+_MADE_BY_DEFAULT = "mapreuse-lab study --preset quick --corpus prompts:en"
 """The command that `make study` runs."""
 
 
@@ -40,12 +40,12 @@ def report(results: Results) -> str:
         f"{machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"commit {machine['commit']}.",
         "",
-        f"Corpus: {config['corpus']}, test set {baseline['greedy']['num_utterances']} utterances, "
-        f"{baseline['greedy']['num_words']} words. {results['attribution']}",
+        f"Corpus: {config['corpus']}, test set {baseline['num_utterances']} utterances, "
+        f"{baseline['num_words']} words. {results['attribution']}",
         "",
         "## Error rates",
         "",
-        "Greedy decoding, except the last column; 95 % bootstrap intervals over utterances in brackets. *By index*: "
+        "Greedy decoding; 95 % bootstrap intervals over utterances in brackets. *By index*: "
         "converted, no training, each head applies the source head of its own number. *Aligned*: converted, no "
         "training, heads assigned by map similarity. *Recovered*: aligned, then "
         f"{config['recovery_seconds']:.0f} s of fine-tuning.",
@@ -88,7 +88,7 @@ def page_results(results: Results) -> Results:
     """The results as the page reads them (docs/results_format.md): each plan, recovered, is a technique."""
     corpus, latency = results["config"]["corpus"], results["latency"]["recogniser"]
     full = results["baseline"]
-    variants = [("full", full["greedy"], full["parameters"])]
+    variants = [("full", full, full["parameters"])]
     variants += [(v["name"], v["recovered"], v["parameters"]) for v in results["variants"]]
     techniques = [
         {
@@ -113,8 +113,8 @@ def page_results(results: Results) -> Results:
         "corpora": {
             corpus: {
                 "attribution": results["attribution"],
-                "test_utterances": full["greedy"]["num_utterances"],
-                "test_words": full["greedy"]["num_words"],
+                "test_utterances": full["num_utterances"],
+                "test_words": full["num_words"],
             }
         },
         "techniques": techniques,
@@ -126,7 +126,7 @@ def page_results(results: Results) -> Results:
 
 def _verdict(results: Results) -> list[str]:
     """What the quick study says of each plan, in a sentence."""
-    full, seconds = results["baseline"]["greedy"], results["config"]["recovery_seconds"]
+    full, seconds = results["baseline"], results["config"]["recovery_seconds"]
     length, timed = list(results["latency"]["conformer-m"].items())[-1]
     sentences = []
     for variant in results["variants"]:
@@ -143,25 +143,20 @@ def _verdict(results: Results) -> list[str]:
 
 
 def error_table(results: Results) -> list[str]:
-    """One row for the original and for each plan: error rates before and after recovery, parameters.
-
-    Beam search is not measured of a recogniser without a language model.
-    """
+    """One row for the original and for each plan: error rates before and after recovery, parameters."""
     full = results["baseline"]
     rows = [
-        "| plan | reusing layers | parameters | WER by index | WER aligned | WER recovered | CER recovered "
-        "| WER recovered, beam + LM |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| full (original) | 0 | {full['parameters']:,} | | | {_rate(full['greedy'], 'wer')} "
-        f"| {_rate(full['greedy'], 'cer')} | {_rate(full.get('beam+lm'), 'wer')} |",
+        "| plan | reusing layers | parameters | WER by index | WER aligned | WER recovered | CER recovered |",
+        "|---|---|---|---|---|---|---|",
+        f"| full (original) | 0 | {full['parameters']:,} | | | {_rate(full, 'wer')} "
+        f"| {_rate(full, 'cer')} | {_rate(full.get('beam+lm'), 'wer')} |",
     ]
     for variant in results["variants"]:
         saved = 1 - variant["parameters"] / full["parameters"]
         rows.append(
             f"| {variant['name']} | {variant['reusing_layers']} | {variant['parameters']:,} (−{saved:.0%}) "
             f"| {_rate(variant['by_index'], 'wer')} | {_rate(variant['aligned'], 'wer')} "
-            f"| {_rate(variant['recovered'], 'wer')} | {_rate(variant['recovered'], 'cer')} "
-            f"| {_rate(variant.get('recovered_beam+lm'), 'wer')} |"
+            f"| {_rate(variant['recovered'], 'wer')} | {_rate(variant['recovered'], 'cer')} |"
         )
     return rows
 
@@ -202,7 +197,7 @@ def plot_error(results: Results) -> Figure:
         ]
         positions = [index + 0.27 * (offset - 1) for index in range(len(variants))]
         axes.bar(positions, rates, 0.25, yerr=bars, label=label, capsize=2)
-    original = 100 * results["baseline"]["greedy"]["wer"]
+    original = 100 * results["baseline"]["wer"]
     axes.axhline(original, color="black", linestyle="--", label=f"original, {original:.1f} %")
     axes.set_xticks(range(len(variants)), [variant["name"] for variant in variants])
     axes.set_ylabel("word error rate, %")

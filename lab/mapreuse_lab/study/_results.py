@@ -25,7 +25,7 @@ from mapreuse_lab.training import Corpus, write_whole
 
 MEASURES = ("wer", "cer")
 
-_COMMAND = "mapreuse study --preset full"
+_COMMAND = "mapreuse-lab study --preset full"
 
 
 def study_results(

@@ -86,22 +86,22 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LongRecipe(Recipe):
-    """The same recogniser, trained for longer on more: recordings, and sentences put together from pieces of them.
+    """The same recogniser, trained for longer on more: recordings and synthetic speech.
 
     Attributes:
-        concatenated_utterances, real_share: as `TrainConfig` takes them.
+        synthetic_utterances, real_share: as `TrainConfig` takes them.
     """
 
     steps: int = 4000
     evaluate_every: int = 500
-    concatenated_utterances: int = 16_000
+    synthetic_utterances: int = 16_000
     real_share: tuple[float, float] = (0.1, 0.25)
 
     def training(self, seed: int) -> TrainConfig:
         """The settings of one run; the sentences, too, are other ones for another seed."""
         return replace(
             super().training(seed),
-            concatenated_utterances=self.concatenated_utterances,
+            synthetic_utterances=self.synthetic_utterances,
             real_share=self.real_share,
         )
 

@@ -11,20 +11,18 @@ import pytest
 from mapreuse_lab.study import FullConfig, QuickConfig, Recipe, error_table, latency_table, page_results, run_quick
 from mapreuse_lab.study import _quick as internals
 from mapreuse_lab.study import _results as full_internals
-from mapreuse_lab.training import LanguageModel, Recogniser, open_corpus
+from mapreuse_lab.training import Recogniser, open_corpus
 from rich.console import Console
 
-from mapreuse import cli
+from mapreuse_lab import cli
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     corpus = open_corpus("prompts:en")
     directory = tmp_path_factory.mktemp("quick")
-    texts = [cut.supervisions[0].text for cut in corpus.train]
-    letters = (letter for text in texts for letter in text)
+    letters = (letter for cut in corpus.train for letter in cut.supervisions[0].text)
     tiny = Recogniser.create(letters, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=32)
-    tiny.language_model = LanguageModel.train(texts, tiny.vocabulary, "en", num_words=100)
     tiny.save(directory / "tiny")
     return QuickConfig(
         corpus="prompts:en",
@@ -59,7 +57,7 @@ def test_the_study_writes_every_figure_and_repeats_nothing(config, small_corpus,
         "most alike",
     ]
     for variant in results["variants"]:
-        for stage in ("by_index", "aligned", "recovered", "recovered_beam+lm"):
+        for stage in ("by_index", "aligned", "recovered"):
             low, high = variant[stage]["wer_interval"]
             assert 0 <= low <= variant[stage]["wer"] <= high
         assert variant["parameters"] < results["baseline"]["parameters"]
@@ -105,22 +103,15 @@ def timed(monkeypatch):
     return done
 
 
-def test_a_recogniser_without_a_language_model_is_studied_on_another_machine_too(
+def test_times_are_taken_again_on_another_machine_and_nothing_else(
     config, small_corpus, tmp_path, monkeypatch, timed
 ):
-    """Its times are taken again there; beam search is not measured of it."""
-    recogniser = Recogniser.load(config.baseline)
-    recogniser.language_model = None
-    recogniser.save(tmp_path / "without")
-    config = replace(config, baseline=str(tmp_path / "without"), recovery_seconds=0.1, lengths=(20,))
+    config = replace(config, recovery_seconds=0.1, lengths=(20,))
     monkeypatch.setattr(internals, "open_corpus", lambda name: small_corpus)
     monkeypatch.setattr("mapreuse_lab.study._steps.source_digest", lambda sources: "this code")
     results, _ = run(config, tmp_path)
 
-    assert "beam+lm" not in results["baseline"]
-    assert [row.endswith("| not measured |") for row in error_table(results)] == [False, False, *[True] * 5]
-    assert error_table(results)[-1] in (tmp_path / "out" / "report.md").read_text()
-    assert results["command"] == f"mapreuse study --preset quick --corpus prompts:en --model {tmp_path / 'without'}"
+    assert results["command"] == f"mapreuse-lab study --preset quick --corpus prompts:en --model {config.baseline}"
     assert page_results(results)["commands"] == [results["command"]]
 
     first = list(timed)
@@ -135,12 +126,12 @@ def test_a_recogniser_without_a_language_model_is_studied_on_another_machine_too
 
 
 def test_a_study_by_default_is_what_make_study_runs():
-    command = "mapreuse study --preset quick --corpus prompts:en"
+    command = "mapreuse-lab study --preset quick --corpus prompts:en"
     assert internals._command(QuickConfig()) == command
     assert internals._command(replace(QuickConfig(device="cpu"), corpus="cuts:my cuts", baseline="runs/mine")) == (
-        "mapreuse study --preset quick --corpus 'cuts:my cuts' --model runs/mine"
+        "mapreuse-lab study --preset quick --corpus 'cuts:my cuts' --model runs/mine"
     )
-    committed = json.loads((Path(__file__).parents[2] / "lab/results/study/quick/results.json").read_text())
+    committed = json.loads((Path(__file__).parents[3] / "lab/results/study/quick/results.json").read_text())
     assert committed["command"] == command
     assert page_results(committed)["commands"] == ["make study"]
 
@@ -150,11 +141,11 @@ def test_a_study_on_a_gpu_says_so_in_its_command():
 
 
 def test_the_full_studys_commands_are_those_of_its_settings():
-    committed = json.loads((Path(__file__).parents[2] / "lab/results/study/full/results.json").read_text())
+    committed = json.loads((Path(__file__).parents[3] / "lab/results/study/full/results.json").read_text())
     assert full_internals._command(FullConfig()) == committed["command"]
     assert full_internals._commands(FullConfig()) == committed["commands"]
     other = FullConfig(corpus="librispeech:my data", other_corpus="prompts:fr", recipe=Recipe(steps=7))
-    command = "mapreuse study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr --steps 7"
+    command = "mapreuse-lab study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr --steps 7"
     assert full_internals._command(other) == command
     commands = full_internals._commands(other)
     assert commands
@@ -164,14 +155,14 @@ def test_the_full_studys_commands_are_those_of_its_settings():
 def test_the_full_studys_command_on_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     commands = full_internals._commands(FullConfig(device="cuda"))
-    assert all(one.startswith("mapreuse study --preset full --device cuda --") for one in commands)
+    assert all(one.startswith("mapreuse-lab study --preset full --device cuda --") for one in commands)
     assert all(one.count("--device") == 1 for one in commands)
 
 
 def test_a_corpus_in_letters_that_the_recogniser_lacks_is_refused_with_the_command_that_trains_one(
     config, tmp_path, monkeypatch
 ):
-    with pytest.raises(ValueError, match="train one first: mapreuse train --corpus prompts:ru") as error:
+    with pytest.raises(ValueError, match="train one first: mapreuse-lab train --corpus prompts:ru") as error:
         run(replace(config, corpus="prompts:ru"), tmp_path)
     command = shlex.split(str(error.value).partition("train one first: ")[2].partition(", then")[0])
 
