@@ -8,13 +8,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from mapreuse_lab import cli
 from mapreuse_lab.study import FullConfig, QuickConfig, Recipe, error_table, latency_table, page_results, run_quick
 from mapreuse_lab.study import _quick as internals
 from mapreuse_lab.study import _results as full_internals
 from mapreuse_lab.training import Recogniser, open_corpus
 from rich.console import Console
-
-from mapreuse_lab import cli
 
 
 @pytest.fixture(scope="module")
