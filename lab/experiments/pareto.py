@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mapreuse_lab.training import BASELINE, Recogniser, calibration_batches, evaluate, features, open_corpus
+from mapreuse_lab.training import BASELINE, Recogniser, evaluate, features, open_corpus, speech_batches
 from matplotlib.figure import Figure
 from minilm import batches_of, calibration_texts, judging_texts
 from torch import nn
@@ -72,7 +72,7 @@ def _minilm(directory: Path) -> tuple[nn.Module, list[Batch], Judge, Batch]:
 def _recogniser() -> tuple[nn.Module, list[Batch], Judge, Batch]:
     """Likewise; what is timed is 40 s of speech, 1000 frames."""
     recogniser = Recogniser.load(BASELINE)
-    calibration = calibration_batches(recogniser, "prompts:en", split="train", max_batches=16)
+    calibration = speech_batches(recogniser, "prompts:en", split="train", max_batches=16)
     cuts = list(open_corpus("prompts:en").test)
 
     def word_error_rate(model: nn.Module) -> float:

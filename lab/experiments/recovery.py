@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from mapreuse_lab.study import FullConfig
 from mapreuse_lab.study._runs import Run, RunDirectory, work_off
-from mapreuse_lab.training import BASELINE, Recogniser, TrainConfig, calibration_batches, evaluate, open_corpus, train
+from mapreuse_lab.training import BASELINE, Recogniser, TrainConfig, evaluate, open_corpus, speech_batches, train
 
 import mapreuse as mr
 from mapreuse.measure import machine
@@ -45,7 +45,7 @@ def main() -> None:
     else:
         original = Recogniser.load(BASELINE if directory == "shipped" else directory)
     corpus = open_corpus(f"prompts:{language}")
-    calibration = calibration_batches(original, f"prompts:{language}", split="train", max_batches=NUM_BATCHES)
+    calibration = speech_batches(original, f"prompts:{language}", split="train", max_batches=NUM_BATCHES)
     depth = original.model.config.encoder_config.num_hidden_layers
 
     def judged(model: Any) -> dict[str, Any]:

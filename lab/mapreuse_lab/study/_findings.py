@@ -27,10 +27,10 @@ from mapreuse_lab.study._runs import Run, RunDirectory
 from mapreuse_lab.study._steps import Steps, where
 from mapreuse_lab.training import (
     Recogniser,
-    calibration_batches,
     features,
     open_corpus,
     phoneme_batches,
+    speech_batches,
     waveform_of,
 )
 
@@ -91,7 +91,7 @@ class _Missing(Exception):
 
 def _likeness(full: Recogniser, corpus: str) -> dict[str, Any]:
     """Similarity of layers, and diagonality and entropy of every head, on dev utterances."""
-    found = analyze(full.model, calibration_batches(full, corpus))
+    found = analyze(full.model, speech_batches(full, corpus))
     return {
         "layers": _rounded(found.similarity.layers),
         "diagonality": _rounded(found.diagonality.heads),

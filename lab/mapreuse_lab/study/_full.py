@@ -34,7 +34,7 @@ from mapreuse_lab.study._results import study_results, write_full
 from mapreuse_lab.study._runs import Recipe, Run, RunDirectory, worker
 from mapreuse_lab.study._steps import Steps, where
 from mapreuse_lab.techniques import Reuse, Technique, parse
-from mapreuse_lab.training import Corpus, calibration_batches, open_corpus, write_whole
+from mapreuse_lab.training import Corpus, open_corpus, speech_batches, write_whole
 
 FLOPS_LENGTH = 1000
 """Encoder frames at which FLOPs are counted, and at which a training step is timed beside one of short utterances."""
@@ -178,7 +178,7 @@ class _Full:
         assert isinstance(shown, Reuse)
         num_heads = recogniser.model.config.encoder_config.num_attention_heads
         wanted = _reusing_heads(shown.plan, num_heads)
-        batches = calibration_batches(recogniser, self.config.corpus, split="train", max_batches=8)
+        batches = speech_batches(recogniser, self.config.corpus, split="train", max_batches=8)
         plans = search(recogniser.model, batches, error=_ANY_ERROR, cache=self.work_dir / "search.jsonl")
         chosen = min(plans, key=lambda one: (abs(_reusing_heads(one.plan, num_heads) - wanted), one.error))
         found = {"plan": json.loads(chosen.plan.to_json()), "error": chosen.error, "latency": chosen.latency}

@@ -8,9 +8,8 @@ import soundfile
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
-from mapreuse_lab.training._errors import in_short
 from mapreuse_lab.training._features import resample
-from mapreuse_lab.training._files import write_whole
+from mapreuse_lab.training._files import one_line, write_whole
 
 # Longer audio is recognised in pieces: what one piece decides, and what it hears on either side, in seconds. Both are
 # whole numbers of the recogniser's frames (40 or 32 ms).
@@ -51,7 +50,7 @@ def waveform_of(cut: Cut, rate: int) -> np.ndarray:
     try:
         samples = cut.load_audio()
     except (AudioLoadingError, AssertionError, OSError) as problem:
-        raise ValueError(f"{cut.id}: its recording cannot be read ({in_short(problem)})") from None
+        raise ValueError(f"{cut.id}: its recording cannot be read ({one_line(problem)})") from None
     return resample(check_waveform(samples[0], cut.id), cut.sampling_rate, rate)
 
 

@@ -12,7 +12,7 @@ from mapreuse_lab.training._features import features
 from mapreuse_lab.training._recogniser import Recogniser
 
 
-def calibration_batches(
+def speech_batches(
     recogniser: Recogniser,
     source: str | Path,
     *,

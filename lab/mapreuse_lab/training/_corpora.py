@@ -10,11 +10,11 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment, load_manifest
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.utils import fastcopy
 
-from mapreuse_lab.training._errors import CorpusError, in_short
-from mapreuse_lab.training._prompts import ATTRIBUTIONS, cache_dir, read_prompts
+from mapreuse_lab.training._files import CorpusError, cache_dir, one_line
+from mapreuse_lab.training._normalise import LANGUAGES, normalise
+from mapreuse_lab.training._prompts import ATTRIBUTIONS, read_prompts
+from mapreuse_lab.training._sentences import generate_sentences
 from mapreuse_lab.training._synthesis import synthesise
-from mapreuse_lab.training._text import LANGUAGES, normalise
-from mapreuse_lab.training._texts import generate_texts
 
 _FORMS = "prompts:<language>, synthetic:<language>, librispeech:<directory>, cuts:<manifest> or kaldi:<directory>"
 _SYNTHETIC_UTTERANCES = 1500
@@ -122,7 +122,7 @@ def _open_prompts(name: str, language: str, seed: int) -> Corpus:
 
 
 def _open_synthetic(name: str, language: str, seed: int) -> Corpus:
-    texts = generate_texts(_SYNTHETIC_UTTERANCES, language, seed=seed)
+    texts = generate_sentences(_SYNTHETIC_UTTERANCES, language, seed=seed)
     cuts = synthesise(texts, language, cache_dir() / "synthetic", seed=seed)
     return Corpus(name, language, 8000, "synthetic speech by espeak-ng", *split_by_transcript(cuts, seed=seed))
 
@@ -167,7 +167,7 @@ def _open_cuts(name: str, where: str, seed: int) -> Corpus:
     try:
         manifest = load_manifest(where)
     except Exception as problem:  # lhotse's readers raise whatever their parsers do
-        raise CorpusError(f"{name}: not a lhotse manifest ({in_short(problem)})") from None
+        raise CorpusError(f"{name}: not a lhotse manifest ({one_line(problem)})") from None
     if not isinstance(manifest, CutSet):
         raise CorpusError(f"{name}: holds a {type(manifest).__name__}; a CutSet is wanted")
     cuts = _normalised(name, manifest)
@@ -249,7 +249,7 @@ def _utterances(name: str, cut: Cut) -> list[MonoCut]:
         if problem is None:
             utterances = list(cut.trim_to_supervisions(keep_overlapping=False))
     except Exception as damage:  # lhotse asserts what it expects of times, channels and samples
-        problem = f"not a cut that lhotse can read ({in_short(damage)})"
+        problem = f"not a cut that lhotse can read ({one_line(damage)})"
     if problem is not None:
         raise CorpusError(f"{name}: {cut.id}: {problem}")
     return utterances
@@ -303,7 +303,7 @@ def _recording(name: str, file: Path, recording_id: str) -> Recording:
     try:
         return Recording.from_file(file, recording_id=recording_id)
     except Exception as damage:  # lhotse tries several readers and raises what they do
-        raise CorpusError(f"{name}: {file} cannot be read as audio ({in_short(damage)})") from None
+        raise CorpusError(f"{name}: {file} cannot be read as audio ({one_line(damage)})") from None
 
 
 def _split_corpus(name: str, cuts: list[MonoCut], seed: int) -> Corpus:

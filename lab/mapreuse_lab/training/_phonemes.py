@@ -13,14 +13,26 @@ from torch import Tensor
 from mapreuse.data import batches_by_length
 from mapreuse_lab.training._audio import LONGEST_WHOLE
 from mapreuse_lab.training._features import features
-from mapreuse_lab.training._forced_alignment import PAUSE, Phone
 from mapreuse_lab.training._recogniser import Recogniser
+from mapreuse_lab.training._sentences import generate_sentences
 from mapreuse_lab.training._synthesis import check_voices, key_of, speak
-from mapreuse_lab.training._texts import generate_texts
 
 # Sounds that are made alike side by side: labial, dental, velar plosives, then fricatives, nasals, and so on.
 _ORDER = "pbtdɾkɡʔfvθðszʃʒɕʂʐçxɣhβmɱnɲŋlʎɫʌɹrʁʀwɥjiɪyeɛøœæaɐɑɒɔoʊuɯɨəɚɜɝ"
 _RAREST = 0.005  # of all frames with a phoneme
+
+
+PAUSE = "_"
+"""The name of a pause."""
+
+
+@dataclass(frozen=True)
+class Phone:
+    """A phoneme or a pause, with its times in seconds from the start of the recording."""
+
+    name: str
+    start: float
+    stop: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ def phoneme_batches(
     if min(sentences, batch_size) < 1:
         raise ValueError(f"sentences and batch_size must be at least 1, got {sentences} and {batch_size}")
     config = recogniser.feature_config
-    texts = generate_texts(sentences, language, seed=seed)
+    texts = generate_sentences(sentences, language, seed=seed)
     spoken = speak_with_phonemes(texts, language, seed=seed, sampling_rate=config.sampling_rate)
     lengths = [len(one.samples) for one in spoken]
     batches, heard = [], []

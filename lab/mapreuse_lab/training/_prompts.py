@@ -2,15 +2,14 @@
 
 import gzip
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from mapreuse_lab.training._errors import CorpusError
-from mapreuse_lab.training._text import LANGUAGES
+from mapreuse_lab.training._files import CorpusError, cache_dir
+from mapreuse_lab.training._normalise import LANGUAGES
 
 VOICES = {
     "en": "en_US_f_Allison",
@@ -40,14 +39,6 @@ _SHA256 = {
     "asterisk-core-sounds-ru": "28a61616bb0cd3345a7ea532dec4df9f071e5d0fa9f8c1a563ea9669002f39ab",
     "asterisk-core-sounds-ru-wav": "ccbfaebfa450b7a9ddf644ae0f3d1e9017d5df7c0aebe816e946345589d38201",
 }
-
-
-def cache_dir() -> Path:
-    """The user's cache directory of this package, `$XDG_CACHE_HOME/mapreuse` or `~/.cache/mapreuse`, created."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    path = Path(base) / "mapreuse"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def fetch_prompts(language: str) -> Path:

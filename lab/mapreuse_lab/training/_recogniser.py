@@ -16,10 +16,8 @@ from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCT
 from mapreuse import models
 from mapreuse_lab.techniques import Full, Reuse, Technique, parse
 from mapreuse_lab.training._audio import PIECE, file_pieces, waveform_pieces
-from mapreuse_lab.training._decoding import greedy
-from mapreuse_lab.training._errors import in_short
 from mapreuse_lab.training._features import FeatureConfig, features
-from mapreuse_lab.training._files import write_whole
+from mapreuse_lab.training._files import one_line, write_whole
 
 BASELINE = Path(__file__).parent / "baseline"
 
@@ -137,8 +135,9 @@ class Recogniser:
         return logits.float(), self.model._get_subsampling_output_length(mask.sum(1))
 
     def texts(self, logits: Float[Tensor, "batch frames outputs"], lengths: Int[Tensor, "batch"]) -> list[str]:
-        """Transcripts of a batch of logits, by greedy decoding (the best path)."""
-        return [self.decode(numbers) for numbers in greedy(logits, lengths)]
+        """Transcripts by best path decoding: the most likely output of each frame, repeats merged, blanks removed."""
+        paths = zip(logits.argmax(-1).cpu(), lengths.tolist(), strict=True)
+        return [self.decode(torch.unique_consecutive(path[:length]).tolist()) for path, length in paths]
 
     def transcribe(self, audio: str | Path | np.ndarray, *, sampling_rate: int | None = None) -> str:
         """The text of a wav or flac file of any sampling rate, or of a mono waveform at `sampling_rate` Hz.
@@ -210,7 +209,7 @@ class Recogniser:
             recogniser = cls(model, description["vocabulary"], FeatureConfig(**description["features"]))
             recogniser._compressed = compressed
         except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as damage:
-            raise ValueError(f"{directory} holds a damaged or foreign recogniser: {in_short(damage)}") from None
+            raise ValueError(f"{directory} holds a damaged or foreign recogniser: {one_line(damage)}") from None
         return recogniser
 
 

@@ -5,7 +5,6 @@ import ctypes
 import hashlib
 import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -91,29 +90,6 @@ def synthesise(
                 write_wav(path, samples, sampling_rate)
             cuts.append(cut_of(path, key, text, language))
     return CutSet.from_cuts(cuts)
-
-
-def pronounce(texts: Sequence[str], language: str) -> list[list[list[str]]]:
-    """For every text, its words as lists of phones (International Phonetic Alphabet, stress left out).
-
-    Words that are spoken as one ("of the") come as one. Raises `ValueError` for a language without voices.
-    """
-    if language not in _ACCENTS:
-        raise ValueError(f"no pronunciation for language {language!r}; choose one of {', '.join(_ACCENTS)}")
-    said = []
-    with _engine() as (library, *_):
-        library.espeak_SetVoiceByName(_ACCENTS[language][0].encode())
-        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
-        library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int]
-        for text in texts:
-            rest, clauses = ctypes.c_char_p(text.encode()), []
-            while rest.value:
-                clauses.append(
-                    library.espeak_TextToPhonemes(ctypes.byref(rest), _UTF8, _IPA | ord("_") << 8).decode()
-                )
-            words = [re.sub("[ˈˌ]|\\(.*?\\)", "", word).split("_") for word in " ".join(clauses).split()]
-            said.append([phones for word in words if (phones := [phone for phone in word if phone])])
-    return said
 
 
 def cut_of(path: Path, key: str, text: str, language: str) -> MonoCut:

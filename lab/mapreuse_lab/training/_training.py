@@ -21,12 +21,11 @@ from mapreuse.conversion import DAMAGED, checkpoints, learning_rate, load_moment
 from mapreuse.models import plan_of
 from mapreuse_lab.training._batches import Item, RoundPlan, read_batch
 from mapreuse_lab.training._corpora import Corpus
-from mapreuse_lab.training._errors import in_short
 from mapreuse_lab.training._evaluation import ErrorRates, evaluate
-from mapreuse_lab.training._prompts import cache_dir
+from mapreuse_lab.training._files import cache_dir, one_line
 from mapreuse_lab.training._recogniser import Recogniser
+from mapreuse_lab.training._sentences import generate_sentences
 from mapreuse_lab.training._synthesis import synthesise
-from mapreuse_lab.training._texts import generate_texts
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class _Run:
         language, held_out = self.corpus.language, self.corpus.held_out
         if not count:
             return []
-        return generate_texts(count, language, seed=seed, transcripts=self.transcripts, exclude=held_out)
+        return generate_sentences(count, language, seed=seed, transcripts=self.transcripts, exclude=held_out)
 
     def _made(self) -> list[Cut]:
         """New texts spoken by synthetic voices."""
@@ -339,7 +338,7 @@ class _Run:
             lines = log.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.state.step]
         except (LookupError, TypeError, ValueError) as damage:
-            raise ValueError(f"{log}: not a log of train ({in_short(damage)}); delete it") from None
+            raise ValueError(f"{log}: not a log of train ({one_line(damage)}); delete it") from None
         if kept != lines:
             partial = log.with_suffix(".partial")
             partial.write_text("".join(kept))
@@ -360,7 +359,7 @@ class _Run:
                 load_moments(self.optimizer, checkpoint / "optimizer.safetensors")
                 self.recogniser.model.load_state_dict(weights)
         except DAMAGED as damage:
-            raise ValueError(f"{checkpoint}: not a checkpoint of train ({in_short(damage)}); delete it") from None
+            raise ValueError(f"{checkpoint}: not a checkpoint of train ({one_line(damage)}); delete it") from None
         if identity != self.identity:
             raise ValueError(
                 f"{self.out_dir} holds a run with other settings, or from other weights; choose another directory or "

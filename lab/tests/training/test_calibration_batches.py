@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from mapreuse_lab.training import calibration_batches, features
+from mapreuse_lab.training import features, speech_batches
 
 
 def test_the_dev_utterances_of_a_corpus_come_by_length_as_the_recogniser_hears_them(prompts, baseline):
-    batches = calibration_batches(baseline, "prompts:en", batch_size=4, max_batches=3)
+    batches = speech_batches(baseline, "prompts:en", batch_size=4, max_batches=3)
     utterances = [cut.load_audio()[0] for cut in list(prompts.dev)[:12]]
     shortest, longest = min(utterances, key=len), max(utterances, key=len)
 
@@ -28,7 +28,7 @@ def test_recordings_of_a_folder_are_resampled_and_long_ones_count_as_several(tin
     soundfile.write(tmp_path / "short.wav", noise[:16000], 16000)
     soundfile.write(tmp_path / "inside" / "slow.wav", noise[:8000], 8000)
     soundfile.write(tmp_path / "inside" / "both.WAV", noise[:16000].reshape(-1, 2), 8000)
-    batches = calibration_batches(tiny, tmp_path)
+    batches = speech_batches(tiny, tmp_path)
     lengths = [round(int(n) / 100) for batch in batches for n in batch["attention_mask"].sum(1)]
 
     assert lengths == [1, 1, 1, 10, 36, 40]
@@ -47,7 +47,7 @@ def test_recordings_of_a_folder_are_resampled_and_long_ones_count_as_several(tin
 )
 def test_a_source_that_is_off_is_refused_on_one_line(tiny, tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as refused:
-        calibration_batches(tiny, make(tmp_path))
+        speech_batches(tiny, make(tmp_path))
 
     assert "\n" not in str(refused.value)
 

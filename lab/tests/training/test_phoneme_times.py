@@ -8,8 +8,8 @@ import pytest
 import soundfile
 import torch
 from mapreuse_lab.study._phoneme_attention import phoneme_attention
-from mapreuse_lab.training import LANGUAGES, generate_texts, phoneme_batches, speak_with_phonemes, synthesise
-from mapreuse_lab.training._forced_alignment import PAUSE
+from mapreuse_lab.training import LANGUAGES, generate_sentences, phoneme_batches, speak_with_phonemes, synthesise
+from mapreuse_lab.training._phonemes import PAUSE
 
 from mapreuse.models import MapRecorder
 
@@ -26,7 +26,7 @@ def loudness(spoken, phone, rate=RATE):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_phonemes_follow_one_another_from_the_first_sample_to_the_last(language):
-    for spoken in speak_with_phonemes(generate_texts(5, language, seed=2), language, seed=0):
+    for spoken in speak_with_phonemes(generate_sentences(5, language, seed=2), language, seed=0):
         phones = spoken.phonemes
         assert phones[0].start == 0
         assert phones[-1].stop == len(spoken.samples) / RATE
@@ -38,7 +38,7 @@ def test_phonemes_follow_one_another_from_the_first_sample_to_the_last(language)
 
 
 def test_the_waveform_is_the_one_that_is_synthesised(tmp_path):
-    texts = generate_texts(4, "en", seed=6)
+    texts = generate_sentences(4, "en", seed=6)
     cuts = synthesise(texts, "en", tmp_path, seed=3)
     for cut, spoken in zip(cuts, speak_with_phonemes(texts, "en", seed=3), strict=True):
         soundfile.write(tmp_path / "again.wav", spoken.samples, RATE, subtype="PCM_16")
@@ -96,7 +96,7 @@ def test_the_times_do_not_depend_on_the_sampling_rate(monkeypatch):
 
 def test_every_frame_of_the_encoder_hears_the_phoneme_at_its_centre(baseline):
     batches, labels, phonemes = phoneme_batches(baseline, "en", sentences=11, seed=5, batch_size=4)
-    texts = generate_texts(11, "en", seed=5)
+    texts = generate_sentences(11, "en", seed=5)
     spoken = sorted(speak_with_phonemes(texts, "en", seed=5), key=lambda one: len(one.samples))
     recordings = map(MapRecorder(baseline.model), batches)
 

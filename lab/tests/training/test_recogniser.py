@@ -10,6 +10,7 @@ import torch
 from mapreuse_lab.techniques import parse
 from mapreuse_lab.training import BASELINE, Recogniser, evaluate
 from mapreuse_lab.training._features import resample
+from safetensors.torch import save_file
 
 from mapreuse import ReusePlan, apply
 
@@ -65,17 +66,11 @@ def _foreign_vocabulary(directory):
     (directory / "recogniser.json").write_text(json.dumps(description | {"vocabulary": ["a"]}))
 
 
-def _damage_language_model(directory):
-    (directory / "language_model.safetensors").write_bytes(b"no")
-
-
 def _empty(directory):
     shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize(
-    "damage", [_damage_weights, _damage_description, _foreign_vocabulary, _damage_language_model, _empty]
-)
+@pytest.mark.parametrize("damage", [_damage_weights, _damage_description, _foreign_vocabulary, _empty])
 def test_a_damaged_or_foreign_directory_is_one_clear_error(tiny, tmp_path, damage):
     tiny.save(tmp_path / "model")
     damage(tmp_path / "model")
@@ -93,8 +88,6 @@ def test_a_damaged_or_foreign_directory_is_one_clear_error(tiny, tmp_path, damag
         ("features", {"hop": 0}, "hop must be a positive finite number: got 0"),
         ("features", {"window": -1}, "window must be a positive finite number: got -1"),
         ("features", {"num_mel_bins": 40}, "the model reads 32 mel bins, the features have 40"),
-        ("fusion", {"weight": "x"}, "weight must be a positive finite number: got 'x'"),
-        ("fusion", {"bonus": float("nan")}, "bonus must be a finite number: got nan"),
     ],
 )
 def test_a_damaged_description_is_one_clear_error(tiny, tmp_path, part, value, reason):
@@ -181,12 +174,11 @@ def test_any_rate_and_any_number_of_channels_give_much_the_same_text(baseline, w
     assert jiwer.cer(baseline.transcribe(wav), baseline.transcribe(path)) < 0.1
 
 
-@pytest.mark.parametrize("decoder", ["greedy", "beam", "beam+lm"])
-def test_a_file_and_its_waveform_give_the_same_text(baseline, wav, decoder):
+def test_a_file_and_its_waveform_give_the_same_text(baseline, wav):
     samples, rate = soundfile.read(wav, dtype="int16")
-    text = baseline.transcribe(wav, decoder=decoder)
+    text = baseline.transcribe(wav)
     assert len(text) > 5
-    assert baseline.transcribe(samples, sampling_rate=rate, decoder=decoder) == text
+    assert baseline.transcribe(samples, sampling_rate=rate) == text
 
 
 def test_long_audio_is_recognised_in_pieces_much_as_its_utterances_are(baseline, prompts, tmp_path):
@@ -242,6 +234,19 @@ def test_a_waveform_that_is_not_one_is_refused(baseline, samples, reason):
         baseline.transcribe(samples)
 
 
-def test_a_recogniser_without_a_language_model_says_so(tiny, rng):
-    with pytest.raises(ValueError, match="has no language model"):
-        tiny.transcribe(rng.standard_normal(8000).astype(np.float32), decoder="beam+lm")
+def test_decoding_merges_repeats_and_removes_blanks(tiny):
+    """Output 0 is the blank; a blank between two equal characters keeps both."""
+    path = [0, *tiny.encode("aab"), 0, *tiny.encode("bb"), 0, *tiny.encode("c")]
+    logits = torch.nn.functional.one_hot(torch.tensor([path]), 29).float()
+    assert tiny.texts(logits, torch.tensor([len(path)])) == ["abbc"]
+    assert tiny.texts(logits, torch.tensor([4])) == ["ab"]
+
+
+def test_a_recogniser_saved_by_version_0_1_0_with_a_language_model_still_loads(tiny, tmp_path, rng):
+    tiny.save(tmp_path)
+    description = json.loads((tmp_path / "recogniser.json").read_text())
+    description["fusion"] = {"weight": 1.1, "bonus": 1.0}
+    (tmp_path / "recogniser.json").write_text(json.dumps(description))
+    save_file({"counts": torch.arange(3)}, tmp_path / "language_model.safetensors")
+    audio = [rng.standard_normal(4000).astype(np.float32)]
+    assert torch.equal(Recogniser.load(tmp_path).logits(audio)[0], tiny.logits(audio)[0])

@@ -1,18 +1,10 @@
-import inspect
-import re
-import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapreuse_lab.training import LANGUAGES, evaluate, generate_texts, normalise, synthesise
-from mapreuse_lab.training._documentation import documentation
-from mapreuse_lab.training._errors import CorpusError
-from mapreuse_lab.training._flite import speak_with_flite
-from mapreuse_lab.training._texts import further_texts
+from mapreuse_lab.training import LANGUAGES, evaluate, generate_sentences, normalise, synthesise
 from wordfreq import top_n_list
 
 
@@ -20,28 +12,30 @@ from wordfreq import top_n_list
 @given(seed=st.integers(0, 1000))
 def test_generated_sentences_never_contain_a_held_out_transcript(prompts, seed):
     transcripts = sorted({cut.supervisions[0].text for cut in prompts.train})
-    made = generate_texts(200, "en", seed=seed, transcripts=transcripts, exclude=prompts.held_out)
+    made = generate_sentences(200, "en", seed=seed, transcripts=transcripts, exclude=prompts.held_out)
     assert len(set(made)) == 200
     assert not [text for text in made for held_out in prompts.held_out if f" {held_out} " in f" {text} "]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_sentences_are_normalised_and_the_same_for_the_same_seed(language):
-    made = generate_texts(100, language, seed=3)
-    assert made == generate_texts(100, language, seed=3)
-    assert made != generate_texts(100, language, seed=4)
+    made = generate_sentences(100, language, seed=3)
+    assert made == generate_sentences(100, language, seed=3)
+    assert made != generate_sentences(100, language, seed=4)
     assert all(normalise(text, language) == text for text in made)
 
 
 def test_asking_for_more_sentences_than_can_be_made_says_so():
-    words = {word for text in generate_texts(800, "ru", seed=0) for word in text.split()} | {*top_n_list("ru", 5000)}
+    words = {word for text in generate_sentences(800, "ru", seed=0) for word in text.split()} | {
+        *top_n_list("ru", 5000)
+    }
     with pytest.raises(ValueError, match=r"only \d+ different sentences could be made in 'ru', 50 wanted"):
-        generate_texts(50, "ru", seed=0, exclude=words)
+        generate_sentences(50, "ru", seed=0, exclude=words)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_language_is_spoken_at_eight_kilohertz(language, tmp_path):
-    (cut,) = synthesise(generate_texts(1, language, seed=1), language, tmp_path, seed=0)
+    (cut,) = synthesise(generate_sentences(1, language, seed=1), language, tmp_path, seed=0)
     samples = cut.load_audio()[0]
     assert cut.sampling_rate == 8000
     assert 0.2 < cut.duration < 20
@@ -50,7 +44,7 @@ def test_every_language_is_spoken_at_eight_kilohertz(language, tmp_path):
 
 def test_synthesis_resumes_where_it_stopped_and_repeats_itself(tmp_path):
     """Bit for bit, in another second too: the library seeds the noise of breathy voices with the time of day."""
-    texts = generate_texts(20, "en", seed=0)
+    texts = generate_sentences(20, "en", seed=0)
     synthesise(texts[:3], "en", tmp_path / "a", seed=0)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.wav")}
     resumed = synthesise(texts, "en", tmp_path / "a", seed=0)
@@ -77,61 +71,3 @@ def test_the_shipped_recogniser_understands_synthetic_speech_it_never_heard(base
 def test_a_language_without_voices_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no synthetic voices for language 'de'"):
         synthesise(["guten tag"], "de", tmp_path, seed=0)
-
-
-def test_the_documentation_is_that_of_the_installed_packages():
-    sentences = documentation()
-    first = inspect.getdoc(shutil.move).split(".")[0]
-
-    assert first == "Recursively move a file or directory to another location"
-    assert first.lower() in sentences
-    assert sentences == sorted(set(sentences))
-    assert all(re.fullmatch(r"[a-z'-]+( [a-z'-]*){3,}", sentence) for sentence in sentences)
-    assert len(sentences) > 30_000
-
-
-def test_the_language_model_never_reads_a_held_out_transcript():
-    said = further_texts("en")
-    banned = ["return code", said[0]]
-    left = further_texts("en", exclude=banned)
-
-    assert any(" return code " in f" {text} " for text in said)
-    assert left == [text for text in said if not any(f" {held_out} " in f" {text} " for held_out in banned)]
-    assert further_texts("fr") == []
-
-
-FLITE_TEXTS = ["press three to hear the next message one", "your call cannot be answered at the moment nine"]
-
-
-@pytest.fixture(scope="module")
-def flite(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("flite")
-    texts = [f"{text} {word}" for text in FLITE_TEXTS for word in ("now", "again", "please", "today")]
-    return directory, texts, speak_with_flite(texts, directory, seed=0)
-
-
-def test_flite_says_what_it_is_asked_to(baseline, flite):
-    _, texts, cuts = flite
-
-    assert [cut.supervisions[0].text for cut in cuts] == texts
-    assert {cut.sampling_rate for cut in cuts} == {8000}
-    assert evaluate(baseline, cuts).cer < 0.4
-
-
-def test_flite_speaks_only_what_is_missing_and_the_same_again(flite):
-    directory, texts, cuts = flite
-    files = [Path(cut.recording.sources[0].source) for cut in cuts]
-    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
-    files[0].unlink()
-    speak_with_flite(texts, directory, seed=0)
-    after = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
-
-    assert [samples for samples, _ in after] == [samples for samples, _ in before]
-    assert [a[1] == b[1] for a, b in zip(after, before, strict=True)] == [False] + [True] * (len(files) - 1)
-
-
-def test_without_flite_or_apt_one_line_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda program: None)
-    with pytest.raises(CorpusError, match="speech by flite needs Debian's packages flite and libflite1"):
-        speak_with_flite(["hello world"], tmp_path, seed=0)

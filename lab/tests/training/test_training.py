@@ -176,12 +176,6 @@ def divergence(original: Recogniser, converted: Recogniser, corpus) -> float:
     return float(torch.nn.functional.kl_div(found, target, log_target=True, reduction="batchmean"))
 
 
-def test_a_run_gives_the_recogniser_a_language_model_where_asked(make_tiny, few, tmp_path):
-    recogniser = make_tiny()
-    train(recogniser, few, replace(SHORT, steps=2, language_model=True), tmp_path)
-    assert Recogniser.load(tmp_path / "best").language_model.counts == recogniser.language_model.counts
-
-
 def test_every_recorded_utterance_is_in_every_round_and_shares_follow_the_plan(prompts):
     config = TrainConfig(steps=1, real_share=(0.5, 1.0), batch_seconds=30)
     real, synthetic = list(prompts.train)[:100], list(prompts.train)[100:]
@@ -278,7 +272,7 @@ def test_impossible_settings_are_refused(settings, reason):
 
 
 def test_settings_come_back_from_json():
-    config = TrainConfig.baseline()
+    config = TrainConfig(steps=3, noise_decibels=(5.0, 20.0))
     assert TrainConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="no such training setting: momentum"):
         TrainConfig.from_json('{"steps": 1, "momentum": 0.9}')

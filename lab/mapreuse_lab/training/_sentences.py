@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wordfreq import top_n_list, word_frequency
 
-from mapreuse_lab.training._text import alphabet, normalise, spell_number
+from mapreuse_lab.training._normalise import alphabet, normalise, spell_number
 
 _MOST_FREQUENT = 5000
 
@@ -21,7 +21,7 @@ Source = Callable[[random.Random], str]
 _TEMPLATES = json.loads((Path(__file__).parent / "templates.json").read_text(encoding="utf-8"))
 
 
-def generate_texts(
+def generate_sentences(
     count: int, language: str, *, seed: int, transcripts: Sequence[str] = (), exclude: Iterable[str] = ()
 ) -> list[str]:
     """`count` different normalised sentences to synthesise, the same for the same arguments and the same wordfreq.
