@@ -11,7 +11,6 @@ import torch
 from lhotse import CutSet, Recording
 from mapreuse_lab.training import Recogniser, TrainConfig, evaluate, train
 from mapreuse_lab.training._batches import RoundPlan, read_batch
-from mapreuse_lab.training._training import _Run, _State
 from safetensors.torch import load_file
 
 from mapreuse import ReusePlan, apply
@@ -36,20 +35,19 @@ class _Stop(Exception):
     pass
 
 
-def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_bit_for_bit_where_an_unbroken_one_does(make_tiny, few, tmp_path):
     train(make_tiny(), few, SHORT, tmp_path / "whole")
-    step, done = _Run._step, []
+    recogniser, passes = make_tiny(), []
 
-    def until_the_fourth(self, items):
-        if len(done) == 3:
-            raise _Stop
-        done.append(items)
-        return step(self, items)
+    def stop_at_the_fourth_step(model, args):
+        if model.training:
+            passes.append(1)
+            if len(passes) == 4:
+                raise _Stop
 
-    monkeypatch.setattr(_Run, "_step", until_the_fourth)
+    recogniser.model.register_forward_pre_hook(stop_at_the_fourth_step)
     with pytest.raises(_Stop):
-        train(make_tiny(), few, SHORT, tmp_path / "broken")
-    monkeypatch.undo()
+        train(recogniser, few, SHORT, tmp_path / "broken")
     train(make_tiny(), few, SHORT, tmp_path / "broken")
     for file in ("checkpoint-6/model.safetensors", "checkpoint-6/optimizer.safetensors"):
         whole, broken = (load_file(tmp_path / run / file) for run in ("whole", "broken"))
@@ -75,7 +73,7 @@ def test_a_run_from_another_recogniser_in_the_same_directory_is_refused(change, 
         apply(other.model, ReusePlan.grouped(other.model.config.encoder_config.num_hidden_layers, 2))
     if change == "hop":
         other.feature_config = replace(other.feature_config, hop=0.02)
-    with pytest.raises(ValueError, match="from other weights"):
+    with pytest.raises(ValueError, match="holds a run with other settings, batches or weights"):
         train(other, few, SHORT, tmp_path / "run")
 
 
@@ -91,7 +89,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(make_tiny, few, tmp_path):
     state = (checkpoint / "state.json").read_bytes()
     weights = (checkpoint / "model.safetensors").read_bytes()
     damages = {
-        "state.json": [b"{}", b"[]", b"\xff", state[: len(state) // 2], state.replace(b'"step": 6', b'"step": "x"')],
+        "state.json": [b"{}", b"[]", b"\xff", state[: len(state) // 2]],
         "model.safetensors": [weights[: len(weights) // 2], b""],
         "optimizer.safetensors": [b"junk", weights],
     }
@@ -99,16 +97,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(make_tiny, few, tmp_path):
         whole = (checkpoint / file).read_bytes()
         for content in contents:
             (checkpoint / file).write_bytes(content)
-            with pytest.raises(
-                ValueError, match=r"checkpoint-6: not a checkpoint of train \(.+\); delete it"
-            ) as refused:
+            with pytest.raises(ValueError, match=r"checkpoint-6: not a checkpoint .+; delete it") as refused:
                 train(make_tiny(), few, SHORT, tmp_path)
             assert "\n" not in str(refused.value)
         (checkpoint / file).write_bytes(whole)
-    for junk in ("{junk}\n", "{}\n", '[{"step": 1}\n', '{"step": {}}\n'):
-        (tmp_path / "log.jsonl").write_text(junk)
-        with pytest.raises(ValueError, match=r"log.jsonl: not a log of train \(.+\); delete it"):
-            train(make_tiny(), few, SHORT, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_weights(make_tiny, few, tmp_path):
@@ -129,11 +121,6 @@ def test_a_recording_that_is_not_finite_is_named_before_it_spoils_the_weights(ma
         train(make_tiny(), corpus, SHORT, tmp_path / "run")
     with pytest.raises(ValueError, match="spoilt: holds samples that are not finite"):
         evaluate(make_tiny(), corpus.train)
-
-
-def test_a_run_without_dev_speech_claims_no_error_rate():
-    assert _State(step=3).description == "Step 3"
-    assert _State(step=3, best_wer=0.25).description == "Step 3, best dev WER 25.0%"
 
 
 def test_a_recogniser_learns_what_a_few_recordings_say(make_tiny, few, tmp_path):
@@ -272,7 +259,7 @@ def test_impossible_settings_are_refused(settings, reason):
 
 
 def test_settings_come_back_from_json():
-    config = TrainConfig(steps=3, noise_decibels=(5.0, 20.0))
+    config = TrainConfig(seconds=9.0, speeds=(0.9, 1.1), hop=0.02)
     assert TrainConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="no such training setting: momentum"):
         TrainConfig.from_json('{"steps": 1, "momentum": 0.9}')

@@ -1,7 +1,6 @@
 """How does a trained model become one that reuses maps, and stays good?"""
 
 from mapreuse.conversion._align import align, align_by, group_by, output_errors
-from mapreuse.conversion._checkpoints import DAMAGED, checkpoints, load_moments, save_moments
 from mapreuse.conversion._convert import convert
 from mapreuse.conversion._distill import Distillation, DistillConfig, distill
 from mapreuse.conversion._evaluation import Judged
@@ -15,13 +14,12 @@ from mapreuse.conversion._pipeline import (
     written_whole,
 )
 from mapreuse.conversion._refit import LayerFit, refit
-from mapreuse.conversion._schedule import learning_rate, spent
 from mapreuse.conversion._search import Candidate, Candidates, relative_latencies, search
 from mapreuse.conversion._search_heuristic import Ranking
 from mapreuse.conversion._states import hidden_state_error
+from mapreuse.conversion._training_loop import LoopConfig, TrainingLoop, TrainingState, checkpoints
 
 __all__ = [
-    "DAMAGED",
     "Candidate",
     "Candidates",
     "Converted",
@@ -29,7 +27,10 @@ __all__ = [
     "Distillation",
     "Judged",
     "LayerFit",
+    "LoopConfig",
     "Ranking",
+    "TrainingLoop",
+    "TrainingState",
     "align",
     "align_by",
     "check_new",
@@ -41,14 +42,10 @@ __all__ = [
     "distill",
     "group_by",
     "hidden_state_error",
-    "learning_rate",
-    "load_moments",
     "output_errors",
     "parse_budget",
     "refit",
     "relative_latencies",
-    "save_moments",
     "search",
-    "spent",
     "written_whole",
 ]

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoTokenizer
 
 from mapreuse.conversion._align import align
-from mapreuse.conversion._checkpoints import DAMAGED
 from mapreuse.conversion._distill import DistillConfig, distill
 from mapreuse.conversion._refit import refit
 from mapreuse.conversion._search import FEWEST, calibrating_and_judging, relative_latencies, search
@@ -193,7 +193,7 @@ def _refitted(
             converted, exact = map(float, latencies)
             latencies = converted, exact
         return model, plan, dict(described["errors"]), latencies
-    except DAMAGED:
+    except (OSError, LookupError, ValueError, RuntimeError, SafetensorError):
         return None
 
 

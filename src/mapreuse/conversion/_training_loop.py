@@ -1,0 +1,363 @@
+"""The training loop: a budget, a schedule, evaluation, checkpoints and resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mapreuse.conversion._validation import digest
+from mapreuse.console import progress_bar
+
+_FORMAT = 2
+"""Version of the checkpoints: 1 is that of mapreuse 0.1.0."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """When a training run ends, and how it learns until then.
+
+    The learning rate rises linearly over the first `warmup` fraction of the budget, then falls to zero along a cosine
+    (Loshchilov and Hutter, "SGDR", ICLR 2017).
+
+    Attributes:
+        steps, seconds: the budget; give exactly one of the two.
+        learning_rate: peak learning rate.
+        warmup: fraction of the budget, from 0 to less than 1.
+        weight_decay: of AdamW.
+        clip: maximum norm of the gradient.
+        evaluate_every: steps between two evaluations.
+        patience: evaluations in a row without improvement after which training ends.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    learning_rate: float = 3e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    evaluate_every: int = 50
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(
+                f"give the budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
+            )
+        if not 0 < (self.steps or self.seconds or 0) < math.inf:
+            raise ValueError(f"the budget must be positive, finite: got steps={self.steps}, seconds={self.seconds}")
+        if not (0 <= self.warmup < 1 and min(self.learning_rate, self.clip) > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                "learning_rate and clip must be positive, weight_decay at least 0, warmup from 0 to less than 1: got "
+                f"{self.learning_rate}, {self.clip}, {self.weight_decay} and {self.warmup}"
+            )
+        if self.evaluate_every < 1 or self.patience < 1:
+            raise ValueError(
+                f"evaluate_every and patience must be at least 1, got {self.evaluate_every} and {self.patience}"
+            )
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """The fraction of the budget used after `step` steps and `elapsed` seconds."""
+        if self.steps is not None:
+            return step / self.steps
+        assert self.seconds is not None
+        return elapsed / self.seconds
+
+    def learning_rate_at(self, step: int, elapsed: float) -> float:
+        """The learning rate of the step that follows `step` steps and `elapsed` seconds."""
+        progress = self.progress(step, elapsed)
+        if self.steps is not None:
+            progress += 0.5 / self.steps  # the middle of the step, so that no step has rate zero
+        if progress < self.warmup:
+            return self.learning_rate * progress / self.warmup
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+
+@dataclass
+class TrainingState:
+    """The position of a training run between two steps; a checkpoint stores it with weights and optimizer moments.
+
+    Attributes:
+        step: number of steps taken.
+        elapsed: seconds of training, over all sessions.
+        epoch: number of the current epoch.
+        position: batches read in this epoch, by all processes together.
+        epoch_progress: fraction of the budget used when the epoch began.
+        history: one entry per evaluation: `step`, `elapsed`, the mean training `loss` since the last one, and metrics.
+        best_step: step of the best evaluation.
+        finished: whether the budget or the patience is used up.
+        choices: what the caller decided at the start of the run and keeps when it resumes.
+    """
+
+    step: int = 0
+    elapsed: float = 0.0
+    epoch: int = 0
+    position: int = 0
+    epoch_progress: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    finished: bool = False
+    choices: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainingLoop:
+    """Trains a model in place with AdamW, keeps the best weights, and resumes from its checkpoints.
+
+    Runs on each process of `accelerate launch`, or on a single one; gradients are averaged over processes. A run with
+    a budget in steps that was interrupted and resumed gives the same bits as one that was not. When training ends, for
+    whatever reason, the model has the best weights so far.
+
+    Args:
+        model: trained where `requires_grad` is set; moved to the accelerator's device.
+        config: budget and hyper-parameters.
+        batches: `batches(epoch, progress)` gives the batches of an epoch, `progress` being the fraction of the budget
+            used when it begins. Each process must get the same batches; each trains on its share.
+        loss: `loss(batch, step)` gives the loss of one batch as a scalar tensor.
+        evaluate: gives metrics by name. Lower is better, and the first metric counts before the second. Called on
+            every process; the main process's metrics count. None: the latest weights are the best.
+        evaluate_first: also evaluate before the first step, so that the initial weights may be the best ones.
+        out_dir: directory of checkpoints. None: nothing is written.
+        identity: what must be equal for a run to be resumed, as JSON; weights are compared in any case.
+        on_evaluation: called on the main process after each evaluation, with the state and whether it is the best.
+        name: of the caller, for messages.
+
+    Attributes:
+        accelerator: of `accelerate`, which knows device and processes.
+        state: the position of the run.
+        best: the best weights so far, a state dictionary; empty before the first evaluation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoopConfig,
+        *,
+        batches: Callable[[int, float], Iterable[Any]],
+        loss: Callable[[Any, int], Tensor],
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        evaluate_first: bool = False,
+        out_dir: str | Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        on_evaluation: Callable[[TrainingState, bool], None] = lambda state, improved: None,
+        name: str = "training",
+    ) -> None:
+        self.accelerator = Accelerator()
+        self.model, self.config, self.state = model.to(self.accelerator.device), config, TrainingState()
+        self.best: dict[str, Tensor] = {}
+        self._batches, self._loss, self._evaluate, self._evaluate_first = batches, loss, evaluate, evaluate_first
+        self._on_evaluation, self._name = on_evaluation, name
+        self._out_dir = None if out_dir is None else Path(out_dir)
+        self._identity = {"config": asdict(config), **(identity or {})}
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._optimizer = self.accelerator.prepare(optimizer)
+        if self._out_dir is not None:
+            try:
+                self._out_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{out_dir}: cannot make this directory of checkpoints ({error.strerror})") from None
+            self._start = digest([model.state_dict()])
+            self._resume()
+
+    def run(self) -> TrainingState:
+        """Train until the budget or the patience is used up; returns at once if the run has ended before.
+
+        Raises `ValueError` if a loss or a metric is not finite, or there are no batches.
+        """
+        self._optimizer.zero_grad()  # gradients of the caller
+        try:
+            with torch.enable_grad():
+                self._train()
+        finally:
+            self._optimizer.zero_grad()
+            if self.best:
+                self.model.load_state_dict(self.best)
+        return self.state
+
+    def _train(self) -> None:
+        state, config = self.state, self.config
+        if self._evaluate_first and not state.history:
+            self._evaluate_now({})
+        started = time.monotonic() - state.elapsed
+        losses: list[float] = []
+        batches = self._share()
+        with progress_bar("training", disable=not self.accelerator.is_main_process) as progress:
+            while not state.finished:
+                losses.append(self._step(next(batches)))
+                state.step += 1
+                state.elapsed = self._agreed(time.monotonic() - started)
+                ended = config.progress(state.step, state.elapsed) >= 1
+                if ended or state.step % config.evaluate_every == 0:
+                    self._evaluate_now({"loss": sum(losses) / len(losses)})
+                    losses.clear()
+                    stale = sum(entry["step"] > state.best_step for entry in state.history)
+                    state.finished = ended or stale >= config.patience
+                    self._checkpoint()
+                progress(self._description(), min(config.progress(state.step, state.elapsed), 1.0), 1.0)
+
+    def _share(self) -> Iterator[Any]:
+        """This process's batches, epoch after epoch, from the position of the state."""
+        state, world = self.state, self.accelerator.num_processes
+        turn = 0
+        while True:
+            found = False
+            for index, batch in enumerate(self._batches(state.epoch, state.epoch_progress)):
+                found = True
+                if index < state.position:
+                    continue
+                state.position += 1
+                if turn % world == self.accelerator.process_index:
+                    mine = batch
+                turn += 1
+                if turn % world == 0:
+                    yield mine
+            if not found:
+                raise ValueError(f"{self._name} has no batches to learn from")
+            progress = min(self.config.progress(state.step, state.elapsed), 1.0)
+            state.epoch, state.position, state.epoch_progress = state.epoch + 1, 0, progress
+
+    def _step(self, batch: Any) -> float:
+        state = self.state
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(state.step, state.elapsed)
+        loss = self._loss(batch, state.step)
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"{self._name}: the loss is not finite at step {state.step}; lower the learning rate, or check the "
+                "model and its batches"
+            )
+        self.accelerator.backward(loss)
+        self._average_gradients()
+        self.accelerator.clip_grad_norm_(self._parameters, self.config.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+    def _average_gradients(self) -> None:
+        """The mean over processes, without those parameters that the loss does not depend on, such as a pooler's."""
+        if self.accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            averaged = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            parts = averaged.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def _evaluate_now(self, entry: dict[str, float]) -> None:
+        state = self.state
+        if self.accelerator.num_processes > 1:  # running statistics, such as those of batch normalisation, differ
+            for buffer in self.model.buffers():
+                buffer.copy_(broadcast(buffer))
+        metrics = self._agreed(dict(self._evaluate())) if self._evaluate is not None else {}
+        if not all(map(math.isfinite, metrics.values())):
+            raise ValueError(f"{self._name}: a metric is not finite at step {state.step}: {metrics}")
+        best = next((one for one in state.history if one["step"] == state.best_step), None)
+        improved = not metrics or best is None or tuple(metrics.values()) < tuple(best[name] for name in metrics)
+        state.history.append({"step": state.step, "elapsed": state.elapsed, **entry, **metrics})
+        if improved:
+            state.best_step = state.step
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        if self.accelerator.is_main_process:
+            self._on_evaluation(state, improved)
+
+    def _description(self) -> str:
+        best = next((entry for entry in self.state.history if entry["step"] == self.state.best_step), {})
+        metrics = [f"{name} {value:.4f}" for name, value in best.items() if name not in ("step", "elapsed", "loss")]
+        return f"step {self.state.step}" + (f", best {', '.join(metrics)}" if metrics else "")
+
+    def _agreed(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.accelerator.num_processes > 1:
+            (value,) = broadcast_object_list([value])
+        return value
+
+    def _checkpoint(self) -> None:
+        if self._out_dir is None:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            partial, complete = self._out_dir / "checkpoint.partial", self._out_dir / f"checkpoint-{self.state.step}"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            _save_moments(self._optimizer, partial / "optimizer.safetensors")
+            save_model(self.model, str(partial / "model.safetensors"))
+            current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.model.load_state_dict(self.best)
+            save_model(self.model, str(partial / "best.safetensors"))
+            self.model.load_state_dict(current)
+            described = {"format": _FORMAT, "run": self._identity, "weights": [self._start, digest([self.best])]}
+            (partial / "state.json").write_text(json.dumps(described | {"state": asdict(self.state)}))
+            partial.rename(complete)
+            for older in checkpoints(self._out_dir)[:-1]:
+                shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        assert self._out_dir is not None
+        if not (found := checkpoints(self._out_dir)):
+            return
+        folder = found[-1]
+        try:
+            saved = json.loads((folder / "state.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: not a checkpoint ({_one_line(error)}); delete it") from None
+        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+            raise ValueError(f"{folder}: not a checkpoint of this version of mapreuse; delete it to start anew")
+        if saved["run"] != json.loads(json.dumps(self._identity)) or self._start not in saved["weights"]:
+            raise ValueError(
+                f"{self._out_dir} holds a run with other settings, batches or weights; choose another directory or "
+                "delete it"
+            )
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        try:
+            _load_moments(self._optimizer, folder / "optimizer.safetensors")
+            load_model(self.model, str(folder / "best.safetensors"))
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            load_model(self.model, str(folder / "model.safetensors"))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            self.model.load_state_dict(before)
+            raise ValueError(f"{folder}: not a checkpoint ({_one_line(error)}); delete it") from None
+        self.state, self._start = TrainingState(**saved["state"]), saved["weights"][0]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints `checkpoint-<step>` in a folder, ordered by step."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+def _save_moments(optimizer: Optimizer, file: Path) -> None:
+    state = optimizer.state_dict()["state"]
+    moments = {f"{number}.{name}": value.contiguous() for number, one in state.items() for name, value in one.items()}
+    save_file(moments, file)
+
+
+def _load_moments(optimizer: Optimizer, file: Path) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(file).items():
+        number, name = key.split(".")
+        moments.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
