@@ -20,8 +20,8 @@ from mapreuse_lab.training._corpora import Corpus
 from mapreuse_lab.training._evaluation import ErrorRates, evaluate
 from mapreuse_lab.training._files import cache_dir
 from mapreuse_lab.training._recogniser import Recogniser
-from mapreuse_lab.training._synthesis import synthesise
 from mapreuse_lab.training._sentences import generate_sentences
+from mapreuse_lab.training._synthesis import synthesise
 
 
 @dataclass(frozen=True)
