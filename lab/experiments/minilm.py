@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mapreuse.conversion._schedule import learning_rate
 from mapreuse_lab.training._documentation import docstrings
 from mapreuse_lab.training._prompts import cache_dir, fetch_packages
 from torch import Tensor, nn
@@ -35,7 +36,6 @@ from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
 from mapreuse.conversion import Judged, Ranking, hidden_state_error, refit, relative_latencies
-from mapreuse.conversion._schedule import learning_rate
 from mapreuse.measure import machine
 from mapreuse.models import tune
 

@@ -169,9 +169,7 @@ class _Task:
             exclude=corpus.held_out,
         )
         rate = self._recogniser.feature_config.sampling_rate
-        return [
-            *synthesise(texts, corpus.language, cache_dir() / "synthetic", seed=config.seed, sampling_rate=rate)
-        ]
+        return [*synthesise(texts, corpus.language, cache_dir() / "synthetic", seed=config.seed, sampling_rate=rate)]
 
     def batches(self, epoch: int, progress: float) -> list[list[Item]]:
         return self._plan.batches(epoch, progress, self._accelerator.num_processes)
@@ -209,7 +207,10 @@ class _Task:
         if improved:
             self._recogniser.save(self._out_dir / "best")
         lines = [
-            {name: value if name == "step" else round(value, 1 if name == "elapsed" else 4) for name, value in one.items()}
+            {
+                name: value if name == "step" else round(value, 1 if name == "elapsed" else 4)
+                for name, value in one.items()
+            }
             for one in state.history
         ]
         partial = self._out_dir / "log.partial"

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapreuse.conversion._validation import digest
 from mapreuse.console import progress_bar
+from mapreuse.conversion._validation import digest
 
 _FORMAT = 2
 """Version of the checkpoints: 1 is that of mapreuse 0.1.0."""
