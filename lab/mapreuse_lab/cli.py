@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markdown import Markdown
 
-from mapreuse.console import check_writable_directory, console, run_command
+from mapreuse.console import check_writable_directory, console, progress_bar, run_command, show_tables
+
+if TYPE_CHECKING:
+    from mapreuse_lab.training import Recogniser
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_CORPORA = "prompts:en (or fr, es, it, ru), synthetic:en, librispeech:DIRECTORY, kaldi:DIRECTORY or cuts:FILE"
 
-CorpusName = Annotated[str, typer.Option(help="prompts:en, synthetic:fr, librispeech:DIR, cuts:FILE or kaldi:DIR")]
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The study behind mapreuse: train speech recognisers, convert them to share attention maps, and compare "
+    "attention map reuse with other techniques.",
+)
+
+CorpusName = Annotated[str, typer.Option(help=f"speech corpus: {_CORPORA}")]
+Recordings = Annotated[str, typer.Option("--corpus", help=f"folder of wav or flac files, or a corpus: {_CORPORA}")]
 Model = Annotated[Path | None, typer.Option("--model", help="directory of a recogniser; the shipped one if left out")]
+ModelOption = Annotated[str, typer.Option("--model", help="directory of a recogniser, or baseline (the shipped one)")]
+ModelName = Annotated[str, typer.Argument(help="directory of a recogniser, or baseline (the shipped one)")]
+MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of 8 utterances")]
 
 
 def main() -> None:
     """Entry point of the `mapreuse-lab` command."""
-    run_command(app, "mapreuse-lab", resumable=("study", "train"))
+    run_command(app, "mapreuse-lab", resumable=("study", "train", "convert"))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mapreuse-lab {importlib.metadata.version('mapreuse-lab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -73,8 +105,8 @@ def study(
 
 
 @app.command()
-def corpus(name: Annotated[str, typer.Argument(help="as for --corpus")]) -> None:
-    """Fetch or make a corpus and say what is in it."""
+def corpus(name: Annotated[str, typer.Argument(help=f"speech corpus: {_CORPORA}")]) -> None:
+    """Download or generate a speech corpus, and print the size of its parts and its licence."""
     from mapreuse_lab.training import open_corpus
 
     opened = open_corpus(name)
@@ -88,32 +120,29 @@ def corpus(name: Annotated[str, typer.Argument(help="as for --corpus")]) -> None
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="directory of checkpoints, log and the best recogniser")],
+    out: Annotated[Path, typer.Option(help="directory of the checkpoints, the log and the best recogniser")],
     corpus: CorpusName = "prompts:en",
-    model: Annotated[Path | None, typer.Option(help="directory of a recogniser to start from")] = None,
-    plan: Annotated[str | None, typer.Option(help="reuse plan, such as 2x4 or 1x4,4x1")] = None,
-    steps: Annotated[int | None, typer.Option(help="budget in steps")] = None,
-    seconds: Annotated[float | None, typer.Option(help="budget in seconds")] = None,
+    model: Annotated[str | None, typer.Option(help="fine-tune this recogniser; default: train from scratch")] = None,
+    plan: Annotated[str | None, typer.Option(help="reuse plan of the encoder, such as 2x4 or 1x4,4x1")] = None,
+    steps: Annotated[int | None, typer.Option(help="stop after this many steps")] = None,
+    seconds: Annotated[float | None, typer.Option(help="stop after this many seconds")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
-    seed: Annotated[int, typer.Option(help="of weights, batches and augmentation")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed of weights, batches and augmentation")] = 0,
 ) -> None:
-    """Train a recogniser, from scratch or from another; the same command again goes on where it stopped."""
+    """Train a recogniser from scratch, or fine-tune one. Run the same command again to continue after a stop."""
     from mapreuse import ReusePlan, apply
     from mapreuse_lab.training import Recogniser, TrainConfig, alphabet, open_corpus
     from mapreuse_lab.training import train as run
 
     if (steps is None) == (seconds is None):
-        raise ValueError("give the budget as --steps or as --seconds: exactly one of the two")
+        raise ValueError("give either --steps or --seconds")
     reuse = None if plan is None else ReusePlan.parse(plan)
-    config = TrainConfig(steps=steps, seconds=seconds)
-    config = dataclasses.replace(
-        config,
-        seed=seed,
-        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
-    )
-    loaded = Recogniser.load(model) if model else None
+    config = TrainConfig(steps=steps, seconds=seconds, seed=seed)
+    if learning_rate is not None:
+        config = dataclasses.replace(config, learning_rate=learning_rate)
+    loaded = None if model is None else _load(model)
     opened = open_corpus(corpus)
-    recogniser = loaded or Recogniser.create(alphabet(opened.language), seed=config.seed)
+    recogniser = loaded or Recogniser.create(alphabet(opened.language), seed=seed)
     if reuse is not None:
         apply(recogniser.model, reuse)
     scores = run(recogniser, opened, config, out)
@@ -123,34 +152,97 @@ def train(
 @app.command()
 def evaluate(
     corpus: CorpusName = "prompts:en",
-    model: Model = None,
-    split: Annotated[str, typer.Option(help="test, dev, or all utterances, of a test set")] = "test",
+    model: ModelOption = "baseline",
+    split: Annotated[str, typer.Option(help="part of the corpus: test, dev or all")] = "test",
 ) -> None:
-    """Error rates of a recogniser on a corpus, with bootstrap intervals."""
-    from mapreuse_lab.training import BASELINE, Recogniser, open_corpus
+    """Print a recogniser's word and character error rates on a corpus, with 95 % confidence intervals."""
     from mapreuse_lab.training import evaluate as run
+    from mapreuse_lab.training import open_corpus
 
     if split not in ("test", "dev", "all"):
         raise ValueError(f"--split must be test, dev or all, got {split!r}")
-    recogniser = Recogniser.load(model or BASELINE)
+    recogniser = _load(model)
     opened = open_corpus(corpus)
     cuts = [*opened.train, *opened.dev, *opened.test] if split == "all" else getattr(opened, split)
     if not len(cuts):
-        raise ValueError(f"{corpus}: its {split} split is empty; give --split all")
+        raise ValueError(f"{corpus}: the {split} split is empty; use --split all")
     console.print(f"{split} {run(recogniser, cuts)}")
 
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="wav or flac files")],
-    model: Model = None,
+    files: Annotated[list[Path], typer.Argument(help="wav or flac files")], model: ModelOption = "baseline"
 ) -> None:
-    """Write down what is said in wav or flac files, one line for each."""
-    from mapreuse_lab.training import BASELINE, Recogniser
-
-    recogniser = Recogniser.load(model or BASELINE)
+    """Print the transcript of each audio file on one line."""
+    recogniser = _load(model)
     for file in files:
         print(f"{file}: {recogniser.transcribe(file)}" if len(files) > 1 else recogniser.transcribe(file))
+
+
+@app.command()
+def analyze(
+    model: ModelName,
+    corpus: Recordings,
+    out: Annotated[Path, typer.Option(help="directory of the page, the tables and the heat maps")],
+    max_batches: MaxBatches = 64,
+    epsilon: Annotated[float, typer.Option(help="attention weight that the concentration may leave out")] = 0.02,
+) -> None:
+    """Measure a recogniser's attention maps: similarity, entropy, diagonality and concentration."""
+    from mapreuse import measure
+    from mapreuse_lab.training import speech_batches
+
+    recogniser = _load(model)
+    batches = speech_batches(recogniser, corpus, max_batches=max_batches)
+    check_writable_directory("--out", out)
+    with progress_bar("Analyzing") as progress:
+        found = measure.analyze(recogniser.model, batches, epsilon=epsilon, progress=progress)
+    command = shlex.join(["mapreuse-lab", *sys.argv[1:]])
+    measure.write_analysis(found, out, model=model, calibration=corpus, command=command)
+    show_tables(measure.analysis_tables(found))
+    console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
+
+
+@app.command()
+def convert(
+    model: ModelName,
+    corpus: Recordings,
+    out: Annotated[Path, typer.Option(help="a new directory for the converted recogniser")],
+    budget: Annotated[str | None, typer.Option(help="latency<=0.7 (relative to the original) or error<=0.02")] = None,
+    plan: Annotated[str | None, typer.Option(help="reuse plan instead of a budget, such as 2x4 or 1x4,4x1")] = None,
+    distill_seconds: Annotated[float | None, typer.Option(help="distil from the original for this long")] = None,
+    max_batches: MaxBatches = 64,
+) -> None:
+    """Convert a recogniser to share attention maps. Run the same command again to continue after a stop."""
+    from mapreuse import ReusePlan
+    from mapreuse.conversion import check_new, check_work, convert_whole, parse_budget, written_whole
+    from mapreuse_lab.training import speech_batches
+
+    check_new(out)
+    work = out.resolve().with_name(f"{out.name}.work")
+    check_work(work)
+    limits = None if budget is None else parse_budget(budget)
+    reuse = None if plan is None else ReusePlan.parse(plan)
+    recogniser = _load(model)
+    min_utterances = 8 if distill_seconds is None else 11
+    batches = speech_batches(
+        recogniser, corpus, split="train", max_batches=max_batches, min_batches=16, min_utterances=min_utterances
+    )
+    recogniser.model, report = convert_whole(
+        recogniser.model, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, work_dir=work
+    )
+    with written_whole(out.resolve(), work) as written:
+        recogniser.save(written)
+    console.print(str(report.plan), markup=False, highlight=False)
+    for step, error in report.errors.items():
+        console.print(f"error, {step}: {error:.4f}", highlight=False)
+    console.print(f"latency: {report.latency:.2f}× of the original's", highlight=False)
+    console.print(f"Evaluate it: mapreuse-lab evaluate --model {out}", markup=False, highlight=False)
+
+
+def _load(model: str) -> Recogniser:
+    from mapreuse_lab.training import BASELINE, Recogniser
+
+    return Recogniser.load(BASELINE if model == "baseline" else model)
 
 
 if __name__ == "__main__":

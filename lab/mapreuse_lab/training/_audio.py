@@ -1,31 +1,39 @@
-"""Audio as the recogniser hears it: files and waveforms, checked, at one sampling rate, long ones in pieces."""
+"""Reads audio from files, waveforms and lhotse cuts, at one sampling rate; long audio is cut into pieces."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from jaxtyping import Float
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from mapreuse_lab.training._features import resample
 from mapreuse_lab.training._files import one_line, write_whole
 
-# Longer audio is recognised in pieces: what one piece decides, and what it hears on either side, in seconds. Both are
-# whole numbers of the recogniser's frames (40 or 32 ms).
-PIECE, CONTEXT, LONGEST_WHOLE = 32.0, 4.0, 60.0
-_SHORTEST = 0.05
+MAX_WHOLE_SECONDS = 60.0
+"""Longer audio is recognised in pieces."""
 
-Piece = tuple[np.ndarray, float, bool]
+# Whole numbers of the recogniser's frames, which are 40 or 32 ms long.
+PIECE_SECONDS, CONTEXT_SECONDS = 32.0, 4.0
+
+_MIN_SECONDS = 0.05
+
+Piece = tuple[Float[np.ndarray, "samples"], float, bool]
+"""Samples, seconds of context before the piece, and whether more pieces follow."""
 
 
 def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
-    """Pieces of an audio file at `rate` Hz, mono: (samples, seconds of context before, whether more follow).
+    """Pieces of an audio file at `rate` Hz, mono.
 
-    Reads no more of the file at a time than one piece. Raises `ValueError` with one line for what is not audio.
+    Channels are averaged. Only one piece is in memory at a time.
+
+    Raises:
+        ValueError: with one line, if the file is not readable audio, or is shorter than 0.05 s.
     """
     if Path(path).is_dir():
-        raise ValueError(f"{path}: a directory; a wav or flac file is wanted")
+        raise ValueError(f"{path}: expected a wav or flac file, got a directory")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -35,66 +43,67 @@ def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
             for start, end, before, more in _spans(file.frames, source):
                 file.seek(start)
                 samples = file.read(end - start, dtype="float32", always_2d=True).mean(1)
-                yield resample(check_waveform(samples, str(path)), source, rate), before, more
+                yield resample(_checked(samples, str(path)), source, rate), before, more
     except soundfile.LibsndfileError as problem:
         raise ValueError(f"{path}: not a readable wav or flac file ({problem.error_string.rstrip('.')})") from None
-    except (TypeError, RuntimeError) as problem:  # a raw file, of which nothing says what it holds; no end to seek
+    except (TypeError, RuntimeError) as problem:  # soundfile's errors for headerless and unseekable files
         raise ValueError(f"{path}: not a readable wav or flac file ({problem})") from None
 
 
-def waveform_of(cut: Cut, rate: int) -> np.ndarray:
+def waveform_pieces(samples: np.ndarray, source: int, rate: int, name: str = "the waveform") -> Iterator[Piece]:
+    """Pieces at `rate` Hz of a waveform at `source` Hz. Integers are taken as 16-bit samples."""
+    samples = _checked(samples, name)
+    _check_length(len(samples), source, name)
+    for start, end, before, more in _spans(len(samples), source):
+        yield resample(samples[start:end], source, rate), before, more
+
+
+def waveform_of(cut: Cut, rate: int) -> Float[np.ndarray, "samples"]:
     """The samples of a cut's first channel at `rate` Hz.
 
-    Raises `ValueError` with one line where they cannot be read, or are not finite.
+    Raises:
+        ValueError: with one line, if the recording cannot be read or contains values that are not finite.
     """
     try:
         samples = cut.load_audio()
     except (AudioLoadingError, AssertionError, OSError) as problem:
         raise ValueError(f"{cut.id}: its recording cannot be read ({one_line(problem)})") from None
-    return resample(check_waveform(samples[0], cut.id), cut.sampling_rate, rate)
+    return resample(_checked(samples[0], cut.id), cut.sampling_rate, rate)
 
 
-def waveform_pieces(samples: np.ndarray, source: int, rate: int, what: str = "the waveform") -> Iterator[Piece]:
-    """The same of a waveform at `source` Hz; integers are taken as 16-bit samples."""
-    samples = check_waveform(samples, what)
-    _check_length(len(samples), source, what)
-    for start, end, before, more in _spans(len(samples), source):
-        yield resample(samples[start:end], source, rate), before, more
+def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
+    """Write a 16-bit wav file atomically."""
+    write_whole(path, lambda file: soundfile.write(file, samples, rate, subtype="PCM_16", format="WAV"))
 
 
-def check_waveform(samples: np.ndarray, what: str) -> np.ndarray:
-    """The waveform in float32; raises `ValueError` if it is not one-dimensional and finite."""
+def _checked(samples: np.ndarray, name: str) -> np.ndarray:
+    """The waveform in float32. Raises `ValueError` if it is not one-dimensional and finite."""
     samples = np.asarray(samples)
     if samples.ndim != 1:
-        raise ValueError(f"{what}: one channel is wanted, as an array of shape (samples,); got shape {samples.shape}")
+        raise ValueError(f"{name}: expected one channel of shape (samples,), got shape {samples.shape}")
     if np.issubdtype(samples.dtype, np.integer):
         samples = samples / np.float32(32768)
     samples = samples.astype(np.float32, copy=False)
     if not np.isfinite(samples).all():
-        raise ValueError(f"{what}: holds samples that are not finite numbers")
+        raise ValueError(f"{name}: contains samples that are not finite")
     return samples
 
 
-def _check_length(num_samples: int, rate: int, what: str) -> None:
-    if num_samples < _SHORTEST * rate:
-        raise ValueError(f"{what}: lasts {num_samples / rate:.3f} s; at least {_SHORTEST} s are wanted")
+def _check_length(num_samples: int, rate: int, name: str) -> None:
+    if num_samples < _MIN_SECONDS * rate:
+        raise ValueError(f"{name}: {num_samples / rate:.3f} s long, at least {_MIN_SECONDS} s are needed")
 
 
 def _spans(num_samples: int, rate: int) -> Iterator[tuple[int, int, float, bool]]:
     """(first sample, last sample + 1, seconds of context before, whether more follow) of every piece."""
-    if num_samples <= LONGEST_WHOLE * rate:
+    if num_samples <= MAX_WHOLE_SECONDS * rate:
         yield 0, num_samples, 0.0, False
         return
     number, more = 0, True
     while more:
-        before = CONTEXT if number else 0.0
-        start = round((number * PIECE - before) * rate)
-        end = round(((number + 1) * PIECE + CONTEXT) * rate)
+        before = CONTEXT_SECONDS if number else 0.0
+        start = round((number * PIECE_SECONDS - before) * rate)
+        end = round(((number + 1) * PIECE_SECONDS + CONTEXT_SECONDS) * rate)
         more = end < num_samples
         yield start, min(end, num_samples), before, more
         number += 1
-
-
-def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
-    """A wav file of 16 bits, whole or not at all."""
-    write_whole(path, lambda file: soundfile.write(file, samples, rate, subtype="PCM_16", format="WAV"))

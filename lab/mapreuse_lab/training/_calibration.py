@@ -1,3 +1,5 @@
+"""Calibration batches for a recogniser."""
+
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -6,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from mapreuse.data import batches_by_length, check_enough, sound_files
-from mapreuse_lab.training._audio import LONGEST_WHOLE, file_pieces, waveform_of, waveform_pieces
+from mapreuse_lab.training._audio import MAX_WHOLE_SECONDS, file_pieces, waveform_of, waveform_pieces
 from mapreuse_lab.training._corpora import open_corpus
 from mapreuse_lab.training._features import features
 from mapreuse_lab.training._recogniser import Recogniser
@@ -19,28 +21,35 @@ def speech_batches(
     split: str = "dev",
     batch_size: int = 8,
     max_batches: int | None = None,
-    fewest_batches: int = 1,
-    fewest: int = 4,
+    min_batches: int = 1,
+    min_utterances: int = 4,
 ) -> list[dict[str, Tensor]]:
-    """Batches for the recogniser's model, sorted by length, at most 60 s of padded audio in each.
+    """Batches of speech for the recogniser's model, sorted by length.
 
-    `source` is a folder of wav or flac files, searched in depth, or the name of a corpus (see `open_corpus`), of
-    which `split` is read. No more than the first `max_batches · batch_size` utterances are; one above 60 s counts as
-    several (see `Recogniser.transcribe`). Batches are smaller where there would be fewer than `fewest_batches`.
+    Recordings longer than 60 s are cut into pieces, as `Recogniser.transcribe` does.
 
-    Raises `ValueError` with one line for a missing or empty source, fewer than `fewest` utterances, or what is not
-    audio.
+    Args:
+        recogniser: the recogniser; its features are used.
+        source: a folder of wav or flac files, searched recursively, or the name of a corpus (see `open_corpus`).
+        split: part of the corpus to read: train, dev or test.
+        batch_size: maximum number of utterances in a batch. A batch has at most 60 s of padded audio.
+        max_batches: read at most `max_batches · batch_size` utterances.
+        min_batches: reduce the batch size to get at least this many batches.
+        min_utterances: number of utterances that the caller needs.
+
+    Raises:
+        ValueError: if the source is missing, contains no audio, or contains fewer than `min_utterances` utterances.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     rate = recogniser.feature_config.sampling_rate
-    most = None if max_batches is None else max_batches * batch_size
-    audio = list(islice(_utterances(str(source), split, rate), most))
-    check_enough(audio, source, "utterances", fewest)
-    batch_size = min(batch_size, max(1, len(audio) // fewest_batches))
+    max_utterances = None if max_batches is None else max_batches * batch_size
+    audio = list(islice(_utterances(str(source), split, rate), max_utterances))
+    check_enough(audio, source, "utterances", min_utterances)
+    batch_size = min(batch_size, max(1, len(audio) // min_batches))
     lengths = [len(samples) for samples in audio]
     batches = []
-    for indices in batches_by_length(lengths, batch_size, round(LONGEST_WHOLE * rate)):
+    for indices in batches_by_length(lengths, batch_size, round(MAX_WHOLE_SECONDS * rate)):
         batch, mask = features([audio[index] for index in indices], recogniser.feature_config)
         batches.append({"input_features": batch, "attention_mask": mask})
     return batches
@@ -52,7 +61,7 @@ def _utterances(source: str, split: str, rate: int) -> Iterator[np.ndarray]:
             yield from (samples for samples, _, _ in file_pieces(file, rate))
         return
     if ":" not in source:
-        raise ValueError(f"{source}: no such folder of wav or flac files, nor a corpus such as prompts:en")
+        raise ValueError(f"{source}: expected a folder of wav or flac files, or a corpus such as prompts:en")
     for cut in getattr(open_corpus(source), split):
         pieces = waveform_pieces(waveform_of(cut, rate), rate, rate, cut.id)
         yield from (samples for samples, _, _ in pieces)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mapreuse.data import batches_by_length
-from mapreuse_lab.training._audio import LONGEST_WHOLE
+from mapreuse_lab.training._audio import MAX_WHOLE_SECONDS
 from mapreuse_lab.training._features import features
 from mapreuse_lab.training._recogniser import Recogniser
 from mapreuse_lab.training._sentences import generate_sentences
@@ -85,7 +85,7 @@ def phoneme_batches(
     spoken = speak_with_phonemes(texts, language, seed=seed, sampling_rate=config.sampling_rate)
     lengths = [len(one.samples) for one in spoken]
     batches, heard = [], []
-    for indices in batches_by_length(lengths, batch_size, round(LONGEST_WHOLE * config.sampling_rate)):
+    for indices in batches_by_length(lengths, batch_size, round(MAX_WHOLE_SECONDS * config.sampling_rate)):
         batch, mask = features([spoken[index].samples for index in indices], config)
         batches.append({"input_features": batch, "attention_mask": mask})
         num_frames = recogniser.model._get_subsampling_output_length(mask.sum(1)).tolist()

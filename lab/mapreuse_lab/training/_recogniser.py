@@ -15,7 +15,7 @@ from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCT
 
 from mapreuse import models
 from mapreuse_lab.techniques import Full, Reuse, Technique, parse
-from mapreuse_lab.training._audio import PIECE, file_pieces, waveform_pieces
+from mapreuse_lab.training._audio import PIECE_SECONDS, file_pieces, waveform_pieces
 from mapreuse_lab.training._features import FeatureConfig, features
 from mapreuse_lab.training._files import one_line, write_whole
 
@@ -160,7 +160,7 @@ class Recogniser:
         for samples, before, more in pieces:
             logits, lengths = self.logits([samples])
             first = round(before / frame)
-            last = first + round(PIECE / frame) if more else int(lengths[0])
+            last = first + round(PIECE_SECONDS / frame) if more else int(lengths[0])
             joined.append(logits[0, first:last])
         whole = torch.cat(joined)
         return self.texts(whole[None], torch.tensor([len(whole)]))[0]

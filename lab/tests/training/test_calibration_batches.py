@@ -38,10 +38,10 @@ def test_recordings_of_a_folder_are_resampled_and_long_ones_count_as_several(tin
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda there: there / "nothing", "no such folder of wav or flac files, nor a corpus"),
+        (lambda there: there / "nothing", "expected a folder of wav or flac files, or a corpus"),
         (lambda there: there, "holds no wav or flac files"),
         (lambda there: "prompts:tlh", "no such language"),
-        (lambda there: tone(there, 0.01), "lasts 0.010 s"),
+        (lambda there: tone(there, 0.01), "0.010 s long"),
         (lambda there: tone(there, 1.0), "1 utterances, at least 4 are wanted"),
     ],
 )

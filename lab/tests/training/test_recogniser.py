@@ -200,7 +200,7 @@ def test_long_audio_is_recognised_in_pieces_much_as_its_utterances_are(baseline,
 
 def test_the_shortest_audio_is_heard_and_shorter_is_refused(baseline, rng):
     assert isinstance(baseline.transcribe(rng.standard_normal(400).astype(np.float32)), str)
-    with pytest.raises(ValueError, match=r"lasts 0.025 s; at least 0.05 s"):
+    with pytest.raises(ValueError, match=r"0.025 s long, at least 0.05 s"):
         baseline.transcribe(np.zeros(200, np.float32))
 
 
@@ -215,9 +215,9 @@ def test_what_is_not_audio_is_refused_in_one_line(baseline, tmp_path):
     bad = {
         tmp_path / "text.wav": "not a readable wav or flac",
         tmp_path / "empty.wav": "not a readable wav or flac",
-        tmp_path / "nothing.wav": "lasts 0.000 s",
+        tmp_path / "nothing.wav": "0.000 s long",
         tmp_path / "missing.wav": "no such file",
-        tmp_path: "a directory; a wav or flac file is wanted",
+        tmp_path: "got a directory",
     }
     for path, reason in bad.items():
         with pytest.raises(ValueError, match=reason) as caught:

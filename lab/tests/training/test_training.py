@@ -117,9 +117,9 @@ def test_a_recording_that_is_not_finite_is_named_before_it_spoils_the_weights(ma
     damaged.recording = Recording.from_file(tmp_path / "nan.wav")
     damaged.supervisions = cut.supervisions
     corpus = replace(few, train=CutSet.from_cuts([damaged]))
-    with pytest.raises(ValueError, match="spoilt: holds samples that are not finite"):
+    with pytest.raises(ValueError, match="spoilt: contains samples that are not finite"):
         train(make_tiny(), corpus, SHORT, tmp_path / "run")
-    with pytest.raises(ValueError, match="spoilt: holds samples that are not finite"):
+    with pytest.raises(ValueError, match="spoilt: contains samples that are not finite"):
         evaluate(make_tiny(), corpus.train)
 
 
