@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mapreuse import ReusePlan, apply
+from mapreuse import ReusePlan
 from mapreuse.models import find_stack
 
 
@@ -79,19 +79,6 @@ def disagreement(ours: Tensor, reference: Tensor, rows: Tensor) -> float:
     """max |ours − reference| / max |reference| over these rows."""
     ours, reference = ours[rows], reference[rows]
     return ((ours - reference).abs().max() / reference.abs().max()).item()
-
-
-def kinds_after_a_full_plan(model: nn.Module, batch: dict[str, Tensor]) -> set[str]:
-    """Names of the classes of modules after `apply` of a full plan, which has changed neither weights nor outputs."""
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with torch.inference_mode():
-        original = model(**batch)
-        rows = valid_rows(model, batch, original)
-        apply(model, ReusePlan.full(len(find_stack(model).layers)))
-        found = model(**batch).last_hidden_state
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert disagreement(found, original.last_hidden_state, rows) < 1e-5
-    return {type(module).__name__ for module in model.modules()}
 
 
 def output_of_layer(model: nn.Module, index: int, batch: dict[str, Tensor]) -> Tensor:

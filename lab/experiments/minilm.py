@@ -37,7 +37,6 @@ from transformers import AutoModel, AutoTokenizer
 import mapreuse as mr
 from mapreuse.conversion import Judged, Ranking, hidden_state_error, refit, relative_latencies
 from mapreuse.measure import machine
-from mapreuse.models import tune
 
 TARGET = Path(__file__).parent.parent / "lab/results/conversion/minilm.json"
 NUM_CALIBRATION, NUM_MORE, NUM_JUDGING, BATCH = 2048, 8192, 1024, 16
@@ -407,7 +406,6 @@ def _without_attention(original: nn.Module, layers: tuple[int, ...]) -> nn.Modul
     for layer in layers:
         model.encoder.layer[layer].attention.self = _Nothing()
         model.encoder.layer[layer].attention.output.dense = nn.Identity()
-    tune(model)
     return model
 
 
@@ -500,7 +498,6 @@ def _without_layers(original: nn.Module, layers: tuple[int, ...]) -> nn.Module:
     model = copy.deepcopy(original)
     model.encoder.layer = nn.ModuleList(l for i, l in enumerate(model.encoder.layer) if i not in layers)
     model.without = layers
-    tune(model)
     return model
 
 

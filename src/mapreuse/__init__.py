@@ -7,7 +7,7 @@ model = mr.apply(model, plan)
 """
 
 from mapreuse.conversion import DistillConfig, align, convert, distill, refit, search
-from mapreuse.models import Unsupported, apply, load, plan_of, save
+from mapreuse.models import Unsupported, apply, load, optimize, plan_of, save
 from mapreuse.plan import ReusePlan
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "convert",
     "distill",
     "load",
+    "optimize",
     "plan_of",
     "refit",
     "save",

@@ -16,7 +16,7 @@ from transformers import ParakeetEncoder
 
 from mapreuse.maps import SharedMaps
 from mapreuse.measure import SUBSAMPLING, Latency, peak_memory, time_interleaved
-from mapreuse.models import ARGUMENT, apply, find_stack, tune
+from mapreuse.models import ARGUMENT, apply, find_stack, optimize
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.study._runs import Recipe
 from mapreuse_lab.training import Corpus, FeatureConfig, features, waveform_of
@@ -38,7 +38,7 @@ def encoder_latency(
     original = copy.deepcopy(encoder).to(device)
     variants: dict[str, nn.Module] = {"transformers": original}
     for name, plan in plans.items():
-        variants[name] = apply(copy.deepcopy(encoder), plan).to(device)
+        variants[name] = optimize(apply(copy.deepcopy(encoder), plan)).to(device)
     features = features.to(device)
     contestants = {name: _call(model, features) for name, model in variants.items()}
     measured = time_interleaved(contestants, repeats=repeats, device=device, advance=advance)
@@ -59,7 +59,7 @@ def attention_latency(
     the reusing layer that applies it.
     """
     encoder = copy.deepcopy(encoder).to(device)
-    sharing = apply(copy.deepcopy(encoder), ReusePlan.grouped(encoder.config.num_hidden_layers, 2))
+    sharing = optimize(apply(copy.deepcopy(encoder), ReusePlan.grouped(encoder.config.num_hidden_layers, 2)))
     original = find_stack(encoder).layers[1].attention
     arguments = _inputs_of(original, encoder, features.to(device))
     layers = find_stack(sharing).layers
@@ -177,12 +177,11 @@ def technique_memory(recipe: dict[str, Any], technique: str, frames: int, device
 
 
 def _encoder(recipe: Recipe, technique: str) -> ParakeetEncoder:
-    """Under a technique, with convolutions and linear layers as `apply` has them, or as `transformers` makes it."""
+    """Under a technique, with `optimize`, or as `transformers` makes it."""
     if technique == REFERENCE:
         return recipe.create("en", None, 0).model.encoder.eval()
     encoder = recipe.create("en", technique, 0).model.encoder.eval()
-    tune(encoder)
-    return encoder
+    return optimize(encoder)
 
 
 def _training_step(encoder: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from mapreuse.conversion._refits import LayerFit, Refits
 from mapreuse.conversion._states import in_evaluation_mode
 from mapreuse.conversion._targets import Wanted, is_held_out
 from mapreuse.conversion._validation import check_original, check_precision
-from mapreuse.models import output_projection, plan_of
+from mapreuse.models import optimized, output_projection, plan_of
 
 logger = logging.getLogger("mapreuse")
 
@@ -76,7 +76,7 @@ def refit_layers(model: nn.Module, wanted: Wanted, refits: Refits | None = None)
     assert plan is not None
     passes = Passes(model, wanted.batches, plan, None if refits is None else wanted.passes)
     reports: list[LayerFit] = []
-    with in_evaluation_mode(model):
+    with in_evaluation_mode(model), optimized(model):
         for layer in filter(plan.reuses, range(plan.num_layers)):
             report = None if refits is None else refits.again(model, plan, layer)
             if report is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mapreuse.models import not_padding, recorded_states, with_projections
+from mapreuse.models import not_padding, optimized, recorded_states, with_projections
 
 
 def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Callable[[nn.Module], float]:
@@ -28,7 +28,7 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
     def last_states(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         found = []
         model = with_projections(model)
-        with in_evaluation_mode(model):
+        with in_evaluation_mode(model), optimized(model):
             for batch in batches:
                 with recorded_states(model) as (states, masks):
                     model(**batch)

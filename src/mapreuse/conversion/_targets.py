@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mapreuse.conversion._layer_cache import Passes
 from mapreuse.conversion._validation import calibration_batches
-from mapreuse.models import copy_with_same_weights, output_projection, tune, with_projections
+from mapreuse.models import copy_with_same_weights, optimize, output_projection, with_projections
 
 _HELD_OUT = 4
 """Every fourth batch chooses between the candidates instead of fitting them."""
@@ -37,8 +37,7 @@ class Wanted:
 
     def __init__(self, original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
         self.batches = calibration_batches(batches, _HELD_OUT, "refit")
-        model = copy_with_same_weights(with_projections(original)).eval()
-        tune(model)
+        model = optimize(copy_with_same_weights(with_projections(original))).eval()
         self.passes = Passes(model, self.batches)
         self.valid = [self.passes.valid(number) for number in range(len(self.batches))]
         fitting, judging = (

@@ -19,7 +19,7 @@ from mapreuse.measure._contestants import plan_of_notation, split_plans
 from mapreuse.measure._encoders import NUM_MEL_BINS, SUBSAMPLING, speech_like_features
 from mapreuse.measure._flops import PARTS, Work, encoder_work
 from mapreuse.measure._latency import Latency, time_interleaved
-from mapreuse.models import apply, plan_of
+from mapreuse.models import apply, optimize, plan_of
 from mapreuse.plan import ReusePlan
 
 CONTESTANTS = ("sdpa", "eager", "ours")
@@ -184,7 +184,7 @@ def encoders_to_compare(
             continue
         for notation in notations:
             plan = plan_of_notation(notation, num_layers)
-            compared[f"ours {notation}"] = apply(copy.deepcopy(encoder), plan)
+            compared[f"ours {notation}"] = optimize(apply(copy.deepcopy(encoder), plan))
     return compared
 
 

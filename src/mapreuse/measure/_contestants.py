@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mapreuse.measure._definition import DEFINITION, follow
 from mapreuse.measure._encoders import Encoder, EncoderSpec
 from mapreuse.measure._flex import use_flex_attention
-from mapreuse.models import apply, tune
+from mapreuse.models import apply, optimize
 from mapreuse.plan import ReusePlan
 
 PARTS = ("layers", "whole")
@@ -179,10 +179,8 @@ def _library(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder
     return spec.build(contestant.kind, spec.num_layers, longest)
 
 
-def _library_tuned(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
-    encoder = spec.build("sdpa", spec.num_layers, longest)
-    tune(encoder)
-    return encoder
+def _library_optimized(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
+    return optimize(spec.build("sdpa", spec.num_layers, longest))
 
 
 def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
@@ -196,14 +194,13 @@ def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
 def _ours(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
     encoder = spec.build("sdpa", spec.num_layers, longest)
     apply(encoder.layers, plan_of_notation(contestant.plan, spec.num_layers), storage=contestant.storage)
-    tune(encoder.front)
-    return encoder
+    return optimize(encoder)
 
 
 BUILDERS: dict[str, Callable[[Contestant, EncoderSpec, int], Encoder]] = {
     "eager": _library,
     "sdpa": _library,
-    "sdpa+optimize": _library_tuned,
+    "sdpa+optimize": _library_optimized,
     "flex": _flex,
     "ours": _ours,
 }

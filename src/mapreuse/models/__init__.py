@@ -6,12 +6,12 @@ from mapreuse.models._apply import applied_to, apply, plan_of, with_projections
 from mapreuse.models._checks import possible_sources
 from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._files import load, save, transformer_directory
-from mapreuse.models._optimize import tune
+from mapreuse.models._optimize import optimize, optimized
 from mapreuse.models._recording import MapRecorder, Recording, check_batch, not_padding, recorded_states
 from mapreuse.models._sharing import ARGUMENT, observing_inputs
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, find_stack
-from mapreuse.models._values import ValueProjection, value_projection
+from mapreuse.models._projections import ValueProjection, value_projection
 
 __all__ = [
     "ARGUMENT",
@@ -28,13 +28,14 @@ __all__ = [
     "load",
     "not_padding",
     "observing_inputs",
+    "optimize",
+    "optimized",
     "output_projection",
     "plan_of",
     "possible_sources",
     "recorded_states",
     "save",
     "transformer_directory",
-    "tune",
     "value_projection",
     "with_projections",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.models._linear import FastLinear
+from mapreuse.models._linear import is_plain_linear
 from mapreuse.models._reading import AttentionForm, read_attention
 from mapreuse.models._sharing import ReusingAttention, SharingAttention
 from mapreuse.models._source import Unsupported, fingerprint_of
@@ -107,4 +107,4 @@ def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Con
     if form.output or not feeds_output(layer):
         return None
     beside = layer.parent.get_submodule("output.dense")
-    return beside if type(beside) in (nn.Linear, FastLinear) else None
+    return beside if is_plain_linear(beside) else None

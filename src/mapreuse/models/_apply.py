@@ -16,7 +16,6 @@ from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
 from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._map_injection import inject_maps
-from mapreuse.models._optimize import tune
 from mapreuse.models._packed import unpacked
 from mapreuse.models._sharing import ARGUMENT, refuse_cache
 from mapreuse.models._source import Unsupported, parameter_names
@@ -45,7 +44,6 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
 
     A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
     maps are handed on and applied, by permuting the rows of their projections and the columns of the output's.
-    Convolutions and linear layers run in the layout, and by the library, in which they are fast (`tune`).
     `mapreuse.save` saves the model; its `save_pretrained` refuses to.
 
     Args:
@@ -83,7 +81,6 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         with unchanged_on_failure(model):
             for conversion in conversions:
                 convert(conversion)
-            tune(stack.module)
             refuse_save_pretrained(model)
             stack.module._map_reuse = applied  # type: ignore[assignment]
             if not by_keyword:

@@ -11,7 +11,7 @@ from mapreuse.models._adapters import Adapter, adapter_of, find_output_projectio
 from mapreuse.models._conversion import Conversion, Heads
 from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._layout import lay_out
-from mapreuse.models._linear import FastLinear
+from mapreuse.models._linear import is_plain_linear
 from mapreuse.models._packed import unpacked
 from mapreuse.models._reading import HEAD_DIM
 from mapreuse.models._source import Unsupported
@@ -87,7 +87,7 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
             stored = [] if parameter is None else [parameter]
         else:
             cls = type(module)
-            plain = cls in (nn.Linear, FastLinear, Conv1D) or (
+            plain = is_plain_linear(module) or (
                 attribute != form.value and cls.__module__.startswith(_PLAIN_MODULES)
             )
             if not plain or "forward" in vars(module):
@@ -95,7 +95,7 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
                     f"{name}: {attribute} is a {cls.__module__}.{cls.__name__}, not a plain projection; merge "
                     "adapters (merge_and_unload), load the model unquantised and on one device before reusing maps"
                 )
-            if cls in (nn.Linear, FastLinear, Conv1D) and module._parameters.get("weight") is None:
+            if is_plain_linear(module) and module._parameters.get("weight") is None:
                 raise Unsupported(f"{name}: the weight of {attribute} is not a parameter, but made from others")
             stored = list(module.parameters())
         for one in stored:
@@ -154,7 +154,7 @@ def _inseparable(attention: nn.Module, adapter: Adapter, heads: Heads) -> str | 
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         parameters = {a: attention._parameters[a] for a in attributes if a in attention._parameters}
-        linear = [attribute for attribute, module in modules.items() if type(module) in (nn.Linear, FastLinear)]
+        linear = [attribute for attribute, module in modules.items() if isinstance(module, nn.Linear) and is_plain_linear(module)]
         if len(linear) != 1:
             return "partial reuse needs one plain projection each of queries and keys"
         for attribute, module in modules.items():

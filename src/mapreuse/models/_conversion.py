@@ -11,7 +11,14 @@ from torch import nn
 
 from mapreuse.models._adapters import Adapter
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._projections import HeadSubsetLinear, head_rows, take_inputs, take_outputs
+from mapreuse.models._linear import (
+    HeadSubsetLinear,
+    OptimizedHeadSubsetLinear,
+    OptimizedLinear,
+    head_rows,
+    take_inputs,
+    take_outputs,
+)
 from mapreuse.models._sharing import SharingAttention, dispatch_here, sharing_class
 from mapreuse.models._stack import Layer
 
@@ -111,7 +118,9 @@ def _keep_heads(conversion: Conversion, own: Sequence[int]) -> None:
             if len(rows) == module.out_features:
                 take_outputs(module, rows)
             else:
-                setattr(attention, attribute, HeadSubsetLinear(module, rows))
+                optimized = isinstance(module, OptimizedLinear)
+                subset = OptimizedHeadSubsetLinear if optimized else HeadSubsetLinear
+                setattr(attention, attribute, subset(module, rows))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def copy_with_same_weights(model: Model) -> Model:
     """A copy whose parameters are the model's own, not copies of them.
 
-    Modules, hooks and buffers are the copy's, so that `apply` and `tune`, which put new parameters in the place of
+    Modules, hooks and buffers are the copy's, so that `apply` and `optimize`, which put new parameters in the place of
     those that they change, leave the model as it is; what changes parameters in place does not.
     """
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

@@ -1,32 +1,64 @@
-"""Linear layers by the faster of two libraries.
-
-PyTorch multiplies float32 matrices by MKL, which on some processors takes twice as long as oneDNN, the other library
-that comes with it.
-"""
+"""Linear layers: by the faster of two libraries, and with some of their rows or columns."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from mapreuse.maps import are_unobserved, is_clearly_faster
 
-_FEWEST_ROWS = 32
-"""Rows of input from which oneDNN is tried; setting it up takes as long as fewer of them."""
+_MIN_ROWS = 32
+"""Rows of input from which oneDNN is used. Its setup takes about as long as a product of 32 rows."""
 
 _SIZE = 512
-"""Of the square product by which the two are compared."""
+"""Width of the square matrices that the two libraries are compared with."""
 
 
-class FastLinear(nn.Linear):
-    """`torch.nn.Linear`: the same sums, by `linear`."""
+class OptimizedLinear(nn.Linear):
+    """`torch.nn.Linear`, computed by oneDNN when that is faster than PyTorch's default library."""
 
     def forward(self, input: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         return linear(input, self.weight, self.bias)
+
+
+class HeadSubsetLinear(nn.Linear):
+    """The rows of a projection that belong to some heads; the outputs of the other heads are zero.
+
+        y = [x Wᵀ + b, 0]
+
+    The output is as wide as that of the whole projection, so that the forward around it works unchanged.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: list[int]) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, len(rows)
+        self.padding = linear.out_features - len(rows)
+        self.weight = nn.Parameter(linear.weight.detach()[rows].clone(), linear.weight.requires_grad)
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone(), bias.requires_grad)
+        self.train(linear.training)
+
+    def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch whole"]:
+        return functional.pad(super().forward(input), (0, self.padding))
+
+
+class OptimizedHeadSubsetLinear(HeadSubsetLinear, OptimizedLinear):
+    """`HeadSubsetLinear`, computed by oneDNN when that is faster."""
+
+
+OPTIMIZED = {nn.Linear: OptimizedLinear, HeadSubsetLinear: OptimizedHeadSubsetLinear}
+"""The class that `optimize` gives to a linear layer, by the class it has."""
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """True for `torch.nn.Linear`, before or after `optimize`, and for GPT-2's `Conv1D`; False for subclasses."""
+    return type(module) in (nn.Linear, OptimizedLinear, Conv1D)
 
 
 def linear(
@@ -34,12 +66,12 @@ def linear(
     weight: Float[Tensor, "outputs inputs"],
     bias: Tensor | None,
 ) -> Float[Tensor, "*batch outputs"]:
-    """x Wᵀ + b, by oneDNN where its products are measured to be faster: on a CPU, in float32, of 32 rows and more,
-    where no gradient is needed and nothing follows the operators."""
+    """x Wᵀ + b, by oneDNN if a benchmark finds that faster: on a CPU, in float32, without gradients, for 32 rows or
+    more, and only while no compiler, tracer or dispatch mode follows the operators."""
     if (
         are_unobserved(input, weight, *([] if bias is None else [bias]))
         and input.dim() > 1
-        and input.numel() >= _FEWEST_ROWS * input.shape[-1] > 0
+        and input.numel() >= _MIN_ROWS * input.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
         and torch._C._get_mkldnn_enabled()
         and onednn_is_faster(torch.get_num_threads())
@@ -50,7 +82,7 @@ def linear(
 
 @cache
 def onednn_is_faster(threads: int) -> bool:
-    """Whether oneDNN multiplies float32 matrices in clearly less time, with so many threads; measured once."""
+    """Whether oneDNN multiplies float32 matrices clearly faster with this number of threads; measured once."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     with torch.inference_mode():
@@ -61,12 +93,27 @@ def onednn_is_faster(threads: int) -> bool:
         )
 
 
-def speed_up_linear_layers(model: nn.Module) -> None:
-    """Have the linear layers of a model run by `linear`, in place; weights and parameters' names stay the same.
+def head_rows(heads: Sequence[int], head_dim: int) -> list[int]:
+    """The rows of a projection that belong to `heads`, in that order."""
+    return [head * head_dim + row for head in heads for row in range(head_dim)]
 
-    What looks for `type(module) is nn.Linear` does not find them any more, such as
-    `torch.ao.quantization.quantize_dynamic`; what looks for instances, such as torchao's `quantize_`, does.
-    """
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FastLinear
+
+def take_outputs(projection: nn.Linear | Conv1D, rows: list[int]) -> None:
+    """Keep these outputs of a projection, in this order, in place."""
+    with torch.no_grad():
+        if isinstance(projection, Conv1D):
+            projection.weight = nn.Parameter(projection.weight[:, rows].clone(), projection.weight.requires_grad)
+            projection.nf = len(rows)
+        else:
+            projection.weight = nn.Parameter(projection.weight[rows].clone(), projection.weight.requires_grad)
+            projection.out_features = len(rows)
+        if projection.bias is not None:
+            projection.bias = nn.Parameter(projection.bias[rows].clone(), projection.bias.requires_grad)
+
+
+def take_inputs(projection: nn.Linear | Conv1D, columns: list[int]) -> None:
+    """Put the inputs of a projection in this order, in place."""
+    with torch.no_grad():
+        weight = projection.weight
+        reordered = weight[columns] if isinstance(projection, Conv1D) else weight[:, columns]
+        projection.weight = nn.Parameter(reordered.clone(), weight.requires_grad)

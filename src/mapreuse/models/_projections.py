@@ -1,8 +1,8 @@
-"""Parts of projections: the rows that some heads need, and the columns in their order."""
+"""The values of a layer, planned or not: the part of a projection that makes them, head by head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -10,52 +10,70 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.models._linear import linear
+from mapreuse.models._adapters import adapter_of
+from mapreuse.models._checks import heads_of
+from mapreuse.models._reading import HEAD_DIM
+from mapreuse.models._stack import Layer
 
 
-class HeadSubsetLinear(nn.Linear):
-    """A projection of some heads only; the others read zero.
+@dataclass(frozen=True)
+class ValueProjection:
+    """The last `num_heads · head_dim` outputs of a projection: the values of a layer.
 
-        y = [x Wᵀ + b, 0]
+        values[h] = x W[h]ᵀ + b[h]
 
-    The heads that are kept come first. The output has the width of the whole projection, so that the forward around
-    it works unchanged.
+    Attributes:
+        module: the projection; queries and keys may come before values among its outputs.
+        num_heads: heads of the values, fewer than those of the maps where heads share them.
+        head_dim: width of one head.
     """
 
-    def __init__(self, linear: nn.Linear, rows: list[int]) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, len(rows)
-        self.padding = linear.out_features - len(rows)
-        self.weight = nn.Parameter(linear.weight.detach()[rows].clone(), linear.weight.requires_grad)
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone(), bias.requires_grad)
-        self.train(linear.training)
+    module: nn.Linear | Conv1D
+    num_heads: int
+    head_dim: int
 
-    def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch whole"]:
-        return functional.pad(linear(input, self.weight, self.bias), (0, self.padding))
+    def __call__(
+        self, hidden_states: Float[Tensor, "batch positions width"]
+    ) -> Float[Tensor, "batch heads positions head_dim"]:
+        """Values of the inputs of an attention module."""
+        values = functional.linear(hidden_states, self._rows(), self._row_bias())
+        return values.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    @property
+    def weight(self) -> Float[Tensor, "heads head_dim width"]:
+        """W, detached."""
+        return self._rows().detach().unflatten(0, (self.num_heads, self.head_dim))
+
+    @property
+    def bias(self) -> Float[Tensor, "heads head_dim"] | None:
+        """b, detached, or None where there is none."""
+        bias = self._row_bias()
+        return None if bias is None else bias.detach().unflatten(0, (self.num_heads, self.head_dim))
+
+    @torch.no_grad()
+    def assign(self, weight: Float[Tensor, "heads head_dim width"]) -> None:
+        """Replaces W in place."""
+        self._rows().copy_(weight.flatten(0, 1))
+
+    def _rows(self) -> Float[Tensor, "outputs width"]:
+        weight = self.module.weight.mT if isinstance(self.module, Conv1D) else self.module.weight
+        return weight[-self.num_heads * self.head_dim :]
+
+    def _row_bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.bias[-self.num_heads * self.head_dim :]
 
 
-def head_rows(heads: Sequence[int], head_dim: int) -> list[int]:
-    """The rows of a projection that belong to `heads`, in that order."""
-    return [head * head_dim + row for head in heads for row in range(head_dim)]
-
-
-def take_outputs(projection: nn.Linear | Conv1D, rows: list[int]) -> None:
-    """Keep these outputs of a projection, in this order, in place."""
-    with torch.no_grad():
-        if isinstance(projection, Conv1D):
-            projection.weight = nn.Parameter(projection.weight[:, rows].clone(), projection.weight.requires_grad)
-            projection.nf = len(rows)
-        else:
-            projection.weight = nn.Parameter(projection.weight[rows].clone(), projection.weight.requires_grad)
-            projection.out_features = len(rows)
-        if projection.bias is not None:
-            projection.bias = nn.Parameter(projection.bias[rows].clone(), projection.bias.requires_grad)
-
-
-def take_inputs(projection: nn.Linear | Conv1D, columns: list[int]) -> None:
-    """Put the inputs of a projection in this order, in place."""
-    with torch.no_grad():
-        weight = projection.weight
-        reordered = weight[columns] if isinstance(projection, Conv1D) else weight[:, columns]
-        projection.weight = nn.Parameter(reordered.clone(), weight.requires_grad)
+def value_projection(layer: Layer) -> ValueProjection:
+    """The value projection of a layer. Raises `Unsupported` where its attention is not understood."""
+    attention = layer.attention
+    form = vars(attention).get("_form")
+    if form is None:
+        adapter = adapter_of(attention)
+        heads = heads_of(type(attention).__name__, attention, adapter)
+        return ValueProjection(
+            attention.get_submodule(adapter.form.value),
+            heads.num_value_heads,
+            heads.head_dim,
+        )
+    head_dim = next(getattr(attention, name) for name in HEAD_DIM if isinstance(getattr(attention, name, None), int))
+    return ValueProjection(attention.get_submodule(form.value), attention._num_value_heads, head_dim)  # type: ignore[arg-type]

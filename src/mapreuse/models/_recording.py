@@ -16,9 +16,10 @@ from mapreuse.maps import SharedMaps
 from mapreuse.models._apply import applied_to, apply
 from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._layout import LayerLayout
+from mapreuse.models._optimize import optimize
 from mapreuse.models._sharing import ARGUMENT
 from mapreuse.models._stack import Layer, find_stack
-from mapreuse.models._values import value_projection
+from mapreuse.models._projections import value_projection
 from mapreuse.plan import ReusePlan
 
 
@@ -49,7 +50,7 @@ class MapRecorder:
     """
 
     def __init__(self, model: nn.Module, *, under_plan: bool = False) -> None:
-        self._model = copy_with_same_weights(model).eval()
+        self._model = optimize(copy_with_same_weights(model)).eval()
         self.num_layers = len(find_stack(self._model).layers)
         if not (under_plan and applied_to(self._model)):
             apply(self._model, ReusePlan.full(self.num_layers))
