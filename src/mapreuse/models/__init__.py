@@ -7,11 +7,11 @@ from mapreuse.models._checks import possible_sources
 from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._optimize import optimize, optimized
+from mapreuse.models._projections import ValueProjection, value_projection
 from mapreuse.models._recording import MapRecorder, Recording, check_batch, not_padding, recorded_states
 from mapreuse.models._sharing import ARGUMENT, observing_inputs
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, find_stack
-from mapreuse.models._projections import ValueProjection, value_projection
 
 __all__ = [
     "ARGUMENT",

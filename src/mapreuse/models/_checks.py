@@ -87,9 +87,7 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
             stored = [] if parameter is None else [parameter]
         else:
             cls = type(module)
-            plain = is_plain_linear(module) or (
-                attribute != form.value and cls.__module__.startswith(_PLAIN_MODULES)
-            )
+            plain = is_plain_linear(module) or (attribute != form.value and cls.__module__.startswith(_PLAIN_MODULES))
             if not plain or "forward" in vars(module):
                 raise Unsupported(
                     f"{name}: {attribute} is a {cls.__module__}.{cls.__name__}, not a plain projection; merge "
@@ -154,7 +152,11 @@ def _inseparable(attention: nn.Module, adapter: Adapter, heads: Heads) -> str | 
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         parameters = {a: attention._parameters[a] for a in attributes if a in attention._parameters}
-        linear = [attribute for attribute, module in modules.items() if isinstance(module, nn.Linear) and is_plain_linear(module)]
+        linear = [
+            attribute
+            for attribute, module in modules.items()
+            if isinstance(module, nn.Linear) and is_plain_linear(module)
+        ]
         if len(linear) != 1:
             return "partial reuse needs one plain projection each of queries and keys"
         for attribute, module in modules.items():

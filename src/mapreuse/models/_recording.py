@@ -17,9 +17,9 @@ from mapreuse.models._apply import applied_to, apply
 from mapreuse.models._copying import copy_with_same_weights
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._optimize import optimize
+from mapreuse.models._projections import value_projection
 from mapreuse.models._sharing import ARGUMENT
 from mapreuse.models._stack import Layer, find_stack
-from mapreuse.models._projections import value_projection
 from mapreuse.plan import ReusePlan
 
 
