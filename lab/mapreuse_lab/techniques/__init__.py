@@ -1,12 +1,18 @@
-"""What else could compress this attention? The contestants of the comparison, reuse among them."""
+"""Ways to compress the self-attention of a Parakeet encoder; attention map reuse is one of them.
+
+Each file has formula, cost and paper on top, then the attention module, then the technique with its settings. `parse`
+makes a technique from its name, and `apply` changes a model:
+
+    parse("window-16").apply(model)
+
+`Technique` describes how to add one.
+"""
 
 from mapreuse_lab.techniques._cross_layer import CrossLayer
 from mapreuse_lab.techniques._fixed import Diagonal, Gaussian
-from mapreuse_lab.techniques._full import Full
 from mapreuse_lab.techniques._grouped import Grouped
 from mapreuse_lab.techniques._grouped_query import GroupedQuery
-from mapreuse_lab.techniques._heads import Heads
-from mapreuse_lab.techniques._layers import Layers
+from mapreuse_lab.techniques._heads import Heads, WideHeads
 from mapreuse_lab.techniques._linear import Linear
 from mapreuse_lab.techniques._linformer import Linformer
 from mapreuse_lab.techniques._nystrom import Nystrom
@@ -14,11 +20,11 @@ from mapreuse_lab.techniques._performer import Performer
 from mapreuse_lab.techniques._pooled import Pooled
 from mapreuse_lab.techniques._prob_sparse import ProbSparse
 from mapreuse_lab.techniques._query_key_dim import QueryKeyDim
-from mapreuse_lab.techniques._reuse import Reuse
-from mapreuse_lab.techniques._skipped import Skipped
+from mapreuse_lab.techniques._reuse import Full, Reuse
 from mapreuse_lab.techniques._strided import Strided
 from mapreuse_lab.techniques._study import study_techniques
 from mapreuse_lab.techniques._technique import TECHNIQUES, Technique, parse
+from mapreuse_lab.techniques._upper_layers import Layers, Skipped
 from mapreuse_lab.techniques._window import Window
 
 __all__ = [
@@ -42,6 +48,7 @@ __all__ = [
     "Skipped",
     "Strided",
     "Technique",
+    "WideHeads",
     "Window",
     "parse",
     "study_techniques",

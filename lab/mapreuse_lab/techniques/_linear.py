@@ -2,49 +2,60 @@
 
     context = φ(Q) (φ(K)ᵀ V) / φ(Q) (φ(K)ᵀ 1),    φ(x) = elu(x) + 1
 
+with Q, K, V (H, T, d).
+
 Cost: 4·T·C·(d + 1) FLOPs. Stored: features, 2·T·C numbers, and d·(d + 1) for each head.
 
-As in the paper, for a bidirectional encoder. Positions are dropped: there are no scores that they could enter.
-There are no weights to drop either, so attention dropout is not applied.
+As in the paper, for a bidirectional encoder. There are no scores, so positions are dropped, and no weights, so
+attention dropout is not applied.
+
+Paper: https://arxiv.org/abs/2006.16236
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from mapreuse_lab.techniques._attention import ContentAttention
-from mapreuse_lab.techniques._encoder import replace_attention, untouched_encoder
-from mapreuse_lab.techniques._kernels import kernel_attention
-from mapreuse_lab.techniques._technique import Model, register
-
-
-@register("linear", r"linear")
-@dataclass(frozen=True)
-class Linear:
-    """Attention by the kernel elu + 1."""
-
-    name: ClassVar[str] = "linear"
-    title: ClassVar[str] = "linear attention"
-    source: ClassVar[str] = "Katharopoulos et al., Transformers are RNNs, ICML 2020"
-    positions: ClassVar[str] = "dropped"
-
-    def apply(self, model: Model) -> Model:
-        replace_attention(untouched_encoder(model), self.name, lambda _, original: LinearAttention(original))
-        return model
+from mapreuse_lab.techniques._compressed_attention import ContentAttention
+from mapreuse_lab.techniques._technique import Technique
 
 
 class LinearAttention(ContentAttention):
-    """Attention without a map."""
+    """Attention by the features elu(x) + 1 of queries and keys."""
 
-    def context(
-        self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        query_features = functional.elu(self.split(self.q_proj(hidden_states))) + 1
-        key_features = functional.elu(self.split(self.k_proj(hidden_states))) + 1
+    def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
+        query, key, values = self.project(hidden_states)
+        query_features, key_features = functional.elu(query) + 1, functional.elu(key) + 1
         if valid is not None:
             key_features = key_features * valid[:, None, :, None]
-        return kernel_attention(query_features, key_features, self.split(self.v_proj(hidden_states))).transpose(1, 2)
+        return attend_by_features(query_features, key_features, values)
+
+
+def attend_by_features(
+    query_features: Float[Tensor, "batch heads frames features"],
+    key_features: Float[Tensor, "batch heads frames features"],
+    values: Float[Tensor, "batch heads frames value_dim"],
+) -> Float[Tensor, "batch frames heads value_dim"]:
+    """Context under the map φ(Q) φ(K)ᵀ with its rows divided by their sums; the map is not computed.
+
+        context = φ(Q) (φ(K)ᵀ V) / φ(Q) (φ(K)ᵀ 1)
+
+    Args:
+        query_features: φ(Q), positive.
+        key_features: φ(K), positive; zero for padding.
+        values: values.
+    """
+    with_ones = functional.pad(values, (0, 1), value=1.0)  # numerator and denominator by one product
+    sums = query_features @ (key_features.mT @ with_ones)
+    return (sums[..., :-1] / sums[..., -1:]).transpose(1, 2)
+
+
+class Linear(Technique, notation="linear", label="linear attention"):
+    """Attention whose time and memory grow with T."""
+
+    source = "Katharopoulos et al., Transformers are RNNs, ICML 2020"
+    attention = LinearAttention

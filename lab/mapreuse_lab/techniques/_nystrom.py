@@ -1,75 +1,42 @@
-"""Nyström attention: a map of T × T made of three maps through M landmarks.
+"""Nyström attention: a T × T map made of three maps through M landmarks.
 
     context = softmax(Q K̃ᵀ / √d) · pinv(softmax(Q̃ K̃ᵀ / √d)) · (softmax(Q̃ Kᵀ / √d) V)
 
-Q̃ and K̃ are means of M equal segments of an utterance's frames; the pseudo-inverse of A is approached by six steps of
-Z ← ¼ Z (13 I − A Z (15 I − A Z (7 I − A Z))) from Z = Aᵀ / (‖A‖₁ ‖A‖∞).
+with Q, K, V (H, T, d), and Q̃, K̃ (H, M, d) the means over M equal segments of an utterance's frames. Six steps of
+Z ← ¼ Z (13 I − A Z (15 I − A Z (7 I − A Z))) from Z = Aᵀ / (‖A‖₁ ‖A‖∞) approximate the pseudo-inverse of A.
 
 Cost: 8·T·M·C FLOPs and, for every head, 48·M³ for the pseudo-inverse. Stored: 2·T·M·H numbers.
 
-Segments follow each utterance's own length, so nothing depends on padding; one with fewer than M frames has as many
-landmarks as frames, and its context approaches that of full attention without positions. The paper adds a
-convolution of the values; the Conformer's own convolution follows here. Positions are dropped: landmarks have none.
+Segments follow each utterance's own length, so nothing depends on padding. An utterance with fewer than M frames has
+as many landmarks as frames, and its context approaches that of full attention without positions. The paper adds a
+convolution of the values; here the Conformer's own convolution follows. Positions are dropped: landmarks have none.
 Attention dropout is not applied, as in the authors' code.
+
+Paper: https://arxiv.org/abs/2102.03902
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
-from mapreuse_lab.techniques._attention import ContentAttention
-from mapreuse_lab.techniques._encoder import replace_attention, untouched_encoder
-from mapreuse_lab.techniques._technique import Model, check_at_least_one, register
+from mapreuse_lab.techniques._compressed_attention import ContentAttention
+from mapreuse_lab.techniques._technique import Technique
 
 _STEPS = 6
-
-
-@register("nystrom-M", r"nystrom-(?P<landmarks>\d+)")
-@dataclass(frozen=True)
-class Nystrom:
-    """Maps through `landmarks` means of frames."""
-
-    landmarks: int
-    source: ClassVar[str] = "Xiong et al., Nyströmformer, AAAI 2021"
-    positions: ClassVar[str] = "dropped"
-
-    def __post_init__(self) -> None:
-        check_at_least_one(landmarks=self.landmarks)
-
-    @property
-    def name(self) -> str:
-        return f"nystrom-{self.landmarks}"
-
-    @property
-    def title(self) -> str:
-        return f"Nyström, {self.landmarks} landmarks"
-
-    def apply(self, model: Model) -> Model:
-        encoder = untouched_encoder(model)
-        replace_attention(encoder, self.name, lambda _, original: NystromAttention(original, self.landmarks))
-        return model
 
 
 class NystromAttention(ContentAttention):
     """Attention through landmarks."""
 
-    def __init__(self, original: ParakeetEncoderAttention, landmarks: int) -> None:
-        super().__init__(original)
-        self.landmarks = landmarks
-
-    def context(
-        self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
-    ) -> Tensor:
+    def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
         batch, frames, _ = hidden_states.shape
         lengths = hidden_states.new_full((batch,), frames, dtype=torch.long) if valid is None else valid.sum(1)
-        means, used = segment_means(hidden_states, lengths, self.landmarks)
+        means, used = segment_means(hidden_states, lengths, self.technique.landmarks)
         few_queries, few_keys = self.split(self.q_proj(means)) * self.scaling, self.split(self.k_proj(means))
         query, key = self.split(self.q_proj(hidden_states)) * self.scaling, self.split(self.k_proj(hidden_states))
         mask = None if valid is None else valid[:, None, None, :]
@@ -84,7 +51,7 @@ class NystromAttention(ContentAttention):
 def segment_means(
     hidden_states: Float[Tensor, "batch frames width"], lengths: Int[Tensor, " batch"], segments: int
 ) -> tuple[Float[Tensor, "batch segments width"], Bool[Tensor, "batch segments"]]:
-    """Means of equal segments of each item's leading `lengths` frames, and which of the segments it has."""
+    """Means of equal segments of each item's first `lengths` frames, and True for the segments that the item has."""
     batch, frames, width = hidden_states.shape
     lengths = lengths[:, None]
     numbers = lengths.clamp(max=segments)
@@ -100,7 +67,10 @@ def segment_means(
 
 
 def pseudo_inverse(maps: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch size size"]:
-    """Moore–Penrose inverses, approached by iteration (Razavi et al. 2014); rows and columns of zeros stay zero."""
+    """Moore–Penrose inverses by iteration (Razavi et al., 2014); rows and columns of zeros stay zero.
+
+    Paper: https://doi.org/10.1155/2014/563787
+    """
     identity = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
     sums = maps.abs().sum(-1).amax(-1) * maps.abs().sum(-2).amax(-1)
     inverse = maps.mT / sums.clamp(min=torch.finfo(maps.dtype).tiny)[..., None, None]
@@ -113,3 +83,11 @@ def pseudo_inverse(maps: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*b
 
 def _softmax(scores: Tensor, unused: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(unused, torch.finfo(scores.dtype).min), dim=-1)
+
+
+class Nystrom(Technique, notation="nystrom-{landmarks}", label="Nyström, {landmarks} landmarks"):
+    """Maps through `landmarks` means of frames."""
+
+    landmarks: int
+    source = "Xiong et al., Nyströmformer, AAAI 2021"
+    attention = NystromAttention

@@ -1,59 +1,34 @@
 """Performer: softmax attention estimated with positive random features (FAVOR+).
 
     context = φ(Q) (φ(K)ᵀ V) / φ(Q) (φ(K)ᵀ 1)
-    φ(x) = exp(Ω x' − ‖x'‖²/2 − m) + ε,    x' = x / d^¼,    Ω (M, d)
+    φ(x) = exp(Ω x' − ‖x'‖²/2 − m) + ε,    x' = x / d^¼
 
-Rows of Ω are orthogonal in blocks of d, with the lengths of normal vectors, so that E[φ(q) · φ(k)] ∝ exp(q · k / √d).
-m keeps exponents near zero: the greatest of a query's row, the greatest of all keys. ε = 10⁻⁴, as the authors' code.
+with Q, K, V (H, T, d) and Ω (M, d). Rows of Ω are orthogonal in blocks of d and have the lengths of normal vectors,
+so that E[φ(q) · φ(k)] ∝ exp(q · k / √d). m keeps exponents near zero: the maximum of a query's row, and the maximum
+over all keys. ε = 10⁻⁴, as in the authors' code.
 
 Cost: 4·T·H·M·d FLOPs for features, 4·T·H·M·(d + 1) for contexts. Stored: features, 2·T·H·M numbers.
 
-Ω is drawn once for each layer, shared by its heads, and kept with the weights; the authors may draw it anew during
-training. Positions are dropped, and attention dropout is not applied: there are no scores and no weights.
+Ω is drawn once for each layer, shared by its heads, and saved with the weights; the authors may draw it anew during
+training. There are no scores and no weights, so positions are dropped and attention dropout is not applied.
+
+Paper: https://arxiv.org/abs/2009.14794
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
-from mapreuse_lab.techniques._attention import ContentAttention
-from mapreuse_lab.techniques._encoder import replace_attention, untouched_encoder
-from mapreuse_lab.techniques._kernels import kernel_attention
-from mapreuse_lab.techniques._technique import Model, check_at_least_one, register
+from mapreuse_lab.techniques._compressed_attention import ContentAttention
+from mapreuse_lab.techniques._linear import attend_by_features
+from mapreuse_lab.techniques._technique import Technique
 
 _EPSILON = 1e-4
-
-
-@register("performer-M", r"performer-(?P<num_features>\d+)")
-@dataclass(frozen=True)
-class Performer:
-    """Softmax attention estimated with `num_features` random features of every query and key."""
-
-    num_features: int
-    source: ClassVar[str] = "Choromanski et al., Rethinking Attention with Performers, ICLR 2021"
-    positions: ClassVar[str] = "dropped"
-
-    def __post_init__(self) -> None:
-        check_at_least_one(num_features=self.num_features)
-
-    @property
-    def name(self) -> str:
-        return f"performer-{self.num_features}"
-
-    @property
-    def title(self) -> str:
-        return f"Performer, {self.num_features} features"
-
-    def apply(self, model: Model) -> Model:
-        encoder = untouched_encoder(model)
-        replace_attention(encoder, self.name, lambda _, original: PerformerAttention(original, self.num_features))
-        return model
 
 
 class PerformerAttention(ContentAttention):
@@ -61,14 +36,12 @@ class PerformerAttention(ContentAttention):
 
     directions: Tensor
 
-    def __init__(self, original: ParakeetEncoderAttention, num_features: int) -> None:
-        super().__init__(original)
-        directions = orthogonal_directions(num_features, self.head_dim)
+    def __init__(self, original: ParakeetEncoderAttention, technique: Performer, layer: int) -> None:
+        super().__init__(original, technique, layer)
+        directions = orthogonal_directions(technique.num_features, self.head_dim)
         self.register_buffer("directions", directions.to(original.q_proj.weight))
 
-    def context(
-        self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
-    ) -> Tensor:
+    def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
         query = self.split(self.q_proj(hidden_states)) * self.head_dim**-0.25
         key = self.split(self.k_proj(hidden_states)) * self.head_dim**-0.25
         by_direction = query @ self.directions.mT
@@ -77,23 +50,31 @@ class PerformerAttention(ContentAttention):
         unpadded = by_direction.detach()
         if valid is not None:
             unpadded = unpadded.masked_fill(~valid[:, None, :, None], -torch.inf)
-        greatest = unpadded.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(key.dtype).min)
-        key_features = _positive(by_direction, key, greatest)
+        maximum = unpadded.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(key.dtype).min)
+        key_features = _positive(by_direction, key, maximum)
         if valid is not None:
             key_features = key_features.masked_fill(~valid[:, None, :, None], 0.0)
-        return kernel_attention(query_features, key_features, self.split(self.v_proj(hidden_states))).transpose(1, 2)
+        return attend_by_features(query_features, key_features, self.split(self.v_proj(hidden_states)))
 
 
 def _positive(
     by_direction: Float[Tensor, "batch heads frames features"],
     vectors: Float[Tensor, "batch heads frames dim"],
-    greatest: Tensor,
+    maximum: Tensor,
 ) -> Float[Tensor, "batch heads frames features"]:
-    return (by_direction - vectors.square().sum(-1, keepdim=True) / 2 - greatest.detach()).exp() + _EPSILON
+    return (by_direction - vectors.square().sum(-1, keepdim=True) / 2 - maximum.detach()).exp() + _EPSILON
 
 
 def orthogonal_directions(number: int, dim: int) -> Float[Tensor, "number dim"]:
-    """Rows that are orthogonal in blocks of `dim`, each as long as a normal vector of its own."""
+    """Rows that are orthogonal in blocks of `dim`, each with the length of a random normal vector."""
     blocks = [torch.linalg.qr(torch.randn(dim, dim))[0].mT for _ in range(-(-number // dim))]
     lengths = torch.randn(number, dim).norm(dim=-1, keepdim=True)
     return torch.cat(blocks)[:number] * lengths
+
+
+class Performer(Technique, notation="performer-{num_features}", label="Performer, {num_features} features"):
+    """Softmax attention estimated with `num_features` random features of every query and key."""
+
+    num_features: int
+    source = "Choromanski et al., Rethinking Attention with Performers, ICLR 2021"
+    attention = PerformerAttention

@@ -1,74 +1,45 @@
-"""A smaller query and key dimension: maps of lower rank, values as they are.
+"""A smaller query and key dimension: maps of lower rank, values unchanged.
 
     context = softmax(((Q + u) Kᵀ + shift((Q + v) Rᵀ)) / √r) V,    Q, K, R of r < d dimensions, V of d
 
 Cost: T²·H·(4·r + 2·d) FLOPs, and query, key and positional projections of width H·r.
 
-Nothing differs from the definition; the paper's concern is how much dimension a map needs.
+The paper asks how much dimension a map needs.
+
+Paper: https://arxiv.org/abs/2002.07028
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
+from torch import nn
+from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
-from mapreuse_lab.techniques._attention import RelativeAttention
-from mapreuse_lab.techniques._encoder import head_rows, replace_attention, some_outputs, untouched_encoder
-from mapreuse_lab.techniques._technique import Model, check_at_least_one, register
-
-
-@register("qk-dim-R", r"qk-dim-(?P<dim>\d+)")
-@dataclass(frozen=True)
-class QueryKeyDim:
-    """Queries and keys of `dim` dimensions in every head, the first of the original's."""
-
-    dim: int
-    source: ClassVar[str] = "Bhojanapalli et al., Low-Rank Bottleneck in Multi-head Attention Models, ICML 2020"
-    positions: ClassVar[str] = "kept"
-
-    def __post_init__(self) -> None:
-        check_at_least_one(dim=self.dim)
-
-    @property
-    def name(self) -> str:
-        return f"qk-dim-{self.dim}"
-
-    @property
-    def title(self) -> str:
-        return f"query/key dimension {self.dim}"
-
-    def apply(self, model: Model) -> Model:
-        encoder = untouched_encoder(model)
-        before = encoder.layers[0].self_attn.head_dim
-        if self.dim >= before:
-            raise ValueError(f"{self.name}: heads have {before} dimensions, no more than {self.dim}")
-        replace_attention(encoder, self.name, lambda _, original: NarrowAttention(original, self.dim))
-        return model
+from mapreuse_lab.techniques._compressed_attention import RelativeAttention
+from mapreuse_lab.techniques._smaller_projections import rows_of_heads, some_outputs
+from mapreuse_lab.techniques._technique import Technique
 
 
 class NarrowAttention(RelativeAttention):
     """Attention whose queries and keys have fewer dimensions than its values."""
 
-    def __init__(self, original: ParakeetEncoderAttention, dim: int) -> None:
-        super().__init__(original)
-        rows = head_rows(range(self.num_heads), self.head_dim, dim)
-        self.q_proj, self.k_proj, self.relative_k_proj = (
-            some_outputs(projection, rows) for projection in (self.q_proj, self.k_proj, self.relative_k_proj)
-        )
-        self.bias_u, self.bias_v = (
-            nn.Parameter(bias.detach()[:, :dim].clone()) for bias in (self.bias_u, self.bias_v)
-        )
+    def __init__(self, original: ParakeetEncoderAttention, technique: QueryKeyDim, layer: int) -> None:
+        super().__init__(original, technique, layer)
+        rows = rows_of_heads(range(self.num_heads), self.head_dim, technique.dim)
+        for name in ("q_proj", "k_proj", "relative_k_proj"):
+            setattr(self, name, some_outputs(getattr(self, name), rows))
+        for name in ("bias_u", "bias_v"):
+            setattr(self, name, nn.Parameter(getattr(self, name).detach()[:, : technique.dim].clone()))
 
-    def context(
-        self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        return self.attend_relative(
-            self.split(self.q_proj(hidden_states)),
-            self.split(self.k_proj(hidden_states)),
-            self.split(self.v_proj(hidden_states)),
-            self.split(self.relative_k_proj(position_embeddings)),
-            valid,
-        )
+
+class QueryKeyDim(Technique, notation="qk-dim-{dim}", label="query/key dimension {dim}"):
+    """Every head keeps the first `dim` dimensions of its queries and keys."""
+
+    dim: int
+    source = "Bhojanapalli et al., Low-Rank Bottleneck in Multi-head Attention Models, ICML 2020"
+    attention = NarrowAttention
+
+    def check(self, encoder: ParakeetEncoder) -> None:
+        before = encoder.layers[0].self_attn.head_dim
+        if self.dim >= before:
+            raise ValueError(f"{self.name}: heads have {before} dimensions, no more than {self.dim}")

@@ -1,95 +1,78 @@
-"""Layers that apply an earlier layer's map: what this library is about.
+"""Full attention, the baseline, and attention map reuse: layers apply an earlier layer's map.
 
-    context[l, h] = map[source(l, h)] V[l, h]
+    full:     map[l, h] = softmax(((Q + u) Kᵀ + shift((Q + v) Rᵀ)) / √d),    context[l, h] = map[l, h] V[l, h]
+    reuse:    context[l, h] = map[source(l, h)] V[l, h]
 
-Cost: a computing layer's is that of full attention, and it stores its map, H·T² numbers, until the last reader; a
-reusing layer's is 2·T²·C FLOPs, without query, key and positional projections. Partial reuse (Bhojanapalli et al.
-2021) lets some heads of each reusing layer compute their own maps; those cost what they do in full attention.
+with Q, K, V (H, T, d), encodings of all distances R (H, 2T − 1, d), and shift(P)[i, j] = P[i, T − 1 − i + j].
 
-The papers share maps within groups of equal size, all heads or the same number of heads in every layer; a `ReusePlan`
-may be any.
+Cost of full attention: 6·T²·C FLOPs (scores of contents, scores of positions, and map × values, 2 each) in blocks of
+rows, so that each block computes little more than the T distances it needs and no T × T tensor is stored; and
+2·(2T − 1)·C² to project the distances.
+
+Cost of reuse: a computing layer has the cost of full attention, and stores its map, H·T² numbers, until the last
+reader. A reusing layer costs 2·T²·C FLOPs and has no query, key or positional projections. In partial reuse some
+heads of each reusing layer compute their own maps, at the cost of full attention.
+
+The papers share maps within groups of equal size, by all heads or the same number of heads in every layer; a
+`ReusePlan` is more general.
+
+Papers: https://arxiv.org/abs/1901.02860 (relative positions), https://arxiv.org/abs/2005.08100 (Conformer);
+https://openreview.net/forum?id=AvcfxqRy4Y, https://arxiv.org/abs/2301.12444 (reuse),
+https://arxiv.org/abs/2110.06821 (partial reuse)
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from itertools import groupby
-from typing import ClassVar
+from torch import nn
+from transformers import ParakeetEncoder
 
 from mapreuse.models import apply
 from mapreuse.plan import ReusePlan
-from mapreuse_lab.techniques._encoder import check_plan, untouched_encoder
-from mapreuse_lab.techniques._technique import Model, register
-
-PLAN = r"(?P<plan>.+?)"
-"""Of the patterns of techniques that compose with reuse."""
+from mapreuse_lab.techniques._notation import layer_sources
+from mapreuse_lab.techniques._technique import Technique, check_plan
 
 
-@register("reuse-PLAN[-partial-K]", rf"reuse-{PLAN}(-partial-(?P<partial>\d+))?")
-@dataclass(frozen=True)
-class Reuse:
-    """Layers share maps as `plan` says.
+class Full(Technique, notation="full", label="full attention"):
+    """Every layer computes a map of every pair of frames, by the kernel that reuse builds on."""
+
+    source = "Dai et al., Transformer-XL, ACL 2019; Gulati et al., Conformer, Interspeech 2020"
+
+    def change(self, model: nn.Module, encoder: ParakeetEncoder) -> None:
+        apply(model, ReusePlan.full(len(encoder.layers)))
+
+
+class Reuse(
+    Technique,
+    notation="reuse-{plan}[-partial-{partial}]",
+    label="reuse {plan}[, {partial} heads of each reusing layer]",
+):
+    """Layers share maps.
 
     Attributes:
-        plan: whose map each layer applies, layer by layer unless `partial` is None.
-        partial: of every reusing layer, this many heads (the last) reuse, and the others compute; None for all.
+        plan: whose map each layer applies; layer by layer if `partial` is given.
+        partial: number of heads of each reusing layer, the last ones, that reuse; the others compute. None for all.
     """
 
     plan: ReusePlan
     partial: int | None = None
-    source: ClassVar[str] = "Shim, Choi & Sung, ICLR 2022 and arXiv 2301.12444"
-    positions: ClassVar[str] = "kept"
+    source = "Shim, Choi & Sung, ICLR 2022 and arXiv 2301.12444"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.partial is not None and self.plan.num_heads is not None:
-            raise ValueError(f"the plan says head by head who reuses, so partial={self.partial} cannot say it too")
-        if self.partial == 0:
-            raise ValueError("partial must be at least 1 head, got 0; the technique without reuse is 'full'")
+            raise ValueError(f"partial={self.partial} needs a plan without head assignments")
 
-    @property
-    def name(self) -> str:
-        return f"reuse-{notation(self.plan)}" + ("" if self.partial is None else f"-partial-{self.partial}")
-
-    @property
-    def title(self) -> str:
-        which = "" if self.partial is None else f", {self.partial} heads of each reusing layer"
-        return f"reuse {describe(self.plan)}{which}"
-
-    def apply(self, model: Model) -> Model:
-        encoder = untouched_encoder(model)
+    def check(self, encoder: ParakeetEncoder) -> None:
         num_heads = encoder.config.num_attention_heads
         check_plan(encoder, self.plan, num_heads)
-        if self.partial is None:
-            return apply(model, self.plan)
-        if self.partial >= num_heads:
-            raise ValueError(
-                f"partial reuse of {self.partial} heads needs more than that, but layers have {num_heads}"
-            )
-        first = num_heads - self.partial
-        heads = {
-            layer: [None] * first + list(range(first, num_heads))
-            for layer in range(self.plan.num_layers)
-            if self.plan.reuses(layer)
-        }
-        return apply(model, ReusePlan.from_sources(_sources(self.plan), heads))
+        if self.partial is not None and self.partial >= num_heads:
+            raise ValueError(f"{self.name}: the layers have {num_heads} heads, no more than {self.partial}")
 
-
-def notation(plan: ReusePlan) -> str:
-    """The shortest text from which `ReusePlan.parse` makes this plan: "2x4", "[0,1,0,1]" or JSON."""
-    if plan.num_heads is not None:
-        return json.dumps(json.loads(plan.to_json()), separators=(",", ":"))
-    sources = _sources(plan)
-    if sources != sorted(sources):
-        return json.dumps(sources, separators=(",", ":"))
-    sizes = [len(list(members)) for _, members in groupby(sources)]
-    return ",".join(f"{size}x{len(list(equal))}" for size, equal in groupby(sizes))
-
-
-def describe(plan: ReusePlan) -> str:
-    """The plan as a table shows it."""
-    return "head by head" if plan.num_heads is not None else notation(plan)
-
-
-def _sources(plan: ReusePlan) -> list[int]:
-    return [source if isinstance(source, int) else layer for layer, source in enumerate(plan.layers)]
+    def change(self, model: nn.Module, encoder: ParakeetEncoder) -> None:
+        plan, num_heads = self.plan, encoder.config.num_attention_heads
+        if self.partial is not None:
+            first = num_heads - self.partial
+            heads = [None] * first + list(range(first, num_heads))
+            reusing = [layer for layer in range(plan.num_layers) if plan.reuses(layer)]
+            plan = ReusePlan.from_sources(layer_sources(plan), dict.fromkeys(reusing, heads))
+        apply(model, plan)

@@ -1,76 +1,43 @@
-"""Strided attention: only every S-th frame asks, and the frames up to the next share its context.
+"""Strided attention: every S-th frame attends, and the frames up to the next share its context.
 
     context[i] = context_full[S·⌊i/S⌋]
 
-with context_full the context of full attention, of which only those rows are computed.
+where context_full (T, H, d) is the context of full attention; only the rows that are used are computed.
 
-Cost: 6·T²·C / S + 128·T·C FLOPs, since a block of 64 rows spans 64·S distances more than each of them meets; a
+Cost: 6·T²·C / S + 128·T·C FLOPs, because a block of 64 rows spans 64·S distances more than each of them needs; a
 query projection of T / S frames; 2·(2T − 1)·C² to project the distances. Stored: the scores of a block at a time.
 
-In the paper strided attention stands where the encoder halves its frame rate, and frames between are dropped; here
-the rate stays, so they share what the S-th frame found.
+In the paper strided attention is used in layers that reduce the frame rate, and the frames between are dropped. Here
+the frame rate stays, so they share the context of the S-th frame.
+
+Paper: https://arxiv.org/abs/2109.01163
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
-from mapreuse_lab.techniques._attention import RelativeAttention
-from mapreuse_lab.techniques._encoder import replace_attention, untouched_encoder
-from mapreuse_lab.techniques._technique import Model, register
+from mapreuse_lab.techniques._compressed_attention import RelativeAttention
+from mapreuse_lab.techniques._technique import Technique
 
 _ROWS = 64
 """Query rows that are computed at a time."""
 
 
-@register("strided-S", r"strided-(?P<stride>\d+)")
-@dataclass(frozen=True)
-class Strided:
-    """Every `stride`-th frame asks."""
-
-    stride: int
-    source: ClassVar[str] = "Burchi & Vielzeuf, Efficient Conformer, ASRU 2021"
-    positions: ClassVar[str] = "kept"
-
-    def __post_init__(self) -> None:
-        if self.stride < 2:
-            raise ValueError(f"{self.name}: a stride is of at least 2 frames")
-
-    @property
-    def name(self) -> str:
-        return f"strided-{self.stride}"
-
-    @property
-    def title(self) -> str:
-        return f"strided attention, stride {self.stride}"
-
-    def apply(self, model: Model) -> Model:
-        encoder = untouched_encoder(model)
-        replace_attention(encoder, self.name, lambda _, original: StridedAttention(original, self.stride))
-        return model
-
-
 class StridedAttention(RelativeAttention):
     """Attention whose queries are every `stride`-th frame."""
 
-    def __init__(self, original: ParakeetEncoderAttention, stride: int) -> None:
-        super().__init__(original)
-        self.stride = stride
-
-    def context(
-        self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        query = self.split(self.q_proj(hidden_states[:, :: self.stride]))
+    def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
+        stride = self.technique.stride
+        query = self.split(self.q_proj(hidden_states[:, ::stride]))
         key, values = self.split(self.k_proj(hidden_states)), self.split(self.v_proj(hidden_states))
         relative_query = (query + self.bias_v[:, None]) * self.scaling
-        relative_key = self.split(self.relative_k_proj(position_embeddings))
+        relative_key = self.relative_keys(positions)
         padding = None if valid is None else ~valid[:, None, None, :]
         contexts = []
         for start in range(0, query.shape[2], _ROWS):
@@ -82,7 +49,7 @@ class StridedAttention(RelativeAttention):
                 functional.scaled_dot_product_attention(rows, key, values, bias, self.dropout_p(), scale=self.scaling)
             )
         context = torch.cat(contexts, dim=2).transpose(1, 2)
-        return context.repeat_interleave(self.stride, dim=1)[:, : hidden_states.shape[1]]
+        return context.repeat_interleave(stride, dim=1)[:, : hidden_states.shape[1]]
 
     def _positional(
         self,
@@ -90,16 +57,25 @@ class StridedAttention(RelativeAttention):
         relative_key: Float[Tensor, "positions heads distances dim"],
         start: int,
     ) -> Float[Tensor, "batch heads rows frames"]:
-        """Positional scores of strided rows from number `start` on.
+        """Positional scores of strided rows, from row number `start`.
 
-        Row r meets key j at distance S·(start + r) − j. Of the distances that these rows span, from the last row and
-        key 0 on, that is number S·(rows − 1 − r) + j: every row reads S columns before the one above it.
+        Row r meets key j at distance S·(start + r) − j. Count the distances that these rows span from the last row
+        and key 0: this one has number S·(rows − 1 − r) + j, so every row begins S columns before the row above it.
         """
+        stride = self.technique.stride
         rows, frames = query.shape[2], relative_key.shape[2] // 2 + 1
-        first = frames - 1 - self.stride * (start + rows - 1)
-        width = frames + self.stride * (rows - 1)
+        first = frames - 1 - stride * (start + rows - 1)
+        width = frames + stride * (rows - 1)
         scores = query @ relative_key[:, :, first : first + width].mT
         if rows == 1:
             return scores
-        begin, step = self.stride * (rows - 1), width - self.stride
+        begin, step = stride * (rows - 1), width - stride
         return scores.flatten(-2)[..., begin : begin + rows * step].unflatten(-1, (rows, step))[..., :frames]
+
+
+class Strided(Technique, notation="strided-{stride}", label="strided attention, stride {stride}", minimum=2):
+    """Every `stride`-th frame attends."""
+
+    stride: int
+    source = "Burchi & Vielzeuf, Efficient Conformer, ASRU 2021"
+    attention = StridedAttention

@@ -6,11 +6,12 @@ from mapreuse_lab.techniques._technique import Technique, parse
 
 
 def study_techniques(num_layers: int, num_heads: int = 4) -> list[Technique]:
-    """The rows of the study's default table, for an encoder of this size; sizes suit utterances of a few seconds.
+    """The techniques of the study's default table, for an encoder of this size and utterances of a few seconds.
 
-    Layers share maps in groups of 2, 4 and 8 and in one of all, which in an encoder of 8 layers or fewer is the same.
+    Layers share maps in groups of 2, 4, 8 and all layers.
 
-    Raises `ValueError` for fewer than 4 layers or fewer than 2 heads, too few to share or remove.
+    Raises:
+        ValueError: fewer than 4 layers or 2 heads.
     """
     if num_layers < 4 or num_heads < 2:
         raise ValueError(f"the study needs at least 4 layers and 2 heads, got {num_layers} and {num_heads}")
@@ -50,6 +51,6 @@ def study_techniques(num_layers: int, num_heads: int = 4) -> list[Technique]:
 
 
 def _groups(num_layers: int, size: int) -> str:
-    """The notation of groups of `size` layers, the last of which may be smaller."""
+    """The notation of groups of `size` layers; the last may be smaller."""
     groups = [f"{size}x{num_layers // size}"] if num_layers >= size else []
     return ",".join(groups + ([f"{num_layers % size}x1"] if num_layers % size else []))

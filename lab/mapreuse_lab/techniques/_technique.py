@@ -1,95 +1,183 @@
-"""What a technique is, and how one is found by its name."""
+"""The base class of all techniques, and the registry that finds one by its name."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from torch import nn
+from transformers import ParakeetEncoder
+from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.plan import ReusePlan
+from mapreuse_lab.techniques._notation import fill, plan_notation, settings_in
 
 Model = TypeVar("Model", bound=nn.Module)
-Kind = TypeVar("Kind", bound=type)
+
+TECHNIQUES: dict[str, type[Technique]] = {}
+"""Every technique's class, by the notation of its names."""
 
 
-@runtime_checkable
-class Technique(Protocol):
+@dataclass_transform(frozen_default=True)
+@dataclass(frozen=True)
+class Technique:
     """One way of compressing the self-attention of a Parakeet encoder.
 
-    Techniques are frozen dataclasses of their settings. In the files' formulas, T is the number of encoder frames, C
-    the width, H the number of heads, d the head dimension, H·d = C. Cost is that of one layer's attention beside its
-    query, key, value and output projections (2·T·C² each, unless the file says that they are smaller), in FLOPs, two
-    for a multiplication with its addition, and in numbers stored for a batch of one.
+    A subclass is a frozen dataclass of its settings, without a decorator:
+
+        class Strided(Technique, notation="strided-{stride}", label="strided attention, stride {stride}", minimum=2):
+            stride: int
+            source = "Burchi & Vielzeuf, Efficient Conformer, ASRU 2021"
+            attention = StridedAttention
+
+    Class arguments:
+        notation: template of the names, such as "window-{radius}[-global-{num_global}]". It registers the class.
+        label: template of the name in tables.
+        minimum: minimum of the integer settings.
+
+    Class attributes:
+        source: the paper, for tables.
+        attention: class of the module that replaces every layer's attention, made by `attention(original, technique,
+            layer)`: a `CompressedAttention`, `ContentAttention` or `RelativeAttention`.
+
+    It overrides `check` if its settings do not fit every encoder, and `change` if it does more than replace every
+    layer's attention.
+
+    To add a technique:
+
+    1. Copy the file of the closest technique: `_linear.py` (without positions), `_query_key_dim.py` (with positions)
+       or `_cross_layer.py` (layers share tensors). Write formula, shapes, cost and paper into the docstring on top.
+    2. Import the class in `mapreuse_lab.techniques`, and add its name to `study_techniques` in `_study.py`.
+    3. In `lab/tests/techniques`, add one of its names to `VARIANTS` in `small_encoders.py`: all tests in
+       `test_every_technique.py` then cover it (padding, gradients, dropout, mixed precision, saving, copying). Add
+       its cost to `COSTS` in `test_costs.py`, and a test that compares it with the formula, written as plainly as
+       possible.
+
+    Symbols in the formulas: T encoder frames, C width, H heads, d head dimension, H·d = C. Costs are those of one
+    layer's attention besides its query, key, value and output projections (2·T·C² each, unless the file says
+    otherwise): FLOPs, two for a multiplication and addition, and numbers stored for a batch of one.
     """
 
-    @property
-    def name(self) -> str:
-        """Unique and stable; includes the settings, and `parse` reads it back."""
+    notation: ClassVar[str]
+    label: ClassVar[str]
+    minimum: ClassVar[int]
+    attention: ClassVar[Any] = None
 
-    @property
-    def title(self) -> str:
-        """What a table calls it."""
+    def __init_subclass__(cls, *, notation: str, label: str, minimum: int = 1) -> None:
+        dataclass(frozen=True)(cls)
+        cls.notation, cls.label, cls.minimum = notation, label, minimum
+        TECHNIQUES[notation] = cls
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value != field.default and value < self.minimum:
+                raise ValueError(f"{self.notation}: {field.name} must be at least {self.minimum}, got {value}")
 
     @property
     def source(self) -> str:
-        """Where it was published."""
+        """The paper, for tables."""
+        raise NotImplementedError
 
     @property
     def positions(self) -> str:
         """What becomes of the encoder's relative positions.
 
-        "kept": they enter the scores. "dropped": scores are of contents alone, and only the convolutions know the
-        order of frames. "none": there are no scores that positions could enter.
+        "kept": they enter the scores. "dropped": scores depend on contents alone, and only the convolutions know the
+        order of frames. "none": there are no scores.
         """
+        return "kept" if self.attention is None else self.attention.positions
+
+    @property
+    def name(self) -> str:
+        """Unique and stable; includes the settings, and `parse` reads it back."""
+        return fill(self.notation, self._settings())
+
+    @property
+    def title(self) -> str:
+        """The name in tables."""
+        settings = self._settings()
+        plan = getattr(self, "plan", None)
+        if plan is not None and plan.num_heads is not None:
+            settings["plan"] = "head by head"
+        return fill(self.label, settings)
 
     def apply(self, model: Model) -> Model:
-        """Give the encoder of `model` this attention, in place; returns the model.
+        """Give the encoder in `model` this attention, in place; returns the model.
 
-        Weights that still have a place are kept. Those that are new are drawn from PyTorch's generator.
-        Raises `ValueError`, in one line, where the technique does not fit; the model is then unchanged.
+        Weights that still have a place are kept. New ones are drawn from PyTorch's generator.
+
+        Raises:
+            ValueError: the technique does not fit. The model is then unchanged.
         """
+        encoder = _untouched_encoder(model)
+        self.check(encoder)
+        self.change(model, encoder)
+        return model
 
+    def check(self, encoder: ParakeetEncoder) -> None:
+        """Raises `ValueError` if the settings do not fit `encoder`."""
 
-TECHNIQUES: dict[str, tuple[re.Pattern[str], type]] = {}
-"""By notation: the pattern of the names, and the class that they make."""
+    def change(self, model: nn.Module, encoder: ParakeetEncoder) -> None:
+        """Change `encoder`, which is part of `model` and has passed `check`."""
+        self.replace_attention(encoder)
 
+    def replace_attention(self, encoder: ParakeetEncoder, *arguments: Any) -> None:
+        """Put `attention(original, technique, layer, *arguments)` in the place of every layer's attention."""
+        made = [self.attention(block.self_attn, self, i, *arguments) for i, block in enumerate(encoder.layers)]
+        for block, attention in zip(encoder.layers, made, strict=True):
+            block.self_attn = attention
 
-def register(notation: str, pattern: str) -> Callable[[Kind], Kind]:
-    """Register a technique's class.
-
-    Args:
-        notation: the form of its names, for people to read: "window-R".
-        pattern: regular expression of its names; each named group is a field of the class. Digits become an integer,
-            the group `plan` a `ReusePlan`, any other text True.
-    """
-
-    def add(cls: Kind) -> Kind:
-        TECHNIQUES[notation] = re.compile(pattern), cls
-        return cls
-
-    return add
+    def _settings(self) -> dict[str, str]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            setting: plan_notation(value) if isinstance(value, ReusePlan) else str(value or "")
+            for setting, value in values.items()
+        }
 
 
 def parse(name: str) -> Technique:
-    """The technique of this name. Raises `ValueError`, in one line, for an unknown one or impossible settings."""
-    for pattern, cls in TECHNIQUES.values():
-        match = pattern.fullmatch(name)
-        if match is not None:
-            fields = {field: _value(field, text) for field, text in match.groupdict().items() if text is not None}
-            return cls(**fields)
+    """The technique of this name.
+
+    Raises:
+        ValueError: in one line, for an unknown name or impossible settings.
+
+    >>> parse("window-16-global-1")
+    Window(radius=16, num_global=1, plan=None)
+    """
+    for notation, technique in TECHNIQUES.items():
+        settings = settings_in(notation, name)
+        if settings is not None:
+            return technique(**settings)
     raise ValueError(f"no technique {name!r}; the forms are {', '.join(TECHNIQUES)}")
 
 
-def _value(field: str, text: str) -> Any:
-    if field == "plan":
-        return ReusePlan.parse(text)
-    return int(text) if text.isdigit() else True
+def check_plan(encoder: ParakeetEncoder, plan: ReusePlan, num_heads: int) -> None:
+    """Raises `ValueError` if a plan does not fit an encoder whose layers have `num_heads` heads."""
+    if plan.num_layers != len(encoder.layers):
+        raise ValueError(f"the plan has {plan.num_layers} layers, but the encoder has {len(encoder.layers)}")
+    if plan.num_heads not in (None, num_heads):
+        raise ValueError(f"the plan has {plan.num_heads} heads, but the layers have {num_heads}")
 
 
-def check_at_least_one(**settings: int) -> None:
-    """Raises `ValueError`, naming the setting, where one is below 1."""
-    for name, value in settings.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+def _untouched_encoder(model: nn.Module) -> ParakeetEncoder:
+    """The Parakeet encoder in `model`; raises `ValueError` unless there is one, with its original attention."""
+    encoders = [module for module in model.modules() if isinstance(module, ParakeetEncoder)]
+    if len(encoders) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(encoders)} Parakeet encoders, and a technique changes one"
+        )
+    encoder = encoders[0]
+    for index, block in enumerate(encoder.layers):
+        if type(block.self_attn) is not ParakeetEncoderAttention:
+            raise ValueError(
+                f"layer {index} of {type(encoder).__name__} has another attention already "
+                f"({type(block.self_attn).__name__}); apply a technique to the original model"
+            )
+    heads, key_heads = encoder.config.num_attention_heads, encoder.config.num_key_value_heads
+    if heads != key_heads:
+        raise ValueError(
+            f"{type(encoder).__name__} has {key_heads} key/value heads for {heads} heads; techniques need as many "
+            "key/value heads as heads"
+        )
+    return encoder

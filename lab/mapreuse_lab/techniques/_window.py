@@ -1,148 +1,76 @@
 """A sliding window: every frame attends the frames near it, and some global ones.
 
     map = softmax(S) over the keys j with |i − j| ≤ R, or j < G;  a query i < G attends all keys
-    S[i, j] = ((Q[i] + u) · K[j] + (Q[i] + v) · R[i − j]) / √d,  without the positional term where i < G or j < G
+    S[i, j] = ((Q[i] + u) · K[j] + (Q[i] + v) · R[i − j]) / √d,  without the positional term if i < G or j < G
+
+with Q, K, V (H, T, d), a radius of R frames and G global frames.
 
 Cost, in blocks of b query rows (b near R), each with the b + 2R keys that its windows span: 4·T·(b + 2R)·C FLOPs for
 contents and values, 2·T·(2R + 1)·C for positions, of which only 2R + 1 are projected; global frames add 8·G·T·C.
-Stored: the scores of a few blocks at a time. With reuse, a computing layer keeps its band, H·T·(b + 2R + G) numbers,
-and a reusing layer's cost is 2·T·(b + 2R + G)·C.
+Stored: the scores of a few blocks at a time. With reuse, a computing layer stores its band, H·T·(b + 2R + G) numbers,
+and a reusing layer costs 2·T·(b + 2R + G)·C.
 
-As in NeMo's conversion for long audio (`rel_pos_local_attn`), the global frames are the first G, use the projections
-of all others, and scores with them have no positional term; a global frame inside a window is attended once, not
-twice. Longformer's windows are those of full attention with absolute positions.
+As in NeMo's conversion for long audio (`rel_pos_local_attn`), the global frames are the first G and use the same
+projections as all others, and scores with them have no positional term. A global frame inside a window is attended
+once, not twice. Longformer's windows are those of full attention with absolute positions.
+
+Papers: https://arxiv.org/abs/2004.05150 (Longformer), https://arxiv.org/abs/2305.05084 (Fast Conformer)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.plan import ReusePlan
-from mapreuse_lab.techniques._attention import CompressedAttention, RelativeAttention
-from mapreuse_lab.techniques._encoder import check_plan, replace_attention, untouched_encoder
-from mapreuse_lab.techniques._handing import publish, published
-from mapreuse_lab.techniques._reuse import PLAN, describe, notation
-from mapreuse_lab.techniques._technique import Model, check_at_least_one, register
+from mapreuse_lab.techniques._layer_sharing import SharingAttention, open_shared_maps
+from mapreuse_lab.techniques._technique import Technique, check_plan
 
-_FEWEST_ROWS, _MOST_ROWS = 32, 128
-"""Query rows of a block: fewer, and products are small; more, and most keys of a block are in few windows."""
+_MIN_ROWS, _MAX_ROWS = 32, 128
+"""Query rows of a block: with fewer, products are small; with more, most keys of a block are in few windows."""
 _SCORES_AT_A_TIME = 1 << 18
-"""For every thread: what is computed at a time stays in its cache."""
+"""Scores that a thread computes at a time, so that they stay in its cache."""
 
 
-@register(
-    "window-R[-global-G][+reuse-PLAN]", rf"window-(?P<radius>\d+)(-global-(?P<num_global>\d+))?(\+reuse-{PLAN})?"
-)
-@dataclass(frozen=True)
-class Window:
-    """Every frame attends those at most `radius` away.
+class WindowAttention(SharingAttention):
+    """Attention within a window, by the layer's own map or by that of its source."""
 
-    Attributes:
-        radius: frames to either side.
-        num_global: this many first frames attend all, and are attended by all.
-        plan: whose maps layers apply, if they share any, layer by layer.
-    """
+    def __init__(self, original: ParakeetEncoderAttention, technique: Window, layer: int, plan: ReusePlan) -> None:
+        super().__init__(original, technique, layer, plan)
+        if self.source != layer:
+            del self.q_proj, self.k_proj, self.relative_k_proj, self.bias_u, self.bias_v
 
-    radius: int
-    num_global: int = 0
-    plan: ReusePlan | None = None
-    positions: ClassVar[str] = "kept"
+    def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
+        band_map: BandMap = self.shared(lambda: self._compute(hidden_states, positions, valid), kwargs)
+        return band_map.apply(self.split(self.v_proj(hidden_states)), self.dropout_p())
 
-    def __post_init__(self) -> None:
-        check_at_least_one(radius=self.radius)
-        if self.plan is not None and self.plan.num_heads is not None:
-            raise ValueError("windows are reused by whole layers, but the plan speaks of heads")
-
-    @property
-    def name(self) -> str:
-        with_global = f"-global-{self.num_global}" if self.num_global else ""
-        reuse = "" if self.plan is None else f"+reuse-{notation(self.plan)}"
-        return f"window-{self.radius}{with_global}{reuse}"
-
-    @property
-    def title(self) -> str:
-        with_global = f", {self.num_global} global" if self.num_global else ""
-        reuse = "" if self.plan is None else f", reuse {describe(self.plan)}"
-        return f"window of ±{self.radius}{with_global}{reuse}"
-
-    @property
-    def source(self) -> str:
-        return "Beltagy, Peters & Cohan, Longformer, arXiv 2004.05150; Rekesh et al., Fast Conformer, ASRU 2023"
-
-    def apply(self, model: Model) -> Model:
-        encoder = untouched_encoder(model)
-        plan = self.plan or ReusePlan.full(len(encoder.layers))
-        check_plan(encoder, plan, encoder.config.num_attention_heads)
-        if not plan.is_full:
-            publish(encoder, [(*plan.sources(layer), layer)[0] for layer in range(plan.num_layers)])
-        replace_attention(
-            encoder,
-            self.name,
-            lambda layer, original: (
-                ReusingWindowAttention(original, layer, plan.sources(layer)[0])
-                if plan.reuses(layer)
-                else WindowAttention(original, self.radius, self.num_global, layer if plan.readers(layer) else None)
-            ),
-        )
-        return model
-
-
-class WindowAttention(RelativeAttention):
-    """Attention within a window; `shared_as` is the layer's index where later layers apply its map."""
-
-    def __init__(
-        self, original: ParakeetEncoderAttention, radius: int, num_global: int, shared_as: int | None
-    ) -> None:
-        super().__init__(original)
-        self.radius, self.num_global, self.shared_as = radius, num_global, shared_as
-
-    def context(
-        self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        assert position_embeddings is not None
-        bands = _Bands.of(hidden_states.shape[1], self.radius, self.num_global)
-        nearest = position_embeddings.shape[1] // 2
-        near = position_embeddings[:, nearest - bands.radius : nearest + bands.radius + 1]
-        query = self.split(self.q_proj(hidden_states))
+    def _compute(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None) -> BandMap:
+        bands = _Bands.of(hidden_states.shape[1], self.technique.radius, self.technique.num_global)
+        nearest = positions.shape[1] // 2
+        near = positions[:, nearest - bands.radius : nearest + bands.radius + 1]
+        content_query, relative_query = self.biased(self.split(self.q_proj(hidden_states)))
         scores = _BandScores(
             bands,
-            query=(query + self.bias_u[:, None]) * self.scaling,
+            query=content_query * self.scaling,
             key=self.split(self.k_proj(hidden_states)),
-            relative_query=(query + self.bias_v[:, None]) * self.scaling,
-            relative_key=self.split(self.relative_k_proj(near)),
+            relative_query=relative_query * self.scaling,
+            relative_key=self.relative_keys(near),
             valid=valid,
         )
-        band_map = BandMap(bands, tuple(scores.weights()) if self.shared_as is not None else None, scores)
-        if self.shared_as is not None:
-            published(self.shared_as, kwargs).put(self.shared_as, band_map)
-        return band_map.apply(self.split(self.v_proj(hidden_states)), self.dropout_p())
-
-
-class ReusingWindowAttention(CompressedAttention):
-    """Attention of layer `layer` by the windowed map of layer `source`."""
-
-    def __init__(self, original: ParakeetEncoderAttention, layer: int, source: int) -> None:
-        super().__init__(original)
-        self.layer, self.source = layer, source
-
-    def context(
-        self, hidden_states: Tensor, position_embeddings: Tensor | None, valid: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        band_map: BandMap = published(self.layer, kwargs).get(self.source, self.layer)
-        return band_map.apply(self.split(self.v_proj(hidden_states)), self.dropout_p())
+        return BandMap(bands, tuple(scores.weights()) if self.is_shared else None, scores)
 
 
 @dataclass(frozen=True)
 class _Bands:
-    """How T frames are cut into blocks of `rows` queries, each with the `rows + 2·radius` keys that they may see."""
+    """T frames in blocks of `rows` queries, each with the `rows + 2·radius` keys that its windows span."""
 
     frames: int
     radius: int
@@ -152,7 +80,7 @@ class _Bands:
     @classmethod
     def of(cls, frames: int, radius: int, num_global: int) -> _Bands:
         radius = min(radius, frames - 1)
-        rows = min(frames, max(_FEWEST_ROWS, min(_MOST_ROWS, radius)))
+        rows = min(frames, max(_MIN_ROWS, min(_MAX_ROWS, radius)))
         return cls(frames, radius, min(num_global, frames), rows)
 
     @property
@@ -161,11 +89,11 @@ class _Bands:
 
     @property
     def keys(self) -> int:
-        """Keys of a block, global ones left aside."""
+        """Keys of a block, without global ones."""
         return self.rows + 2 * self.radius
 
     def chunks(self, batch: int, heads: int) -> Iterator[slice]:
-        """Blocks that are computed at a time."""
+        """Slices of blocks that are computed together."""
         block = batch * heads * self.rows * (self.num_global + self.keys)
         size = max(1, torch.get_num_threads() * _SCORES_AT_A_TIME // block)
         return (slice(start, min(start + size, self.blocks)) for start in range(0, self.blocks, size))
@@ -173,7 +101,7 @@ class _Bands:
     def of_queries(
         self, tensor: Float[Tensor, "batch heads frames dim"]
     ) -> Float[Tensor, "batch heads blocks rows dim"]:
-        """The queries of every block; missing ones of the last are zero."""
+        """The queries of every block; those beyond the end are zero."""
         missing = self.blocks * self.rows - self.frames
         return functional.pad(tensor, (0, 0, 0, missing)).unflatten(2, (self.blocks, self.rows))
 
@@ -186,7 +114,7 @@ class _Bands:
         return padded.unfold(2, self.keys, self.rows).transpose(-1, -2)
 
     def with_global(self, tensor: Tensor, windows: Tensor, chunk: slice) -> Tensor:
-        """The keys of a chunk's blocks, the global ones before them."""
+        """The keys of a chunk's blocks, after the global ones."""
         some = windows[:, :, chunk]
         if self.num_global == 0:
             return some
@@ -195,7 +123,7 @@ class _Bands:
 
 
 class _BandScores:
-    """Scores of the windows, from which the weights of any blocks are computed."""
+    """What the weights of any blocks are computed from."""
 
     def __init__(
         self,
@@ -217,7 +145,7 @@ class _BandScores:
         self._usable = bands.of_keys(usable)[..., 0] > 0
 
     def weights(self) -> Iterator[Float[Tensor, "batch heads some rows keys"]]:
-        """Of one chunk of blocks after another."""
+        """The weights of the blocks, chunk by chunk."""
         batch, heads = self._query.shape[:2]
         return (self._weights(chunk) for chunk in self._bands.chunks(batch, heads))
 
@@ -225,7 +153,7 @@ class _BandScores:
         bands = self._bands
         near = self._relative_queries[:, :, chunk] @ self._relative_key[:, :, None].mT
         lowest = torch.finfo(near.dtype).min
-        # Row r has the score of distance R at key r: rows one element longer than they are begin one key later each.
+        # Row r has its score of distance R at key r. In rows that are one element longer, each begins one key later.
         slanted = functional.pad(near, (0, bands.rows), value=lowest).flatten(-2)[..., : -bands.rows]
         scores = slanted.unflatten(-1, (bands.rows, bands.keys))
         scores = scores + self._queries[:, :, chunk] @ self._windows[:, :, chunk].mT
@@ -240,7 +168,7 @@ class _BandScores:
         return torch.softmax(scores, dim=-1)
 
     def of_global(self, values: Tensor, dropout_p: float) -> Float[Tensor, "batch heads global value_dim"]:
-        """Context of the global frames, which attend all."""
+        """Context of the global frames, which attend all keys."""
         mask = None if self._valid is None else self._valid[:, None, None, :]
         query = self._query[:, :, : self._bands.num_global]
         return functional.scaled_dot_product_attention(query, self._key, values, mask, dropout_p, scale=1.0)
@@ -251,9 +179,9 @@ class BandMap:
     """A windowed attention map that can be applied to the values of several layers.
 
     Attributes:
-        bands: its geometry.
-        kept: its weights, where several layers apply them; None where they are computed as they are applied.
-        scores: what it is the softmax of.
+        bands: how frames are divided into blocks.
+        kept: the weights, if several layers apply them; None if they are computed when they are applied.
+        scores: the scores of which it is the softmax.
     """
 
     bands: _Bands
@@ -263,7 +191,7 @@ class BandMap:
     def apply(
         self, values: Float[Tensor, "batch heads frames value_dim"], dropout_p: float
     ) -> Float[Tensor, "batch frames heads value_dim"]:
-        """dropout(map, dropout_p) @ values, dropout drawn anew."""
+        """dropout(map, dropout_p) @ values, with dropout drawn anew for every layer."""
         bands = self.bands
         windows = bands.of_keys(values)
         contexts = []
@@ -276,3 +204,38 @@ class BandMap:
             first = self.scores.of_global(values, dropout_p)
             context = torch.cat([first, context[:, :, bands.num_global :]], dim=2)
         return context.transpose(1, 2)
+
+
+class Window(
+    Technique,
+    notation="window-{radius}[-global-{num_global}][+reuse-{plan}]",
+    label="window of ±{radius}[, {num_global} global][, reuse {plan}]",
+):
+    """Every frame attends the frames at most `radius` away.
+
+    Attributes:
+        radius: frames to either side.
+        num_global: number of first frames that attend all frames and are attended by all.
+        plan: whose map each layer applies, layer by layer; None if layers share none.
+    """
+
+    radius: int
+    num_global: int = 0
+    plan: ReusePlan | None = None
+    source = "Beltagy, Peters & Cohan, Longformer, arXiv 2004.05150; Rekesh et al., Fast Conformer, ASRU 2023"
+    attention = WindowAttention
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plan is not None and self.plan.num_heads is not None:
+            raise ValueError("whole layers reuse windows; the plan must not have head assignments")
+
+    def check(self, encoder: ParakeetEncoder) -> None:
+        if self.plan is not None:
+            check_plan(encoder, self.plan, encoder.config.num_attention_heads)
+
+    def change(self, model: nn.Module, encoder: ParakeetEncoder) -> None:
+        plan = self.plan or ReusePlan.full(len(encoder.layers))
+        if not plan.is_full:
+            open_shared_maps(encoder)
+        self.replace_attention(encoder, plan)

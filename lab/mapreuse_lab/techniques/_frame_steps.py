@@ -1,4 +1,4 @@
-"""Frames taken in steps of several: for techniques that group, stride or pool them."""
+"""Frames in steps of several, for techniques that group or pool them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch.nn import functional
 
 
 def in_steps(tensor: Float[Tensor, "*batch frames dim"], size: int) -> Float[Tensor, "*batch steps size dim"]:
-    """Frames by step; those that the last step lacks are zero."""
+    """Frames by step, ⌈T / size⌉ steps; missing frames of the last step are zero."""
     frames = tensor.shape[-2]
     steps = -(-frames // size)
     return functional.pad(tensor, (0, 0, 0, steps * size - frames)).unflatten(-2, (steps, size))
 
 
 def valid_steps(valid: Bool[Tensor, "batch frames"] | None, size: int) -> Bool[Tensor, "batch steps"] | None:
-    """Which steps hold a frame that is not padding: those whose first frame is not."""
+    """True for steps whose first frame is not padding."""
     return None if valid is None else valid[:, ::size]
 
 
 def step_distances(
-    position_embeddings: Float[Tensor, "positions distances width"], size: int
+    positions: Float[Tensor, "positions distances width"], size: int
 ) -> Float[Tensor, "positions step_distances width"]:
-    """Encodings of the distances between steps, (n − 1)·size down to −(n − 1)·size for n steps."""
-    frames = position_embeddings.shape[1] // 2 + 1
+    """Encodings of the distances between n steps: (n − 1)·size, …, −(n − 1)·size frames."""
+    frames = positions.shape[1] // 2 + 1
     longest = (frames - 1) // size * size
-    return position_embeddings[:, frames - 1 - longest : frames + longest : size]
+    return positions[:, frames - 1 - longest : frames + longest : size]
