@@ -24,7 +24,7 @@ from transformers import (
 
 import mapreuse as mr
 from mapreuse import cli
-from mapreuse.maps import HAS_C_KERNEL, SharedMaps, _blocked
+from mapreuse.maps import KERNEL_RANGE, SharedMaps, _blocked
 from mapreuse.measure import (
     PARTS,
     BreakdownConfig,
@@ -250,7 +250,7 @@ def test_a_phase_of_the_core_lasts_from_its_operator_to_the_next_ones():
 
 def test_a_core_in_c_is_divided_as_it_measured_itself():
     """Two threads were busy for 60 and 30 of a hundred, so that shares count, not seconds."""
-    steps = [("aten::add", [[4, 100, 8], [4, 1, 8]], 1), (HAS_C_KERNEL, [], 90), ("aten::view", [[4, 100, 8]], 3)]
+    steps = [("aten::add", [[4, 100, 8], [4, 1, 8]], 1), (KERNEL_RANGE, [], 90), ("aten::view", [[4, 100, 8]], 3)]
     phases = {"positional_scores": 60e-9, "scores": 60e-9, "softmax": 30e-9, "context": 30e-9}
     assert nanoseconds(core_events(*steps), cores=[phases]) == {
         (None, "rest"): 15,

@@ -1,30 +1,31 @@
-"""How is an attention map computed, carried, applied? Tensors only."""
+"""How is an attention map computed, stored and applied? Tensors only."""
 
 from mapreuse.maps._attend import attend
-from mapreuse.maps._c_kernel import HAS_C_KERNEL, are_unobserved, recorded_phases
+from mapreuse.maps._c_kernel import KERNEL_RANGE, are_unobserved, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
 from mapreuse.maps._microbenchmark import is_clearly_faster
 from mapreuse.maps._scores import RelativePositions, Scores, as_index
-from mapreuse.maps._shared import SharedMaps
+from mapreuse.maps._shared_maps import SharedMaps
 from mapreuse.maps._storage import STORAGES, compute
-from mapreuse.maps._storage_choice import Choice, Demand, choose
+from mapreuse.maps._storage_choice import MapCounts, StorageChoice, StorageCost, choose_storage
 
 __all__ = [
-    "HAS_C_KERNEL",
+    "KERNEL_RANGE",
     "STORAGES",
     "AttentionMap",
-    "Choice",
-    "Demand",
     "DenseMap",
     "HeadPairs",
+    "MapCounts",
     "RecomputedMap",
     "RelativePositions",
     "Scores",
     "SharedMaps",
+    "StorageChoice",
+    "StorageCost",
     "are_unobserved",
     "as_index",
     "attend",
-    "choose",
+    "choose_storage",
     "compute",
     "is_clearly_faster",
     "recorded_phases",

@@ -1,4 +1,4 @@
-"""Context and map of a computing layer, by the way that suits what is wanted of them."""
+"""Attention of a computing layer, by the fastest implementation for the case."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import flop_registry
 
 from mapreuse.maps import _c_kernel
 from mapreuse.maps._blocked import Block, blocked, is_short, keeping
@@ -17,11 +18,18 @@ from mapreuse.maps._microbenchmark import is_clearly_faster
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, drop, softmax
 
-_FEWEST_SCORES = 1 << 17
-"""Of one item, over all heads, from which the core in C is tried: it takes items one after the other."""
+_MIN_SCORES = 1 << 17
+"""Minimum number of scores per item, over all heads, for the C kernel, which computes one item after the other."""
 
 _HEADS, _LENGTH = 4, 512
-"""Of the attention by which the core in C and fused attention are compared."""
+"""Size of the attention on which the C kernel and fused attention are timed."""
+
+for _pass in ("", "_backward"):
+    # `FlopCounterMode` knows fused attention of GPUs and counts that of CPUs as zero.
+    _on_gpu, _on_cpu = (
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{device}{_pass}") for device in ("", "_for_cpu")
+    )
+    flop_registry.setdefault(_on_cpu, flop_registry[_on_gpu])
 
 
 def attend(
@@ -32,22 +40,24 @@ def attend(
     dropout_p: float = 0.0,
     buffer: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"] | None]:
-    """Context and, where it is to be kept, the attention map.
+    """Compute the context of an attention layer and, if `keep`, its attention map.
 
         map = softmax(scores),    context = dropout(map, dropout_p) @ values
 
-    The map returned is the one before dropout. A row that may attend nothing has an all-zero map and context. The
-    context is a view of memory laid out as (batch, query, heads, value_dim), the layout an output projection reads.
+    The returned map is the one before dropout. If a query may attend to no key, its row of the map and its context
+    are zero. The context is stored as (batch, query, heads, value_dim), the order that output projections read.
 
     Args:
-        scores: pre-softmax scores.
-        values: one head of values for each head of the scores.
-        keep: return the map too; otherwise it is never stored as a whole.
-        dropout_p: probability with which a weight is dropped (training).
-        buffer: contiguous memory for the map, of its shape and dtype, to be overwritten; used only where no gradient
-            is needed.
+        scores: scores before the softmax.
+        values: values, with as many heads as the scores.
+        keep: return the map as well. Otherwise it is never stored as a whole.
+        dropout_p: probability of dropping a weight.
+        buffer: contiguous memory of the map's shape and type that may be overwritten. Used only without gradients.
+
+    Returns:
+        The context, and the map or None.
     """
-    if not keep and scores.relative is None and (dropout_p > 0.0 or not _core_is_better(scores, values)):
+    if not keep and scores.relative is None and (dropout_p > 0.0 or not _kernel_is_better(scores, values)):
         return _fused(scores, values, dropout_p), None
     if torch.compiler.is_compiling():
         weights = softmax(scores)
@@ -68,10 +78,10 @@ def attend(
 
 
 def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
-    # `scaled_dot_product_attention` takes either causality or a mask, and leaves rows that attend nothing at zero.
+    # `scaled_dot_product_attention` accepts causality or a mask, not both. Rows without any allowed key become zero.
     mask, is_causal = scores.mask, scores.is_causal
     if is_causal and (mask is not None or scores.bias is not None or scores.shape[-2] != scores.shape[-1]):
-        mask, is_causal = scores.allowed(0, scores.shape[-2]), False
+        mask, is_causal = scores.allowed(), False
     if scores.bias is not None:
         mask = scores.bias if mask is None else scores.bias.masked_fill(~mask, float("-inf"))
     return functional.scaled_dot_product_attention(
@@ -85,19 +95,19 @@ def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
     )
 
 
-def _core_is_better(scores: Scores, values: Tensor) -> bool:
-    """Whether the core in C can compute this context, and takes less time than fused attention."""
+def _kernel_is_better(scores: Scores, values: Tensor) -> bool:
+    """Whether the C kernel can compute this context and is faster than fused attention."""
     return (
         _c_kernel.computes(scores, values)
         and not is_short(*scores.shape[-2:])
-        and math.prod(scores.shape[1:]) >= _FEWEST_SCORES
-        and _core_is_faster(torch.get_num_threads(), scores.query.shape[-1])
+        and math.prod(scores.shape[1:]) >= _MIN_SCORES
+        and _kernel_is_faster(torch.get_num_threads(), scores.query.shape[-1])
     )
 
 
 @cache
-def _core_is_faster(threads: int, dim: int) -> bool:
-    """Whether the core in C takes clearly less time than fused attention, with so many threads; measured once."""
+def _kernel_is_faster(threads: int, dim: int) -> bool:
+    """Whether the C kernel is faster than fused attention with this number of threads; measured once."""
     with torch.inference_mode():
         one = torch.ones(1, _HEADS, _LENGTH, dim, dtype=torch.float32, device="cpu")
         scores = Scores(one, one, dim**-0.5)

@@ -1,4 +1,4 @@
-"""The cores in C (`_core.c`), where they were built: on a CPU, in float32, where gradients are off."""
+"""The C kernels of `_kernel.c`, if they were compiled: attention on a CPU, in float32, without gradients."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from mapreuse.maps._scores import Scores
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
-"""Of weights that are stored, by their number in C."""
-_NEWEST = 2
-"""Vector instructions: those that any processor has, AVX2, AVX512. The newest that the machine has are used."""
-_FEWEST_ROWS, _MOST_ROWS = 12, 48
-"""Rows of one head that a thread computes at a time, whole tiles of six: fewer, and keys are read too often."""
-_KEPT = 1 << 24
-"""Bytes of working memory up to which a thread keeps it."""
-_LARGE = 1 << 23
-"""Bytes of a map from which its memory is asked for in large pages."""
+"""Types of stored weights and their numbers in C."""
+_MAX_ISA = 2
+"""Newest instruction set to use if the processor has it: 0 for any processor, 1 for AVX2, 2 for AVX-512."""
+_MIN_ROWS, _MAX_ROWS = 12, 48
+"""Number of rows of a head that a thread computes at a time, in tiles of six. With fewer, keys are read too often."""
+_MAX_KEPT = 1 << 24
+"""Maximum size in bytes of the working memory that a thread keeps for the next call."""
+_MIN_LARGE = 1 << 23
+"""Minimum size in bytes of a map whose memory is requested in large pages."""
 
-HAS_C_KERNEL = "mapreuse core in C"
-"""Name of the profiler's range around the core of a computing layer, where `recorded_phases` are asked for."""
+KERNEL_RANGE = "mapreuse C kernel"
+"""Name of the profiler range around the kernel of a computing layer, inside `recorded_phases`."""
 _PHASES = ("positional_scores", "scores", "softmax", "context")
 _recorded: ContextVar[list[dict[str, float]] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
 def recorded_phases() -> Iterator[list[dict[str, float]]]:
-    """While it lasts, and for this thread: seconds of all threads in every phase of each computing layer's core."""
+    """Record the time that each call of a computing layer's C kernel spends in its phases.
+
+    Yields:
+        A list that grows by one dictionary per call in this thread: seconds by phase ("positional_scores", "scores",
+        "softmax", "context"), summed over the kernel's threads.
+    """
     found: list[dict[str, float]] = []
     before = _recorded.set(found)
     try:
@@ -54,7 +59,7 @@ class _Matrices(ctypes.Structure):
 
     @classmethod
     def of(cls, tensor: Tensor | None) -> _Matrices:
-        """Of (heads, rows, columns), columns adjacent; sizes of one stand for all."""
+        """Describe a tensor of shape (heads, rows, columns) with adjacent columns; sizes of one broadcast."""
         if tensor is None:
             return cls(None, 0, 0)
         return cls(tensor.data_ptr(), _stride(tensor, 0), _stride(tensor, 1))
@@ -79,7 +84,7 @@ class _Map(ctypes.Structure):
         return cls(weights.data_ptr(), weights.stride(0), weights.stride(1), _TYPES[weights.dtype], *of_scales)
 
 
-class _Computing(ctypes.Structure):
+class _ComputeArguments(ctypes.Structure):
     _fields_ = (
         ("heads", c_int64),
         ("rows", c_int64),
@@ -101,12 +106,12 @@ class _Computing(ctypes.Structure):
         ("width", c_int64),
         ("rows_at_a_time", c_int64),
         ("threads", c_int64),
-        ("newest", c_int64),
+        ("max_isa", c_int64),
         ("seconds", c_void_p),
     )
 
 
-class _Applying(ctypes.Structure):
+class _ApplyArguments(ctypes.Structure):
     _fields_ = (
         ("map_heads", c_int64),
         ("rows", c_int64),
@@ -119,20 +124,21 @@ class _Applying(ctypes.Structure):
         ("values_of", c_void_p),
         ("context", _Matrices),
         ("threads", c_int64),
-        ("newest", c_int64),
+        ("max_isa", c_int64),
     )
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the cores in C compute with these: they were built, and the tensors are unobserved."""
+    """Whether the C kernels can process these tensors: they are compiled, and the tensors are unobserved."""
     return are_unobserved(*tensors) and library() is not None
 
 
 def are_unobserved(*tensors: Tensor) -> bool:
-    """Whether these are float32 on a CPU, without a tape, and nothing follows what is done with them.
+    """Whether code that reads these tensors' memory directly gives the same results as PyTorch operations.
 
-    What reads memory leaves no trace for compilers and tracers, dispatch modes (a counter of FLOPs, tensors without
-    memory), transforms such as vmap, forward gradients, tensors of other classes.
+    It does for plain float32 tensors on a CPU, without gradients, unless something observes operations: compilers,
+    tracers, dispatch modes (such as `FlopCounterMode`), transforms (such as vmap), forward-mode gradients, or tensor
+    subclasses.
     """
     return (
         not torch.is_grad_enabled()
@@ -140,13 +146,13 @@ def are_unobserved(*tensors: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
-        and not _follows_tangents()
-        and all(_is_plain(tensor) for tensor in tensors)
+        and forward_ad._current_level < 0
+        and all(tensor.dtype == torch.float32 and _is_memory(tensor) for tensor in tensors)
     )
 
 
 def computes(scores: Scores, values: Tensor) -> bool:
-    """Whether `compute` may be called; what does not fit together is left to PyTorch, which says so."""
+    """Whether `compute` supports these. Shapes that do not fit together are left to PyTorch, which raises an error."""
     batch, heads, num_queries, num_keys = scores.shape
     relative, mask, bias = scores.relative, scores.mask, scores.bias
     return (
@@ -166,22 +172,21 @@ def compute(
     weights: Tensor | None = None,
     scales: Float[Tensor, "batch heads query 1"] | None = None,
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """Context of a computing layer; its map goes to `weights`, where given.
+    """Compute the context of a computing layer and, in `weights`, its map.
 
-    Some rows at a time, their scores by content and, slanted, by position are summed where they are softmaxed and
-    multiplied with the values, in a thread's own cache. Nothing is computed beyond the last query and key of an item
-    that attend anything, nor, where the scores are causal, for keys after the last row of a few.
+    Each thread takes some rows of a head through scores, softmax and context inside its own cache. Padding beyond the
+    valid lengths is not computed, nor, if the scores are causal, the keys after the last of those rows.
 
     Args:
         scores, values: as for `attend`.
-        weights: contiguous memory for the map, (batch, heads, query, key): as float32, or, over the greatest of their
-            row, as float16 or (in 255ths) as uint8.
-        scales: memory for what float16 and uint8 are to be multiplied by, so that rows sum to one.
+        weights: contiguous memory for the map, of shape (batch, heads, query, key). float32 stores the weights;
+            float16 and uint8 store them relative to the maximum of their row, uint8 in steps of 1/255.
+        scales: memory for the scales of float16 and uint8 weights; rows of `scales * weights` sum to one.
     """
     batch, heads, num_queries, num_keys = scores.shape
     context = values.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
     relative, phases = scores.relative, _recorded.get()
-    for item, (rows, keys) in enumerate(scores.extents):
+    for item, (rows, keys) in enumerate(scores.valid_lengths):
         context[item, :, rows:] = 0
         if weights is not None:
             weights[item, :, rows:] = 0
@@ -193,22 +198,22 @@ def compute(
         if allowed is not None and bool(allowed.all()):
             allowed = None
         bias = _part(scores.bias, item, rows, keys)
-        # Named, so that none is freed while the core reads it.
-        query, key, own = (_adjacent(tensor[item]) for tensor in (scores.query, scores.key, values))
+        # These names keep the tensors alive while the kernel reads them.
+        query, key, item_values = (_adjacent(tensor[item]) for tensor in (scores.query, scores.key, values))
         relative_query = None if relative is None else _adjacent(relative.query[item])
         relative_key = None if relative is None else _adjacent(_item(relative.key, item))
         seconds = (c_double * len(_PHASES))()
-        arguments = _Computing(
+        arguments = _ComputeArguments(
             heads=heads,
             rows=rows,
             keys=keys,
             dim=query.shape[-1],
-            value_dim=own.shape[-1],
+            value_dim=item_values.shape[-1],
             scaling=scores.scaling,
             is_causal=scores.is_causal,
             query=_Matrices.of(query),
             key=_Matrices.of(key),
-            values=_Matrices.of(own),
+            values=_Matrices.of(item_values),
             relative_query=_Matrices.of(relative_query),
             relative_key=_Matrices.of(relative_key),
             num_keys=num_keys,
@@ -219,10 +224,10 @@ def compute(
             width=num_keys,
             rows_at_a_time=_rows_at_a_time(rows, heads),
             threads=torch.get_num_threads(),
-            newest=_NEWEST,
+            max_isa=_MAX_ISA,
             seconds=ctypes.addressof(seconds),
         )
-        with nullcontext() if phases is None else _RecordFunctionFast(HAS_C_KERNEL):
+        with nullcontext() if phases is None else _RecordFunctionFast(KERNEL_RANGE):
             _call("mapreuse_compute", arguments)
         if phases is not None:
             phases.append(dict(zip(_PHASES, seconds, strict=True)))
@@ -234,92 +239,89 @@ def apply(
     scales: Float[Tensor, "batch map_heads query 1"] | None,
     values: Float[Tensor, "batch value_heads key value_dim"],
     heads: Sequence[tuple[int, int]],
-    extents: Sequence[tuple[int, int]],
+    valid_lengths: Sequence[tuple[int, int]],
 ) -> Float[Tensor, "batch heads query value_dim"]:
-    """Context of stored weights (as `compute` stores them) and another layer's values.
+    """Apply weights that `compute` stored to another layer's values.
 
         context[h] = (scales · weights)[m_h] @ values[v_h],    (m_h, v_h) = heads[h]
 
-    Rows of one head of the map are read once for all heads that apply it, and decompressed in a thread's own cache.
+    Each head of the map is read once for all heads that apply it, and decompressed inside a thread's own cache.
 
-    Raises `ValueError` where values and heads are not those of the map.
+    Raises:
+        ValueError: if the values or heads do not fit the map.
     """
     batch, map_heads, num_queries, num_keys = weights.shape
     if values.shape[0] != batch or values.shape[2] != num_keys:
-        raise ValueError(f"values of {tuple(values.shape)} do not fit a map of {tuple(weights.shape)}")
+        raise ValueError(f"values of shape {tuple(values.shape)} do not fit a map of shape {tuple(weights.shape)}")
     if any(not (0 <= m < map_heads and 0 <= v < values.shape[1]) for m, v in heads):
         raise ValueError(
-            f"heads {heads} are not all among {map_heads} of the map and {values.shape[1]} of the values"
+            f"heads {heads} do not fit a map with {map_heads} heads and values with {values.shape[1]} heads"
         )
     context = values.new_empty(batch, num_queries, len(heads), values.shape[-1]).transpose(1, 2)
     map_of, values_of = ((c_int64 * len(heads))(*(pair[which] for pair in heads)) for which in (0, 1))
-    for item, (rows, keys) in enumerate(extents):
+    for item, (rows, keys) in enumerate(valid_lengths):
         context[item, :, rows:] = 0
         if rows == 0:
             continue
-        stored, own = _adjacent(weights[item]), _adjacent(values[item])
-        arguments = _Applying(
+        item_weights, item_values = _adjacent(weights[item]), _adjacent(values[item])
+        arguments = _ApplyArguments(
             map_heads=map_heads,
             rows=rows,
             keys=keys,
-            value_dim=own.shape[-1],
-            weights=_Map.of(stored, None if scales is None else scales[item]),
-            values=_Matrices.of(own),
+            value_dim=item_values.shape[-1],
+            weights=_Map.of(item_weights, None if scales is None else scales[item]),
+            values=_Matrices.of(item_values),
             contexts=len(heads),
             map_of=ctypes.addressof(map_of),
             values_of=ctypes.addressof(values_of),
             context=_Matrices.of(context[item]),
             threads=torch.get_num_threads(),
-            newest=_NEWEST,
+            max_isa=_MAX_ISA,
         )
         _call("mapreuse_apply", arguments)
     return context
 
 
 def applies(weights: Tensor, values: Tensor) -> bool:
-    """Whether `apply` may be called."""
+    """Whether `apply` supports these."""
     return weights.dtype in _TYPES and _is_memory(weights) and serves(values)
 
 
 def map_memory(
     scores: Scores, dtype: torch.dtype
 ) -> Float[Tensor, "batch heads query key"] | UInt8[Tensor, "batch heads query key"]:
-    """Memory for a map of these scores; that of a long input comes in large pages, where the system has them."""
+    """Allocate memory for a map of these scores, in large pages if the map is large and the system has them."""
     weights = torch.empty(scores.shape, dtype=dtype, device=scores.query.device)
-    if weights.device.type == "cpu" and weights.nbytes >= _LARGE and (found := library()) is not None:
+    if weights.device.type == "cpu" and weights.nbytes >= _MIN_LARGE and (found := library()) is not None:
         found.mapreuse_advise(c_void_p(weights.data_ptr()), c_int64(weights.nbytes))
     return weights
 
 
 def softmax_of_sum(scores: Tensor, addend: Tensor | None, out: Tensor) -> None:
-    """out = softmax(scores + addend) over adjacent keys; (heads, rows, keys), scores are overwritten."""
+    """`_softmax.softmax_of_sum` in C, for tensors that the kernels can process."""
     found = library()
     assert found is not None
     strides = c_int64 * 2
     memory: list[c_void_p | ctypes.Array[c_int64] | None] = []
     for tensor in (scores, addend, out):
         memory += [None, None] if tensor is None else [c_void_p(tensor.data_ptr()), strides(*tensor.stride()[:2])]
-    found.mapreuse_softmax_of_sum(*memory, *map(c_int64, (*scores.shape, torch.get_num_threads(), _NEWEST)))
+    found.mapreuse_softmax_of_sum(*memory, *map(c_int64, (*scores.shape, torch.get_num_threads(), _MAX_ISA)))
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where the package was installed without a C compiler."""
+    """The compiled kernels, or None if the package was installed without a C compiler."""
     found = importlib.util.find_spec("mapreuse.maps._kernel")
     if found is None or found.origin is None:
         return None
     try:
         return ctypes.CDLL(found.origin)
-    except OSError:  # built for another machine
+    except OSError:  # compiled for another machine
         return None
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and _is_memory(tensor)
-
-
 def _is_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are what stands in its memory, on the CPU."""
+    """Whether the memory of a tensor is on the CPU and holds its values as they are."""
     return (
         tensor.device.type == "cpu"
         and tensor.layout == torch.strided
@@ -329,12 +331,8 @@ def _is_memory(tensor: Tensor) -> bool:
     )
 
 
-def _follows_tangents() -> bool:
-    return forward_ad._current_level >= 0
-
-
 class _Memory(threading.local):
-    """A thread's working memory, kept for its next core where it is small: fresh memory costs a fault a page."""
+    """Working memory of a thread. Small ones are kept for the next call, because fresh memory costs page faults."""
 
     kept: Tensor | None = None
 
@@ -342,7 +340,7 @@ class _Memory(threading.local):
         if self.kept is not None and len(self.kept) >= floats:
             return self.kept
         memory = torch.empty(floats, dtype=torch.float32)
-        if memory.nbytes <= _KEPT:
+        if memory.nbytes <= _MAX_KEPT:
             self.kept = memory
         return memory
 
@@ -351,16 +349,16 @@ _memory = _Memory()
 
 
 def _call(name: str, arguments: ctypes.Structure) -> None:
-    core = getattr(library(), name)
-    core.restype = c_int64
-    memory = _memory.of(core(ctypes.byref(arguments), None))
-    core(ctypes.byref(arguments), c_void_p(memory.data_ptr()))
+    kernel = getattr(library(), name)
+    kernel.restype = c_int64
+    memory = _memory.of(kernel(ctypes.byref(arguments), None))
+    kernel(ctypes.byref(arguments), c_void_p(memory.data_ptr()))
 
 
 def _rows_at_a_time(rows: int, heads: int) -> int:
-    """The most, but few enough to keep every thread busy."""
+    """As many rows as possible while every thread has work."""
     shared = -(-rows * heads // (4 * torch.get_num_threads()))
-    return min(rows, max(_FEWEST_ROWS, min(_MOST_ROWS, shared) // 6 * 6))
+    return min(rows, max(_MIN_ROWS, min(_MAX_ROWS, shared) // 6 * 6))
 
 
 def _item(tensor: Tensor, item: int) -> Tensor:
@@ -368,11 +366,11 @@ def _item(tensor: Tensor, item: int) -> Tensor:
 
 
 def _part(tensor: Tensor | None, item: int, rows: int, keys: int) -> Tensor | None:
-    """One item's, without what nothing attends, of a tensor in which batch, heads and queries may be one for all."""
+    """Part of one item without padding, of a tensor whose batch, heads and queries may broadcast."""
     if tensor is None:
         return None
-    some = _item(tensor, item)[..., :keys]
-    return _adjacent(some[:, :rows] if some.shape[1] > 1 else some)
+    part = _item(tensor, item)[..., :keys]
+    return _adjacent(part[:, :rows] if part.shape[1] > 1 else part)
 
 
 def _adjacent(tensor: Tensor) -> Tensor:

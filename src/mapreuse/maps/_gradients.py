@@ -1,4 +1,4 @@
-"""The blocked core with a tape: its gradient, computed block by block as well."""
+"""Exact attention in blocks with gradients; the backward pass runs in blocks as well."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from mapreuse.maps._softmax import BlockDropout
 def blocked_with_gradients(
     scores: Scores, values: Tensor, *, keep: bool, dropout: BlockDropout | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`blocked`, differentiable once in queries, keys, values, bias and relative positions.
+    """`blocked` with first-order gradients for queries, keys, values, bias and relative positions.
 
-    With S the scores, P the map, C the context, and all gradients of a block of rows from the map's rows alone,
+    With the scores S, the map P, the context C and the gradient G of the map from its readers, a block of rows needs
+    only its own rows of the map:
 
-        dV = Pᵀ dC,    dP = dC Vᵀ + (the readers' gradient of the map),    dS = P ∘ (dP − rowsum(P ∘ dP))
+        dV = Pᵀ dC,    dP = dC Vᵀ + G,    dS = P ∘ (dP − rowsum(P ∘ dP))
 
-    so that only the inputs are kept for the backward pass, and the map where other layers read it: its rows are
-    computed again otherwise (Dao et al. 2022), and never is there another tensor of T × T numbers.
+    Only the inputs are saved for the backward pass, and the map if it is kept. Otherwise the rows of the map are
+    computed again (Dao et al. 2022), so that no other T × T tensor is ever stored.
+
+    Returns:
+        The context, and the map or None.
     """
     relative = scores.relative
     tensors = (scores.query, scores.key, values, scores.bias)
@@ -68,38 +72,39 @@ class _Blocked(Function):
             for block in blocks(scores, values):
                 rows = block.place
                 keys = block.item, block.heads, slice(block.keys)
-                some = block.compute_map() if weights is None else weights[rows][..., : block.keys]
+                block_map = block.compute_map() if weights is None else weights[rows][..., : block.keys]
                 d_rows = d_context[rows]
-                d_some = d_rows @ block.values.mT
+                d_map = d_rows @ block.values.mT
                 if ctx.dropout is None:
-                    d_values[keys] += some.mT @ d_rows
+                    d_values[keys] += block_map.mT @ d_rows
                 else:
-                    factors = ctx.dropout.factors(d_some, block.number)
-                    d_values[keys] += (some * factors).mT @ d_rows
-                    d_some *= factors
+                    factors = ctx.dropout.factors(d_map, block.number)
+                    d_values[keys] += (block_map * factors).mT @ d_rows
+                    d_map *= factors
                 if d_weights is not None:
-                    d_some += d_weights[rows][..., : block.keys]
-                d_scores = some * (d_some - (some * d_some).sum(-1, keepdim=True))
+                    d_map += d_weights[rows][..., : block.keys]
+                d_scores = block_map * (d_map - (block_map * d_map).sum(-1, keepdim=True))
                 d_query[rows] = d_scores @ block.key * ctx.scaling
                 d_key[keys] += d_scores.mT @ block.query
                 if d_bias is not None:
-                    _add_where_broadcast(d_bias, block.item, block.heads, block.rows, d_scores)
+                    _add_reduced(d_bias, block, d_scores)
                 if d_relative is not None and block.relative is not None:
-                    positional, slanted = block.positional()
-                    positional.zero_()
-                    slanted.copy_(d_scores)
+                    by_distance, by_key = block.positional()
+                    by_distance.zero_()
+                    by_key.copy_(d_scores)
                     relative_query, relative_key = block.relative
-                    d_relative.query[rows] = positional @ relative_key * ctx.scaling
+                    d_relative.query[rows] = by_distance @ relative_key * ctx.scaling
                     item = block.item if d_relative.key.shape[0] > 1 else 0
-                    d_relative.key[item, block.heads, block.distances] += positional.mT @ relative_query
+                    d_relative.key[item, block.heads, block.distances] += by_distance.mT @ relative_query
         d_positions = (None, None) if d_relative is None else (d_relative.query, d_relative.key)
         return d_query, d_key, d_values, d_bias, *d_positions, None, None, None
 
 
-def _add_where_broadcast(total: Tensor, item: int, heads: slice, rows: slice, addend: Tensor) -> None:
-    """Add (heads, rows, keys) to its place in a tensor whose batch, heads or rows may be one for all."""
+def _add_reduced(total: Tensor, block: Block, addend: Tensor) -> None:
+    """Add a block's (heads, rows, keys) to the gradient of a tensor whose batch, heads or rows broadcast."""
+    heads, rows = block.heads, block.rows
     if total.shape[1] == 1:
         heads, addend = slice(0, 1), addend.sum(0, keepdim=True)
     if total.shape[2] == 1:
         rows, addend = slice(0, 1), addend.sum(1, keepdim=True)
-    total[item if total.shape[0] > 1 else 0, heads, rows, : addend.shape[-1]] += addend
+    total[block.item if total.shape[0] > 1 else 0, heads, rows, : addend.shape[-1]] += addend

@@ -1,4 +1,4 @@
-"""The attention map as an object that is handed from the layer that computed it to the layers that reuse it."""
+"""Attention maps as objects that reusing layers apply to their own values."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor
 
 from mapreuse.maps import _c_kernel
 from mapreuse.maps._attend import attend
-from mapreuse.maps._blocked import is_short, rows_at_a_time, slices
+from mapreuse.maps._blocked import is_short, rows_per_block, slices
 from mapreuse.maps._scores import Scores, as_index
 from mapreuse.maps._softmax import drop, softmax
 
 HeadPairs: TypeAlias = tuple[tuple[int, int], ...]
-"""For each head of the context, the head of the map and the head of the values that make it."""
+"""For each head of the context, its head of the map and its head of the values."""
 
 
 class AttentionMap(ABC):
-    """What a computing layer hands on: a row-stochastic map that can be applied to other layers' values.
+    """The attention map of a computing layer, which other layers apply to their values.
 
-    All realisations mean the same: `apply(values) = dropout(dense(), dropout_p) @ values`.
+    For every storage, `apply(values)` equals `dropout(dense(), dropout_p) @ values`. Each row of the map sums to one,
+    or to zero if its query may attend to no key.
     """
 
     @abstractmethod
@@ -34,15 +35,15 @@ class AttentionMap(ABC):
         heads: HeadPairs | None = None,
         dropout_p: float = 0.0,
     ) -> Float[Tensor, "batch heads query value_dim"]:
-        """Context of another layer's values under this map.
+        """Compute the context of a reusing layer.
 
             context[h] = dropout(map[m_h], dropout_p) @ values[v_h],    (m_h, v_h) = heads[h]
 
         Args:
-            values: values projected by the reusing layer.
-            heads: for each head of the context, which head of the map meets which head of the values; None pairs
-                them one to one.
-            dropout_p: probability with which a weight is dropped, drawn anew for every layer.
+            values: values of the reusing layer.
+            heads: for each head of the context, its head of the map and its head of the values; None pairs equal
+                numbers.
+            dropout_p: probability of dropping a weight. Every call draws its own dropout.
         """
 
     @abstractmethod
@@ -52,30 +53,29 @@ class AttentionMap(ABC):
     @property
     @abstractmethod
     def num_heads(self) -> int:
-        """Heads of the map."""
+        """Number of heads of the map."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that the map keeps alive until its last reader."""
+        """Size in bytes of the tensors that the map keeps alive."""
 
 
 @dataclass(frozen=True)
 class DenseMap(AttentionMap):
-    """The stored weights; one matrix product to apply.
+    """A map that stores its weights. Applying it is one matrix product.
 
     Attributes:
-        weights: the weights, as they are, or compressed to `scales * weights`: float16 from 0 to 1, or uint8 from 0
-            to 255. Those are decompressed some rows at a time, and rows of the context take their scale; in half
-            precision, which products of 255ths would overflow, rows of the weights do.
-        scales: of every row, in float32 or wider; None where the weights are as they are.
-        extents: for every item, how many leading queries and keys hold all weights that are not zero (see
-            `Scores.extents`), so that no product is made with the rest; None for all of them.
+        weights: the weights, or compressed weights with `map = scales * weights`: float16 from 0 to 1, or uint8 from
+            0 to 255.
+        scales: scale of each row of compressed weights, in float32 or wider; None if the weights are not compressed.
+        valid_lengths: numbers of queries and keys per item beyond which all weights are zero (see
+            `Scores.valid_lengths`), so that padding is not multiplied; None for no padding.
     """
 
     weights: Float[Tensor, "batch heads query key"] | UInt8[Tensor, "batch heads query key"]
     scales: Float[Tensor, "batch heads query 1"] | None = None
-    extents: tuple[tuple[int, int], ...] | None = None
+    valid_lengths: tuple[tuple[int, int], ...] | None = None
 
     def apply(
         self,
@@ -91,25 +91,26 @@ class DenseMap(AttentionMap):
                 weights, values = weights[:, as_index(map_heads)], values[:, as_index(value_heads)]
             return drop(weights, dropout_p) @ values
         batch, num_heads, num_queries, num_keys = self.weights.shape
+        valid_lengths = self.valid_lengths or ((num_queries, num_keys),) * batch
         if dropout_p == 0.0 and _c_kernel.applies(self.weights, values):
             pairs = tuple((head, head) for head in range(num_heads)) if heads is None else heads
-            extents = self.extents or ((num_queries, num_keys),) * batch
-            return _c_kernel.apply(self.weights, self.scales, values, pairs, extents)
+            return _c_kernel.apply(self.weights, self.scales, values, pairs, valid_lengths)
         num_heads = num_heads if heads is None else len(heads)
         context = values.new_empty(batch, num_queries, num_heads, values.shape[-1]).transpose(1, 2)
-        for item, (rows, keys) in enumerate(self.extents or [(num_queries, num_keys)] * batch):
+        for item, (rows, keys) in enumerate(valid_lengths):
             context[item, :, rows:] = 0
-            own = values[item, :, :keys]
-            for some in slices(rows, rows if self.scales is None else rows_at_a_time(rows, keys)):
-                weights, out = self.weights[item, :, some, :keys], context[item, :, some]
+            item_values = values[item, :, :keys]
+            for block in slices(rows, rows if self.scales is None else rows_per_block(rows, keys)):
+                weights, out = self.weights[item, :, block, :keys], context[item, :, block]
                 if self.scales is not None and self.scales.dtype != values.dtype:
-                    weights = (weights * self.scales[item, :, some]).to(values.dtype)
+                    # Unscaled products of uint8 weights could overflow in half precision.
+                    weights = (weights * self.scales[item, :, block]).to(values.dtype)
                 elif self.scales is not None:
                     weights = weights.to(values.dtype)
                 if heads is None:
-                    torch.bmm(drop(weights, dropout_p), own, out=out)
+                    torch.bmm(drop(weights, dropout_p), item_values, out=out)
                 else:
-                    _apply_in_pairs(weights, own, heads, dropout_p, out)
+                    _apply_heads(weights, item_values, heads, dropout_p, out)
             if self.scales is not None and self.scales.dtype == values.dtype:
                 scales = self.scales[item, :, :rows]
                 context[item, :, :rows] *= scales if heads is None else scales[[pair[0] for pair in heads]]
@@ -129,10 +130,10 @@ class DenseMap(AttentionMap):
 
 @dataclass(frozen=True)
 class RecomputedMap(AttentionMap):
-    """The source layer's scores, kept as queries and keys; memory grows with T instead of T².
+    """A map that stores the queries and keys of its scores, so that memory grows with T instead of T².
 
-    Applied by fused attention, `scaled_dot_product_attention(Q_source, K_source, V_here)`, or the core in C where
-    that is faster; with relative positions by a core that computes the scores anew, block by block.
+    Applying it computes the attention again, by `attend`: `scaled_dot_product_attention(Q_source, K_source, V)` or a
+    kernel that also supports relative positions.
     """
 
     scores: Scores
@@ -161,7 +162,7 @@ class RecomputedMap(AttentionMap):
         return self.scores.nbytes
 
 
-def _apply_in_pairs(
+def _apply_heads(
     weights: Float[Tensor, "heads query key"],
     values: Float[Tensor, "value_heads key value_dim"],
     heads: HeadPairs,
@@ -169,8 +170,7 @@ def _apply_in_pairs(
     out: Float[Tensor, "context_heads query value_dim"],
 ) -> None:
     for run, map_head, value_heads in _wide_products(heads):
-        if dropout_p > 0.0:
-            # One draw for each head of the context, as if the heads did not share a product.
+        if dropout_p > 0.0:  # each head of the context draws its own dropout
             for slot, value_head in zip(range(run.start, run.stop), value_heads, strict=True):
                 out[slot] = drop(weights[map_head], dropout_p) @ values[value_head]
             continue
@@ -179,7 +179,7 @@ def _apply_in_pairs(
 
 
 def _wide_products(heads: HeadPairs) -> Iterator[tuple[slice, int, tuple[int, ...]]]:
-    """Runs of context heads that apply one head of the map to adjoining heads of the values: one product each."""
+    """Group context heads that apply one head of the map to consecutive heads of the values: one product each."""
     start = 0
     for slot in range(1, len(heads) + 1):
         if slot < len(heads):

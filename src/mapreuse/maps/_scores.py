@@ -1,4 +1,4 @@
-"""Pre-softmax attention scores, as the tensors from which any block of their rows can be computed."""
+"""Attention scores before the softmax, kept as the tensors that any block of them can be computed from."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RelativePositions:
-    """Transformer-XL relative positions (Dai et al. 2019): the term `shift(query @ keyᵀ)` of the scores.
+    """Relative positions of Transformer-XL (Dai et al. 2019): the term `shift(query @ keyᵀ)` of the scores.
 
     Attributes:
-        query: queries with the positional bias added, `Q + v`.
-        key: projected encodings of the 2·T − 1 distances, from T − 1 (key far left) down to −(T − 1).
+        query: queries plus the positional bias, `Q + v`.
+        key: projected encodings of the 2·T − 1 distances i − j, in descending order from T − 1 to −(T − 1).
     """
 
     query: Float[Tensor, "batch heads query dim"]
@@ -26,20 +26,20 @@ class RelativePositions:
 
 @dataclass(frozen=True)
 class Scores:
-    """What an attention map is the softmax of.
+    """The scores of an attention layer, from which its map is `softmax(scores)`.
 
         scores[i, j] = scaling · (query[i] · key[j] + relative.query[i] · relative.key[T − 1 − i + j]) + bias[i, j]
 
-    and −∞ where `mask` is False, or where `is_causal` and j > i.
+    The score is −∞ if `mask[i, j]` is False, or if `is_causal` and j > i.
 
     Attributes:
-        query: queries, positions applied (rotary) or content bias added (relative).
-        key: keys, positions applied; as many heads as the queries.
+        query: queries, after rotary positions or the content bias of relative positions.
+        key: keys, after rotary positions, with as many heads as the queries.
         scaling: factor of the products, usually 1/√dim.
-        mask: True where a query may attend a key.
+        mask: True if a query may attend to a key.
         bias: added to the scores.
-        is_causal: no query attends a later key.
-        relative: relative positions, or None; then there are as many queries as keys.
+        is_causal: no query attends to a later key.
+        relative: relative positions, or None. They need as many queries as keys.
     """
 
     query: Float[Tensor, "batch heads query dim"]
@@ -52,37 +52,40 @@ class Scores:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, query, key)."""
+        """Shape of the map: (batch, heads, query, key)."""
         batch, heads, num_queries, _ = self.query.shape
         return batch, heads, num_queries, self.key.shape[-2]
 
     @cached_property
-    def extents(self) -> tuple[tuple[int, int], ...]:
-        """For every item, how many leading queries and keys hold all that attends and is attended."""
+    def valid_lengths(self) -> tuple[tuple[int, int], ...]:
+        """For each item of the batch, the numbers of queries and keys up to the last one that the mask uses.
+
+        Everything after them is padding and is not computed.
+        """
         batch, _, num_queries, num_keys = self.shape
         if self.mask is None:
             return ((num_queries, num_keys),) * batch
         ends = []
-        for length, some in ((num_queries, self.mask.any(-1)), (num_keys, self.mask.any(-2))):
-            places = torch.arange(1, some.shape[-1] + 1, device=some.device)
-            last = (some.any(1) * places).amax(-1)  # of every item: the last that is in use, counted from 1
-            last = torch.where(last > 0, length, 0) if some.shape[-1] == 1 else last
+        for length, used in ((num_queries, self.mask.any(-1)), (num_keys, self.mask.any(-2))):
+            places = torch.arange(1, used.shape[-1] + 1, device=used.device)
+            last = (used.any(1) * places).amax(-1)
+            last = torch.where(last > 0, length, 0) if used.shape[-1] == 1 else last
             ends.append((last.tolist() * batch)[:batch])
         return tuple(zip(*ends, strict=True))
 
     @property
     def factors(self) -> list[Tensor]:
-        """The tensors whose products scores are."""
+        """The queries and keys whose products make the scores."""
         relative = self.relative
         return [self.query, self.key] if relative is None else [self.query, self.key, relative.query, relative.key]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are kept to compute the scores again."""
+        """Size of `factors` in bytes."""
         return sum(tensor.nbytes for tensor in self.factors)
 
     def to(self, dtype: torch.dtype) -> Scores:
-        """The same scores in another floating-point type; a bias beyond its range becomes the lowest number in it."""
+        """Convert the scores to another floating-point type. A bias beyond its range is clamped to its minimum."""
         if self.query.dtype == self.key.dtype == dtype:
             return self
         relative, bias = self.relative, self.bias
@@ -93,7 +96,7 @@ class Scores:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), bias=bias, relative=relative)
 
     def of_heads(self, heads: list[int] | slice) -> Scores:
-        """The scores of some heads, in this order; of a slice of them without a copy (see `as_index`)."""
+        """Select heads, in the given order. A slice copies nothing (see `as_index`)."""
 
         def select(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, heads]
@@ -111,35 +114,32 @@ class Scores:
         )
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:
-        """All scores at once, differentiable; entries that may not be attended hold the most negative number."""
+        """Compute all scores, with gradients. Masked scores are the most negative number of their type."""
         scores = self.query @ self.key.mT
         if self.relative is not None:
             scores = scores + shift(self.relative.query @ self.relative.key.mT)
         scores = scores * self.scaling
         if self.bias is not None:
             scores = scores + self.bias
-        allowed = self.allowed(0, scores.shape[-2])
+        allowed = self.allowed()
         return scores if allowed is None else scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
-    def allowed(self, start: int, stop: int) -> Bool[Tensor, "#batch #heads #rows key"] | None:
-        """Which keys query rows start … stop may attend, or None for all of them."""
-        allowed = self.mask
-        if allowed is not None and allowed.shape[-2] > 1:
-            allowed = allowed[..., start:stop, :]
-        if self.is_causal:
-            device, num_keys = self.query.device, self.key.shape[-2]
-            rows = torch.arange(start, stop, device=device)[:, None]
-            causal = (torch.arange(num_keys, device=device)[None, :] <= rows)[None, None]
-            allowed = causal if allowed is None else allowed & causal
-        return allowed
+    def allowed(self) -> Bool[Tensor, "#batch #heads #query key"] | None:
+        """The keys that each query may attend to, from mask and causality; None if it may attend to all keys."""
+        if not self.is_causal:
+            return self.mask
+        rows, columns = (torch.arange(length, device=self.query.device) for length in self.shape[2:])
+        causal = (columns[None, :] <= rows[:, None])[None, None]
+        return causal if self.mask is None else self.mask & causal
 
 
 def shift(
     scores: Float[Tensor, "batch heads query distances"],
 ) -> Float[Tensor, "batch heads query key"]:
-    """Relative to absolute positions: `shift(P)[i, j] = P[i, T − 1 − i + j]`, a view of contiguous scores.
+    """Turn scores by distance into scores by key: `shift(P)[i, j] = P[i, T − 1 − i + j]`.
 
-    Row i of the view starts T − 1 − i columns in: read on from column T − 1 of row 0, rows one element shorter.
+    The result is a view of `scores` if they are contiguous: it starts at column T − 1 of row 0 and reads rows that
+    are one element shorter.
     """
     rows, distances = scores.shape[-2:]
     if rows == 1:
@@ -149,6 +149,6 @@ def shift(
 
 
 def as_index(heads: Sequence[int]) -> slice | list[int]:
-    """What selects these heads of a tensor: a slice where each follows the one before, so that none is copied."""
+    """An index that selects these heads of a tensor: a slice if they are consecutive, which avoids a copy."""
     run = range(heads[0], heads[0] + len(heads))
     return slice(run.start, run.stop) if list(heads) == list(run) else list(heads)

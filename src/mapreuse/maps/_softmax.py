@@ -1,3 +1,5 @@
+"""Softmax of whole maps and of blocks, and dropout of maps."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,40 +9,69 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from mapreuse.maps import _c_kernel
 from mapreuse.maps._scores import Scores
 
 
 def softmax(scores: Scores) -> Float[Tensor, "batch heads query key"]:
-    """The whole map at once, differentiable. The softmax runs in float32 where the scores are in half precision."""
+    """Compute the whole map, with gradients. The softmax of half-precision scores runs in float32."""
     dense = scores.dense()
     weights = torch.softmax(dense, dim=-1, dtype=softmax_dtype(dense)).to(dense.dtype)
-    allowed = scores.allowed(0, dense.shape[-2])
+    allowed = scores.allowed()
     return weights if allowed is None else weights * allowed.any(-1, keepdim=True)
 
 
 def softmax_dtype(tensor: Tensor) -> torch.dtype:
+    """Type in which the softmax of this tensor runs."""
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
+def softmax_of_sum(
+    scores: Float[Tensor, "heads rows keys"],
+    addend: Float[Tensor, "heads rows keys"] | None,
+    out: Float[Tensor, "heads rows keys"],
+) -> None:
+    """Write `softmax(scores + addend)` over the keys to `out`; the scores are overwritten.
+
+    The C version keeps a row in the first-level cache for all steps. Its exponential is a polynomial with a relative
+    error of at most 4e-6 per weight.
+
+    Args:
+        scores: scores with stride 1 over the keys. The softmax of half-precision scores runs in float32.
+        addend: like `scores`; its rows may overlap in memory.
+        out: like `scores`, and may be `scores` itself.
+    """
+    if scores.stride(2) == out.stride(2) == 1 and _c_kernel.serves(scores, out):
+        _c_kernel.softmax_of_sum(scores, addend, out)
+        return
+    if addend is not None:
+        scores += addend
+    if softmax_dtype(scores) != scores.dtype:
+        out.copy_(torch.softmax(scores, dim=-1, dtype=softmax_dtype(scores)))
+        return
+    for head in range(len(scores)):  # one head at a time: `out` may be part of a larger map
+        torch.softmax(scores[head], dim=-1, out=out[head])
+
+
 def drop(weights: Tensor, probability: float) -> Tensor:
-    """Weights with dropout drawn anew; the weights themselves where the probability is zero."""
+    """Apply dropout, or return the weights themselves if the probability is zero."""
     return functional.dropout(weights, probability) if probability > 0.0 else weights
 
 
 @dataclass(frozen=True)
 class BlockDropout:
-    """Dropout of a map that is computed block by block, and drawn the same again for its gradient."""
+    """Dropout for a map that is computed in blocks, repeatable for the backward pass."""
 
     probability: float
     seed: int
 
     @classmethod
     def drawn(cls, probability: float) -> BlockDropout | None:
-        """With a seed from PyTorch's own generator; None where nothing is dropped."""
+        """Draw a seed from PyTorch's generator; None if the probability is zero."""
         return cls(probability, int(torch.randint(2**62, ()))) if probability > 0.0 else None
 
     def factors(self, like: Tensor, block: int) -> Tensor:
-        """What the weights of block number `block` are multiplied by: 0, or 1 / (1 − probability)."""
+        """Factors of the weights of block number `block`: 0 if dropped, else 1 / (1 − probability)."""
         generator = torch.Generator(like.device).manual_seed(self.seed + block)
         kept = torch.empty_like(like).bernoulli_(1.0 - self.probability, generator=generator)
         return kept.div_(1.0 - self.probability) if self.probability < 1.0 else kept

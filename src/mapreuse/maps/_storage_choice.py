@@ -1,10 +1,9 @@
-"""Which storage carries the maps of a pass: the fastest, by measurement, of those that fit the memory."""
+"""Choice of the storage: the fastest one, by a short benchmark, that fits the memory budget."""
 
 from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,39 +11,40 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mapreuse.maps._microbenchmark import now
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._storage import STORAGES, compute, nbytes
 
-_SHORTEST, _LONGEST = 64, 1024
-"""Lengths between which storages are timed; longer maps cost as the square of theirs."""
+_MIN_LENGTH, _MAX_LENGTH = 64, 1024
+"""Range of lengths that are timed; the cost of longer maps grows with the square of the length."""
 _REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a plan asks of its maps in one pass.
+class MapCounts:
+    """How many maps a plan computes, applies and keeps in one forward pass.
 
     Attributes:
-        computed: how many are computed for other layers.
-        applied: how often they are applied.
-        heads_handed_on: heads of those that are handed on.
-        heads_alive: the most heads alive at once, where a map is dropped after its last reader.
+        computed: number of maps that are computed for other layers.
+        applied: number of times that they are applied.
+        heads_published: number of heads of all published maps.
+        heads_alive: maximum number of heads alive at once if each map is dropped after its last reader.
     """
 
     computed: int
     applied: int
-    heads_handed_on: int
+    heads_published: int
     heads_alive: int
 
     def nbytes(self, storage: str, scores: Scores, *, retain: bool) -> int:
-        """Bytes of the maps alive at once, of heads such as those of `scores`; of all maps where none is dropped."""
-        heads = self.heads_handed_on if retain else self.heads_alive
+        """Maximum size in bytes of the maps alive at once; of all maps if `retain`."""
+        heads = self.heads_published if retain else self.heads_alive
         return -(-heads * nbytes(storage, scores) // scores.shape[1])
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """What a storage would cost in one pass: seconds to compute and apply all maps, bytes of those alive at once."""
+class StorageCost:
+    """Cost of a storage in one forward pass: time to compute and apply all maps, and size of those alive at once."""
 
     storage: str
     seconds: float
@@ -52,54 +52,61 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The fastest of the candidates that fit `budget` bytes, "dense8" only where more bits do not; as text, why."""
+class StorageChoice:
+    """The fastest storage within a memory budget in bytes. As text, it explains the choice.
 
-    candidates: tuple[Candidate, ...]
+    "dense8" changes outputs by about 0.1 %, so it is chosen only if neither "dense" nor "dense16" fits.
+    """
+
+    costs: tuple[StorageCost, ...]
     budget: int
 
     @property
     def storage(self) -> str:
-        fitting = [candidate for candidate in self.candidates if candidate.nbytes <= self.budget]
+        """Name of the chosen storage. Raises `ValueError` if none fits the budget."""
+        fitting = [cost for cost in self.costs if cost.nbytes <= self.budget]
         if not fitting:
-            least = min(self.candidates, key=lambda candidate: candidate.nbytes)
+            smallest = min(self.costs, key=lambda cost: cost.nbytes)
             raise ValueError(
-                f"no storage carries the shared maps within memory_budget={self.budget}: {least.storage} needs the "
-                f"least, memory_budget={least.nbytes}"
+                f"no storage of the shared maps fits memory_budget={self.budget}: the smallest is {smallest.storage}, "
+                f"which needs memory_budget={smallest.nbytes}"
             )
-        # Eight bits move outputs by thousandths: memory may ask for that, speed alone may not.
-        if {"dense", "dense16"} & {candidate.storage for candidate in fitting}:
-            fitting = [candidate for candidate in fitting if candidate.storage != "dense8"]
-        return min(fitting, key=lambda candidate: candidate.seconds).storage
+        if {"dense", "dense16"} & {cost.storage for cost in fitting}:
+            fitting = [cost for cost in fitting if cost.storage != "dense8"]
+        return min(fitting, key=lambda cost: cost.seconds).storage
 
     def __str__(self) -> str:
-        ranked = sorted(self.candidates, key=lambda candidate: candidate.seconds)
-        listed = []
-        for candidate in ranked:
-            cost = f"{candidate.seconds * 1e3:.1f} ms, {candidate.nbytes / 1e6:.1f} MB"
-            listed.append(f"{candidate.storage} {cost}{'' if candidate.nbytes <= self.budget else ' (too much)'}")
-        budget = f"{self.budget / 1e6:.1f} MB"
-        return f"{self.storage} is the fastest that keeps shared maps within {budget}: {'; '.join(listed)}"
+        listed = "; ".join(
+            f"{cost.storage} {cost.seconds * 1e3:.1f} ms, {cost.nbytes / 1e6:.1f} MB"
+            f"{'' if cost.nbytes <= self.budget else ' (too large)'}"
+            for cost in sorted(self.costs, key=lambda cost: cost.seconds)
+        )
+        return f"{self.storage} is the fastest storage of shared maps within {self.budget / 1e6:.1f} MB: {listed}"
 
 
-def choose(
+def choose_storage(
     scores: Scores,
     values: Tensor,
-    demand: Demand,
+    counts: MapCounts,
     *,
     storages: Sequence[str] = STORAGES,
     budget: int | None = None,
     retain: bool = False,
-) -> Choice:
-    """The choice among `storages` for maps such as those of `scores`.
+) -> StorageChoice:
+    """Choose a storage for maps like those of `scores`.
 
-    Costs are measured once per process for each device, type, number of threads, head count, head size and power of
-    two below the length, on random numbers; longer maps, and batches, are taken to cost in proportion to their
-    numbers. `budget` is a quarter of the device's memory where None; `retain` says that maps live till the end of the
-    pass.
+    Computing and applying a map is timed on random numbers, once per process for each device, type, number of
+    threads, number and size of heads, and power of two below the length. The times are scaled to the size of the map.
+
+    Args:
+        scores, values: of the first map of the pass.
+        counts: numbers of maps in the pass.
+        storages: storages to choose from.
+        budget: maximum size in bytes of the maps alive at once; None for a quarter of the device's memory.
+        retain: maps stay alive until the end of the pass.
     """
     batch, heads, num_queries, num_keys = scores.shape
-    length = min(max(_SHORTEST, 1 << (max(num_queries, num_keys).bit_length() - 1)), _LONGEST)
+    length = min(max(_MIN_LENGTH, 1 << (max(num_queries, num_keys).bit_length() - 1)), _MAX_LENGTH)
     measured = _measured_seconds(
         str(values.device),
         values.dtype,
@@ -110,13 +117,13 @@ def choose(
         length,
         scores.relative is not None,
     )
-    times = batch * num_queries * num_keys / length**2
-    candidates = []
+    scale = batch * num_queries * num_keys / length**2
+    costs = []
     for storage in storages:
         computing, applying = measured[storage]
-        seconds = times * (demand.computed * computing + demand.applied * applying)
-        candidates.append(Candidate(storage, seconds, demand.nbytes(storage, scores, retain=retain)))
-    return Choice(tuple(candidates), _quarter_of_memory(values.device) if budget is None else budget)
+        seconds = scale * (counts.computed * computing + counts.applied * applying)
+        costs.append(StorageCost(storage, seconds, counts.nbytes(storage, scores, retain=retain)))
+    return StorageChoice(tuple(costs), _quarter_of_memory(values.device) if budget is None else budget)
 
 
 @lru_cache(maxsize=256)
@@ -130,7 +137,7 @@ def _measured_seconds(
     length: int,
     has_relative: bool,
 ) -> dict[str, tuple[float, float]]:
-    """For every storage, the median seconds of computing and of applying a map of `length` positions."""
+    """For each storage, the median times of computing and of applying a map of `length` positions."""
     generator = torch.Generator().manual_seed(0)
 
     def random(positions: int, size: int) -> Tensor:
@@ -143,21 +150,15 @@ def _measured_seconds(
     with torch.inference_mode():
         for storage in STORAGES:
             computing, applying = [], []
-            for _ in range(1 + _REPEATS):
-                started = _now(device)
-                carried = compute(scores, values, storage)[1]
-                computed = _now(device)
-                carried.apply(values)
+            for _ in range(1 + _REPEATS):  # the first is a warm-up
+                started = now(device)
+                attention_map = compute(scores, values, storage)[1]
+                computed = now(device)
+                attention_map.apply(values)
                 computing.append(computed - started)
-                applying.append(_now(device) - computed)
+                applying.append(now(device) - computed)
             found[storage] = statistics.median(computing[1:]), statistics.median(applying[1:])
     return found
-
-
-def _now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _quarter_of_memory(device: torch.device) -> int:

@@ -1,8 +1,8 @@
-"""The definition of an attention map, written to be obvious; every faster path is tested against it.
+"""The definition of an attention map, in the simplest code. All faster implementations are tested against it.
 
     map = softmax(scaling · (Q Kᵀ + shift(Q_v Rᵀ)) + bias + mask),    context = map @ V
 
-Nothing imports this module but tests.
+Only tests import this module.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ def attention_map(
     relative_query: Float[Tensor, "batch heads query dim"] | None = None,
     relative_key: Float[Tensor, "#batch heads distances dim"] | None = None,
 ) -> Float[Tensor, "batch heads query key"]:
-    """Row-stochastic attention map; a row that may attend nothing is all zeros.
+    """Compute an attention map. Its rows sum to one, or to zero if a query may attend to no key.
 
-    Transformer-XL's relative positions (Dai et al. 2019, appendix B) add `relative_query[i] · relative_key[p]` to the
-    score of query i and key j, where p = (num_keys − 1) − i + j counts distances i − j downwards from num_keys − 1.
+    Relative positions of Transformer-XL (Dai et al. 2019, appendix B) add `relative_query[i] · relative_key[p]` to the
+    score of query i and key j, with p = (num_keys − 1) − i + j: the keys are sorted by distance i − j, from
+    num_keys − 1 downwards.
     """
     scores = scaling * torch.einsum("bhqd,bhkd->bhqk", query, key)
     num_queries, num_keys = scores.shape[-2:]
     rows = torch.arange(num_queries, device=query.device)[:, None]
     columns = torch.arange(num_keys, device=query.device)[None, :]
     if relative_query is not None and relative_key is not None:
-        every_distance = torch.einsum("bhqd,bhpd->bhqp", relative_query, relative_key.expand(len(query), -1, -1, -1))
-        distance = (num_keys - 1 - rows + columns).expand(scores.shape)
-        scores = scores + scaling * every_distance.gather(-1, distance)
+        by_distance = torch.einsum("bhqd,bhpd->bhqp", relative_query, relative_key.expand(len(query), -1, -1, -1))
+        index = (num_keys - 1 - rows + columns).expand(scores.shape)
+        scores = scores + scaling * by_distance.gather(-1, index)
     if bias is not None:
         scores = scores + bias
     allowed = torch.ones_like(scores, dtype=torch.bool)

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
 from transformers import ParakeetEncoder
 
-from mapreuse.maps import HAS_C_KERNEL, recorded_phases
+from mapreuse.maps import KERNEL_RANGE, recorded_phases
 from mapreuse.models import find_stack, plan_of
 
 _PREFIX = "mapreuse part "
@@ -140,7 +140,7 @@ def attribute(
         if event.range is not None:
             pass_time(event.start)
             open_ranges.append(_Open(ranges[event.range], event.end))
-        elif event.name == HAS_C_KERNEL and open_ranges:
+        elif event.name == KERNEL_RANGE and open_ranges:
             pass_time(event.start)
             innermost, shares = open_ranges[-1], next(measured)
             for part, seconds in shares.items():

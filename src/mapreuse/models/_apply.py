@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mapreuse.maps import STORAGES, Demand, SharedMaps
+from mapreuse.maps import STORAGES, MapCounts, SharedMaps
 from mapreuse.models._checks import check
 from mapreuse.models._conversion import convert, unchanged_on_failure
 from mapreuse.models._copying import copy_with_same_weights
@@ -34,7 +34,7 @@ class Applied:
     plan: ReusePlan
     storage: str
     memory_budget: int | None
-    demand: Demand
+    demand: MapCounts
     parameter_names: tuple[str, ...]
     cross_attends: bool
 
@@ -135,14 +135,14 @@ def with_projections(model: nn.Module) -> nn.Module:
     return apply(copy_with_same_weights(model), ReusePlan.full(len(stack.layers)))
 
 
-def _demand(plan: ReusePlan, published: Sequence[int]) -> Demand:
+def _demand(plan: ReusePlan, published: Sequence[int]) -> MapCounts:
     spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
     heads = {layer: published[layer] for layer in spans}
     alive = [
         sum(heads[source] for source, readers in spans.items() if source <= layer <= readers[-1])
         for layer in range(plan.num_layers)
     ]
-    return Demand(len(spans), sum(map(len, spans.values())), sum(heads.values()), max(alive))
+    return MapCounts(len(spans), sum(map(len, spans.values())), sum(heads.values()), max(alive))
 
 
 def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
