@@ -25,11 +25,11 @@ def test_context_and_map_are_the_definitions(case, keep, grad_mode):
 
 
 @given(cases(), st.booleans())
-def test_a_context_alone_is_the_definitions_by_whichever_core_is_faster(case, in_c):
+def test_a_context_alone_is_the_definitions_by_whichever_kernel_is_faster(case, in_c):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(_blocked, "_SHORT", 0)
-        patch.setattr(_attend, "_FEWEST_SCORES", 0)
-        patch.setattr(_attend, "_core_is_faster", lambda threads, dim: in_c)
+        patch.setattr(_blocked, "_MAX_SHORT", 0)
+        patch.setattr(_attend, "_MIN_SCORES", 0)
+        patch.setattr(_attend, "_kernel_is_faster", lambda threads, dim: in_c)
         compute, calls = _c_kernel.compute, []
         patch.setattr(_c_kernel, "compute", lambda *args: calls.append(None) or compute(*args))
         context, _ = attend(case.scores, case.values, keep=False)
@@ -44,7 +44,7 @@ def test_the_core_in_c_is_taken_where_it_takes_clearly_less_time(monkeypatch, ti
     monkeypatch.setattr(_c_kernel, "compute", lambda *args: called.append(times[0]))
     monkeypatch.setattr(_attend, "_fused", lambda *args: called.append(times[1]))
     monkeypatch.setattr(_microbenchmark, "_seconds", lambda call: call() or called[-1])
-    assert _attend._core_is_faster.__wrapped__(1, 8) is wanted
+    assert _attend._kernel_is_faster.__wrapped__(1, 8) is wanted
 
 
 def test_cores_are_compared_in_float32_whatever_the_default_type(monkeypatch):
@@ -55,7 +55,7 @@ def test_cores_are_compared_in_float32_whatever_the_default_type(monkeypatch):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        _attend._core_is_faster.__wrapped__(1, 8)
+        _attend._kernel_is_faster.__wrapped__(1, 8)
     finally:
         torch.set_default_dtype(default)
     assert types == {torch.float32}
@@ -130,10 +130,10 @@ def of_any_size(request, monkeypatch):
     calls = []
     if request.param == "whole":
         return lambda: True
-    monkeypatch.setattr(_blocked, "_SHORT", 1)
+    monkeypatch.setattr(_blocked, "_MAX_SHORT", 1)
     monkeypatch.setattr(_blocked, "_BLOCK_SCORES", 8)
-    monkeypatch.setattr(_blocked, "_FEWEST_ROWS", 2)
-    monkeypatch.setattr(_blocked, "_MOST_ROWS", 2)
+    monkeypatch.setattr(_blocked, "_MIN_ROWS", 2)
+    monkeypatch.setattr(_blocked, "_MAX_ROWS", 2)
     written = _attend.blocked_with_gradients
     monkeypatch.setattr(_attend, "blocked_with_gradients", lambda *a, **k: calls.append(None) or written(*a, **k))
     return lambda: bool(calls)
@@ -293,9 +293,9 @@ def test_what_stands_in_padding_is_never_read(keep, is_causal, relative):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
-def test_the_core_in_pytorch_multiplies_nothing_of_padding(core, monkeypatch, keep, is_causal, relative):
+def test_the_core_in_pytorch_multiplies_nothing_of_padding(kernel, monkeypatch, keep, is_causal, relative):
     """As many products of a query and a key as there are of real ones, by blocks."""
-    if core != "PyTorch":
+    if kernel != "PyTorch":
         pytest.skip("products in C cannot be counted")
     scores, values = padded(is_causal, relative)
     products, bmm = [], torch.bmm

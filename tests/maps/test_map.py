@@ -64,9 +64,9 @@ def test_a_map_is_applied_without_its_padding(pairs):
 
 
 @pytest.mark.parametrize("pairs", [((0, 0), (0, 1), (0, 2)), ((1, 1), (1, 2), (0, 0)), ((2, 0), (2, 2), (2, 1))])
-def test_heads_that_share_a_map_head_side_by_side_share_one_product(core, monkeypatch, pairs):
+def test_heads_that_share_a_map_head_side_by_side_share_one_product(kernel, monkeypatch, pairs):
     """As many matrix products, in PyTorch, as runs of neighbouring value heads under one map head."""
-    if core != "PyTorch":
+    if kernel != "PyTorch":
         pytest.skip("products in C cannot be counted")
     case = make_case(batch=1)
     products, mm = [], torch.mm

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mapreuse.maps._rows import softmax_of_sum
+from mapreuse.maps._softmax import softmax_of_sum
 
 
 @pytest.fixture(autouse=True, scope="module")

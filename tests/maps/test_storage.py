@@ -1,4 +1,4 @@
-"""Every storage carries the same map, exactly or to the bits it keeps; cost and memory choose among them."""
+"""Every storage holds the same map, exactly or within its precision; time and memory choose among them."""
 
 from dataclasses import replace
 
@@ -8,8 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case
 
-from mapreuse.maps import STORAGES, Choice, Demand, RelativePositions, Scores, SharedMaps, choose, compute
-from mapreuse.maps._storage_choice import Candidate
+from mapreuse.maps import (
+    STORAGES,
+    MapCounts,
+    RelativePositions,
+    Scores,
+    SharedMaps,
+    StorageChoice,
+    StorageCost,
+    choose_storage,
+    compute,
+)
 from mapreuse.maps.reference import attention_map
 
 TOLERANCE = {"dense": 1e-5, "recompute": 1e-5, "dense16": 2**-11, "dense8": 1 / 509}
@@ -120,36 +129,38 @@ def test_compressed_maps_draw_dropout_anew(storage):
     assert draws.mean() == pytest.approx(1.0, abs=0.03)
 
 
-def candidates(**costs):
-    return tuple(Candidate(name, seconds, nbytes) for name, (seconds, nbytes) in costs.items())
+def costs_of(**costs):
+    return tuple(StorageCost(name, seconds, nbytes) for name, (seconds, nbytes) in costs.items())
 
 
 def test_eight_bits_are_for_want_of_memory_never_for_speed():
-    costs = candidates(dense=(0.2, 100), dense8=(0.1, 25))
-    assert Choice(costs, budget=100).storage == "dense"
-    assert Choice(costs, budget=99).storage == "dense8"
+    costs = costs_of(dense=(0.2, 100), dense8=(0.1, 25))
+    assert StorageChoice(costs, budget=100).storage == "dense"
+    assert StorageChoice(costs, budget=99).storage == "dense8"
 
 
 def test_the_fastest_that_fits_is_chosen_and_says_why():
-    three = candidates(dense=(1.0, 1000), dense8=(2.0, 250), recompute=(3.0, 10))
-    assert Choice(three, 1000).storage == "dense"
-    assert Choice(three, 999).storage == "dense8"
-    assert Choice(three, 10).storage == "recompute"
-    assert str(Choice(three, 999_999)).startswith("dense is the fastest that keeps shared maps within 1.0 MB")
-    assert "dense 1000.0 ms, 0.0 MB (too much)" in str(Choice(three, 999))
+    three = costs_of(dense=(1.0, 1000), dense8=(2.0, 250), recompute=(3.0, 10))
+    assert StorageChoice(three, 1000).storage == "dense"
+    assert StorageChoice(three, 999).storage == "dense8"
+    assert StorageChoice(three, 10).storage == "recompute"
+    assert str(StorageChoice(three, 999_999)).startswith("dense is the fastest storage of shared maps within 1.0 MB")
+    assert "dense 1000.0 ms, 0.0 MB (too large)" in str(StorageChoice(three, 999))
 
 
 def test_where_nothing_fits_the_budget_that_would_do_is_named():
-    with pytest.raises(ValueError, match="memory_budget=9: recompute needs the least, memory_budget=10"):
-        _ = Choice(candidates(dense=(1.0, 1000), recompute=(3.0, 10)), 9).storage
+    with pytest.raises(ValueError, match="memory_budget=9: the smallest is recompute, which needs memory_budget=10"):
+        _ = StorageChoice(costs_of(dense=(1.0, 1000), recompute=(3.0, 10)), 9).storage
 
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(relative):
     case = make_case(batch=1, heads=2, num_queries=130, num_keys=130, relative=relative)
-    few, many = (choose(case.scores, case.values, Demand(1, 3, 4, alive), budget=10**9) for alive in (2, 4))
+    few, many = (
+        choose_storage(case.scores, case.values, MapCounts(1, 3, 4, alive), budget=10**9) for alive in (2, 4)
+    )
     with torch.no_grad():
-        for one, two in zip(few.candidates, many.candidates, strict=True):
+        for one, two in zip(few.costs, many.costs, strict=True):
             used = compute(case.scores, case.values, one.storage)[1].nbytes
             assert (one.nbytes, two.nbytes) == (used, 2 * used)
             assert one.seconds == two.seconds > 0
@@ -157,21 +168,21 @@ def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(rela
     if relative is not None:
         relative = RelativePositions(relative.query.repeat(3, 1, 1, 1), relative.key)
     tripled = Scores(*(t.repeat(3, 1, 1, 1) for t in (case.scores.query, case.scores.key)), 0.7, relative=relative)
-    thrice = choose(tripled, case.values.repeat(3, 1, 1, 1), Demand(1, 3, 4, 2), budget=10**9)
-    for one, three in zip(few.candidates, thrice.candidates, strict=True):
+    thrice = choose_storage(tripled, case.values.repeat(3, 1, 1, 1), MapCounts(1, 3, 4, 2), budget=10**9)
+    for one, three in zip(few.costs, thrice.costs, strict=True):
         assert three.seconds == pytest.approx(3 * one.seconds)
 
 
 def test_a_pass_settles_its_strategy_once_and_a_training_pass_on_one_with_gradients(monkeypatch):
     case = make_case(num_queries=70, num_keys=70)
     with torch.no_grad():
-        roomy = SharedMaps(storage="auto", demand=Demand(1, 1, 3, 3), budget=10**9)
+        roomy = SharedMaps(storage="auto", counts=MapCounts(1, 1, 3, 3), budget=10**9)
         settled = roomy.storage(case.scores, case.values)
         assert settled in STORAGES
-        short = SharedMaps(storage="auto", demand=Demand(1, 1, 3, 3), budget=case.scores.nbytes)
+        short = SharedMaps(storage="auto", counts=MapCounts(1, 1, 3, 3), budget=case.scores.nbytes)
         assert short.storage(case.scores, case.values) == "recompute"
-    monkeypatch.setattr("mapreuse.maps._shared.choose", None)
+    monkeypatch.setattr("mapreuse.maps._shared_maps.choose_storage", None)
     assert roomy.storage(case.scores, case.values) == settled
     monkeypatch.undo()
-    training = SharedMaps(storage="auto", demand=Demand(1, 1, 3, 3), budget=2 * 3 * 70 * 70 * 4 - 1)
+    training = SharedMaps(storage="auto", counts=MapCounts(1, 1, 3, 3), budget=2 * 3 * 70 * 70 * 4 - 1)
     assert training.storage(case.scores, case.values) == "recompute", "compressed maps would fit, without gradients"

@@ -11,8 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from mapreuse import ReusePlan, cli
-from mapreuse.maps import Choice
-from mapreuse.maps._storage_choice import Candidate
+from mapreuse.maps import StorageChoice, StorageCost
 from mapreuse.measure import (
     BenchConfig,
     KernelsConfig,
@@ -58,10 +57,10 @@ def test_the_librarys_attention_is_timed_with_our_convolutions_too():
 def test_what_auto_chooses_at_a_length_is_told_and_compared_with_the_definition(monkeypatch):
     def choosing(scores, *rest, **settings):
         storage = "dense" if scores.shape[2] <= LENGTH else "dense8"
-        return Choice((Candidate(storage, 1.0, 1),), 1)
+        return StorageChoice((StorageCost(storage, 1.0, 1),), 1)
 
     monkeypatch.setattr(internals, "_CHECKED_LENGTH", LENGTH)
-    monkeypatch.setattr("mapreuse.maps._shared.choose", choosing)
+    monkeypatch.setattr("mapreuse.maps._shared_maps.choose_storage", choosing)
     results = bench(config(lengths=(2 * LENGTH,), contestants=("ours",), plans=("4x1",), storages=("auto",)))
     cell = results["lengths"][str(2 * LENGTH)]["contestants"]["ours 4x1 auto"]
     assert cell["carried"] == "dense8"

@@ -263,7 +263,7 @@ def test_a_core_in_c_is_divided_as_it_measured_itself():
 
 
 def test_cores_in_c_have_their_own_phases_too(monkeypatch):
-    monkeypatch.setattr(_blocked, "_SHORT", 0)
+    monkeypatch.setattr(_blocked, "_MAX_SHORT", 0)
     encoders = encoders_to_compare(encoder(), ("ours",), plans="2x1")
     (found,) = breakdown(encoders, BreakdownConfig((FRAMES,), repeats=1))
     computing, reusing = found.layers

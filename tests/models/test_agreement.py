@@ -26,9 +26,9 @@ def test_a_plan_that_reuses_nothing_changes_no_output(family):
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-conformer-relative", "bert", "llama"])
 def test_the_cores_of_long_inputs_agree_too(monkeypatch, family, plan):
     """These inputs are so short that their maps are computed in one product, unless none counts as short."""
-    monkeypatch.setattr(_blocked, "_SHORT", 0)
-    monkeypatch.setattr(_attend, "_FEWEST_SCORES", 0)
-    monkeypatch.setattr(_attend, "_core_is_faster", lambda threads, dim: True)
+    monkeypatch.setattr(_blocked, "_MAX_SHORT", 0)
+    monkeypatch.setattr(_attend, "_MIN_SCORES", 0)
+    monkeypatch.setattr(_attend, "_kernel_is_faster", lambda threads, dim: True)
     errors, _ = agreement.errors.__wrapped__(family, PLANS[plan])
     assert max(errors.values()) <= (1e-5 if plan == "full" else 1e-4), errors
 

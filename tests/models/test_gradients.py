@@ -153,7 +153,7 @@ def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypat
 
 @pytest.mark.parametrize("family", SAMPLE)
 def test_every_layer_draws_its_own_attention_dropout_from_the_map_before_dropout(monkeypatch, family):
-    monkeypatch.setattr(_blocked, "_SHORT", 0)
+    monkeypatch.setattr(_blocked, "_MAX_SHORT", 0)
     model, batch = training(family)
     for module in model.modules():
         if "attention" in type(module).__name__.lower():

@@ -152,7 +152,7 @@ def are_unobserved(*tensors: Tensor) -> bool:
 
 
 def computes(scores: Scores, values: Tensor) -> bool:
-    """Whether `compute` supports these. Shapes that do not fit together are left to PyTorch, which raises an error."""
+    """Whether `compute` supports these. Shapes that do not fit are left to PyTorch, which raises an error."""
     batch, heads, num_queries, num_keys = scores.shape
     relative, mask, bias = scores.relative, scores.mask, scores.bias
     return (

@@ -1,7 +1,8 @@
-/* The exact attention core of one item, some rows at a time: scores, softmax and context stay in a core's own cache.
+/* Exact attention of one item of a batch. A thread takes a few rows of a head through scores, softmax and context, so
+   that their scores stay in the cache of its processor core.
 
-   Every number is a float, every last axis is adjacent, every stride is in elements. Where it is multiplied, a matrix
-   is packed: into panels of as many columns as the sums of a tile have, one row of a panel after the other. */
+   All numbers are floats, the last axis of every matrix is contiguous, and strides count elements. Before a product,
+   its right-hand matrix is packed into panels: blocks of as many columns as a tile has, stored row by row. */
 
 #include <float.h>
 #include <math.h>
@@ -15,63 +16,63 @@
 #include <sys/mman.h>
 #endif
 
-#define MOST_WIDTH 64 /* columns of the widest panel */
+#define MAX_WIDTH 64  /* columns of the widest panel */
 #define ROWS 6        /* rows of a tile */
-#define MARGIN 80     /* columns before and after a row of scores that slanted tiles may reach into */
-#define DEPTH 128     /* keys whose values stay in the first-level cache while rows are multiplied by them */
+#define MARGIN 80     /* columns before and after a row of scores that slanted tiles may write to */
+#define DEPTH 128     /* number of keys whose values fit into the first-level cache */
 #define CHUNK_ROWS 48 /* rows of a stored map that are applied at a time */
 
-_Static_assert(MARGIN >= MOST_WIDTH + ROWS - 1, "a tile that ends in a row begins at most so far before it");
+_Static_assert(MARGIN >= MAX_WIDTH + ROWS - 1, "a tile that overlaps a row starts at most this far before it");
 
 enum { FLOAT = 0, HALF = 1, BYTE = 2 };
 
 typedef struct {
-    void *data;
+    void *data; /* null if absent */
     int64_t head, row; /* strides */
 } matrices;
 
 typedef struct {
-    void *data; /* null where there is none */
+    void *data; /* null if absent */
     int64_t head, row;
-    int64_t type; /* FLOAT, or numbers from 0 to 1 as HALF or (in 255ths) as BYTE */
-    float *scales; /* by which a row's numbers are multiplied; null for FLOAT */
+    int64_t type; /* FLOAT for weights; HALF or BYTE for compressed weights from 0 to 1 or from 0 to 255 */
+    float *scales; /* scale of each row of compressed weights; null for FLOAT */
     int64_t scales_head, scales_row;
 } map;
 
-/* The arguments of one computing layer's core; what is optional has null data. */
+/* Arguments of mapreuse_compute. */
 typedef struct {
     int64_t heads, rows, keys, dim, value_dim;
     float scaling;
     int64_t is_causal;
     matrices query, key, values;
-    matrices relative_query, relative_key; /* keys at the distances from num_keys - 1 down to -(num_keys - 1) */
+    matrices relative_query, relative_key; /* one key per distance, from num_keys - 1 down to -(num_keys - 1) */
     int64_t num_keys;
-    matrices bias, allowed; /* the second of bytes: what may not be attended is 0 */
+    matrices bias, allowed; /* allowed: one byte per key, 0 if masked */
     matrices context;
-    map weights; /* receives the map, `width` columns of it, those beyond `keys` being zero */
+    map weights; /* receives `width` columns of the map; those beyond `keys` are zero */
     int64_t width;
-    int64_t rows_at_a_time, threads, newest;
-    double *seconds; /* null, or receives those of all threads by phase: positions, content, softmax, context */
-} computing;
+    int64_t rows_at_a_time, threads, max_isa;
+    double *seconds; /* null, or receives the time by phase, summed over threads */
+} compute_arguments;
 
-/* The arguments of one reusing layer's core. */
+/* Arguments of mapreuse_apply. */
 typedef struct {
     int64_t map_heads, rows, keys, value_dim;
     map weights;
     matrices values;
-    int64_t contexts; /* heads of the context, */
-    const int64_t *map_of, *values_of; /* and of each, which head of the map meets which head of the values */
+    int64_t contexts; /* number of heads of the context */
+    const int64_t *map_of, *values_of; /* for each of them, its head of the map and its head of the values */
     matrices context;
-    int64_t threads, newest;
-} applying;
+    int64_t threads, max_isa;
+} apply_arguments;
 
-/* e^x for x <= 0: 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial of degree 6 (relative error 2e-7),
-   zero below the least normal number. NaN stays NaN. */
+/* e^x for x <= 0, as 2^n e^r with |r| <= ln(2) / 2; e^r is a Taylor polynomial of degree 6 (relative error 2e-7).
+   Results below the smallest normal number are zero. NaN stays NaN. */
 static inline float exp_of_negative(float x)
 {
     float n = x * 1.44269504f;
-    n = (n + 12582912.0f) - 12582912.0f; /* rounds to an integer: 1.5 * 2^23 leaves no bits for a fraction */
-    float r = x - n * 0.693145752f;      /* ln 2 in two parts, so that n times the first is exact */
+    n = (n + 12582912.0f) - 12582912.0f; /* rounds to an integer: beside 1.5 * 2^23, a float has no fraction bits */
+    float r = x - n * 0.693145752f;      /* ln 2 in two parts; n times the first is exact */
     r -= n * 1.42860677e-6f;
     float p = 1.38888889e-3f;
     p = p * r + 8.33333333e-3f;
@@ -86,7 +87,7 @@ static inline float exp_of_negative(float x)
     return x < -87.0f ? 0.0f : p * power;
 }
 
-/* Numbers from 0 to 1 in half precision, rounded to the nearest, ties to even; below 2^-14 they have fewer bits. */
+/* Round a number from 0 to 1 to half precision, ties to even. Numbers below 2^-14 become subnormal. */
 static inline uint16_t half_of(float x)
 {
     uint32_t bits;
@@ -110,13 +111,13 @@ typedef struct {
                      int64_t, int);
     void (*contexts)(const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, int);
     float (*exponentials)(float *, const float *, const uint8_t *, int64_t);
-    void (*scaled)(const float *, float, float *, int64_t);
-    void (*streamed)(const float *, float, float *, int64_t);
+    void (*scale_row)(const float *, float, float *, int64_t);
+    void (*scale_row_streaming)(const float *, float, float *, int64_t);
     float (*to_bytes)(const float *, uint8_t *, int64_t);
     void (*from_bytes)(const uint8_t *, float *, int64_t);
     float (*to_halves)(const float *, uint16_t *, int64_t);
     void (*from_halves)(const uint16_t *, float *, int64_t);
-} instructions;
+} routines;
 
 #if defined(__x86_64__)
 #define NAME(x) x##_avx512
@@ -140,17 +141,18 @@ typedef struct {
 #define VECTORS 2
 #include "_kernel_loops.h"
 
-/* The newest instructions that this processor has, but none newer than `newest`: 0 for any, 1 for AVX2, 2 for AVX512. */
-static const instructions *available(int64_t newest)
+/* The routines for the newest instruction set of this processor, at most `max_isa`: 0 for any, 1 for AVX2, 2 for
+   AVX-512. */
+static const routines *available(int64_t max_isa)
 {
 #if defined(__x86_64__)
-    if (newest >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (max_isa >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         return &kernels_avx512;
-    if (newest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (max_isa >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return &kernels_avx2;
 #endif
-    (void)newest;
+    (void)max_isa;
     return &kernels_any;
 }
 
@@ -159,13 +161,13 @@ static int64_t panels(int64_t columns, int64_t width)
     return (columns + width - 1) / width;
 }
 
-static int64_t least(int64_t a, int64_t b)
+static int64_t min_of(int64_t a, int64_t b)
 {
     return a < b ? a : b;
 }
 
-/* Asks for pages of megabytes, where the system has them: fresh memory costs a fault for every page, and there are
-   tens of thousands of the small ones in a long input's map. */
+/* Request large pages if the system has them. Each page of new memory costs a page fault, and the map of a long input
+   has tens of thousands of small pages. */
 void mapreuse_advise(void *start, int64_t bytes)
 {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -177,8 +179,8 @@ void mapreuse_advise(void *start, int64_t bytes)
 #endif
 }
 
-/* Floats of a piece of working memory, a whole number of cache lines. */
-static int64_t piece(int64_t floats)
+/* Round a number of floats up to whole cache lines. */
+static int64_t padded_to_lines(int64_t floats)
 {
     return (floats + 15) / 16 * 16;
 }
@@ -188,7 +190,7 @@ static float *at(const matrices *of, int64_t head, int64_t row)
     return of->data ? (float *)of->data + head * of->head + row * of->row : 0;
 }
 
-/* One panel of the transpose of `count` vectors of `dim` numbers: column c is vector c. */
+/* Pack the transpose of `count` vectors of `dim` numbers into one panel: column c is vector c. */
 static void pack_transposed(const float *vectors, int64_t stride, int64_t count, int64_t dim, int64_t width, float *out)
 {
     for (int64_t c = 0; c < width; c++)
@@ -196,14 +198,14 @@ static void pack_transposed(const float *vectors, int64_t stride, int64_t count,
             out[d * width + c] = c < count ? vectors[c * stride + d] : 0.0f;
 }
 
-/* One panel of `count` rows: columns from `first` on. */
+/* Pack columns `first` ... of `count` rows into one panel. */
 static void pack(const float *rows, int64_t stride, int64_t count, int64_t first, int64_t columns, int64_t width,
                  float *out)
 {
-    int64_t some = least(columns - first, width);
+    int64_t used = min_of(columns - first, width);
     for (int64_t k = 0; k < count; k++, out += width) {
-        memcpy(out, rows + k * stride + first, some * sizeof *out);
-        memset(out + some, 0, (width - some) * sizeof *out);
+        memcpy(out, rows + k * stride + first, used * sizeof *out);
+        memset(out + used, 0, (width - used) * sizeof *out);
     }
 }
 
@@ -213,9 +215,8 @@ static void pack_values(const matrices *values, int64_t head, int64_t keys, int6
     pack(at(values, head, 0), values->row, keys, panel * width, value_dim, width, out);
 }
 
-/* Multiplies `depth` weights of some rows, from key `start` on, with as many packed values, and adds that to their
-   context; the first of them begin it. */
-static void multiply(const instructions *on, const float *weights, int64_t stride, int64_t rows, const float *values,
+/* context += weights @ values, for `depth` keys from `start` on. If `start` is 0, the context is overwritten. */
+static void multiply(const routines *on, const float *weights, int64_t stride, int64_t rows, const float *values,
                      int64_t keys, int64_t start, int64_t depth, int64_t value_dim, float *context)
 {
     int64_t width = on->width, num_panels = panels(value_dim, width);
@@ -224,22 +225,22 @@ static void multiply(const instructions *on, const float *weights, int64_t strid
                      num_panels * width, start == 0);
 }
 
-/* What weights are divided by their sum with; a row that attends nothing stays zero, NaN stays NaN. */
+/* Scale of a row of weights with this sum. A row without allowed keys stays zero, NaN stays NaN. */
 static float reciprocal(float sum)
 {
     return sum == 0.0f ? 0.0f : 1.0f / sum;
 }
 
-/* Stores a row of a map: e^(score - greatest) / sum. */
-static void keep(const instructions *on, const computing *layer, int64_t head, int64_t row, const float *weights,
-                 float sum, int64_t keys)
+/* Store a row of the map, from weights that are not divided by their sum yet. */
+static void store_row(const routines *on, const compute_arguments *layer, int64_t head, int64_t row,
+                      const float *weights, float sum, int64_t keys)
 {
     const map *to = &layer->weights;
     int64_t place = head * to->head + row * to->row, rest = layer->width - keys;
     float total = sum;
     if (to->type == FLOAT) {
         float *out = (float *)to->data + place;
-        on->streamed(weights, reciprocal(sum), out, keys);
+        on->scale_row_streaming(weights, reciprocal(sum), out, keys);
         memset(out + keys, 0, rest * sizeof *out);
         return;
     }
@@ -256,81 +257,82 @@ static void keep(const instructions *on, const computing *layer, int64_t head, i
 }
 
 typedef struct {
-    const float *keys, *distances, *values; /* packed, of one head */
+    const float *keys, *distances, *values; /* packed matrices of one head */
 } packed;
 
 enum { POSITIONS, CONTENT, SOFTMAX, CONTEXT, PHASES };
 
-static void phase_ended(double *seconds, int phase, double *since)
+static void end_phase(double *seconds, int phase, double *since)
 {
     double now = omp_get_wtime();
     seconds[phase] += now - *since;
     *since = now;
 }
 
-/* Rows first ... first + count - 1 of one head. */
-static void compute_rows(const instructions *on, const computing *layer, const packed *operands, int64_t head,
+/* Compute `count` rows of one head, from `first` on. */
+static void compute_rows(const routines *on, const compute_arguments *layer, const packed *operands, int64_t head,
                          int64_t first, int64_t count, float *query, float *scores, int64_t stride, float *context,
                          double *seconds)
 {
     double since = omp_get_wtime();
     int64_t width = on->width, dim = layer->dim;
-    int64_t keys = layer->is_causal ? least(layer->keys, first + count) : layer->keys;
+    int64_t keys = layer->is_causal ? min_of(layer->keys, first + count) : layer->keys;
     float *row_scores = scores + MARGIN;
     if (operands->distances) {
         for (int64_t i = 0; i < count; i++)
-            on->scaled(at(&layer->relative_query, head, first + i), layer->scaling, query + i * dim, dim);
+            on->scale_row(at(&layer->relative_query, head, first + i), layer->scaling, query + i * dim, dim);
         on->products(query, count, dim, operands->distances, panels(2 * layer->num_keys - 1, width), row_scores, stride,
                      first - (layer->num_keys - 1), 1, keys, 0);
-        phase_ended(seconds, POSITIONS, &since);
+        end_phase(seconds, POSITIONS, &since);
     }
     for (int64_t i = 0; i < count; i++)
-        on->scaled(at(&layer->query, head, first + i), layer->scaling, query + i * dim, dim);
+        on->scale_row(at(&layer->query, head, first + i), layer->scaling, query + i * dim, dim);
     on->products(query, count, dim, operands->keys, panels(layer->keys, width), row_scores, stride, 0, 0, keys,
                  operands->distances != 0);
-    phase_ended(seconds, CONTENT, &since);
+    end_phase(seconds, CONTENT, &since);
 
     float sums[count];
     for (int64_t i = 0; i < count; i++) {
-        int64_t row = first + i, own = layer->is_causal ? least(keys, row + 1) : keys;
+        int64_t row = first + i, row_keys = layer->is_causal ? min_of(keys, row + 1) : keys;
         const uint8_t *allowed = layer->allowed.data;
         float *weights = row_scores + i * stride;
         if (allowed)
             allowed += head * layer->allowed.head + row * layer->allowed.row;
-        sums[i] = on->exponentials(weights, at(&layer->bias, head, row), allowed, own);
-        memset(weights + own, 0, (keys - own) * sizeof *weights);
+        sums[i] = on->exponentials(weights, at(&layer->bias, head, row), allowed, row_keys);
+        memset(weights + row_keys, 0, (keys - row_keys) * sizeof *weights);
         if (layer->weights.data)
-            keep(on, layer, head, row, weights, sums[i], keys);
+            store_row(on, layer, head, row, weights, sums[i], keys);
     }
-    phase_ended(seconds, SOFTMAX, &since);
+    end_phase(seconds, SOFTMAX, &since);
 
     int64_t padded = panels(layer->value_dim, width) * width;
     for (int64_t start = 0; start < keys; start += DEPTH)
         multiply(on, row_scores + start, stride, count, operands->values, layer->keys, start,
-                 least(DEPTH, keys - start), layer->value_dim, context);
+                 min_of(DEPTH, keys - start), layer->value_dim, context);
     for (int64_t i = 0; i < count; i++)
-        on->scaled(context + i * padded, reciprocal(sums[i]),
-                   at(&layer->context, head, first + i), layer->value_dim);
-    phase_ended(seconds, CONTEXT, &since);
+        on->scale_row(context + i * padded, reciprocal(sums[i]),
+                      at(&layer->context, head, first + i), layer->value_dim);
+    end_phase(seconds, CONTEXT, &since);
 }
 
-/* Context, and map where it is asked for, of all heads and rows of one item. Returns the floats of working memory that
-   it takes; with null, it does nothing else. */
-int64_t mapreuse_compute(const computing *layer, float *memory)
+/* Compute the context of one item and, if layer->weights has memory, its map. Returns the number of floats of working
+   memory that it needs; if `memory` is null, it does nothing else. */
+int64_t mapreuse_compute(const compute_arguments *layer, float *memory)
 {
-    const instructions *on = available(layer->newest);
+    const routines *on = available(layer->max_isa);
     int64_t width = on->width, dim = layer->dim, size = layer->rows_at_a_time;
     int64_t key_panels = panels(layer->keys, width), value_panels = panels(layer->value_dim, width);
     int64_t distance_panels = layer->relative_key.data ? panels(2 * layer->num_keys - 1, width) : 0;
     int64_t blocks = panels(layer->rows, size);
-    /* Few heads are packed at a time: enough to keep every thread busy, no more than need be in the cache. */
-    int64_t at_once = least(layer->heads, panels(8 * layer->threads, blocks ? blocks : 1));
+    /* Pack only as many heads at a time as keep all threads busy, so that they stay in the cache. */
+    int64_t at_once = min_of(layer->heads, panels(8 * layer->threads, blocks ? blocks : 1));
     int64_t of_keys = key_panels * width * dim, of_distances = distance_panels * width * dim;
     int64_t of_values = value_panels * width * layer->keys, of_head = of_keys + of_distances + of_values;
-    /* A row's stride is no multiple of a page, so that rows do not compete for the same places of a cache. */
-    int64_t stride = (panels(layer->keys, MOST_WIDTH) * MOST_WIDTH + 2 * MARGIN + 1023) / 1024 * 1024 + 16;
-    int64_t of_scores = piece(size * stride), of_query = piece(size * dim);
-    int64_t of_thread = of_scores + of_query + piece(size * value_panels * width), of_operands = piece(at_once * of_head);
+    /* The stride of a row is not a multiple of a page: rows would compete for the same cache sets. */
+    int64_t stride = (panels(layer->keys, MAX_WIDTH) * MAX_WIDTH + 2 * MARGIN + 1023) / 1024 * 1024 + 16;
+    int64_t of_scores = padded_to_lines(size * stride), of_query = padded_to_lines(size * dim);
+    int64_t of_thread = of_scores + of_query + padded_to_lines(size * value_panels * width);
+    int64_t of_operands = padded_to_lines(at_once * of_head);
     if (!memory)
         return of_operands + layer->threads * of_thread;
     float *operands = memory;
@@ -341,37 +343,37 @@ int64_t mapreuse_compute(const computing *layer, float *memory)
         double seconds[PHASES] = {0};
         memset(scores, 0, size * stride * sizeof *scores);
         for (int64_t head = 0; head < layer->heads; head += at_once) {
-            int64_t some = least(at_once, layer->heads - head);
+            int64_t num_heads = min_of(at_once, layer->heads - head);
             int64_t to_pack = key_panels + distance_panels + value_panels;
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < some * to_pack; task++) {
-                int64_t own = head + task / to_pack, panel = task % to_pack;
+            for (int64_t task = 0; task < num_heads * to_pack; task++) {
+                int64_t task_head = head + task / to_pack, panel = task % to_pack;
                 float *out = operands + task / to_pack * of_head;
                 if (panel < key_panels) {
                     int64_t first = panel * width;
-                    pack_transposed(at(&layer->key, own, first), layer->key.row, layer->keys - first, dim, width,
+                    pack_transposed(at(&layer->key, task_head, first), layer->key.row, layer->keys - first, dim, width,
                                     out + first * dim);
                 } else if (panel < key_panels + distance_panels) {
                     int64_t first = (panel - key_panels) * width;
-                    pack_transposed(at(&layer->relative_key, own, first), layer->relative_key.row,
+                    pack_transposed(at(&layer->relative_key, task_head, first), layer->relative_key.row,
                                     2 * layer->num_keys - 1 - first, dim, width, out + of_keys + first * dim);
                 } else {
                     panel -= key_panels + distance_panels;
-                    pack_values(&layer->values, own, layer->keys, layer->value_dim, panel, width,
+                    pack_values(&layer->values, task_head, layer->keys, layer->value_dim, panel, width,
                                 out + of_keys + of_distances + panel * layer->keys * width);
                 }
             }
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < some * blocks; task++) {
-                const float *own = operands + task / blocks * of_head;
-                packed here = {own, distance_panels ? own + of_keys : 0, own + of_keys + of_distances};
+            for (int64_t task = 0; task < num_heads * blocks; task++) {
+                const float *keys = operands + task / blocks * of_head;
+                packed here = {keys, distance_panels ? keys + of_keys : 0, keys + of_keys + of_distances};
                 int64_t first = task % blocks * size;
-                compute_rows(on, layer, &here, head + task / blocks, first, least(size, layer->rows - first), query,
+                compute_rows(on, layer, &here, head + task / blocks, first, min_of(size, layer->rows - first), query,
                              scores, stride, context, seconds);
             }
         }
 #if defined(__x86_64__)
-        _mm_sfence(); /* what went past the caches is there for whoever reads it next */
+        _mm_sfence(); /* streaming stores become visible to other threads */
 #endif
         for (int phase = 0; phase < PHASES && layer->seconds; phase++)
 #pragma omp atomic
@@ -380,15 +382,16 @@ int64_t mapreuse_compute(const computing *layer, float *memory)
     return of_operands + layer->threads * of_thread;
 }
 
-/* Context of stored weights and another layer's values, of one item. Returns the floats of working memory that
-   it takes; with null, it does nothing else. */
-int64_t mapreuse_apply(const applying *layer, float *memory)
+/* Apply the stored map of one item to another layer's values. Returns the number of floats of working memory that it
+   needs; if `memory` is null, it does nothing else. */
+int64_t mapreuse_apply(const apply_arguments *layer, float *memory)
 {
-    const instructions *on = available(layer->newest);
+    const routines *on = available(layer->max_isa);
     int64_t width = on->width, value_panels = panels(layer->value_dim, width), padded = value_panels * width;
     int64_t of_head = value_panels * layer->keys * width, blocks = panels(layer->rows, CHUNK_ROWS);
-    int64_t of_values = piece(layer->contexts * of_head), of_context = piece(layer->contexts * CHUNK_ROWS * padded);
-    int64_t of_thread = of_context + piece(CHUNK_ROWS * DEPTH);
+    int64_t of_values = padded_to_lines(layer->contexts * of_head);
+    int64_t of_context = padded_to_lines(layer->contexts * CHUNK_ROWS * padded);
+    int64_t of_thread = of_context + padded_to_lines(CHUNK_ROWS * DEPTH);
     if (!memory)
         return of_values + layer->threads * of_thread;
     float *values = memory;
@@ -398,16 +401,16 @@ int64_t mapreuse_apply(const applying *layer, float *memory)
         float *context = memory + of_values + omp_get_thread_num() * of_thread, *decompressed = context + of_context;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < layer->contexts * value_panels; task++) {
-            int64_t own = task / value_panels, panel = task % value_panels;
-            pack_values(&layer->values, layer->values_of[own], layer->keys, layer->value_dim, panel, width,
-                        values + own * of_head + panel * layer->keys * width);
+            int64_t slot = task / value_panels, panel = task % value_panels;
+            pack_values(&layer->values, layer->values_of[slot], layer->keys, layer->value_dim, panel, width,
+                        values + slot * of_head + panel * layer->keys * width);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < layer->map_heads * blocks; task++) {
             int64_t head = task / blocks, first = task % blocks * CHUNK_ROWS;
-            int64_t count = least(CHUNK_ROWS, layer->rows - first);
+            int64_t count = min_of(CHUNK_ROWS, layer->rows - first);
             for (int64_t start = 0; start < layer->keys; start += DEPTH) {
-                int64_t depth = least(DEPTH, layer->keys - start), stride = from->row;
+                int64_t depth = min_of(DEPTH, layer->keys - start), stride = from->row;
                 int64_t place = head * from->head + first * from->row + start;
                 const float *weights = (const float *)from->data + place;
                 if (from->type != FLOAT) {
@@ -419,36 +422,36 @@ int64_t mapreuse_apply(const applying *layer, float *memory)
                     weights = decompressed;
                     stride = DEPTH;
                 }
-                for (int64_t own = 0; own < layer->contexts; own++)
-                    if (layer->map_of[own] == head)
-                        multiply(on, weights, stride, count, values + own * of_head, layer->keys, start, depth,
-                                 layer->value_dim, context + own * CHUNK_ROWS * padded);
+                for (int64_t slot = 0; slot < layer->contexts; slot++)
+                    if (layer->map_of[slot] == head)
+                        multiply(on, weights, stride, count, values + slot * of_head, layer->keys, start, depth,
+                                 layer->value_dim, context + slot * CHUNK_ROWS * padded);
             }
-            for (int64_t own = 0; own < layer->contexts; own++)
-                for (int64_t i = 0; i < count && layer->map_of[own] == head; i++) {
+            for (int64_t slot = 0; slot < layer->contexts; slot++)
+                for (int64_t i = 0; i < count && layer->map_of[slot] == head; i++) {
                     float scale = 1.0f;
                     if (from->scales)
                         scale = from->scales[head * from->scales_head + (first + i) * from->scales_row];
-                    on->scaled(context + (own * CHUNK_ROWS + i) * padded, scale,
-                               at(&layer->context, own, first + i), layer->value_dim);
+                    on->scale_row(context + (slot * CHUNK_ROWS + i) * padded, scale,
+                                  at(&layer->context, slot, first + i), layer->value_dim);
                 }
         }
     }
     return of_values + layer->threads * of_thread;
 }
 
-/* out = softmax(scores + addend) over keys; `addend` may be null, `scores` is overwritten and may be `out`. */
+/* out = softmax(scores + addend) over the keys. `addend` may be null; `scores` is overwritten and may equal `out`. */
 void mapreuse_softmax_of_sum(float *scores, const int64_t *scores_strides, const float *addend,
                              const int64_t *addend_strides, float *out, const int64_t *out_strides, int64_t heads,
-                             int64_t rows, int64_t keys, int64_t threads, int64_t newest)
+                             int64_t rows, int64_t keys, int64_t threads, int64_t max_isa)
 {
-    const instructions *on = available(newest);
+    const routines *on = available(max_isa);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t item = 0; item < heads * rows; item++) {
         int64_t head = item / rows, row = item % rows;
-        float *own = scores + head * scores_strides[0] + row * scores_strides[1];
-        float sum = on->exponentials(own, addend ? addend + head * addend_strides[0] + row * addend_strides[1] : 0, 0,
-                                     keys);
-        on->scaled(own, 1.0f / sum, out + head * out_strides[0] + row * out_strides[1], keys);
+        float *weights = scores + head * scores_strides[0] + row * scores_strides[1];
+        const float *added = addend ? addend + head * addend_strides[0] + row * addend_strides[1] : 0;
+        float sum = on->exponentials(weights, added, 0, keys);
+        on->scale_row(weights, 1.0f / sum, out + head * out_strides[0] + row * out_strides[1], keys);
     }
 }

@@ -1,19 +1,18 @@
-/* The arithmetic of _core.c for one set of vector instructions; included once for each, with
+/* The inner loops of _kernel.c for one instruction set. _kernel.c includes this file once per set, with these macros,
+   which it undefines at its end:
 
-       NAME(x)   the function x for this set
-       TARGET    the attribute that allows its instructions
-       LANES     floats of a vector
-       VECTORS   vectors of each of a tile's ROWS rows: their sums stay in registers
-       STREAM    optional: stores a vector past the caches
-
-   which it undefines, and ends in the table of its functions. */
+       NAME(x)   name of the function x for this set
+       TARGET    attribute that enables the instructions
+       LANES     floats per vector
+       VECTORS   vectors per row of a tile; the sums of its ROWS rows stay in registers
+       STREAM    optional: stores a vector without filling the caches */
 
 #define WIDTH (LANES * VECTORS)
 
 typedef float NAME(vector) __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-/* sums[r][:] = sum over k of rows[r][k] * columns[k][:], k < depth; `columns` is one packed panel. What stands `ahead`
-   of the rows is fetched meanwhile. */
+/* sums[r][:] = sum over k < depth of rows[r][k] * columns[k][:], with one packed panel of columns. Prefetches the rows
+   `ahead` elements further, unless that is 0. */
 TARGET static inline __attribute__((always_inline)) void NAME(tile)(const float *const rows[ROWS],
                                                                     const float *columns, int64_t depth, int64_t ahead,
                                                                     NAME(vector) sums[ROWS][VECTORS])
@@ -34,9 +33,9 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(const float 
     }
 }
 
-/* scores[i][place + i * slant + c] = (or, with `add`, +=) query[i] . column c of the packed keys, for every panel that
-   overlaps the scores' columns 0 ... keys - 1 in some row. With a slant of 1 a row's columns start one
-   further than those of the row before: what relative positions ask for. Columns outside reach into the margins. */
+/* scores[i][place + i * slant + c] = query[i] . column c of the packed keys, or += if `add`, for all panels that overlap
+   columns 0 ... keys - 1 of some row. Relative positions use a slant of 1: each row starts one column after the row
+   before it. Columns outside the scores fall into the margins. */
 TARGET static void NAME(products)(const float *query, int64_t num_rows, int64_t dim, const float *packed,
                                   int64_t num_panels, float *scores, int64_t stride, int64_t place, int64_t slant,
                                   int64_t keys, int add)
@@ -68,7 +67,7 @@ TARGET static void NAME(products)(const float *query, int64_t num_rows, int64_t 
     }
 }
 
-/* context[i][:] += (or, `is_first`, =) weights[i][k] * values[k][:], of one packed panel of values; k < depth. */
+/* context[i][:] += sum over k < depth of weights[i][k] * values[k][:], or = if `is_first`, with one packed panel. */
 TARGET static void NAME(contexts)(const float *weights, int64_t stride, int64_t num_rows, const float *values,
                                   int64_t depth, float *context, int64_t context_stride, int is_first)
 {
@@ -92,55 +91,54 @@ TARGET static void NAME(contexts)(const float *weights, int64_t stride, int64_t 
     }
 }
 
-/* row = e^(row + addend - most), where most is the greatest of row + addend; returns the sum. Places that `allowed`
-   excludes become 0; a row without any other is all 0, and so is its sum. A score that is not a number, or nothing but
-   scores of minus infinity, makes the sum NaN. */
+/* row = e^(row + addend - maximum of row + addend); returns the sum. Keys that are not allowed become 0; without
+   allowed keys, row and sum are 0. A NaN score makes the sum NaN, and so do allowed scores that are all -infinity. */
 TARGET static float NAME(exponentials)(float *row, const float *addend, const uint8_t *allowed, int64_t keys)
 {
-    float most = -FLT_MAX;
+    float maximum = -FLT_MAX;
     if (addend)
-#pragma omp simd reduction(max : most)
+#pragma omp simd reduction(max : maximum)
         for (int64_t j = 0; j < keys; j++) {
             row[j] += addend[j];
-            most = row[j] > most ? row[j] : most;
+            maximum = row[j] > maximum ? row[j] : maximum;
         }
     else
-#pragma omp simd reduction(max : most)
+#pragma omp simd reduction(max : maximum)
         for (int64_t j = 0; j < keys; j++)
-            most = row[j] > most ? row[j] : most;
+            maximum = row[j] > maximum ? row[j] : maximum;
     if (allowed) {
-        most = -FLT_MAX;
-#pragma omp simd reduction(max : most)
+        maximum = -FLT_MAX;
+#pragma omp simd reduction(max : maximum)
         for (int64_t j = 0; j < keys; j++) {
             row[j] = allowed[j] ? row[j] : -INFINITY;
-            most = row[j] > most ? row[j] : most;
+            maximum = row[j] > maximum ? row[j] : maximum;
         }
     }
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < keys; j++) {
-        float weight = exp_of_negative(row[j] - most);
+        float weight = exp_of_negative(row[j] - maximum);
         row[j] = weight;
         sum += weight;
     }
     if (sum == 0.0f) {
-        int some = !allowed;
-        for (int64_t j = 0; j < keys && !some; j++)
-            some = allowed[j];
-        return some ? NAN : sum;
+        int any_allowed = !allowed;
+        for (int64_t j = 0; j < keys && !any_allowed; j++)
+            any_allowed = allowed[j];
+        return any_allowed ? NAN : sum;
     }
     return sum;
 }
 
-TARGET static void NAME(scaled)(const float *row, float scale, float *out, int64_t count)
+TARGET static void NAME(scale_row)(const float *row, float scale, float *out, int64_t count)
 {
 #pragma omp simd
     for (int64_t j = 0; j < count; j++)
         out[j] = row[j] * scale;
 }
 
-/* The same past the caches, for what is read when they have long been filled with something else. */
-TARGET static void NAME(streamed)(const float *row, float scale, float *out, int64_t count)
+/* The same without filling the caches, for memory that is read much later. */
+TARGET static void NAME(scale_row_streaming)(const float *row, float scale, float *out, int64_t count)
 {
     int64_t j = 0;
 #ifdef STREAM
@@ -153,7 +151,8 @@ TARGET static void NAME(streamed)(const float *row, float scale, float *out, int
         out[j] = row[j] * scale;
 }
 
-/* Numbers from 0 to 1, in 255ths or in half precision; returns the sum of what is stored. */
+/* Store numbers from 0 to 1 as bytes from 0 to 255 (or, below, in half precision); returns the sum of the stored
+   numbers. */
 TARGET static float NAME(to_bytes)(const float *row, uint8_t *out, int64_t count)
 {
     int32_t sum = 0;
@@ -192,9 +191,9 @@ TARGET static void NAME(from_halves)(const uint16_t *row, float *out, int64_t co
         out[j] = float_of(row[j]);
 }
 
-static const instructions NAME(kernels) = {
-    WIDTH,          NAME(products),   NAME(contexts),  NAME(exponentials), NAME(scaled),
-    NAME(streamed), NAME(to_bytes), NAME(from_bytes), NAME(to_halves), NAME(from_halves),
+static const routines NAME(kernels) = {
+    WIDTH,          NAME(products),   NAME(contexts),  NAME(exponentials), NAME(scale_row),
+    NAME(scale_row_streaming), NAME(to_bytes), NAME(from_bytes), NAME(to_halves), NAME(from_halves),
 };
 
 #undef WIDTH

@@ -109,8 +109,8 @@ class SharedMaps:
         """
         if self._differentiable and not torch.is_grad_enabled():
             raise ValueError(
-                f"layer {layer} computes its shared map without gradients, but the pass needs them. Reentrant gradient "
-                "checkpointing loses the gradient of shared maps; use use_reentrant=False: "
+                f"layer {layer} computes its shared map without gradients, but the pass needs them. Reentrant "
+                "gradient checkpointing loses the gradient of shared maps; use use_reentrant=False: "
                 "activation_checkpointing_enable(activation_checkpointing_kwargs={'use_reentrant': False})"
             )
         # After the pass, checkpointing runs layers again; their readers have the map already.

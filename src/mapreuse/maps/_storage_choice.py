@@ -68,8 +68,8 @@ class StorageChoice:
         if not fitting:
             smallest = min(self.costs, key=lambda cost: cost.nbytes)
             raise ValueError(
-                f"no storage of the shared maps fits memory_budget={self.budget}: the smallest is {smallest.storage}, "
-                f"which needs memory_budget={smallest.nbytes}"
+                f"no storage of the shared maps fits memory_budget={self.budget}: the smallest is "
+                f"{smallest.storage}, which needs memory_budget={smallest.nbytes}"
             )
         if {"dense", "dense16"} & {cost.storage for cost in fitting}:
             fitting = [cost for cost in fitting if cost.storage != "dense8"]

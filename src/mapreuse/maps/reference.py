@@ -25,8 +25,8 @@ def attention_map(
 ) -> Float[Tensor, "batch heads query key"]:
     """Compute an attention map. Its rows sum to one, or to zero if a query may attend to no key.
 
-    Relative positions of Transformer-XL (Dai et al. 2019, appendix B) add `relative_query[i] · relative_key[p]` to the
-    score of query i and key j, with p = (num_keys − 1) − i + j: the keys are sorted by distance i − j, from
+    Relative positions of Transformer-XL (Dai et al. 2019, appendix B) add `relative_query[i] · relative_key[p]` to
+    the score of query i and key j, with p = (num_keys − 1) − i + j: the keys are sorted by distance i − j, from
     num_keys − 1 downwards.
     """
     scores = scaling * torch.einsum("bhqd,bhkd->bhqk", query, key)

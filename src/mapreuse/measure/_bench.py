@@ -14,7 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mapreuse.maps import Choice
+from mapreuse.maps import StorageChoice
 from mapreuse.measure._config import DTYPES, BenchConfig, Progress, threads_set
 from mapreuse.measure._contestants import (
     Contestant,
@@ -112,7 +112,7 @@ class _Bench:
         self.failures: dict[Contestant, str] = {}
         self.agreement: dict[Contestant, float] = {}
         self.graph_breaks: dict[Contestant, int] = {}
-        self.choices: dict[Contestant, Choice] = {}
+        self.choices: dict[Contestant, StorageChoice] = {}
         self.references: dict[str, Tensor] = {}
         self.tolerance = TOLERANCE
         self._progress = progress
@@ -273,7 +273,7 @@ class _Bench:
                 calls[entry] = partial(run, inputs)
         return calls
 
-    def _check_choice(self, entry: Contestant, choice: Choice) -> None:
+    def _check_choice(self, entry: Contestant, choice: StorageChoice) -> None:
         """Compare with the definition the way in which "auto" carries maps here; it may be another than before."""
         self.choices[entry] = choice
         length = min(_CHECKED_LENGTH, max(self.config.lengths))
@@ -305,13 +305,13 @@ class _Bench:
 
 
 @contextlib.contextmanager
-def _choices() -> Iterator[list[Choice]]:
+def _choices() -> Iterator[list[StorageChoice]]:
     """What storage "auto" chose while it lasts, as the package's log has it."""
-    made: list[Choice] = []
+    made: list[StorageChoice] = []
     logger = logging.getLogger("mapreuse")
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: made.extend(  # type: ignore[method-assign]
-        argument for argument in record.args or () if isinstance(argument, Choice)
+        argument for argument in record.args or () if isinstance(argument, StorageChoice)
     )
     level = logger.level
     logger.addHandler(handler)

@@ -165,7 +165,7 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             kwargs["use_cache"] = False  # a decoder would make a cache of its own accord
     maps = SharedMaps(
         storage=applied.storage,
-        demand=applied.demand,
+        counts=applied.demand,
         budget=applied.memory_budget,
         retain=torch.is_grad_enabled(),
         differentiable=torch.is_grad_enabled(),
