@@ -6,14 +6,19 @@ plan = mr.ReusePlan.grouped(num_layers=16, group_size=4)
 model = mr.apply(model, plan)
 """
 
+from importlib.metadata import version
+
 from mapreuse.conversion import DistillConfig, align, convert, distill, refit, search
 from mapreuse.models import Unsupported, apply, load, optimize, plan_of, save
 from mapreuse.plan import ReusePlan
+
+__version__ = version("mapreuse")
 
 __all__ = [
     "DistillConfig",
     "ReusePlan",
     "Unsupported",
+    "__version__",
     "align",
     "apply",
     "convert",

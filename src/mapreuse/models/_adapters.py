@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -40,19 +41,20 @@ class Adapter:
 
 
 _STYLES: list[Callable[[nn.Module], Adapter | None]] = []
-_ADAPTERS: dict[str, tuple[str, Callable[[nn.Module], Adapter]]] = {}
+_ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[nn.Module], Adapter]]] = {}
 
 
-def register_attention(class_name: str, *, fingerprint: str) -> Callable:
+def register_attention(class_name: str, *fingerprints: str) -> Callable:
     """Register a function that makes the adapter of `transformers`' attention class of this name.
 
     Args:
         class_name: name of the class.
-        fingerprint: `fingerprint_of` its forward; a class whose forward has changed is refused.
+        *fingerprints: `fingerprint_of` its forward in each supported version of `transformers`. A class with
+            another forward is refused.
     """
 
     def register(make: Callable[[nn.Module], Adapter]) -> Callable[[nn.Module], Adapter]:
-        _ADAPTERS[class_name] = fingerprint, make
+        _ADAPTERS[class_name] = fingerprints, make
         return make
 
     return register
@@ -74,12 +76,12 @@ def adapter_of(module: nn.Module) -> Adapter:
     if cls.__name__ not in _ADAPTERS:
         in_style = next(filter(None, (style(module) for style in _STYLES)), None)
         return in_style or Adapter(read_attention(cls))
-    fingerprint, make = _ADAPTERS[cls.__name__]
+    fingerprints, make = _ADAPTERS[cls.__name__]
     found = fingerprint_of(cls)
-    if found != fingerprint:
+    if found not in fingerprints:
         raise Unsupported(
-            f"{cls.__name__}: its forward has changed (fingerprint {found}, expected {fingerprint}); "
-            "this version of transformers is not supported"
+            f"{cls.__name__}: its forward has changed (fingerprint {found}, expected {' or '.join(fingerprints)}); "
+            f"transformers {transformers.__version__} is not supported for this class"
         )
     return make(module)
 

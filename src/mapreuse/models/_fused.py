@@ -54,13 +54,13 @@ class _GPT2Computing(FusedComputing):
         return make_scores(self, query, key, attention_mask, self.scaling, kwargs.get("is_causal")), values
 
 
-@register_attention("ModernBertAttention", fingerprint="5ab3dda290ea")
+@register_attention("ModernBertAttention", "5ab3dda290ea")
 def _modernbert(module: nn.Module) -> Adapter:
     form = AttentionForm((), (), "Wqkv", ("Wo", "out_drop"), "attention_dropout")
     return Adapter(form, _ModernBertComputing, fused="Wqkv")
 
 
-@register_attention("GPT2Attention", fingerprint="2c4ecea331d8")
+@register_attention("GPT2Attention", "2c4ecea331d8", "08ea3ecc8853")
 def _gpt2(module: nn.Module) -> Adapter:
     if module.reorder_and_upcast_attn:
         raise Unsupported("GPT2Attention: reorder_and_upcast_attn=True takes a path of its own")

@@ -39,7 +39,7 @@ class _ParakeetComputing(ComputingAttention):
         return scores, self._values(hidden_states)
 
 
-@register_attention("ParakeetEncoderAttention", fingerprint="332d3b922a29")
+@register_attention("ParakeetEncoderAttention", "332d3b922a29", "94b7e854896c")
 def _parakeet(module: nn.Module) -> Adapter:
     if module.num_key_value_groups != 1:
         raise Unsupported("ParakeetEncoderAttention: grouped keys and values (num_key_value_heads) are not served")

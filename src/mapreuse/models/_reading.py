@@ -36,15 +36,18 @@ _UNDERSTOOD = {
     "deterministic",
     "position_ids",
 }
-ABSENT = (
+CACHES = (
+    "cache",  # transformers 5.24 and later
     "past_key_values",
     "past_key_value",
     "layer_past",
     "key_value_states",
     "encoder_hidden_states",
-    "is_cross_attention",
 )
-"""Arguments that no planned layer is called with: caches and cross-attention are refused at run time."""
+"""Arguments that hold keys and values of another call or of another model; a planned layer refuses them."""
+
+ABSENT = (*CACHES, "is_cross_attention")
+"""Arguments that no planned layer is called with."""
 
 
 @dataclass(frozen=True)

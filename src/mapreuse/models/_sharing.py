@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, as_index, attend, compute
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._reading import AttentionForm
+from mapreuse.models._reading import CACHES, AttentionForm
 from mapreuse.models._source import parameter_names
 
 _OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
@@ -33,14 +33,6 @@ _OBSERVER = "_observer"
 
 IMPLEMENTATION = "mapreuse"
 """The name under which planned modules find `_attention_function` in `transformers`' attention interface."""
-
-_CACHES = (
-    "past_key_values",
-    "past_key_value",
-    "layer_past",
-    "key_value_states",
-    "encoder_hidden_states",
-)
 
 _INERT = {
     ARGUMENT,
@@ -268,7 +260,7 @@ class ReusingAttention(SharingAttention):
 
 def refuse_cache(module: nn.Module, arguments: dict[str, Any], allowed: str | None = None) -> None:
     """A model that reuses maps keeps no keys to cache, and a planned attention attends its own layer only."""
-    for name in _CACHES:
+    for name in CACHES:
         if name != allowed and arguments.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} reuses attention maps, keeps no cache and attends its own layer only, so "

@@ -38,7 +38,7 @@ class _RelativeComputing(ComputingAttention):
         return scores, self._values(hidden_states)
 
 
-@register_attention("Wav2Vec2ConformerSelfAttention", fingerprint="9a5b3c6cf174")
+@register_attention("Wav2Vec2ConformerSelfAttention", "9a5b3c6cf174")
 def _wav2vec2_conformer(module: nn.Module) -> Adapter:
     relative = module.position_embeddings_type == "relative"
     form = AttentionForm(
