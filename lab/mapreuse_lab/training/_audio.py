@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from jaxtyping import Float
+from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
@@ -20,7 +21,7 @@ PIECE_SECONDS, CONTEXT_SECONDS = 32.0, 4.0
 
 _MIN_SECONDS = 0.05
 
-Piece = tuple[Float[np.ndarray, "samples"], float, bool]
+Piece = tuple[Float[np.ndarray, " samples"], float, bool]
 """Samples, seconds of context before the piece, and whether more pieces follow."""
 
 
@@ -58,7 +59,7 @@ def waveform_pieces(samples: np.ndarray, source: int, rate: int, name: str = "th
         yield resample(samples[start:end], source, rate), before, more
 
 
-def waveform_of(cut: Cut, rate: int) -> Float[np.ndarray, "samples"]:
+def waveform_of(cut: Cut, rate: int) -> Float[np.ndarray, " samples"]:
     """The samples of a cut's first channel at `rate` Hz.
 
     Raises:
@@ -69,6 +70,14 @@ def waveform_of(cut: Cut, rate: int) -> Float[np.ndarray, "samples"]:
     except (AudioLoadingError, AssertionError, OSError) as problem:
         raise ValueError(f"{cut.id}: its recording cannot be read ({one_line(problem)})") from None
     return resample(_checked(samples[0], cut.id), cut.sampling_rate, rate)
+
+
+def whole_cut(recording: Recording, text: str, language: str | None = None) -> MonoCut:
+    """The cut of an utterance that fills a whole recording."""
+    supervision = SupervisionSegment(
+        recording.id, recording.id, 0.0, recording.duration, text=text, language=language
+    )
+    return MonoCut(recording.id, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording)
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:

@@ -1,3 +1,5 @@
+"""Opens speech corpora by name: prompts, synthetic speech, LibriSpeech, Kaldi directories and lhotse manifests."""
+
 import hashlib
 import shlex
 from collections.abc import Iterable, Iterator
@@ -10,6 +12,7 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment, load_manifest
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.utils import fastcopy
 
+from mapreuse_lab.training._audio import whole_cut
 from mapreuse_lab.training._files import CorpusError, cache_dir, one_line
 from mapreuse_lab.training._normalise import LANGUAGES, normalise
 from mapreuse_lab.training._prompts import ATTRIBUTIONS, read_prompts
@@ -18,8 +21,8 @@ from mapreuse_lab.training._synthesis import synthesise
 
 _FORMS = "prompts:<language>, synthetic:<language>, librispeech:<directory>, cuts:<manifest> or kaldi:<directory>"
 _SYNTHETIC_UTTERANCES = 1500
-_TOLERANCE = 0.001  # seconds by which rounded times may pass the end
-_READ_BY_COMMANDS = (".opus", ".sph")  # by lhotse, which puts the file's name into a shell's command line
+_TOLERANCE = 0.001  # seconds by which rounded times may exceed the end of a recording
+_READ_BY_COMMANDS = (".opus", ".sph")  # lhotse puts the names of such files into a shell command
 _LANGUAGE_NAMES = {
     **{code: code for code in LANGUAGES},
     **{"english": "en", "french": "fr", "spanish": "es", "italian": "it", "russian": "ru"},
@@ -28,10 +31,14 @@ _LANGUAGE_NAMES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Speech with its transcripts, split so that no transcript of `dev` or `test` is also one of `train`.
+    """Recorded or synthetic speech with transcripts, in three parts that have no transcript in common.
 
-    Every cut is one utterance, mono at `sampling_rate` Hz, whose `supervisions[0].text` is normalised
-    (see `normalise`); `attribution` names the recordings' authors and licence, or says that it is unknown.
+    Attributes:
+        name: as given to `open_corpus`.
+        language: code of the language.
+        sampling_rate: in Hz.
+        attribution: authors and licence of the recordings, as far as they are known.
+        train, dev, test: one cut per utterance, mono, with the normalised transcript in `supervisions[0].text`.
     """
 
     name: str
@@ -44,26 +51,30 @@ class Corpus:
 
     @property
     def held_out(self) -> list[str]:
-        """The transcripts of dev and test, sorted; nothing that trains may contain them."""
+        """The transcripts of dev and test, sorted. No training text may contain them."""
         return sorted({cut.supervisions[0].text for cut in (*self.dev, *self.test)})
 
 
 def open_corpus(name: str, *, seed: int = 0) -> Corpus:
-    """Opens a corpus by name, fetching or making what is missing.
+    """Open a corpus. Prompts are downloaded and synthetic speech is generated if they are not in the cache.
 
-    - `prompts:en` (or fr, es, it, ru): recorded telephone prompts, one voice per language, 8 kHz.
-    - `synthetic:en` (or ...): generated sentences in synthetic voices, 8 kHz.
-    - `librispeech:<directory>`: the official layout (`train-*`, `dev-*`, `test-*` below `<directory>`), 16 kHz.
-    - `cuts:<manifest>`: any lhotse CutSet, `.jsonl` or `.jsonl.gz`.
-    - `kaldi:<directory>`: a Kaldi data directory (`wav.scp`, `text`, perhaps `segments` and `utt2lang`).
+    Args:
+        name: one of the following, with en, fr, es, it or ru as `<language>`:
 
-    Manifests and Kaldi directories are taken to be English unless their supervisions, or `utt2lang`, name another
-    language of the five. All but LibriSpeech, which has official splits (a training utterance whose transcript occurs
-    in dev or test is left out), are split by transcript: of the different transcripts of three words and more, in an
-    order fixed by `seed`, the first 20 % are the test set, the next 10 % dev.
+            - `prompts:<language>`: recorded telephone prompts, one voice per language, 8 kHz.
+            - `synthetic:<language>`: generated sentences in synthetic voices, 8 kHz.
+            - `librispeech:<directory>`: the directory that contains `train-*`, `dev-*` and `test-*`, 16 kHz.
+            - `cuts:<manifest>`: a lhotse CutSet, `.jsonl` or `.jsonl.gz`.
+            - `kaldi:<directory>`: a Kaldi data directory with `wav.scp` and `text`, optionally `segments` and
+              `utt2lang`.
 
-    Raises `CorpusError` with one line for a bad name, a missing directory, an unreadable manifest, or what names
-    recordings that are missing, or that only a command or the network would give.
+            Manifests and Kaldi directories are English unless their supervisions, or `utt2lang`, name a language.
+        seed: of the split into train, dev and test; see `split_by_transcript`. LibriSpeech keeps its official splits,
+            without the training utterances whose transcript is in dev or test.
+
+    Raises:
+        CorpusError: with one line, for an unknown name, a missing or unreadable file, or a recording that only a
+            command or the network could provide.
     """
     kind, separator, where = name.partition(":")
     openers = {
@@ -86,11 +97,16 @@ def open_corpus(name: str, *, seed: int = 0) -> Corpus:
 def split_by_transcript(
     cuts: Iterable[MonoCut], *, seed: int, test: float = 0.2, dev: float = 0.1
 ) -> tuple[CutSet, CutSet, CutSet]:
-    """(train, dev, test): whole transcripts of three words and more, in an order fixed by SHA-256 of seed and text.
+    """Split cuts into train, dev and test sets that have no transcript in common.
 
-    Transcripts of one or two words only ever train. The split of a transcript does not depend on the order of
-    `cuts`. No transcript of one part is one of another; but it may be a run of words in a longer one of another, and
-    the voices of all parts may be the same.
+    The split depends only on the transcripts and the seed. Only transcripts with at least three words are held out.
+    The sets may share speakers, and a held-out transcript may be part of a longer training transcript.
+
+    Args:
+        cuts: the utterances.
+        seed: random seed.
+        test: fraction of the different transcripts with at least three words that are in the test set.
+        dev: likewise for the dev set.
     """
     cuts = list(cuts)
     texts = {cut.supervisions[0].text for cut in cuts}
@@ -109,15 +125,9 @@ def split_by_transcript(
 def _open_prompts(name: str, language: str, seed: int) -> Corpus:
     cuts = []
     for prompt, path, written in read_prompts(language):
-        text = normalise(written, language)
-        if text:
+        if text := normalise(written, language):
             recording = Recording.from_file(path, recording_id=f"{language}-{prompt.replace('/', '-')}")
-            supervision = SupervisionSegment(
-                recording.id, recording.id, 0.0, recording.duration, text=text, language=language
-            )
-            cuts.append(
-                MonoCut(recording.id, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording)
-            )
+            cuts.append(whole_cut(recording, text, language))
     return Corpus(name, language, 8000, ATTRIBUTIONS[language], *split_by_transcript(cuts, seed=seed))
 
 
@@ -130,7 +140,7 @@ def _open_synthetic(name: str, language: str, seed: int) -> Corpus:
 def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
     parts = {part: sorted(Path(where).glob(f"{part}-*")) for part in ("train", "dev", "test")}
     if not any(parts.values()):
-        raise CorpusError(f"{name}: no directory train-*, dev-* or test-* in {where}; give LibriSpeech's own root")
+        raise CorpusError(f"{name}: {where} contains no directory train-*, dev-* or test-*")
     cuts: dict[str, list[MonoCut]] = {"train": [], "dev": [], "test": []}
     for part, directories in parts.items():
         for directory in directories:
@@ -143,47 +153,41 @@ def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
 
 
 def _librispeech_cuts(name: str, directory: Path) -> list[MonoCut]:
-    """One cut for every line of the transcripts, whose recordings lie beside them."""
+    """One cut per line of the transcript files; the recordings are in the same directories."""
     files = {
         key: (listing.parent / f"{key}.flac", text)
         for listing in sorted(directory.rglob("*.trans.txt"))
         for key, text in _keyed_lines(name, listing)
     }
     if not files:
-        raise CorpusError(f"{name}: {directory} is not in LibriSpeech's layout (no utterance with a transcript)")
+        raise CorpusError(
+            f"{name}: {directory} is not in LibriSpeech's layout: it has no *.trans.txt with utterances"
+        )
     missing = [str(file) for file, _ in files.values() if not file.is_file()]
     if missing:
         named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CorpusError(f"{name}: {len(missing)} of {len(files)} recordings with a transcript are missing: {named}")
-    cuts = []
-    for key, (file, text) in files.items():
-        recording = _recording(name, file, key)
-        supervision = SupervisionSegment(key, key, 0.0, recording.duration, text=text)
-        cuts.append(MonoCut(key, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording))
-    return cuts
+    return [whole_cut(_recording(name, file, key), text) for key, (file, text) in files.items()]
 
 
 def _open_cuts(name: str, where: str, seed: int) -> Corpus:
     try:
         manifest = load_manifest(where)
-    except Exception as problem:  # lhotse's readers raise whatever their parsers do
+    except Exception as problem:  # whatever lhotse's parsers raise
         raise CorpusError(f"{name}: not a lhotse manifest ({one_line(problem)})") from None
     if not isinstance(manifest, CutSet):
-        raise CorpusError(f"{name}: holds a {type(manifest).__name__}; a CutSet is wanted")
+        raise CorpusError(f"{name}: expected a CutSet, got a {type(manifest).__name__}")
     cuts = _normalised(name, manifest)
     return _split_corpus(name, cuts, seed)
 
 
 def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
     directory = Path(where)
-    audio = dict(_keyed_lines(name, directory / "wav.scp"))
     texts = dict(_keyed_lines(name, directory / "text"))
     recordings = {}
-    for recording_id, path in audio.items():
-        if path.rstrip().endswith("|"):
+    for recording_id, path in _keyed_lines(name, directory / "wav.scp"):
+        if path.endswith("|"):
             raise CorpusError(f"{name}: wav.scp gives a command for {recording_id}; write the audio to a file first")
-        if not (directory / path).is_file():
-            raise CorpusError(f"{name}: wav.scp gives {path} for {recording_id}, which does not exist")
         recordings[recording_id] = _recording(name, directory / path, recording_id)
     listing, segments = "wav.scp", {key: (key, 0.0, -1.0) for key in recordings}
     if (directory / "segments").exists():
@@ -194,7 +198,7 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
                 segments[key] = (recording_id, float(first), float(last))
             except ValueError:
                 raise CorpusError(
-                    f"{name}: segments says {rest!r} of {key}; a recording, its start and end in seconds are wanted"
+                    f"{name}: segments has {rest!r} for {key}; expected a recording, its start and end in seconds"
                 ) from None
     languages = dict(_keyed_lines(name, directory / "utt2lang")) if (directory / "utt2lang").exists() else {}
     cuts = []
@@ -204,8 +208,7 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
             duration = (recording.duration if end < 0 else min(end, recording.duration)) - start
             if not (start >= 0 and duration > 0):
                 raise CorpusError(
-                    f"{name}: {listing} says {key} is from {start} to {end} s of a recording of "
-                    f"{recording.duration:.2f} s"
+                    f"{name}: {listing}: {key} is from {start} to {end} s of a recording of {recording.duration:.2f} s"
                 )
             supervision = SupervisionSegment(
                 key, recording_id, 0.0, duration, text=texts[key], language=languages.get(key)
@@ -215,24 +218,25 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
 
 
 def _keyed_lines(name: str, path: Path) -> list[tuple[str, str]]:
-    """(first word, all after it) of a file's lines that have both, as Kaldi and LibriSpeech list things."""
+    """(first word, rest) of the lines of a file in Kaldi's or LibriSpeech's format; lines with one word are skipped."""
     if not path.is_file():
         raise CorpusError(f"{name}: {path} is missing; a Kaldi data directory has wav.scp and text")
     try:
         lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
-        raise CorpusError(f"{name}: {path} is not text in UTF-8") from None
+        raise CorpusError(f"{name}: {path} is not UTF-8 text") from None
     return [(line[0], line[1].strip()) for line in lines if len(line) == 2]
 
 
 def _normalised(name: str, cuts: Iterable[MonoCut], language: str | None = None) -> list[MonoCut]:
-    """One cut per utterance that has words, its transcript normalised in `language`, or in its own."""
+    """One cut per utterance with words, its transcript normalised; by default in the language of the supervision."""
     normalised = []
     for cut in chain.from_iterable(_utterances(name, whole) for whole in cuts):
         spoken = language or _LANGUAGE_NAMES.get((cut.supervisions[0].language or "en").lower())
         if spoken is None:
             raise CorpusError(
-                f"{name}: {cut.id} is in language {cut.supervisions[0].language!r}; known are {', '.join(LANGUAGES)}"
+                f"{name}: {cut.id} is in language {cut.supervisions[0].language!r}; choose one of "
+                f"{', '.join(LANGUAGES)}"
             )
         text = normalise(cut.supervisions[0].text or "", spoken)
         if text:
@@ -243,27 +247,29 @@ def _normalised(name: str, cuts: Iterable[MonoCut], language: str | None = None)
 
 
 def _utterances(name: str, cut: Cut) -> list[MonoCut]:
-    """A cut's supervisions, each as a cut of its own."""
-    try:
-        problem, utterances = _problem(cut), []
-        if problem is None:
-            utterances = list(cut.trim_to_supervisions(keep_overlapping=False))
-    except Exception as damage:  # lhotse asserts what it expects of times, channels and samples
-        problem = f"not a cut that lhotse can read ({one_line(damage)})"
-    if problem is not None:
+    """The supervisions of a cut, each as a cut of its own."""
+    if problem := _problem(cut):
         raise CorpusError(f"{name}: {cut.id}: {problem}")
-    return utterances
+    try:
+        return list(cut.trim_to_supervisions(keep_overlapping=False))
+    except Exception as problem:  # lhotse asserts what it expects of times, channels and samples
+        raise CorpusError(f"{name}: {cut.id}: not a cut that lhotse can read ({one_line(problem)})") from None
 
 
 def _problem(cut: Cut) -> str | None:
-    """What is wrong with a cut that is not speech with its transcripts, in files that are there."""
+    """Why a cut is not usable speech, or None."""
+    tracks = cut.tracks if isinstance(cut, MixedCut) else []
+    parts = [track.cut for track in tracks] or [cut]
+    times = [track.offset for track in tracks] + [time for one in parts for time in (one.start, one.duration)]
+    times += [time for one in cut.supervisions for time in (one.start, one.duration)]
+    if wrong := [time for time in times if not isinstance(time, int | float)]:
+        return f"its times must be numbers, got {wrong[0]!r}"
     for source in _sources(cut.to_dict()):
         kind, where = source["type"], source["source"]
         if kind != "file":
             return f"its recording is of type {kind} ({str(where)[:60]}); write the audio to a file first"
         if problem := _problem_of_file(Path(where)):
             return f"its recording {problem}"
-    parts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
     for part in (part for part in parts if not isinstance(part, PaddingCut)):
         recording = part.recording
         if recording is None:
@@ -275,12 +281,12 @@ def _problem(cut: Cut) -> str | None:
         if not (0 <= start < end <= cut.duration + _TOLERANCE):
             return f"its supervision {supervision.id} is from {start} to {end} s of {cut.duration:.2f} s"
         if not isinstance(text, str | None) or not isinstance(language, str | None):
-            return f"its supervision {supervision.id} has text {text!r} and language {language!r}; strings are wanted"
+            return f"text and language of its supervision {supervision.id} must be strings: {text!r} and {language!r}"
     return None
 
 
 def _sources(manifest: object) -> Iterator[dict[str, Any]]:
-    """Every source of audio that a manifest names, also of what is mixed in or reverberated with."""
+    """Every audio source in a manifest, including those that are mixed in or used as reverberation."""
     if isinstance(manifest, dict):
         for key, value in manifest.items():
             yield from value if key == "sources" else _sources(value)
@@ -293,7 +299,7 @@ def _problem_of_file(file: Path) -> str | None:
     if not file.is_file():
         return f"{file} does not exist"
     if file.suffix.lower() in _READ_BY_COMMANDS and shlex.quote(str(file)) != str(file):
-        return f"{file} would be read by a shell command that its name could change; rename it"
+        return f"{file} would be read by a shell command, but its name has special characters; rename it"
     return None
 
 
@@ -302,14 +308,14 @@ def _recording(name: str, file: Path, recording_id: str) -> Recording:
         raise CorpusError(f"{name}: {recording_id}: {problem}")
     try:
         return Recording.from_file(file, recording_id=recording_id)
-    except Exception as damage:  # lhotse tries several readers and raises what they do
-        raise CorpusError(f"{name}: {file} cannot be read as audio ({one_line(damage)})") from None
+    except Exception as problem:  # lhotse tries several readers and raises whatever they raise
+        raise CorpusError(f"{name}: {file} cannot be read as audio ({one_line(problem)})") from None
 
 
 def _split_corpus(name: str, cuts: list[MonoCut], seed: int) -> Corpus:
     languages = {cut.supervisions[0].language for cut in cuts}
     if len(languages) > 1:
-        raise CorpusError(f"{name}: holds several languages ({', '.join(sorted(languages))}); give one at a time")
-    attribution = "unknown: see where the recordings come from"
+        raise CorpusError(f"{name}: contains several languages ({', '.join(sorted(languages))}); expected one")
+    attribution = "unknown; see the source of the recordings"
     train, dev, test = split_by_transcript(cuts, seed=seed)
     return Corpus(name, languages.pop(), cuts[0].sampling_rate, attribution, train, dev, test)

@@ -1,23 +1,35 @@
+"""Word and character error rates of a recogniser."""
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jiwer
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from lhotse.cut import Cut
-from torch import Tensor
 
+from mapreuse.data import batches_by_length
 from mapreuse_lab.training._audio import waveform_of
 from mapreuse_lab.training._recogniser import Recogniser
 
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Error rates over a set of utterances, as fractions, with 95 % bootstrap intervals over utterances.
+    """Error rates over a set of utterances, as fractions.
 
-    WER = (substitutions + deletions + insertions) / reference words, pooled over the set; CER likewise over
-    characters, spaces included. `references` and `hypotheses` are in the order of the cuts.
+        WER = (substitutions + deletions + insertions) / reference words
+
+    Errors and words are summed over the set. CER is the same over characters, including spaces.
+
+    Attributes:
+        wer: word error rate.
+        cer: character error rate.
+        wer_interval: 95 % bootstrap interval over utterances.
+        cer_interval: likewise.
+        num_utterances: number of utterances.
+        num_words: number of reference words.
+        references: the reference transcripts.
+        hypotheses: the recogniser's transcripts, in the same order.
     """
 
     wer: float
@@ -35,12 +47,19 @@ class ErrorRates:
         return ", ".join([*shown, f"{self.num_utterances} utterances", f"{self.num_words} words"])
 
 
-def score(
+def error_rates(
     references: Sequence[str], hypotheses: Sequence[str], *, resamples: int = 1000, seed: int = 0
 ) -> ErrorRates:
-    """Error rates of `hypotheses` against `references`; the interval resamples utterances `resamples` times.
+    """Error rates of `hypotheses` against `references`.
 
-    Raises `ValueError` where there is nothing to score.
+    Args:
+        references: the reference transcripts.
+        hypotheses: the transcripts to score, in the same order.
+        resamples: number of bootstrap samples.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: if there are no references, or the lengths differ.
     """
     words, characters = error_counts(references, hypotheses)
     draws = np.random.default_rng(seed).integers(len(references), size=(resamples, len(references)))
@@ -48,28 +67,22 @@ def score(
     def rate_and_interval(counts: np.ndarray) -> tuple[float, tuple[float, float]]:
         drawn = counts[draws].sum(1)
         low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-        return counts[:, 0].sum() / counts[:, 1].sum(), (float(low), float(high))
+        return float(counts[:, 0].sum() / counts[:, 1].sum()), (float(low), float(high))
 
     wer, wer_interval = rate_and_interval(words)
     cer, cer_interval = rate_and_interval(characters)
-    return ErrorRates(
-        float(wer),
-        float(cer),
-        wer_interval,
-        cer_interval,
-        len(references),
-        int(words[:, 1].sum()),
-        list(references),
-        list(hypotheses),
-    )
+    num_words = int(words[:, 1].sum())
+    texts = list(references), list(hypotheses)
+    return ErrorRates(wer, cer, wer_interval, cer_interval, len(references), num_words, *texts)
 
 
 def error_counts(
     references: Sequence[str], hypotheses: Sequence[str]
 ) -> tuple[Int[np.ndarray, "utterances 2"], Int[np.ndarray, "utterances 2"]]:
-    """Errors and reference units of every utterance: by words, and by characters.
+    """The number of errors and the reference length of each utterance, in words and in characters.
 
-    Raises `ValueError` where there is nothing to score.
+    Raises:
+        ValueError: if there are no references, or the lengths differ.
     """
     if not references or len(references) != len(hypotheses):
         raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
@@ -79,54 +92,30 @@ def error_counts(
 
 
 def evaluate(recogniser: Recogniser, cuts: Iterable[Cut], *, batch_seconds: float = 60.0) -> ErrorRates:
-    """Error rates of the recogniser on cuts with normalised transcripts.
+    """Error rates of a recogniser on cuts with normalised transcripts.
 
-    Cuts are read, resampled, sorted by length and batched to at most `batch_seconds` of padded audio; the order of
-    the returned hypotheses is that of `cuts`.
+    Args:
+        recogniser: the recogniser.
+        cuts: the utterances; the result keeps their order.
+        batch_seconds: maximum seconds of padded audio in a batch.
 
-    Raises `ValueError` where there are no cuts.
+    Raises:
+        ValueError: if there are no cuts, or a recording cannot be read.
     """
     cuts = list(cuts)
     if not cuts:
-        raise ValueError("no utterances to evaluate: this split of the corpus is empty; take them all (--split all)")
-    logits = logits_of(recogniser, cuts, batch_seconds=batch_seconds)
-    hypotheses = [text_of(recogniser, frames) for frames in logits]
-    return score([cut.supervisions[0].text for cut in cuts], hypotheses)
-
-
-def logits_of(
-    recogniser: Recogniser, cuts: Sequence[Cut], *, batch_seconds: float = 60.0
-) -> list[Float[Tensor, "frames outputs"]]:
-    """Every cut's logits, without padding, in the order of `cuts`."""
+        raise ValueError("no utterances to evaluate: this split of the corpus is empty; use all of it (--split all)")
     rate = recogniser.feature_config.sampling_rate
     audio = [waveform_of(cut, rate) for cut in cuts]
     recogniser.model.eval()
-    found: dict[int, Tensor] = {}
-    for batch in batches_by_length([len(samples) for samples in audio], round(batch_seconds * rate)):
+    hypotheses: dict[int, str] = {}
+    for batch in batches_by_length([len(samples) for samples in audio], len(cuts), round(batch_seconds * rate)):
         logits, lengths = recogniser.logits([audio[index] for index in batch])
-        found |= {i: rows[:length] for i, rows, length in zip(batch, logits, lengths.tolist(), strict=True)}
-    return [found[index] for index in range(len(cuts))]
-
-
-def text_of(recogniser: Recogniser, frames: Float[Tensor, "frames outputs"]) -> str:
-    """What one utterance's logits say."""
-    return recogniser.texts(frames[None], torch.tensor([len(frames)]))[0]
-
-
-def batches_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices sorted by length and cut into batches of at most `budget` padded units (one item may exceed it)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+        hypotheses |= zip(batch, recogniser.texts(logits, lengths), strict=True)
+    return error_rates([cut.supervisions[0].text for cut in cuts], [hypotheses[i] for i in range(len(cuts))])
 
 
 def _errors(process: Callable, reference: str, hypothesis: str) -> tuple[int, int]:
     found = process(reference, hypothesis)
-    return (
-        found.substitutions + found.deletions + found.insertions,
-        found.hits + found.substitutions + found.deletions,
-    )
+    errors = found.substitutions + found.deletions + found.insertions
+    return errors, found.hits + found.substitutions + found.deletions

@@ -1,3 +1,5 @@
+"""Log-mel features, resampling, and augmentation of waveforms and features."""
+
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Log-mel settings: sampling rate and lowest band's edge in Hz, window and hop in seconds, number of bands.
+    """Settings of the log-mel features.
 
-    Raises `ValueError` for what is not a positive finite number, or makes no features.
+    Attributes:
+        sampling_rate: in Hz.
+        window: length of an analysis window in seconds.
+        hop: seconds between two windows.
+        num_mel_bins: number of bands.
+        lowest: lower edge of the lowest band in Hz.
+
+    Raises:
+        ValueError: if a value is not a positive finite number, or the values do not fit together.
     """
 
     sampling_rate: int = 8000
@@ -29,11 +39,12 @@ class FeatureConfig:
             whole = name in ("sampling_rate", "num_mel_bins")
             if not isinstance(value, int if whole else int | float) or not 0 < value < math.inf:
                 kind = "whole" if whole else "finite"
-                raise ValueError(f"the features' {name} must be a positive {kind} number: got {value!r}")
+                raise ValueError(f"the features' {name} must be a positive {kind} number, got {value!r}")
         if not (self.window_samples > 1 and self.hop_samples > 0 and self.lowest < self.sampling_rate / 2):
             raise ValueError(
-                f"no features at {self.sampling_rate} Hz with window {self.window} s, hop {self.hop} s and lowest "
-                f"{self.lowest} Hz: a window needs two samples, a hop one, and bands end at half the sampling rate"
+                f"impossible features: window {self.window} s, hop {self.hop} s and lowest {self.lowest} Hz at "
+                f"{self.sampling_rate} Hz; a window needs two samples, a hop one, and lowest must be below half the "
+                "sampling rate"
             )
 
     @property
@@ -48,24 +59,25 @@ class FeatureConfig:
 def features(
     audio: Sequence[np.ndarray], config: FeatureConfig
 ) -> tuple[Float[Tensor, "batch frames mels"], Int[Tensor, "batch frames"]]:
-    """Normalised log-mel features of a batch of waveforms, padded with zeros, and the mask of real frames.
+    """Normalised log-mel features of a batch of waveforms, padded with zeros, and the mask of valid frames.
 
         x[t, m] = log(1e-5 + Σ_f  mel[m, f] |STFT(0.1 · audio / rms(audio))[t, f]|²)
         features = (x − mean_t x) / (std_t x + 0.01)
 
-    Waveforms are at `config.sampling_rate`, of any level and any length (padded to one window where shorter). Level,
-    mean and deviation are per utterance (and band), over its own frames, so that loudness and channel drop out and
-    an utterance's features do not depend on its batch.
+    Level, mean and standard deviation are computed per utterance (and band). So loudness and channel have no effect,
+    and the features of an utterance do not depend on its batch.
 
-    They are computed anew from cached waveforms whenever they are needed: 100 s of speech take 20 ms, less than
-    reading them back would, and every epoch can perturb the waveform.
+    Args:
+        audio: waveforms at `config.sampling_rate`, of any level. They are padded to one window if shorter.
+        config: the settings.
     """
+    # Computed again in each epoch: 100 s of speech take 20 ms, and every epoch can perturb the waveform.
     length, hop = config.window_samples, config.hop_samples
     num_samples = torch.tensor([max(len(samples), length) for samples in audio])
     batch = torch.zeros(len(audio), int(num_samples.max()))
     for row, samples in zip(batch, audio, strict=True):
         waveform = torch.as_tensor(samples, dtype=torch.float32)
-        level = waveform.double().square().mean().sqrt().clamp(min=1e-5)  # in float32 the squares would overflow
+        level = waveform.double().square().mean().sqrt().clamp(min=1e-5)  # in float32 the squares could overflow
         row[: len(samples)] = 0.1 * waveform / level.float()
     num_frames = 1 + (num_samples - length) // hop
     frames = batch.unfold(1, length, hop) * torch.hann_window(length, periodic=False)
@@ -93,19 +105,17 @@ def mel_filters(config: FeatureConfig, num_bins: int) -> Float[Tensor, "frequenc
 
 
 def resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
-    """A waveform at `target` Hz from one at `source` Hz, by polyphase filtering."""
-    if source == target:
-        return samples
-    ratio = Fraction(target, source)
-    return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
+    """Resample a waveform from `source` Hz to `target` Hz with a polyphase filter."""
+    return samples if source == target else _resampled(samples, Fraction(target, source))
 
 
 def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
-    """The waveform played `factor` times as fast (pitch moves with it), by resampling (Ko et al., 2015)."""
-    if factor == 1:
-        return samples
-    ratio = Fraction(factor).limit_denominator(100)
-    return resample_poly(samples, ratio.denominator, ratio.numerator).astype(np.float32)
+    """Speed up a waveform by `factor`; the pitch changes with it (Ko et al., 2015)."""
+    return samples if factor == 1 else _resampled(samples, 1 / Fraction(factor).limit_denominator(100))
+
+
+def _resampled(samples: np.ndarray, ratio: Fraction) -> np.ndarray:
+    return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
 
 
 def spec_augment(
@@ -117,12 +127,19 @@ def spec_augment(
     band_width: int,
     spans_per_second: float,
     span: int,
-    frames_per_second: float = 100.0,
+    frames_per_second: float,
 ) -> Float[Tensor, "batch frames mels"]:
-    """SpecAugment (Park et al., 2019): `bands` mel bands and some spans of time set to 0, the features' mean.
+    """SpecAugment (Park et al., 2019): set random mel bands and time spans to 0, the mean of the features.
 
-    Each band is up to `band_width` mels wide; an utterance of s seconds loses round(s · spans_per_second) spans
-    of up to `span` frames each.
+    Args:
+        batch: the features.
+        mask: 1 for valid frames.
+        generator: source of randomness.
+        bands: number of bands per utterance.
+        band_width: maximum width of a band in mels.
+        spans_per_second: number of time spans per second of audio.
+        span: maximum length of a span in frames.
+        frames_per_second: frames per second.
     """
     out = batch.clone()
     num_mels = batch.shape[2]

@@ -1,3 +1,5 @@
+"""Normalises transcripts: numbers, symbols and acronyms are written as they are spoken."""
+
 import re
 import unicodedata
 
@@ -21,7 +23,7 @@ _SYMBOLS = {
     "ru": {"*": "звездочка", "#": "решетка", "&": "и", "%": "процентов", "@": "собака"},
 }
 _DOT = {"en": "dot", "fr": "point", "es": "punto", "it": "punto", "ru": "точка"}
-# Capitals that are read as a word; every other run of two to four capitals is read letter by letter.
+# Other words of two to four capitals are spelled letter by letter.
 _READ_AS_WORDS = {"SIP", "PIN", "ZAP", "NO", "OK", "MAIL", "INBOX"}
 
 _BRACKETED = re.compile(r"\([^)]*\)|\[[^\]]*\]|<[^>]*>")
@@ -29,8 +31,8 @@ _INITIALS = re.compile(r"\b([^\W\d_])\.(?=[^\W\d_]\b|\s|$)")
 _ACRONYM = re.compile(r"\b[A-Z]{2,4}\b")
 _DOTTED = re.compile(r"(?<=[^\W_])\.(?=[^\W_])")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
-_LONGEST_QUANTITY = 15  # digits: more are read one by one
-# Between groups of three digits: a comma in English, elsewhere a point; either is a decimal sign in the other.
+_MAX_DIGITS = 15  # longer numbers are spelled digit by digit
+# Groups of three digits are separated by a comma in English, by a point in the other languages.
 _THOUSANDS = {
     language: re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{mark}\d{{3}})+(?![\d{mark}])")
     for language, mark in {"en": ",", "fr": "[.]", "es": "[.]", "it": "[.]", "ru": "[.]"}.items()
@@ -38,22 +40,26 @@ _THOUSANDS = {
 
 
 def alphabet(language: str) -> list[str]:
-    """The characters a recogniser of `language` writes: space, apostrophe and letters, sorted."""
+    """The characters in normalised text of a language: space, apostrophe and letters, sorted.
+
+    >>> "".join(alphabet("en"))
+    " 'abcdefghijklmnopqrstuvwxyz"
+    """
     return sorted({" ", "'", *_ALPHABETS[language]})
 
 
 def spell_number(number: str, language: str = "en") -> str:
-    """Words of a number as a telephone voice reads it.
+    """The words of a number.
 
-    Up to three digits and decimals are read as a quantity ("162": one hundred sixty two), as are numbers whose digits
-    are grouped ("1,000" in English, "1.000" elsewhere: one thousand); longer runs of digits one by one, as extensions
-    and passwords are ("1234": one two three four).
+    Numbers of up to three digits, decimals and grouped numbers are read as a whole. Longer numbers, such as telephone
+    extensions, are read digit by digit.
 
-    Raises `NotImplementedError` (from num2words) for a language it does not speak.
+    >>> spell_number("162"), spell_number("1,000"), spell_number("1234")
+    ('one hundred sixty-two', 'one thousand', 'one two three four')
     """
     grouped = _THOUSANDS[language].fullmatch(number) is not None
     digits = re.sub(r"\D", "", number)
-    if len(digits) > _LONGEST_QUANTITY or (number.isdigit() and len(number) > 3):
+    if len(digits) > _MAX_DIGITS or (number.isdigit() and len(number) > 3):
         return " ".join(num2words(int(digit), lang=language) for digit in digits)
     value = int(digits) if grouped or number.isdigit() else float(number.replace(",", "."))
     words = num2words(value, lang=language)
@@ -61,11 +67,13 @@ def spell_number(number: str, language: str = "en") -> str:
 
 
 def normalise(text: str, language: str = "en") -> str:
-    """Text as the recogniser writes it: lower-case letters, apostrophes inside words, single spaces.
+    """Text in lower-case letters, with apostrophes only inside words and single spaces.
 
-    Notes in brackets are dropped, digits and symbols are spoken out in `language`, capitals that are read letter
-    by letter are separated ("USB": u s b), letters foreign to the language lose their accents (Russian ё becomes
-    е), and every other mark becomes a space. The result of nothing to say is "".
+    Text in brackets is removed. Digits and symbols become words, acronyms single letters. Letters that are not in the
+    language's alphabet lose their accents (Russian ё becomes е). Other characters become spaces.
+
+    >>> normalise("Press * or 12 for USB [beep].")
+    'press star or twelve for u s b'
     """
     text = unicodedata.normalize("NFC", text).replace("’", "'").replace("\ufeff", "")
     text = _BRACKETED.sub(" ", text)
@@ -84,7 +92,7 @@ def normalise(text: str, language: str = "en") -> str:
 
 
 def _letter(character: str, letters: str) -> str:
-    """The character if the language writes it, else what it is without its accent, else a space."""
+    """The character if it is in the alphabet, else the character without its accent, else a space."""
     plain = unicodedata.normalize("NFKD", character)[0]
     known = {*letters, "'"}
     return character if character in known else plain if plain in known else " "

@@ -1,4 +1,4 @@
-"""Synthetic speech with the times of its phonemes, and which phoneme each frame of a recogniser's encoder hears."""
+"""Synthetic speech with the times of its phonemes, and the phoneme at each frame of a recogniser's encoder."""
 
 import random
 import re
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mapreuse.data import batches_by_length
@@ -17,13 +18,12 @@ from mapreuse_lab.training._recogniser import Recogniser
 from mapreuse_lab.training._sentences import generate_sentences
 from mapreuse_lab.training._synthesis import check_voices, key_of, speak
 
-# Sounds that are made alike side by side: labial, dental, velar plosives, then fricatives, nasals, and so on.
-_ORDER = "pbtdɾkɡʔfvθðszʃʒɕʂʐçxɣhβmɱnɲŋlʎɫʌɹrʁʀwɥjiɪyeɛøœæaɐɑɒɔoʊuɯɨəɚɜɝ"
-_RAREST = 0.005  # of all frames with a phoneme
-
-
 PAUSE = "_"
 """The name of a pause."""
+
+# Similar sounds side by side: labial, dental and velar plosives, then fricatives, nasals, and so on.
+_ORDER = "pbtdɾkɡʔfvθðszʃʒɕʂʐçxɣhβmɱnɲŋlʎɫʌɹrʁʀwɥjiɪyeɛøœæaɐɑɒɔoʊuɯɨəɚɜɝ"
+_MIN_SHARE = 0.005  # of all frames with a phoneme
 
 
 @dataclass(frozen=True)
@@ -37,45 +37,67 @@ class Phone:
 
 @dataclass(frozen=True)
 class SpokenPhonemes:
-    """A mono waveform in [−1, 1], and what it says: phonemes one after another, from its first sample to its last.
+    """A waveform and its phonemes.
 
-    Phonemes are named in the International Phonetic Alphabet, stress left out; a pause is `PAUSE`.
+    Attributes:
+        samples: the waveform, mono, in [−1, 1].
+        phonemes: in order, without gaps from the first sample to the last. Names are those of the International
+            Phonetic Alphabet without stress; a pause is `PAUSE`.
     """
 
-    samples: np.ndarray
+    samples: Float[np.ndarray, " samples"]
     phonemes: tuple[Phone, ...]
 
 
 def speak_with_phonemes(
     texts: Sequence[str], language: str, *, seed: int, sampling_rate: int = 8000
 ) -> list[SpokenPhonemes]:
-    """Speaks every text as `synthesise` does, to the same waveform, and says when each phoneme starts and stops.
+    """Speak texts with the same waveforms as `synthesise`, and return the times of their phonemes.
 
-    The times are those at which espeak-ng begins to make each phoneme. It counts the closure of a plosive, some 50 ms
-    of near silence, to the phoneme before.
+    A phoneme starts when espeak-ng starts to make it. The closure of a plosive, about 50 ms of near silence, counts
+    as part of the phoneme before.
 
-    Raises `ValueError` for a language without voices, `RuntimeError` if the bundled library does not load.
+    Args:
+        texts: the texts.
+        language: code of the language: en, fr, es, it or ru.
+        seed: random seed; with the text it determines the voice.
+        sampling_rate: in Hz.
+
+    Raises:
+        ValueError: for another language.
+        RuntimeError: if espeak-ng does not start.
     """
     check_voices(language)
     spoken = []
     for text in texts:
         generator = random.Random(key_of(text, language, seed, sampling_rate))
-        samples, begun = speak(text, language, generator, sampling_rate)
-        spoken.append(SpokenPhonemes(samples, _intervals(begun, len(samples) / sampling_rate)))
+        samples, starts = speak(text, language, generator, sampling_rate)
+        spoken.append(SpokenPhonemes(samples, _intervals(starts, len(samples) / sampling_rate)))
     return spoken
 
 
 def phoneme_batches(
     recogniser: Recogniser, language: str, *, sentences: int = 60, seed: int = 0, batch_size: int = 8
 ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[str]]:
-    """Synthetic sentences as batches for the recogniser's model, and which phoneme every frame of its encoder hears.
+    """Batches of synthetic sentences, and the phoneme at each frame of the recogniser's encoder.
 
-    Returns batches, sorted by length; for every batch integers of shape (batch, frames), numbers of phonemes, −1 in
-    pauses and padding; and the phonemes' names, those made alike side by side. A frame hears the phoneme at its
-    centre: that of the features' window it is strided to. A phoneme that makes less than half a percent of the
-    frames is none (−1), for the voices have many accents.
+    The phoneme of a frame is the one at the centre of its window. Phonemes with less than 0.5 % of the frames, which
+    come from rare accents, are left out.
 
-    Raises `ValueError` for a language without voices, or where `sentences` or `batch_size` is below 1.
+    Args:
+        recogniser: the recogniser whose frames are labelled.
+        language: code of the language: en, fr, es, it or ru.
+        sentences: number of sentences.
+        seed: random seed of sentences and voices.
+        batch_size: maximum number of sentences in a batch.
+
+    Returns:
+        Batches for the recogniser's model, sorted by length. For each batch, the indices of the phonemes, an integer
+        tensor of shape (batch, frames) with −1 for pauses, padding and rare phonemes. The names of the phonemes,
+        similar sounds side by side.
+
+    Raises:
+        ValueError: for another language, or if `sentences` or `batch_size` is below 1.
     """
     check_voices(language)
     if min(sentences, batch_size) < 1:
@@ -84,33 +106,33 @@ def phoneme_batches(
     texts = generate_sentences(sentences, language, seed=seed)
     spoken = speak_with_phonemes(texts, language, seed=seed, sampling_rate=config.sampling_rate)
     lengths = [len(one.samples) for one in spoken]
-    batches, heard = [], []
+    batches, names = [], []
     for indices in batches_by_length(lengths, batch_size, round(MAX_WHOLE_SECONDS * config.sampling_rate)):
         batch, mask = features([spoken[index].samples for index in indices], config)
         batches.append({"input_features": batch, "attention_mask": mask})
-        num_frames = recogniser.model._get_subsampling_output_length(mask.sum(1)).tolist()
-        heard.append(
-            [_heard(recogniser, spoken[index], count) for index, count in zip(indices, num_frames, strict=True)]
+        counts = recogniser.num_frames(mask.sum(1)).tolist()
+        names.append([_names(recogniser, spoken[i], count) for i, count in zip(indices, counts, strict=True)])
+    frames = Counter(name for rows in names for row in rows for name in row if name != PAUSE)
+    phonemes = sorted((name for name, count in frames.items() if count >= _MIN_SHARE * frames.total()), key=_place)
+    index_of = {name: index for index, name in enumerate(phonemes)}
+    labels = [
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor([index_of.get(name, -1) for name in row]) for row in rows],
+            batch_first=True,
+            padding_value=-1,
         )
-    frames = Counter(name for rows in heard for row in rows for name in row if name != PAUSE)
-    phonemes = sorted((name for name, count in frames.items() if count >= _RAREST * frames.total()), key=_place)
-    number = {name: index for index, name in enumerate(phonemes)}
-    labels = []
-    for rows in heard:
-        classes = torch.full((len(rows), max(map(len, rows))), -1)
-        for found, row in zip(classes, rows, strict=True):
-            found[: len(row)] = torch.tensor([number.get(name, -1) for name in row])
-        labels.append(classes)
+        for rows in names
+    ]
     return batches, labels, phonemes
 
 
-def _intervals(begun: Sequence[tuple[str, float]], duration: float) -> tuple[Phone, ...]:
-    """From what begins when to what lasts from when until when; pauses in a row are one, what has no length none."""
-    begun = [(name, start) for name, start in begun if not name.startswith("(")]  # "(en)": a word of another language
-    names = [PAUSE, *(re.sub("[ˈˌ-]", "", name) or PAUSE for name, _ in begun)]
-    starts = [0.0, *(min(start, duration) for _, start in begun), duration]
+def _intervals(starts: Sequence[tuple[str, float]], duration: float) -> tuple[Phone, ...]:
+    """Phones from their starts. Adjacent pauses are merged; phones without length are dropped."""
+    starts = [(name, start) for name, start in starts if not name.startswith("(")]  # "(en)": a foreign word follows
+    names = [PAUSE, *(re.sub("[ˈˌ-]", "", name) or PAUSE for name, _ in starts)]
+    times = [0.0, *(min(start, duration) for _, start in starts), duration]
     phones: list[Phone] = []
-    for name, start, stop in zip(names, starts, starts[1:], strict=False):
+    for name, start, stop in zip(names, times, times[1:], strict=False):
         if stop <= start:
             continue
         if phones and phones[-1].name == name == PAUSE:
@@ -120,8 +142,8 @@ def _intervals(begun: Sequence[tuple[str, float]], duration: float) -> tuple[Pho
     return tuple(phones)
 
 
-def _heard(recogniser: Recogniser, spoken: SpokenPhonemes, num_frames: int) -> list[str]:
-    """The phoneme at the centre of every frame of the encoder."""
+def _names(recogniser: Recogniser, spoken: SpokenPhonemes, num_frames: int) -> list[str]:
+    """The phoneme at the centre of each frame of the encoder."""
     config, factor = recogniser.feature_config, recogniser.model.config.encoder_config.subsampling_factor
     centres = config.window / 2 + np.arange(num_frames) * factor * config.hop
     index = np.searchsorted([phone.stop for phone in spoken.phonemes], centres, side="right")

@@ -1,4 +1,4 @@
-"""Where the recorded prompts come from: the system's packages, or the same packages fetched beside it."""
+"""The recorded prompts: from installed Debian packages, or downloaded into the cache."""
 
 import gzip
 import hashlib
@@ -9,9 +9,8 @@ import tempfile
 from pathlib import Path
 
 from mapreuse_lab.training._files import CorpusError, cache_dir
-from mapreuse_lab.training._normalise import LANGUAGES
 
-VOICES = {
+_VOICES = {
     "en": "en_US_f_Allison",
     "fr": "fr_CA_f_June",
     "es": "es_MX_f_Allison",
@@ -41,61 +40,15 @@ _SHA256 = {
 }
 
 
-def fetch_prompts(language: str) -> Path:
-    """Root directory that holds `usr/share/asterisk/sounds/<voice>` and the transcripts of one language.
-
-    `/` where Debian's `asterisk-core-sounds-<language>` and `-wav` are installed; else the two packages are
-    downloaded by `apt-get download` (signed index verified by apt, then our own SHA-256), unpacked by `dpkg-deb`
-    into `cache_dir()`, and moved into place when complete. Needs neither root nor any change to the system.
-
-    Raises `CorpusError` for an unknown language, where there is no apt, or where the download fails.
-    """
-    if language not in LANGUAGES:
-        raise CorpusError(f"prompts:{language}: no such language; choose one of {', '.join(LANGUAGES)}")
-    for root in (_SYSTEM, cache_dir() / f"prompts-{language}"):
-        if _voice_dir(root, language).is_dir() and _transcript_file(root, language).is_file():
-            return root
-    packages = [f"asterisk-core-sounds-{language}", f"asterisk-core-sounds-{language}-wav"]
-    return fetch_packages(
-        packages,
-        cache_dir() / f"prompts-{language}",
-        f"prompts:{language}",
-        f"install them, or use synthetic speech instead: make study CORPUS=synthetic:{language}",
-    )
-
-
-def fetch_packages(packages: list[str], target: Path, purpose: str, instead: str = "install them") -> Path:
-    """`target`, filled with the files of Debian packages by `apt-get download` and `dpkg-deb` where it is missing.
-
-    Raises `CorpusError` where there is no apt, or where the download fails.
-    """
-    if target.exists():
-        return target
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise CorpusError(
-            f"{purpose} needs Debian's packages {' and '.join(packages)}, and there is no apt here to fetch them; "
-            f"{instead}"
-        )
-    print(f"Fetching {', '.join(packages)} with apt-get download ...", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target.name}-") as work:
-        # apt drops root's privileges to its own user for downloads; that user must be able to enter.
-        Path(work).chmod(0o755)
-        _download(packages, Path(work))
-        unpacked = Path(work) / "unpacked"
-        for archive in sorted(Path(work).glob("*.deb")):
-            _verify(archive)
-            _run(["dpkg-deb", "-x", str(archive), str(unpacked)], Path(work), f"unpacking {archive.name}")
-        if not target.exists():
-            unpacked.rename(target)
-    return target
-
-
 def read_prompts(language: str) -> list[tuple[str, Path, str]]:
-    """(name, path of the wav file, transcript as written) of every recording of speech, sorted by name.
+    """(name, path of the wav file, transcript) of every recording of speech, sorted by name.
 
-    Tones and silence, whose entry is wholly in brackets, are left out; a recording without a transcript too.
+    Tones and silence, whose whole transcript is in brackets, and recordings without a transcript are left out.
+
+    Raises:
+        CorpusError: if the download fails.
     """
-    root = fetch_prompts(language)
+    root = _root(language)
     sounds = _voice_dir(root, language)
     prompts = []
     with gzip.open(_transcript_file(root, language), "rt", encoding="utf-8-sig") as lines:
@@ -110,8 +63,57 @@ def read_prompts(language: str) -> list[tuple[str, Path, str]]:
     return sorted(prompts)
 
 
+def fetch_packages(packages: list[str], target: Path, purpose: str, remedy: str = "install them") -> Path:
+    """Download and unpack Debian packages into a directory, with `apt-get download` and `dpkg-deb`.
+
+    apt verifies the packages by its signed index; packages with a known SHA-256 are verified again. This needs no
+    root privileges and does not change the system. Nothing is done if `target` exists.
+
+    Args:
+        packages: names of the packages.
+        target: the directory; it appears when all packages are unpacked.
+        purpose: what needs the packages, for the error message.
+        remedy: what the user can do without apt, for the error message.
+
+    Returns:
+        `target`.
+
+    Raises:
+        CorpusError: if there is no apt, or the download fails.
+    """
+    if target.exists():
+        return target
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise CorpusError(
+            f"{purpose} needs the Debian packages {' and '.join(packages)}, but there is no apt to download them; "
+            f"{remedy}"
+        )
+    print(f"Downloading {', '.join(packages)} with apt-get ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target.name}-") as work:
+        Path(work).chmod(0o755)  # run by root, apt downloads as another user
+        _download(packages, Path(work))
+        unpacked = Path(work) / "unpacked"
+        for archive in sorted(Path(work).glob("*.deb")):
+            _verify(archive)
+            _run(["dpkg-deb", "-x", str(archive), str(unpacked)], Path(work), f"unpacking {archive.name}")
+        if not target.exists():
+            unpacked.rename(target)
+    return target
+
+
+def _root(language: str) -> Path:
+    """The directory that contains `usr/share/asterisk/sounds/<voice>` and the transcripts: `/`, or in the cache."""
+    cached = cache_dir() / f"prompts-{language}"
+    for root in (_SYSTEM, cached):
+        if _voice_dir(root, language).is_dir() and _transcript_file(root, language).is_file():
+            return root
+    packages = [f"asterisk-core-sounds-{language}", f"asterisk-core-sounds-{language}-wav"]
+    remedy = f"install them, or use synthetic speech: make study CORPUS=synthetic:{language}"
+    return fetch_packages(packages, cached, f"prompts:{language}", remedy)
+
+
 def _voice_dir(root: Path, language: str) -> Path:
-    return root / "usr/share/asterisk/sounds" / VOICES[language]
+    return root / "usr/share/asterisk/sounds" / _VOICES[language]
 
 
 def _transcript_file(root: Path, language: str) -> Path:
@@ -122,7 +124,7 @@ def _run(command: list[str], directory: Path, doing: str) -> None:
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise CorpusError(f"{doing} failed ({reason}); install the package by hand, or try again later")
+        raise CorpusError(f"{doing} failed ({reason}); install the package yourself, or try again later")
 
 
 def _download(packages: list[str], directory: Path) -> None:
@@ -130,7 +132,7 @@ def _download(packages: list[str], directory: Path) -> None:
     try:
         _run(["apt-get", "download", *packages], directory, doing)
     except CorpusError:
-        print("apt has no usable package lists; reading them into a private directory ...", file=sys.stderr)
+        print("apt has no usable package lists; downloading them into the cache ...", file=sys.stderr)
         for part in ("lists/partial", "archives/partial"):
             (directory / part).mkdir(parents=True)
         private = ["-o", f"Dir::State::Lists={directory}/lists", "-o", f"Dir::Cache={directory}"]
@@ -141,9 +143,9 @@ def _download(packages: list[str], directory: Path) -> None:
 def _verify(archive: Path) -> None:
     package, version = archive.name.split("_")[:2]
     if package not in _SHA256:
-        return  # a program, which differs by architecture: apt's own check stands alone
+        return
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if version != _VERSION:
-        print(f"{package} is version {version}; published figures used {_VERSION}", file=sys.stderr)
+        print(f"{package} is version {version}; the published results used {_VERSION}", file=sys.stderr)
     elif digest != _SHA256[package]:
         raise CorpusError(f"{archive.name}: SHA-256 is {digest}, expected {_SHA256[package]}; try again later")

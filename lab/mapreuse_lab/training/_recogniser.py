@@ -1,7 +1,9 @@
+"""A character CTC speech recogniser: transcription, saving and loading."""
+
 import copy
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +22,37 @@ from mapreuse_lab.training._features import FeatureConfig, features
 from mapreuse_lab.training._files import one_line, write_whole
 
 BASELINE = Path(__file__).parent / "baseline"
+"""Directory of the shipped recogniser."""
 
 _DESCRIPTION, _WEIGHTS = "recogniser.json", "weights.safetensors"
-_SUBSAMPLING = 4  # features to one frame of the model
+_SUBSAMPLING = 4  # frames of the features per frame of the model
 
 
 class Recogniser:
-    """A character CTC speech recogniser: a `ParakeetForCTC`, the characters it writes and the features it reads.
+    """A `ParakeetForCTC` with the characters it writes and the features it reads.
 
-    `vocabulary` lists the characters of outputs 1, 2, ...; output 0 is CTC's blank. The model has one frame for
-    every four of the features.
+    Args:
+        model: the model. It has one frame for every four frames of the features.
+        vocabulary: the characters of outputs 1, 2, ...; output 0 is the blank of CTC.
+        feature_config: settings of the features.
 
-    Raises `ValueError` where the three do not fit one another.
+    Raises:
+        ValueError: if the vocabulary or the features do not fit the model.
     """
 
     def __init__(self, model: ParakeetForCTC, vocabulary: Sequence[str], feature_config: FeatureConfig):
         for entry in vocabulary:
             if not isinstance(entry, str) or len(entry) != 1:
-                raise ValueError(f"the vocabulary must list single characters: got {entry!r}")
+                raise ValueError(f"the vocabulary must list single characters, got {entry!r}")
         if model.config.vocab_size != len(vocabulary) + 1:
             raise ValueError(
-                f"the model has {model.config.vocab_size} outputs, but blank and the vocabulary make "
+                f"the model has {model.config.vocab_size} outputs, but the vocabulary and the blank need "
                 f"{len(vocabulary) + 1}"
             )
         num_mel_bins = model.config.encoder_config.num_mel_bins
         if feature_config.num_mel_bins != num_mel_bins:
             raise ValueError(
-                f"the model reads {num_mel_bins} mel bins, the features have {feature_config.num_mel_bins}"
+                f"the model reads {num_mel_bins} mel bins, but the features have {feature_config.num_mel_bins}"
             )
         self.model = model
         self.vocabulary = list(vocabulary)
@@ -68,11 +74,15 @@ class Recogniser:
         feature_config: FeatureConfig | None = None,
         seed: int = 0,
     ) -> "Recogniser":
-        """An untrained recogniser; the defaults are the shipped baseline's size, 3.5 million parameters.
+        """An untrained recogniser. The default size is that of the shipped one: 3.5 million parameters.
 
-        `vocabulary` is any iterable of characters (a corpus's text, say); it is sorted and made unique. Weights
-        are drawn with deviation 0.08: with transformers' default 0.02 so small a model never leaves the plateau
-        where it writes only blanks. LayerDrop is off, since a dropped layer would have no map to hand on.
+        Args:
+            vocabulary: characters in any order, also repeated.
+            num_layers, hidden_size, num_heads, intermediate_size, conv_kernel_size: of the encoder.
+            subsampling_channels: channels of the subsampling convolutions.
+            dropout: dropout rate, everywhere.
+            feature_config: settings of the features; default: `FeatureConfig()`.
+            seed: random seed of the weights.
         """
         characters = sorted(set(vocabulary))
         feature_config = feature_config or FeatureConfig()
@@ -88,9 +98,9 @@ class Recogniser:
             dropout=dropout,
             activation_dropout=dropout,
             attention_dropout=dropout,
-            layerdrop=0.0,
+            layerdrop=0.0,  # a dropped layer would have no map to share
             scale_input=False,
-            initializer_range=0.08,
+            initializer_range=0.08,  # with the default of 0.02 so small a model never outputs more than blanks
         )
         config = ParakeetCTCConfig(vocab_size=len(characters) + 1, pad_token_id=0, encoder_config=encoder_config)
         with torch.random.fork_rng(devices=[]):
@@ -99,13 +109,13 @@ class Recogniser:
         return cls(model.eval(), characters, feature_config)
 
     def compress(self, technique: Technique) -> None:
-        """Gives the encoder a technique's attention, in place; `save` and `load` know of it.
+        """Apply a technique to the encoder, in place. `save` and `load` support the result.
 
-        Raises `ValueError` where the technique does not fit; the recogniser is then unchanged.
+        Raises `ValueError` if the technique does not fit; the recogniser is then unchanged.
         """
         config = copy.deepcopy(self.model.config)
         technique.apply(self.model)
-        if not isinstance(technique, Full | Reuse):  # which `mapreuse.save` stores as plans
+        if not isinstance(technique, Full | Reuse):  # `mapreuse.save` stores these as plans
             self._compressed = _Compressed(technique, config)
 
     @property
@@ -113,41 +123,48 @@ class Recogniser:
         return self.model.device
 
     def encode(self, text: str) -> list[int]:
-        """Output numbers of a normalised text's characters; raises `ValueError` naming one the model lacks."""
-        index = {character: number for number, character in enumerate(self.vocabulary, start=1)}
-        try:
-            return [index[character] for character in text]
-        except KeyError as missing:
-            raise ValueError(f"the recogniser has no character {missing} (in {text!r})") from None
+        """Output numbers of a normalised text. Raises `ValueError` for a character that is not in the vocabulary."""
+        numbers = {character: number for number, character in enumerate(self.vocabulary, start=1)}
+        if unknown := [character for character in text if character not in numbers]:
+            raise ValueError(f"the recogniser has no character {unknown[0]!r} (in {text!r})")
+        return [numbers[character] for character in text]
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """The text of output numbers, blanks left out, spaces single."""
+        """The text of output numbers, without blanks and with single spaces."""
         return " ".join("".join(self.vocabulary[number - 1] for number in numbers if number).split())
+
+    def num_frames(self, feature_frames: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """The number of the model's frames for each number of feature frames."""
+        return self.model._get_subsampling_output_length(feature_frames)
 
     @torch.no_grad()
     def logits(
         self, audio: Sequence[np.ndarray]
-    ) -> tuple[Float[Tensor, "batch frames outputs"], Int[Tensor, "batch"]]:
-        """Logits of a batch of waveforms (in [−1, 1], at the features' sampling rate) and their frame counts."""
+    ) -> tuple[Float[Tensor, "batch frames outputs"], Int[Tensor, " batch"]]:
+        """Logits of a batch of waveforms (in [−1, 1], at the features' sampling rate) and their numbers of frames."""
         batch, mask = features(audio, self.feature_config)
         batch, mask = batch.to(self.device), mask.to(self.device)
         logits = self.model(input_features=batch, attention_mask=mask).logits
-        return logits.float(), self.model._get_subsampling_output_length(mask.sum(1))
+        return logits.float(), self.num_frames(mask.sum(1))
 
-    def texts(self, logits: Float[Tensor, "batch frames outputs"], lengths: Int[Tensor, "batch"]) -> list[str]:
+    def texts(self, logits: Float[Tensor, "batch frames outputs"], lengths: Int[Tensor, " batch"]) -> list[str]:
         """Transcripts by best path decoding: the most likely output of each frame, repeats merged, blanks removed."""
         paths = zip(logits.argmax(-1).cpu(), lengths.tolist(), strict=True)
         return [self.decode(torch.unique_consecutive(path[:length]).tolist()) for path, length in paths]
 
     def transcribe(self, audio: str | Path | np.ndarray, *, sampling_rate: int | None = None) -> str:
-        """The text of a wav or flac file of any sampling rate, or of a mono waveform at `sampling_rate` Hz.
+        """The transcript of an audio file or a waveform.
 
-        Channels are averaged, and the waveform is resampled to the recogniser's rate (`sampling_rate` defaults to
-        it). Audio above 60 s is recognised in pieces of 32 s that also hear 4 s on either side, whose logits are
-        joined before decoding, so that memory does not grow with its length beyond the logits' 100 bytes a frame.
+        Audio longer than 60 s is recognised in pieces of 32 s with 4 s of context on either side. The logits of the
+        pieces are joined before decoding. So memory grows with the length only by the logits, about 100 bytes a frame.
 
-        Raises `ValueError` with one line for a file that cannot be read as audio, audio below 0.05 s, a waveform
-        that is not one-dimensional or not finite.
+        Args:
+            audio: a wav or flac file with any sampling rate and any number of channels, or a mono waveform.
+            sampling_rate: of a waveform, in Hz; default: the recogniser's.
+
+        Raises:
+            ValueError: if the file is not readable audio, the audio is shorter than 0.05 s, or the waveform is not
+                one-dimensional and finite.
         """
         rate = self.feature_config.sampling_rate
         if isinstance(audio, str | Path):
@@ -166,18 +183,17 @@ class Recogniser:
         return self.texts(whole[None], torch.tensor([len(whole)]))[0]
 
     def save(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes the model as `mapreuse.save` does (weights stored as `dtype`, its own where None), with
-        `recogniser.json` beside it.
+        """Save the recogniser: the model as `mapreuse.save` does, and `recogniser.json`.
 
-        Weights under a technique that is no reuse plan go to `weights.safetensors`, and its name, with the config of
-        the original, to `recogniser.json`: only `load` opens them.
+        The model of a technique that is not a reuse plan is saved as `weights.safetensors`; only `load` opens it.
+
+        Args:
+            directory: created if missing.
+            dtype: type of the stored weights; default: their own.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        description = {
-            "vocabulary": self.vocabulary,
-            "features": asdict(self.feature_config),
-        }
+        description: dict[str, Any] = {"vocabulary": self.vocabulary, "features": asdict(self.feature_config)}
         if self._compressed is None:
             models.save(self.model, directory, dtype=dtype)
         else:
@@ -187,41 +203,65 @@ class Recogniser:
 
     @staticmethod
     def is_saved_in(directory: str | Path) -> bool:
-        """Whether a directory is one that `save` wrote."""
+        """Whether a directory was written by `save`."""
         return (Path(directory) / _DESCRIPTION).is_file()
 
     @classmethod
     def load(cls, directory: str | Path) -> "Recogniser":
-        """The recogniser of a directory that `save` wrote, in float32, ready to evaluate.
+        """Load a recogniser that `save` wrote, in float32 and evaluation mode.
 
-        Raises `ValueError` with one line where the directory is not one, or is damaged.
+        The language model of a recogniser saved by version 0.1.0 is ignored.
+
+        Raises:
+            ValueError: with one line, if the directory holds no recogniser or a damaged one.
         """
         directory = Path(directory)
         if not cls.is_saved_in(directory):
             raise ValueError(f"{directory} holds no recogniser: {_DESCRIPTION} is missing")
         try:
-            description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
+            vocabulary, feature_config, technique = _read_description(directory / _DESCRIPTION)
             compressed = None
-            if "technique" in description:
-                compressed, model = _Compressed.load(description["technique"], directory / _WEIGHTS)
-            else:
+            if technique is None:
                 model = models.load(directory)
-            recogniser = cls(model, description["vocabulary"], FeatureConfig(**description["features"]))
-            recogniser._compressed = compressed
-        except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as damage:
-            raise ValueError(f"{directory} holds a damaged or foreign recogniser: {one_line(damage)}") from None
+            else:
+                compressed, model = _Compressed.load(technique, directory / _WEIGHTS)
+            recogniser = cls(model, vocabulary, feature_config)
+        except (OSError, ValueError, SafetensorError) as problem:
+            raise ValueError(f"{directory} holds a damaged recogniser: {one_line(problem)}") from None
+        recogniser._compressed = compressed
         return recogniser
+
+
+def _read_description(file: Path) -> tuple[list[str], FeatureConfig, dict[str, Any] | None]:
+    """Vocabulary, features and technique from `recogniser.json`. Raises `ValueError` if it has another form."""
+    description = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(description, dict):
+        raise ValueError(f"{_DESCRIPTION} must be an object")
+    vocabulary, settings = description.get("vocabulary"), description.get("features")
+    if not isinstance(vocabulary, list):
+        raise ValueError(f"{_DESCRIPTION} must list a vocabulary")
+    names = {field.name for field in fields(FeatureConfig)}
+    if not isinstance(settings, dict) or not settings.keys() <= names:
+        raise ValueError(f"the features in {_DESCRIPTION} must be an object with the keys {', '.join(sorted(names))}")
+    technique = description.get("technique")
+    if technique is not None and not (
+        isinstance(technique, dict)
+        and isinstance(technique.get("name"), str)
+        and isinstance(technique.get("config"), dict)
+    ):
+        raise ValueError(f"the technique in {_DESCRIPTION} must have a name and a config")
+    return vocabulary, FeatureConfig(**settings), technique
 
 
 @dataclass(frozen=True)
 class _Compressed:
-    """A technique that changed a recogniser's encoder, and the config of the model before."""
+    """A technique that was applied to a recogniser, and the config of the original model."""
 
     technique: Technique
     config: ParakeetCTCConfig
 
     def save(self, model: ParakeetForCTC, file: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-        """Writes the weights, whole or not at all; returns what `load` needs beside them."""
+        """Write the weights; returns what `load` needs besides them."""
         stored = {
             name: tensor.detach().to(dtype if tensor.is_floating_point() and dtype else tensor.dtype).contiguous()
             for name, tensor in model.state_dict().items()
@@ -231,7 +271,6 @@ class _Compressed:
 
     @classmethod
     def load(cls, description: dict[str, Any], file: Path) -> "tuple[_Compressed, ParakeetForCTC]":
-        """Raises what a damaged or foreign file makes safetensors, PyTorch or `transformers` raise."""
         config = ParakeetCTCConfig.from_dict(description["config"])
         technique = parse(description["name"])
         model = technique.apply(ParakeetForCTC(copy.deepcopy(config)))

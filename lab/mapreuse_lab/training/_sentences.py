@@ -1,4 +1,6 @@
-"""Sentences for synthetic speech: always other sentences than those the error rates are measured on."""
+"""Generates sentences for synthetic speech."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -13,44 +15,50 @@ from wordfreq import top_n_list, word_frequency
 
 from mapreuse_lab.training._normalise import alphabet, normalise, spell_number
 
-_MOST_FREQUENT = 5000
+_NUM_WORDS = 5000  # most frequent words of a language
 
-Source = Callable[[random.Random], str]
-
-# Telephone sentences with slots, and the words that fill them; the slot {number} is filled by a spoken number.
+# By language: sentences with slots such as {noun}, and the words for each slot. {number} is a spoken number.
 _TEMPLATES = json.loads((Path(__file__).parent / "templates.json").read_text(encoding="utf-8"))
+
+_Sample = Callable[[random.Random], str]
 
 
 def generate_sentences(
     count: int, language: str, *, seed: int, transcripts: Sequence[str] = (), exclude: Iterable[str] = ()
 ) -> list[str]:
-    """`count` different normalised sentences to synthesise, the same for the same arguments and the same wordfreq.
+    """Different normalised sentences: filled templates, numbers, and frequent words in random order.
 
-    A third recombines the given training `transcripts` (a Markov chain of order two over their words); the others
-    are telephone templates, numbers and frequent words in any order. A sentence that contains any of `exclude` (the dev and test transcripts) as a run of whole
-    words is dropped.
+    The result depends only on the arguments and on the installed version of wordfreq.
 
-    Raises `ValueError` if so many different sentences cannot be made.
+    Args:
+        count: number of sentences.
+        language: code of the language: en, fr, es, it or ru.
+        seed: random seed.
+        transcripts: if given, 40 % of the sentences are recombined from these (a Markov chain of order two over their
+            words).
+        exclude: texts, such as dev and test transcripts, that no sentence may contain as a run of whole words.
+
+    Raises:
+        ValueError: if fewer different sentences than `count` were found.
     """
     generator = random.Random(f"{language}:{seed}")
-    banned = [f" {text} " for text in exclude if text]
+    excluded = [f" {text} " for text in exclude if text]
     sources = [_templated(language), _numbers(language), _frequent_words(language)]
     if transcripts:
-        chain = _recombined(transcripts)
-        sources += [chain] * max(2, len(sources) // 2)
-    texts: dict[str, None] = {}
+        sources += [_recombined(transcripts)] * 2
+    sentences: dict[str, None] = {}
     for _attempt in range(60 * count):
-        if len(texts) == count:
+        if len(sentences) == count:
             break
         text = normalise(generator.choice(sources)(generator), language)
-        if text and not any(held_out in f" {text} " for held_out in banned):
-            texts.setdefault(text)
-    if len(texts) < count:
-        raise ValueError(f"only {len(texts)} different sentences could be made in {language!r}, {count} wanted")
-    return list(texts)
+        if text and not any(one in f" {text} " for one in excluded):
+            sentences.setdefault(text)
+    if len(sentences) < count:
+        raise ValueError(f"found only {len(sentences)} different sentences in {language!r}, needed {count}")
+    return list(sentences)
 
 
-def _recombined(transcripts: Sequence[str]) -> Source:
+def _recombined(transcripts: Sequence[str]) -> _Sample:
     following = defaultdict(list)
     for text in transcripts:
         words = ["", "", *text.split(), ""]
@@ -60,8 +68,8 @@ def _recombined(transcripts: Sequence[str]) -> Source:
     def sample(generator: random.Random) -> str:
         words = ["", ""]
         while len(words) < 40:
-            # Leaving the order-two context now and then joins phrases that never met.
             context = (words[-2], words[-1])
+            # Sometimes only the last word counts: this joins phrases of different transcripts.
             if words[-1] and generator.random() < 0.15:
                 context = generator.choice([key for key in following if key[1] == words[-1]] or [context])
             word = generator.choice(following[context])
@@ -73,17 +81,15 @@ def _recombined(transcripts: Sequence[str]) -> Source:
     return sample
 
 
-def _templated(language: str) -> Source:
+def _templated(language: str) -> _Sample:
+    templates, words = _TEMPLATES[language]["templates"], _TEMPLATES[language]["words"]
+
     def sample(generator: random.Random) -> str:
-        text = generator.choice(_TEMPLATES[language]["templates"])
+        text = generator.choice(templates)
         while match := re.search(r"\{(\w+)\}", text):
-            kind = match.group(1)
-            filling = (
-                _number(generator, language)
-                if kind == "number"
-                else generator.choice(_TEMPLATES[language]["words"][kind])
-            )
-            text = text[: match.start()] + filling + text[match.end() :]
+            slot = match[1]
+            word = _number(generator, language) if slot == "number" else generator.choice(words[slot])
+            text = text[: match.start()] + word + text[match.end() :]
         return text
 
     return sample
@@ -98,17 +104,17 @@ def _number(generator: random.Random, language: str) -> str:
     return spell_number("".join(str(generator.randrange(10)) for _ in range(generator.randrange(4, 9))), language)
 
 
-def _numbers(language: str) -> Source:
+def _numbers(language: str) -> _Sample:
     def sample(generator: random.Random) -> str:
         return " ".join(_number(generator, language) for _ in range(generator.randrange(1, 5)))
 
     return sample
 
 
-def _frequent_words(language: str) -> Source:
-    """Words in any order, so that none is known by its neighbours; rare ones more often than they are used."""
+def _frequent_words(language: str) -> _Sample:
+    """Frequent words in random order, drawn by the square root of their frequency."""
     letters = set(alphabet(language))
-    words = [word for word in top_n_list(language, _MOST_FREQUENT) if set(word) <= letters]
+    words = [word for word in top_n_list(language, _NUM_WORDS) if set(word) <= letters]
     totals = list(accumulate(math.sqrt(word_frequency(word, language)) for word in words))
 
     def sample(generator: random.Random) -> str:

@@ -1,4 +1,6 @@
-"""Speech from text with the espeak-ng library that `espeakng-loader` bundles; no system package."""
+"""Speech synthesis with the espeak-ng library that `espeakng-loader` bundles."""
+
+from __future__ import annotations
 
 import _ctypes
 import ctypes
@@ -12,10 +14,10 @@ from pathlib import Path
 
 import espeakng_loader
 import numpy as np
-from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from lhotse import CutSet, Recording
 
-from mapreuse_lab.training._audio import write_wav
+from mapreuse.console import progress_bar
+from mapreuse_lab.training._audio import whole_cut, write_wav
 from mapreuse_lab.training._features import resample
 
 _ACCENTS = {
@@ -31,14 +33,17 @@ _VARIANTS = (
     *("klatt4", "adam", "Alex", "Andy", "Denis", "Gene", "Lee", "Marco", "Michael", "Mike", "max", "michel", "paul"),
     *("quincy", "rob", "robert", "travis", "victor", "zac", "boris", "david", "ed", "edward", "ian", "john"),
 )
-_SYNCHRONOUS, _UTF8, _IPA, _RATE, _PITCH, _RANGE = 2, 1, 2, 1, 3, 4
+
+# Constants of espeak-ng's speak_lib.h.
+_SYNCHRONOUS, _UTF8, _RATE, _PITCH, _RANGE = 2, 1, 1, 3, 4
 _PHONEME_EVENTS, _IPA_EVENTS = 1, 2  # options of espeak_Initialize
 _LAST_EVENT, _PHONEME_EVENT = 0, 7  # types of events
-_SEED = 1  # of the noise of breath and consonants, for which espeak-ng would take the time of day
+
+_SEED = 1  # of the noise in breath and consonants; espeak-ng's default is the time of day
 
 
 class _Event(ctypes.Structure):
-    """`espeak_EVENT` of espeak-ng's speak_lib.h, of whose union `id` this is the phoneme's name."""
+    """`espeak_EVENT` of espeak-ng's speak_lib.h; of its union `id`, the name of the phoneme."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -56,81 +61,62 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 def synthesise(
-    texts: Sequence[str],
-    language: str,
-    out_dir: str | Path,
-    *,
-    seed: int,
-    sampling_rate: int = 8000,
+    texts: Sequence[str], language: str, out_dir: str | Path, *, seed: int, sampling_rate: int = 8000
 ) -> CutSet:
-    """Speaks every text once, in a voice, accent, speed and pitch drawn from `seed` and the text, into wav files.
+    """Speak each text once, into a 16-bit mono wav file.
 
-    Returns a CutSet in the order of `texts`, mono at `sampling_rate` Hz, 16 bits, with the text as supervision.
-    Files are named after what they hold and written in one move, so that a second call, or one after an
-    interruption, speaks only what is missing; the result does not depend on what was there before.
+    Voice, accent, speed and pitch are drawn at random for each text. Files that exist from an earlier call are not
+    made again.
 
-    Raises `ValueError` for a language without voices, `RuntimeError` if the bundled library does not load.
+    Args:
+        texts: the texts.
+        language: code of the language: en, fr, es, it or ru.
+        out_dir: directory of the wav files, created if missing.
+        seed: random seed; with the text it determines the voice.
+        sampling_rate: in Hz.
+
+    Returns:
+        The cuts in the order of `texts`, with the texts as supervisions.
+
+    Raises:
+        ValueError: for another language.
+        RuntimeError: if espeak-ng does not start.
     """
     check_voices(language)
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
     cuts = []
-    columns = (
-        *Progress.get_default_columns()[:-1],
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as progress:
-        for text in progress.track(texts, description=f"Synthesising speech ({language})"):
+    with progress_bar() as progress:
+        for number, text in enumerate(texts):
             key = key_of(text, language, seed, sampling_rate)
             path = directory / key[:2] / f"{key}.wav"
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 samples, _ = speak(text, language, random.Random(key), sampling_rate)
                 write_wav(path, samples, sampling_rate)
-            cuts.append(cut_of(path, key, text, language))
+            cuts.append(whole_cut(Recording.from_file(path, recording_id=f"synthetic-{key}"), text, language))
+            progress(f"Synthesising speech ({language})", number + 1, len(texts))
     return CutSet.from_cuts(cuts)
 
 
-def cut_of(path: Path, key: str, text: str, language: str) -> MonoCut:
-    """One utterance: a whole file and what is said in it."""
-    recording = Recording.from_file(path, recording_id=f"synthetic-{key}")
-    supervision = SupervisionSegment(
-        id=recording.id,
-        recording_id=recording.id,
-        start=0.0,
-        duration=recording.duration,
-        text=text,
-        language=language,
-    )
-    return MonoCut(
-        id=recording.id,
-        start=0.0,
-        duration=recording.duration,
-        channel=0,
-        recording=recording,
-        supervisions=[supervision],
-    )
-
-
 def check_voices(language: str) -> None:
-    """Raises `ValueError` for a language without voices."""
+    """Raise `ValueError` for a language without voices."""
     if language not in _ACCENTS:
         raise ValueError(f"no synthetic voices for language {language!r}; choose one of {', '.join(_ACCENTS)}")
 
 
 def key_of(text: str, language: str, seed: int, sampling_rate: int) -> str:
-    """What names an utterance, and seeds the draw of its voice."""
+    """The key of an utterance: the name of its file and the seed of its voice."""
     return hashlib.sha256(json.dumps([text, language, seed, sampling_rate]).encode()).hexdigest()[:20]
 
 
 def speak(
     text: str, language: str, generator: random.Random, sampling_rate: int
 ) -> tuple[np.ndarray, list[tuple[str, float]]]:
-    """The waveform of a text, and in seconds when espeak-ng begins each of its phonemes ("" is a pause)."""
+    """The waveform of a text, and each of its phonemes with its start in seconds; "" is a pause."""
     voice = f"{generator.choice(_ACCENTS[language])}+{generator.choice(_VARIANTS)}"
     data = text.encode() + b"\0"
-    with _engine() as (library, rate, chunks, begun):
+    with _engine() as (library, rate, chunks, starts):
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice!r}; reinstall espeakng-loader")
         library.espeak_SetParameter(_RATE, generator.randrange(130, 195), 0)
@@ -138,18 +124,19 @@ def speak(
         library.espeak_SetParameter(_RANGE, generator.randrange(25, 80), 0)
         library.espeak_Synth(data, len(data), 0, 0, 0, _UTF8, None, None)
     if not chunks:
-        raise RuntimeError(f"espeak-ng said nothing for {text!r} with voice {voice!r}")
+        raise RuntimeError(f"espeak-ng made no sound for {text!r} with voice {voice!r}")
     samples = np.concatenate(chunks).astype(np.float32) / 32768
-    return resample(samples, rate, sampling_rate).clip(-1, 1), [(name, sample / rate) for name, sample in begun]
+    return resample(samples, rate, sampling_rate).clip(-1, 1), [(name, sample / rate) for name, sample in starts]
 
 
 @contextmanager
 def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray], list[tuple[str, int]]]]:
-    """A fresh engine: the library, its sampling rate in Hz, and the lists that its callback appends samples to, and
-    phonemes with the number of their first sample.
+    """A fresh engine: the library, its sampling rate, and two lists that its callback fills during synthesis.
 
-    The library carries state from one utterance to the next in its static variables, so that what it says depends
-    on what it said before. Unloading it after every utterance (a few milliseconds) takes that away.
+    The first list receives samples, the second one phonemes with the number of their first sample.
+
+    The library keeps state in static variables, so the sound of an utterance would depend on the one before.
+    Unloading the library after each utterance (a few milliseconds) prevents that.
     """
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
@@ -158,12 +145,13 @@ def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray], list[tuple[s
         *(ctypes.c_void_p, ctypes.c_void_p),
     ]
     chunks: list[np.ndarray] = []
-    begun: list[tuple[str, int]] = []
+    starts: list[tuple[str, int]] = []
 
     def receive(samples, count, events):
-        told = takewhile(lambda event: event.type != _LAST_EVENT, events or ())
-        phonemes = (event for event in told if event.type == _PHONEME_EVENT)
-        begun.extend((event.name.decode(errors="ignore"), event.sample) for event in phonemes)  # cut at 8 bytes
+        received = takewhile(lambda event: event.type != _LAST_EVENT, events or ())
+        phonemes = (event for event in received if event.type == _PHONEME_EVENT)
+        # The name is cut at 8 bytes, perhaps within a character.
+        starts.extend((event.name.decode(errors="ignore"), event.sample) for event in phonemes)
         if samples and count > 0:
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
@@ -176,7 +164,7 @@ def _engine() -> Iterator[tuple[ctypes.CDLL, int, list[np.ndarray], list[tuple[s
     callback = _CALLBACK(receive)
     library.espeak_SetSynthCallback(callback)
     try:
-        yield library, rate, chunks, begun
+        yield library, rate, chunks, starts
     finally:
         library.espeak_Terminate()
         _ctypes.dlclose(library._handle)

@@ -2,8 +2,7 @@ import re
 
 import jiwer
 import pytest
-from mapreuse_lab.training import BASELINE, evaluate, score
-from mapreuse_lab.training._evaluation import batches_by_length
+from mapreuse_lab.training import BASELINE, error_rates, evaluate
 
 PAGE = BASELINE / "README.md"
 REFERENCES = ["press one now", "the number is not valid", "goodbye"]
@@ -11,32 +10,25 @@ HYPOTHESES = ["press one", "the number is now valid", "good bye"]
 
 
 def test_rates_are_those_of_jiwer_over_the_whole_set():
-    scores = score(REFERENCES, HYPOTHESES)
+    scores = error_rates(REFERENCES, HYPOTHESES)
     assert scores.wer == pytest.approx(jiwer.wer(REFERENCES, HYPOTHESES))
     assert scores.cer == pytest.approx(jiwer.cer(REFERENCES, HYPOTHESES))
     assert (scores.num_utterances, scores.num_words) == (3, 9)
 
 
 def test_the_interval_holds_the_rate_and_shrinks_with_more_utterances():
-    few, many = score(REFERENCES, HYPOTHESES), score(REFERENCES * 30, HYPOTHESES * 30)
+    few, many = error_rates(REFERENCES, HYPOTHESES), error_rates(REFERENCES * 30, HYPOTHESES * 30)
     for scores in (few, many):
         low, high = scores.wer_interval
         assert low <= scores.wer <= high
     assert many.wer_interval[1] - many.wer_interval[0] < 0.5 * (few.wer_interval[1] - few.wer_interval[0])
-    assert score(REFERENCES, HYPOTHESES) == few
+    assert error_rates(REFERENCES, HYPOTHESES) == few
 
 
 def test_a_perfect_recogniser_scores_zero_and_nothing_cannot_be_scored():
-    assert score(REFERENCES, REFERENCES).wer_interval == (0.0, 0.0)
+    assert error_rates(REFERENCES, REFERENCES).wer_interval == (0.0, 0.0)
     with pytest.raises(ValueError, match="cannot score 0 hypotheses"):
-        score([], [])
-
-
-def test_batches_hold_every_utterance_once_within_their_budget():
-    lengths = [5, 1, 9, 3, 3, 30, 2]
-    batches = batches_by_length(lengths, 10)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 10 for batch in batches)
+        error_rates([], [])
 
 
 def test_the_shipped_recogniser_has_the_error_rates_its_page_claims(baseline, prompts):
@@ -48,7 +40,7 @@ def test_the_shipped_recogniser_has_the_error_rates_its_page_claims(baseline, pr
     others = [pair for pair in pairs if not any(f" {pair[0]} " in text for text in trained)]
     assert len(others) == 47
     assert stated("training transcript .* 714", 1) == pytest.approx(
-        (score(*zip(*others, strict=True)).wer,), abs=0.01
+        (error_rates(*zip(*others, strict=True)).wer,), abs=0.01
     )
 
 

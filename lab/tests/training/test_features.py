@@ -95,7 +95,7 @@ def test_resampling_and_speed_move_a_tone_where_they_should():
 
 def test_masks_hide_no_more_than_they_may_and_follow_their_generator():
     batch, mask = torch.ones(4, 300, 64), torch.ones(4, 300, dtype=torch.long)
-    settings = {"bands": 2, "band_width": 10, "spans_per_second": 1.0, "span": 20}
+    settings = {"bands": 2, "band_width": 10, "spans_per_second": 1.0, "span": 20, "frames_per_second": 100.0}
     masked = spec_augment(batch, mask, torch.Generator().manual_seed(1), **settings)
     again = spec_augment(batch, mask, torch.Generator().manual_seed(1), **settings)
     assert torch.equal(masked, again)

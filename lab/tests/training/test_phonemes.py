@@ -8,8 +8,14 @@ import pytest
 import soundfile
 import torch
 from mapreuse_lab.study._phoneme_attention import phoneme_attention
-from mapreuse_lab.training import LANGUAGES, generate_sentences, phoneme_batches, speak_with_phonemes, synthesise
-from mapreuse_lab.training._phonemes import PAUSE
+from mapreuse_lab.training import (
+    LANGUAGES,
+    PAUSE,
+    generate_sentences,
+    phoneme_batches,
+    speak_with_phonemes,
+    synthesise,
+)
 
 from mapreuse.models import MapRecorder
 

@@ -29,7 +29,7 @@ def test_asking_for_more_sentences_than_can_be_made_says_so():
     words = {word for text in generate_sentences(800, "ru", seed=0) for word in text.split()} | {
         *top_n_list("ru", 5000)
     }
-    with pytest.raises(ValueError, match=r"only \d+ different sentences could be made in 'ru', 50 wanted"):
+    with pytest.raises(ValueError, match=r"found only \d+ different sentences in 'ru', needed 50"):
         generate_sentences(50, "ru", seed=0, exclude=words)
 
 
