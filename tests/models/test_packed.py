@@ -4,8 +4,8 @@ import copy
 import pickle
 import subprocess
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -471,11 +471,8 @@ class TestBorneMaps:
             with torch.no_grad():
                 wrong.extend(index for _ in range(20) if not torch.equal(model(batches[index]), expected[index]))
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))
         assert not wrong
 
     def test_copies_and_pickles_give_the_same_and_share_nothing(self, kind):

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,8 @@ def test_threads_run_one_model_with_inputs_of_their_own(family):
         outputs = [run(model, batches[index]) for _ in range(15)]
         wrong.extend(index for output in outputs if not torch.allclose(output, expected[index], atol=1e-6))
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
     assert not wrong
     assert not torch.allclose(expected[0], expected[1])
 
