@@ -248,8 +248,8 @@ def _normalised(name: str, cuts: Iterable[MonoCut], language: str | None = None)
 
 def _utterances(name: str, cut: Cut) -> list[MonoCut]:
     """The supervisions of a cut, each as a cut of its own."""
-    if problem := _problem(cut):
-        raise CorpusError(f"{name}: {cut.id}: {problem}")
+    if reason := _problem(cut):
+        raise CorpusError(f"{name}: {cut.id}: {reason}")
     try:
         return list(cut.trim_to_supervisions(keep_overlapping=False))
     except Exception as problem:  # lhotse asserts what it expects of times, channels and samples
@@ -304,8 +304,8 @@ def _problem_of_file(file: Path) -> str | None:
 
 
 def _recording(name: str, file: Path, recording_id: str) -> Recording:
-    if problem := _problem_of_file(file):
-        raise CorpusError(f"{name}: {recording_id}: {problem}")
+    if reason := _problem_of_file(file):
+        raise CorpusError(f"{name}: {recording_id}: {reason}")
     try:
         return Recording.from_file(file, recording_id=recording_id)
     except Exception as problem:  # lhotse tries several readers and raises whatever they raise

@@ -1,51 +1,36 @@
-"""Real speech and small recognisers for the tests.
+"""Real speech and small recognisers for the tests."""
 
-The speech room is imported inside the fixtures: pytest loads this file before the warning filters of the outer
-conftest are in force.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-
-if TYPE_CHECKING:
-    from mapreuse_lab.training import Corpus, Recogniser
+from lhotse import CutSet
+from mapreuse_lab.training import BASELINE, Corpus, FeatureConfig, Recogniser, alphabet, open_corpus
 
 
 @pytest.fixture(scope="session")
 def prompts() -> Corpus:
-    """The English prompts, real speech, fetched as the study fetches them."""
-    from mapreuse_lab.training import open_corpus
-
+    """The English prompts: real speech."""
     return open_corpus("prompts:en")
 
 
 @pytest.fixture(scope="session")
 def baseline() -> Recogniser:
-    from mapreuse_lab.training import BASELINE, Recogniser
-
+    """The shipped recogniser."""
     return Recogniser.load(BASELINE)
 
 
 @pytest.fixture(scope="session")
-def wav(prompts: Corpus) -> Path:
+def wav(prompts) -> Path:
     """A real recording of a few seconds, 8 kHz."""
     cut = next(cut for cut in prompts.test if 3 < cut.duration < 5)
     return Path(cut.recording.sources[0].source)
 
 
 @pytest.fixture(scope="session")
-def few(prompts: Corpus) -> Corpus:
-    """A dozen short real recordings, for training runs of seconds."""
-    from lhotse import CutSet
-    from mapreuse_lab.training import Corpus
-
+def few(prompts) -> Corpus:
+    """A dozen short real recordings, to train on for seconds."""
     short = [cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12]
     dev = [cut for cut in prompts.dev if cut.duration < 2][:3]
     parts = CutSet.from_cuts(short), CutSet.from_cuts(dev), CutSet.from_cuts([])
@@ -53,10 +38,8 @@ def few(prompts: Corpus) -> Corpus:
 
 
 @pytest.fixture(scope="session")
-def make_tiny() -> Callable[..., Recogniser]:
-    """Makes untrained recognisers of two narrow layers."""
-    from mapreuse_lab.training import FeatureConfig, Recogniser, alphabet
-
+def make_tiny():
+    """Makes untrained recognisers with two narrow layers."""
     size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "conv_kernel_size": 7}
     config = FeatureConfig(num_mel_bins=32)
     return partial(Recogniser.create, alphabet("en"), **size, subsampling_channels=8, feature_config=config)

@@ -27,7 +27,7 @@ sentences = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=5).m
 
 
 @given(sentences, st.integers(0, 3))
-def test_no_held_out_transcript_ever_trains(transcripts, seed):
+def test_no_held_out_transcript_is_in_the_training_set(transcripts, seed):
     cuts = make_cuts(transcripts)
     train, dev, test = split_by_transcript(cuts, seed=seed)
     assert sorted(cut.id for part in (train, dev, test) for cut in part) == sorted(cut.id for cut in cuts)
@@ -120,7 +120,7 @@ def test_a_kaldi_directory_may_name_its_language(kaldi):
         ("utt2lang", "one-a tlh\none-b tlh\n", "in language 'tlh'"),
     ],
 )
-def test_a_kaldi_directory_that_makes_no_sense_is_refused_in_one_line(kaldi, file, content, problem):
+def test_an_invalid_kaldi_directory_is_refused_on_one_line(kaldi, file, content, problem):
     (kaldi / file).write_text(content)
     with pytest.raises(CorpusError) as refused:
         open_corpus(f"kaldi:{kaldi}")
@@ -128,14 +128,14 @@ def test_a_kaldi_directory_that_makes_no_sense_is_refused_in_one_line(kaldi, fil
     assert "\n" not in str(refused.value)
 
 
-def test_a_kaldi_text_that_is_no_text_is_refused(kaldi):
+def test_a_kaldi_text_that_is_not_utf8_is_refused(kaldi):
     (kaldi / "text").write_bytes(b"one-a \xff\xfe\n")
     with pytest.raises(CorpusError, match="is not UTF-8 text"):
         open_corpus(f"kaldi:{kaldi}")
 
 
 @pytest.mark.parametrize("what", ["nothing in it", "no transcripts", "no sound"])
-def test_librispeech_in_another_layout_is_refused_in_one_line(tmp_path, what):
+def test_librispeech_in_another_layout_is_refused_on_one_line(tmp_path, what):
     chapter = tmp_path / "test-clean" / "9" / "3"
     chapter.mkdir(parents=True)
     if what != "nothing in it":
@@ -149,7 +149,7 @@ def test_librispeech_in_another_layout_is_refused_in_one_line(tmp_path, what):
     assert str(tmp_path) in str(refused.value)
 
 
-def test_a_librispeech_that_lacks_recordings_is_refused_in_one_line(tmp_path, capsys, caplog):
+def test_librispeech_with_missing_recordings_is_refused_on_one_line(tmp_path, capsys, caplog):
     chapter = tmp_path / "test-clean" / "9" / "3"
     write_speech(chapter / "9-3-0000.flac")
     (chapter / "9-3.trans.txt").write_text("9-3-0000 HELLO\n9-3-0001 YOU\n9-3-0002 THERE\n")
@@ -160,7 +160,7 @@ def test_a_librispeech_that_lacks_recordings_is_refused_in_one_line(tmp_path, ca
     assert (*capsys.readouterr(), caplog.text) == ("", "", "")
 
 
-def test_recordings_that_are_gone_are_named(kaldi):
+def test_missing_recordings_are_named(kaldi):
     corpus = open_corpus(f"kaldi:{kaldi}")
     cuts = [*corpus.train, *corpus.dev, *corpus.test]
     (kaldi / "audio" / "one.wav").unlink()
@@ -176,7 +176,7 @@ def test_a_kaldi_directory_is_cut_at_its_segments(kaldi):
     assert cuts["dial seven now"].duration == pytest.approx(1.5)
 
 
-def test_a_kaldi_directory_that_would_run_a_command_is_refused(kaldi):
+def test_a_kaldi_directory_with_commands_is_refused(kaldi):
     (kaldi / "wav.scp").write_text("one sph2pipe one.sph |\n")
     with pytest.raises(CorpusError, match=r"command for one"):
         open_corpus(f"kaldi:{kaldi}")
@@ -219,7 +219,7 @@ def _reverberated(cut: dict, path: Path) -> None:
         (_reverberated, "its recording is of type command"),
     ],
 )
-def test_a_cut_that_makes_no_sense_is_refused_by_name_in_one_line_and_runs_nothing(tmp_path, change, problem):
+def test_an_invalid_cut_is_refused_by_name_and_runs_no_command(tmp_path, change, problem):
     write_speech(tmp_path / "one.wav", seconds=2.0)
     cut = Recording.from_file(tmp_path / "one.wav").to_cut()
     cut.supervisions = [SupervisionSegment("one", cut.recording_id, 0.0, 2.0, text="dial seven now")]
@@ -234,14 +234,14 @@ def test_a_cut_that_makes_no_sense_is_refused_by_name_in_one_line_and_runs_nothi
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_whose_name_a_shell_would_run_is_refused(kaldi):
+def test_a_file_name_with_a_shell_command_is_refused(kaldi):
     (kaldi / "x;touch ran;.sph").write_bytes(b"")
     (kaldi / "wav.scp").write_text("one x;touch ran;.sph\n")
     with pytest.raises(CorpusError, match="its name has special characters"):
         open_corpus(f"kaldi:{kaldi}")
 
 
-def test_synthetic_speech_is_a_corpus_of_its_own(monkeypatch, tmp_path):
+def test_synthetic_speech_is_a_corpus(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("mapreuse_lab.training._corpora._SYNTHETIC_UTTERANCES", 30)
     corpus = open_corpus("synthetic:it")
@@ -262,14 +262,14 @@ def test_synthetic_speech_is_a_corpus_of_its_own(monkeypatch, tmp_path):
         ("", "a corpus is"),
     ],
 )
-def test_a_bad_name_is_refused_in_one_line(name, reason):
+def test_an_unknown_name_is_refused_on_one_line(name, reason):
     with pytest.raises(CorpusError) as caught:
         open_corpus(name)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_corpus_inside_is_refused_in_one_line(tmp_path):
+def test_an_empty_or_broken_corpus_is_refused_on_one_line(tmp_path):
     (tmp_path / "broken.jsonl").write_text("{not json\n")
     with gzip.open(tmp_path / "empty.jsonl.gz", "wt"):
         pass
@@ -290,7 +290,7 @@ def bare_machine(monkeypatch, tmp_path) -> Path:
     return tools
 
 
-def test_without_apt_one_line_says_what_to_do(bare_machine):
+def test_without_apt_the_error_gives_a_remedy(bare_machine):
     with pytest.raises(CorpusError, match=r"^prompts:en needs .*asterisk-core-sounds-en-wav.*make study CORPUS=syn"):
         open_corpus("prompts:en")
 
@@ -305,7 +305,7 @@ def test_a_package_with_another_checksum_is_refused_and_leaves_nothing(bare_mach
     assert list((tmp_path / "cache" / "mapreuse").iterdir()) == []
 
 
-def test_a_failed_download_is_told_in_one_line(bare_machine):
+def test_a_failed_download_is_one_error_line(bare_machine):
     for tool in ("apt-get", "dpkg-deb"):
         (bare_machine / tool).write_text("#!/bin/sh\necho 'E: no network' >&2\nexit 100\n")
         os.chmod(bare_machine / tool, 0o755)

@@ -9,14 +9,14 @@ REFERENCES = ["press one now", "the number is not valid", "goodbye"]
 HYPOTHESES = ["press one", "the number is now valid", "good bye"]
 
 
-def test_rates_are_those_of_jiwer_over_the_whole_set():
+def test_error_rates_equal_those_of_jiwer():
     scores = error_rates(REFERENCES, HYPOTHESES)
     assert scores.wer == pytest.approx(jiwer.wer(REFERENCES, HYPOTHESES))
     assert scores.cer == pytest.approx(jiwer.cer(REFERENCES, HYPOTHESES))
     assert (scores.num_utterances, scores.num_words) == (3, 9)
 
 
-def test_the_interval_holds_the_rate_and_shrinks_with_more_utterances():
+def test_the_interval_contains_the_rate_and_shrinks_with_more_utterances():
     few, many = error_rates(REFERENCES, HYPOTHESES), error_rates(REFERENCES * 30, HYPOTHESES * 30)
     for scores in (few, many):
         low, high = scores.wer_interval
@@ -25,13 +25,13 @@ def test_the_interval_holds_the_rate_and_shrinks_with_more_utterances():
     assert error_rates(REFERENCES, HYPOTHESES) == few
 
 
-def test_a_perfect_recogniser_scores_zero_and_nothing_cannot_be_scored():
+def test_perfect_hypotheses_have_no_errors_and_an_empty_set_is_refused():
     assert error_rates(REFERENCES, REFERENCES).wer_interval == (0.0, 0.0)
     with pytest.raises(ValueError, match="cannot score 0 hypotheses"):
         error_rates([], [])
 
 
-def test_the_shipped_recogniser_has_the_error_rates_its_page_claims(baseline, prompts):
+def test_the_shipped_recogniser_has_the_error_rates_of_its_page(baseline, prompts):
     scores = evaluate(baseline, prompts.test)
     assert scores.num_utterances == len(prompts.test)
     assert stated(r"test \| 54 \| 752", 2) == pytest.approx((scores.wer, scores.cer), abs=0.01)
@@ -50,7 +50,7 @@ def stated(row, count):
     return tuple(float(rate) / 100 for rate in re.findall(r"([\d.]+) %", line)[:count])
 
 
-def test_the_shipped_recogniser_names_whose_voice_it_learnt_from():
+def test_the_page_of_the_shipped_recogniser_names_the_speaker():
     assert "Allison Smith, CC-BY-SA 3.0" in PAGE.read_text()
 
 

@@ -28,14 +28,14 @@ def test_features_come_every_ten_milliseconds_with_mean_zero_and_deviation_one(p
     assert (row.std(0) - 1).abs().max() < 0.05
 
 
-def test_loudness_drops_out(prompts):
+def test_loudness_has_no_effect(prompts):
     samples = next(iter(prompts.test)).load_audio()[0]
     loud, _ = features([samples], CONFIG)
     soft, _ = features([samples / 30], CONFIG)
     assert torch.allclose(loud, soft, atol=1e-4)
 
 
-def test_audio_of_any_level_that_single_precision_holds_has_features(prompts):
+def test_very_loud_audio_has_the_same_features(prompts):
     samples = next(iter(prompts.test)).load_audio()[0]
     expected, _ = features([samples], CONFIG)
     loud, _ = features([samples * np.float32(1e30)], CONFIG)
@@ -56,14 +56,14 @@ def test_audio_of_any_level_that_single_precision_holds_has_features(prompts):
     ],
     ids=str,
 )
-def test_settings_that_make_no_features_are_refused(setting):
+def test_impossible_settings_are_refused(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"features.* {name.split('_')[0]}"):
         FeatureConfig(**setting)
 
 
 @pytest.mark.parametrize("hertz", [200, 1000, 3000])
-def test_a_tone_is_loudest_in_the_band_that_holds_it(hertz):
+def test_a_tone_is_loudest_in_its_own_band(hertz):
     filters = mel_filters(CONFIG, 512)
     power = torch.zeros(257)
     power[round(hertz / 4000 * 256)] = 1
@@ -73,7 +73,7 @@ def test_a_tone_is_loudest_in_the_band_that_holds_it(hertz):
     assert abs(int((row[-20:].mean(0) - row[:20].mean(0)).argmax()) - expected) <= 1
 
 
-def test_every_band_hears_something():
+def test_no_band_is_empty():
     assert (mel_filters(CONFIG, 512).sum(0) > 0.3).all()
 
 
@@ -83,7 +83,7 @@ def test_audio_below_one_window_is_padded_to_one_frame():
     assert mask.tolist() == [[1], [1]]
 
 
-def test_resampling_and_speed_move_a_tone_where_they_should():
+def test_resampling_keeps_the_pitch_and_speed_changes_it():
     def pitch(samples: np.ndarray, rate: int) -> float:
         return float(np.fft.rfft(samples * np.hanning(len(samples))).__abs__().argmax() * rate / len(samples))
 
@@ -93,7 +93,7 @@ def test_resampling_and_speed_move_a_tone_where_they_should():
     assert pitch(faster, 8000) == pytest.approx(550, abs=2)
 
 
-def test_masks_hide_no_more_than_they_may_and_follow_their_generator():
+def test_masks_are_limited_in_size_and_follow_their_generator():
     batch, mask = torch.ones(4, 300, 64), torch.ones(4, 300, dtype=torch.long)
     settings = {"bands": 2, "band_width": 10, "spans_per_second": 1.0, "span": 20, "frames_per_second": 100.0}
     masked = spec_augment(batch, mask, torch.Generator().manual_seed(1), **settings)

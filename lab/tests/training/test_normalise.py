@@ -39,7 +39,7 @@ def test_text_is_written_as_it_is_spoken(language, written, spoken):
 
 
 @given(st.sampled_from(LANGUAGES), st.text(max_size=40))
-def test_normalised_text_has_only_letters_of_the_language_and_stays_as_it_is(language, text):
+def test_normalised_text_uses_the_alphabet_and_does_not_change_again(language, text):
     once = normalise(text, language)
     assert set(once) <= set(alphabet(language))
     assert normalise(once, language) == once

@@ -1,4 +1,4 @@
-"""Synthetic speech that tells when each phoneme is said, and what each frame of an encoder hears."""
+"""Synthetic speech with the times of its phonemes, and phoneme labels of encoder frames."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ def loudness(spoken, phone, rate=RATE):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_phonemes_follow_one_another_from_the_first_sample_to_the_last(language):
+def test_phonemes_cover_the_whole_waveform(language):
     for spoken in speak_with_phonemes(generate_sentences(5, language, seed=2), language, seed=0):
         phones = spoken.phonemes
         assert phones[0].start == 0
@@ -43,7 +43,7 @@ def test_phonemes_follow_one_another_from_the_first_sample_to_the_last(language)
         assert not set("ˈˌ()") & set("".join(names(spoken)))
 
 
-def test_the_waveform_is_the_one_that_is_synthesised(tmp_path):
+def test_the_waveform_equals_that_of_synthesise(tmp_path):
     texts = generate_sentences(4, "en", seed=6)
     cuts = synthesise(texts, "en", tmp_path, seed=3)
     for cut, spoken in zip(cuts, speak_with_phonemes(texts, "en", seed=3), strict=True):
@@ -59,7 +59,7 @@ def test_known_words_have_their_known_phonemes_in_every_voice():
     assert set(names(spoken)) == {"a"}
 
 
-def test_phonemes_are_where_they_sound():
+def test_the_times_of_phonemes_agree_with_the_sound():
     """An s is a faint noise of high frequencies, an o is loud and low."""
 
     def share_above(spoken, phone, hertz):
@@ -100,7 +100,7 @@ def test_the_times_do_not_depend_on_the_sampling_rate(monkeypatch):
     assert high.phonemes[:-1] == low.phonemes[:-1]
 
 
-def test_every_frame_of_the_encoder_hears_the_phoneme_at_its_centre(baseline):
+def test_each_frame_is_labelled_with_the_phoneme_at_its_centre(baseline):
     batches, labels, phonemes = phoneme_batches(baseline, "en", sentences=11, seed=5, batch_size=4)
     texts = generate_sentences(11, "en", seed=5)
     spoken = sorted(speak_with_phonemes(texts, "en", seed=5), key=lambda one: len(one.samples))
@@ -119,7 +119,7 @@ def test_every_frame_of_the_encoder_hears_the_phoneme_at_its_centre(baseline):
                 assert number == (phonemes.index(said) if said in phonemes else -1)
 
 
-def test_rare_phonemes_are_none_and_alike_ones_stand_side_by_side(tiny):
+def test_rare_phonemes_are_left_out_and_similar_ones_are_side_by_side(tiny):
     _, labels, phonemes = phoneme_batches(tiny, "en", sentences=30)
     counts = torch.cat([row[row >= 0] for row in labels]).bincount(minlength=len(phonemes))
 
@@ -148,7 +148,7 @@ def test_the_shipped_recogniser_attends_the_same_phonemes_in_lower_layers(baseli
         ({"language": "en", "batch_size": 0}, "sentences and batch_size must be at least 1, got 60 and 0"),
     ],
 )
-def test_what_cannot_be_said_is_refused_on_one_line(tiny, arguments, message):
+def test_unknown_languages_and_sizes_are_refused(tiny, arguments, message):
     with pytest.raises(ValueError, match=message):
         phoneme_batches(tiny, **arguments)
     with pytest.raises(ValueError, match="no synthetic voices for language 'xx'"):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from mapreuse import ReusePlan, apply
 
 
-def test_the_shipped_recogniser_is_small_on_disk_and_deep_enough(baseline):
+def test_the_shipped_recogniser_is_small_on_disk(baseline):
     assert sum(path.stat().st_size for path in BASELINE.iterdir()) < 8e6
     config = baseline.model.config.encoder_config
     assert (config.num_hidden_layers, config.num_attention_heads, config.layerdrop) == (8, 4, 0)
@@ -31,7 +31,7 @@ def test_saving_and_loading_changes_no_bit(tiny, tmp_path, rng):
     assert not list(tmp_path.glob("*.pt")) + list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pkl"))
 
 
-def test_half_precision_on_disk_is_single_precision_in_memory(tiny, tmp_path, rng):
+def test_weights_stored_in_half_precision_load_in_float32(tiny, tmp_path, rng):
     tiny.save(tmp_path / "whole")
     tiny.save(tmp_path / "half", dtype=torch.float16)
     size = {
@@ -71,7 +71,7 @@ def _empty(directory):
 
 
 @pytest.mark.parametrize("damage", [_damage_weights, _damage_description, _foreign_vocabulary, _empty])
-def test_a_damaged_or_foreign_directory_is_one_clear_error(tiny, tmp_path, damage):
+def test_a_damaged_directory_is_refused_on_one_line(tiny, tmp_path, damage):
     tiny.save(tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(ValueError, match="model") as caught:
@@ -94,7 +94,7 @@ def test_a_damaged_or_foreign_directory_is_one_clear_error(tiny, tmp_path, damag
         ("technique", "window-3", "the technique in recogniser.json must have a name and a config"),
     ],
 )
-def test_a_damaged_description_is_one_clear_error(tiny, tmp_path, part, value, reason):
+def test_a_damaged_description_is_refused_on_one_line(tiny, tmp_path, part, value, reason):
     tiny.save(tmp_path / "model")
     description = json.loads((tmp_path / "model" / "recogniser.json").read_text())
     description[part] = description.get(part, {}) | value if isinstance(value, dict) else value
@@ -105,7 +105,7 @@ def test_a_damaged_description_is_one_clear_error(tiny, tmp_path, part, value, r
     assert "\n" not in str(caught.value)
 
 
-def test_an_interrupted_save_leaves_the_description_that_was_there(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_old_description(tiny, tmp_path, monkeypatch):
     tiny.save(tmp_path)
     before = (tmp_path / "recogniser.json").read_bytes()
     write_text = Path.write_text
@@ -133,7 +133,7 @@ def test_a_technique_is_saved_with_its_weights(name, tmp_path, rng):
     assert torch.equal(Recogniser.load(tmp_path / "copy").logits(audio)[0], recogniser.logits(audio)[0])
 
 
-def test_damaged_weights_of_a_technique_are_one_clear_error(tmp_path):
+def test_damaged_weights_of_a_technique_are_refused_on_one_line(tmp_path):
     recogniser = Recogniser.create("abc ", num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
     recogniser.compress(parse("window-3"))
     recogniser.save(tmp_path / "model")
@@ -150,7 +150,7 @@ def test_damaged_weights_of_a_technique_are_one_clear_error(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_text_that_cannot_be_written_is_refused(tiny):
+def test_text_with_an_unknown_character_is_refused(tiny):
     assert tiny.decode(tiny.encode("it's on")) == "it's on"
     with pytest.raises(ValueError, match="no character 'é'"):
         tiny.encode("café")
@@ -171,7 +171,7 @@ def test_an_utterance_has_the_same_logits_alone_and_in_a_batch(baseline, prompts
 
 
 @pytest.mark.parametrize(("suffix", "rate", "channels"), [("flac", 8000, 1), ("wav", 16000, 2), ("wav", 44100, 1)])
-def test_any_rate_and_any_number_of_channels_give_much_the_same_text(baseline, wav, tmp_path, suffix, rate, channels):
+def test_other_rates_and_channels_give_nearly_the_same_text(baseline, wav, tmp_path, suffix, rate, channels):
     samples, source = soundfile.read(wav, dtype="float32")
     path = tmp_path / f"copy.{suffix}"
     soundfile.write(path, np.stack([resample(samples, source, rate)] * channels, 1), rate)
@@ -185,7 +185,7 @@ def test_a_file_and_its_waveform_give_the_same_text(baseline, wav):
     assert baseline.transcribe(samples, sampling_rate=rate) == text
 
 
-def test_long_audio_is_recognised_in_pieces_much_as_its_utterances_are(baseline, prompts, tmp_path):
+def test_long_audio_has_about_the_error_rate_of_its_utterances(baseline, prompts, tmp_path):
     pause = np.zeros(4000, np.float32)
     cuts, seconds = [], 0.0
     for cut in prompts.test:
@@ -202,17 +202,17 @@ def test_long_audio_is_recognised_in_pieces_much_as_its_utterances_are(baseline,
     assert long == baseline.transcribe(samples)
 
 
-def test_the_shortest_audio_is_heard_and_shorter_is_refused(baseline, rng):
+def test_audio_shorter_than_50_ms_is_refused(baseline, rng):
     assert isinstance(baseline.transcribe(rng.standard_normal(400).astype(np.float32)), str)
     with pytest.raises(ValueError, match=r"0.025 s long, at least 0.05 s"):
         baseline.transcribe(np.zeros(200, np.float32))
 
 
-def test_silence_says_nothing(baseline):
+def test_silence_has_no_transcript(baseline):
     assert len(baseline.transcribe(np.zeros(16000, np.float32))) < 3
 
 
-def test_what_is_not_audio_is_refused_in_one_line(baseline, tmp_path):
+def test_files_without_audio_are_refused_on_one_line(baseline, tmp_path):
     (tmp_path / "text.wav").write_text("hello")
     (tmp_path / "empty.wav").write_bytes(b"")
     soundfile.write(tmp_path / "nothing.wav", np.zeros(0), 8000)
@@ -233,7 +233,7 @@ def test_what_is_not_audio_is_refused_in_one_line(baseline, tmp_path):
     ("samples", "reason"),
     [(np.zeros((2, 8000), np.float32), r"shape \(2, 8000\)"), (np.full(8000, np.nan), "not finite")],
 )
-def test_a_waveform_that_is_not_one_is_refused(baseline, samples, reason):
+def test_an_invalid_waveform_is_refused(baseline, samples, reason):
     with pytest.raises(ValueError, match=reason):
         baseline.transcribe(samples)
 

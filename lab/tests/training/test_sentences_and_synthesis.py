@@ -25,7 +25,7 @@ def test_sentences_are_normalised_and_the_same_for_the_same_seed(language):
     assert all(normalise(text, language) == text for text in made)
 
 
-def test_asking_for_more_sentences_than_can_be_made_says_so():
+def test_too_large_a_number_of_sentences_is_refused():
     words = {word for text in generate_sentences(800, "ru", seed=0) for word in text.split()} | {
         *top_n_list("ru", 5000)
     }
@@ -42,8 +42,8 @@ def test_every_language_is_spoken_at_eight_kilohertz(language, tmp_path):
     assert 0.01 < samples.std() < 0.5
 
 
-def test_synthesis_resumes_where_it_stopped_and_repeats_itself(tmp_path):
-    """Bit for bit, in another second too: the library seeds the noise of breathy voices with the time of day."""
+def test_synthesis_resumes_and_gives_the_same_bits(tmp_path):
+    """Also in another second: by default, espeak-ng seeds the noise of breathy voices with the time of day."""
     texts = generate_sentences(20, "en", seed=0)
     synthesise(texts[:3], "en", tmp_path / "a", seed=0)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.wav")}
@@ -62,7 +62,7 @@ def test_other_seeds_give_other_voices(tmp_path):
     assert one.num_samples != other.num_samples
 
 
-def test_the_shipped_recogniser_understands_synthetic_speech_it_never_heard(baseline, tmp_path):
+def test_the_shipped_recogniser_understands_new_synthetic_speech(baseline, tmp_path):
     texts = ["press three to hear the next message", "your call cannot be answered at the moment"]
     texts = [f"{text} {number}" for text in texts for number in ("one", "two", "seven", "nine")]
     assert evaluate(baseline, synthesise(texts, "en", tmp_path, seed=5)).cer < 0.3

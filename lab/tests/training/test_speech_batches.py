@@ -1,4 +1,4 @@
-"""What a recogniser is calibrated on: corpora and folders of recordings."""
+"""Calibration batches from corpora and folders of recordings."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from mapreuse_lab.training import features, speech_batches
 
 
-def test_the_dev_utterances_of_a_corpus_come_by_length_as_the_recogniser_hears_them(prompts, baseline):
+def test_batches_of_a_corpus_are_sorted_by_length(prompts, baseline):
     batches = speech_batches(baseline, "prompts:en", batch_size=4, max_batches=3)
     utterances = [cut.load_audio()[0] for cut in list(prompts.dev)[:12]]
     shortest, longest = min(utterances, key=len), max(utterances, key=len)
@@ -21,7 +21,7 @@ def test_the_dev_utterances_of_a_corpus_come_by_length_as_the_recogniser_hears_t
         assert (found[len(expected) :] == 0).all()
 
 
-def test_recordings_of_a_folder_are_resampled_and_long_ones_count_as_several(tiny, tmp_path):
+def test_recordings_of_a_folder_are_resampled_and_long_ones_are_cut_into_pieces(tiny, tmp_path):
     noise = np.random.default_rng(0).standard_normal(16000 * 70).astype(np.float32) / 10
     (tmp_path / "inside").mkdir()
     soundfile.write(tmp_path / "long.flac", noise, 16000)
@@ -45,7 +45,7 @@ def test_recordings_of_a_folder_are_resampled_and_long_ones_count_as_several(tin
         (lambda there: tone(there, 1.0), "1 utterances, at least 4 are wanted"),
     ],
 )
-def test_a_source_that_is_off_is_refused_on_one_line(tiny, tmp_path, make, message):
+def test_an_unusable_source_is_refused_on_one_line(tiny, tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as refused:
         speech_batches(tiny, make(tmp_path))
 
