@@ -131,9 +131,9 @@ def test_an_output_that_is_a_link_to_an_empty_directory_is_written_through_it(tm
         ("convert", "/", "/ exists already"),
         ("convert", ".", "exists already"),
         ("convert", "afile", "afile exists already"),
-        ("convert", "afile/below", "afile is no directory"),
-        ("analyze", "afile", "afile is no directory"),
-        ("analyze", "afile/below", "afile is no directory"),
+        ("convert", "afile/below", "afile is not a writable directory"),
+        ("analyze", "afile", "afile is not a writable directory"),
+        ("analyze", "afile/below", "afile is not a writable directory"),
     ],
 )
 def test_an_output_that_cannot_be_made_is_refused_in_one_line(command, out, message, tmp_path, monkeypatch, capsys):
@@ -295,7 +295,8 @@ def test_how_many_sentences_a_conversion_needs_is_said_at_once(number, more, nee
         monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"), "--plan", "[0,0,2]", *more
     )
     assert status == 2
-    assert error == f"mapreuse: {tmp_path}/sentences.txt: {number} sentences, at least {needed} are wanted\n"
+    expected = f"found {number} sentences, but at least {needed} are needed"
+    assert error == f"mapreuse: {tmp_path}/sentences.txt: {expected}\n"
 
 
 @pytest.mark.parametrize(("number", "more"), [(8, []), (11, ["--distill-seconds", "1"])])
@@ -318,7 +319,8 @@ def test_a_model_without_a_tokenizer_is_refused_on_one_line(tmp_path, monkeypatc
     status, out, error = mapreuse(monkeypatch, capsys, *arguments)
 
     assert (status, out) == (2, "")
-    assert error == f"mapreuse: {tmp_path}: holds no tokenizer; copy it there from where the model came from\n"
+    expected = "the directory contains no tokenizer; copy it there from the original model"
+    assert error == f"mapreuse: {tmp_path}: {expected}\n"
 
 
 def test_the_installed_command_reports_bad_input_without_a_traceback():

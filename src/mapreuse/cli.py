@@ -190,8 +190,8 @@ def convert(
     check_work(work)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
-    fewest = _FEWEST_TO_CONVERT if distill_seconds is None else _FEWEST_TO_DISTIL
-    opened, batches = _calibrated(model, calibration, max_batches, stack, fewest=fewest, float32=float32)
+    min_samples = _FEWEST_TO_CONVERT if distill_seconds is None else _FEWEST_TO_DISTIL
+    opened, batches = _calibrated(model, calibration, max_batches, stack, min_samples=min_samples, float32=float32)
     part, report = convert_whole(
         opened.part, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, work_dir=work
     )
@@ -226,15 +226,15 @@ def _calibrated(
     max_batches: int,
     stack: str,
     *,
-    fewest: int = 4,
+    min_samples: int = 4,
     float32: bool = False,
 ) -> tuple[OpenedModel, list[dict[str, Tensor]]]:
-    """The model that the command line names, and batches for it, at least `fewest`."""
+    """The model that the command line names, and batches for it, at least `min_samples`."""
     from transformers.utils.logging import disable_progress_bar
 
     from mapreuse.data import open_batches, open_model
 
     disable_progress_bar()
-    wanted: dict[str, int] = {"max_batches": max_batches, "fewest_batches": _FEWEST_BATCHES, "fewest": fewest}
+    wanted: dict[str, int] = {"max_batches": max_batches, "min_batches": _FEWEST_BATCHES, "min_samples": min_samples}
     opened = open_model(model, stack, float32=float32)
     return opened, open_batches(opened, calibration, **wanted)

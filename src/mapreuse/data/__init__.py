@@ -1,7 +1,8 @@
 """How do models and calibration data get from disk into batches?"""
 
-from mapreuse.data._batches import OpenedModel, batches_by_length, check_enough, open_batches, open_model
+from mapreuse.data._batches import batches_by_length, check_enough, open_batches
 from mapreuse.data._files import sound_files
+from mapreuse.data._models import OpenedModel, open_model
 
 __all__ = [
     "OpenedModel",

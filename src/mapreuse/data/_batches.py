@@ -1,25 +1,22 @@
-"""Models and calibration data from disk, as the command line names them."""
+"""Calibration batches from texts, recordings and images."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import transformers
 from torch import Tensor, nn
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from mapreuse import models
-from mapreuse.conversion._validation import check_precision
 from mapreuse.data._files import (
-    LONGEST,
-    UNREADABLE,
+    LIBRARY_ERRORS,
+    MAX_SECONDS,
+    Sample,
     images_of,
     one_line,
     read_audio,
@@ -27,94 +24,17 @@ from mapreuse.data._files import (
     sounds_of,
     texts_of,
 )
+from mapreuse.data._models import OpenedModel
 
-FEWEST = 4
-"""Fewer sequences than these say too little about a model."""
+MIN_SAMPLES = 4
+"""Minimum number of samples that represent a model's inputs."""
 
-_CONFIG = "config.json"
+_MAX_TOKENS = 256
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 _EXTRACTORS = ("preprocessor_config.json", "processor_config.json")
-
-_OPTIONAL = re.compile(r"(^|\.)pooler\.|(^|\.)masked_spec_embed$|(^|\.)mask_token$")
-"""Weights that a model of hidden states does without: directories often lack them."""
-
 _ENCODER_STATES = "encoder_hidden_states"
 _CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encoder_decoder_attention|EncDecAttention")
-"""Names of modules that attend to the states of an encoder."""
-
-_MOST_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model, and the directory where its tokenizer or the like lies beside its weights."""
-
-    model: PreTrainedModel
-    directory: Path
-    stack: str = ""
-    """Path of the module that holds the stack of layers in question; empty where the model has but one."""
-
-    @property
-    def part(self) -> nn.Module:
-        """The module that holds the stack of layers in question."""
-        return self.model.get_submodule(self.stack)
-
-    def with_part(self, part: nn.Module) -> PreTrainedModel:
-        """The model with this module in place of `part`."""
-        if not self.stack:
-            return part
-        self.model.set_submodule(self.stack, part)
-        self.model.tie_weights()
-        return self.model
-
-
-def open_model(path: str | Path, stack: str = "", *, float32: bool = False) -> OpenedModel:
-    """Opens a model's directory: one that `save_pretrained` wrote, `mapreuse.save`, or sentence-transformers.
-
-    Weights are read from safetensors only, in the type they are stored in; the class is the one that the directory
-    names. Of a sentence-transformers directory (`modules.json`) it is the transformer, its first module.
-
-    Args:
-        path: of the directory.
-        stack: path of the module that holds the stack of layers in question, such as `model.encoder`, where the model
-            has several.
-        float32: weights are in float32, in whatever type they are stored.
-
-    Raises:
-        ValueError: in one line, where there is no such directory, it holds no model, weights are missing or do not
-            fit, they are in half precision, or there is no stack of layers there.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ValueError(f"{path}: no such directory")
-    try:
-        directory = models.transformer_directory(directory)
-        if not (directory / _CONFIG).is_file():
-            raise ValueError(f"it holds no model: {_CONFIG} is missing")
-        model = _model(directory)
-        if float32:
-            model.float()
-        check_precision(model)
-        opened = OpenedModel(model.eval(), directory, stack)
-        models.find_stack(opened.part)
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: {one_line(error)}") from None
-    return opened
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """How much is read, into what batches."""
-
-    batch_size: int
-    most: int | None
-    fewest_batches: int
-    fewest: int
-
-    def size(self, found: Sequence[object], source: Path, what: str) -> int:
-        """How many samples make a batch. Raises `ValueError` where too few were found."""
-        check_enough(found, source, what, self.fewest)
-        return min(self.batch_size, max(1, len(found) // self.fewest_batches))
+"""Names of modules that attend to the hidden states of an encoder."""
 
 
 def open_batches(
@@ -123,68 +43,75 @@ def open_batches(
     *,
     batch_size: int = 8,
     max_batches: int | None = None,
-    fewest_batches: int = 1,
-    fewest: int = FEWEST,
+    min_batches: int = 1,
+    min_samples: int = MIN_SAMPLES,
 ) -> list[dict[str, Tensor]]:
-    """Calibration batches for a model, on the CPU: keyword dictionaries for its forward.
+    """Read calibration data and prepare batches for a model: keyword arguments of its forward, on the CPU.
 
-    Texts and recordings are sorted by length, and padded per batch. What `path` may be:
+    Texts and recordings are sorted by length, and each batch is padded to its longest sample. The model determines
+    the kind of data:
 
-    - for a model that reads tokens: a text file, one sentence per line (empty lines are passed over). At most 256
-      tokens of a sentence are read, or as many as the model takes.
-    - for a model that reads audio: a folder of wav or flac files, searched in depth, of any sampling rate; channels
-      are averaged. The first 20 s of a recording are read; a batch holds at most 20 s of padded audio, or one
-      recording where the feature extractor pads to a length of its own (Whisper's, to 30 s; all of it is attended).
-    - for a model that reads images: a folder of png or jpg files, searched in depth.
-    - for each: a directory that `datasets.save_to_disk` wrote, with a column `text`, `audio` or `image` (or only one
-      that holds such); of several splits, `train` or the first.
+    - tokens: a text file with one sentence per line. A sentence is cut after 256 tokens, or the model's maximum.
+    - audio: a folder of wav or flac files, searched recursively. Recordings are averaged over channels, resampled,
+      and cut after 20 s. A batch contains at most 20 s of padded audio. If the feature extractor pads to a fixed
+      length, as Whisper's does to 30 s, a batch is one recording.
+    - images: a folder of png or jpg files, searched recursively.
+    - each of them: a directory that `datasets.save_to_disk` wrote, with a column "text", "audio" or "image", or with
+      only one column of that type. If there are several splits, "train" or the first is read.
 
     Args:
         opened: from `open_model`.
-        path: of the texts, the audio or the images.
-        batch_size: most samples in a batch.
-        max_batches: read no more than the first `max_batches · batch_size` samples.
-        fewest_batches: make batches smaller where there would be fewer than these.
-        fewest: samples that are needed by what comes after. There are as many batches, too, where `fewest_batches` is
-            no less.
+        path: the data.
+        batch_size: maximum number of samples in a batch.
+        max_batches: read at most `max_batches · batch_size` samples.
+        min_batches: reduce the batch size to get at least this many batches.
+        min_samples: number of samples that the caller needs. If `min_batches` is at least as large, there will also
+            be this many batches.
 
     Raises:
-        ValueError: in one line, where the path is missing, empty, too short (fewer than `fewest` samples), or not of
-            the kind that the model reads, where the directory has no tokenizer, feature extractor or image processor,
-            a package is missing, or the stack cannot run by itself: it attends to an encoder's states, or takes no
-            input of the model's.
+        ValueError: if the data is missing, unreadable, of the wrong kind, or has fewer than `min_samples` samples; if
+            the model's directory has no tokenizer, feature extractor or image processor; if a package is missing; or
+            if the stack of layers cannot run on such data alone. The message is one line.
     """
     if batch_size < 1 or (max_batches is not None and max_batches < 1):
         raise ValueError(f"batch_size and max_batches must be at least 1, got {batch_size} and {max_batches}")
-    most = None if max_batches is None else max_batches * batch_size
-    if most is not None and most < fewest:
-        raise ValueError(f"max_batches of {max_batches} reads {most} samples, at least {fewest} are wanted")
+    max_samples = None if max_batches is None else max_batches * batch_size
+    if max_samples is not None and max_samples < min_samples:
+        raise ValueError(
+            f"max_batches={max_batches} reads {max_samples} samples, but at least {min_samples} are needed"
+        )
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory")
-    reads = _input_name(opened)
-    makers = {
-        "input_ids": _token_batches,
-        "input_values": _audio_batches,
-        "input_features": _audio_batches,
-        "pixel_values": _image_batches,
-    }
-    if reads not in makers:
-        raise ValueError(f"{type(opened.part).__name__} reads {reads}; calibration takes text, audio or images")
-    batches = makers[reads](opened, path, _Wanted(batch_size, most, fewest_batches, fewest))
-    taken = _taken(opened.part)
-    return [{name: tensor for name, tensor in batch.items() if taken(name)} for batch in batches]
+    input_name = _input_name(opened)
+    if input_name not in _KINDS:
+        raise ValueError(
+            f"{type(opened.part).__name__} takes {input_name}; calibration data can be text, audio or images"
+        )
+    kind, read, prepare = _KINDS[input_name]
+    samples = list(itertools.islice(read(path), max_samples))
+    check_enough(samples, path, kind, min_samples)
+    size = min(batch_size, max(1, len(samples) // min_batches))
+    prepared = prepare(opened, samples)
+    batches = [prepared.batch(indices) for indices in batches_by_length(prepared.lengths, size, prepared.budget)]
+    takes = _takes(opened.part)
+    return [{name: tensor for name, tensor in batch.items() if takes(name)} for batch in batches]
 
 
-def check_enough(found: Sequence[object], source: str | Path, what: str, fewest: int = FEWEST) -> None:
-    """Raises `ValueError` where fewer samples were found than are needed."""
-    if len(found) < fewest:
-        raise ValueError(f"{source}: {len(found)} {what}, at least {fewest} are wanted")
+def check_enough(samples: Sequence[object], source: str | Path, kind: str, minimum: int = MIN_SAMPLES) -> None:
+    """Raise `ValueError` if `source` has fewer than `minimum` samples of this kind."""
+    if len(samples) < minimum:
+        raise ValueError(f"{source}: found {len(samples)} {kind}, but at least {minimum} are needed")
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, budget: int) -> list[list[int]]:
-    """Indices sorted by length, in batches of at most `batch_size`, padded to at most `budget` (one item may exceed
-    it)."""
+    """Sort samples by length and divide their indices into batches.
+
+    Args:
+        lengths: length of each sample.
+        batch_size: maximum number of samples in a batch.
+        budget: maximum total length of a batch after padding. A longer sample is a batch of its own.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         size = len(batches[-1]) + 1 if batches else 1
@@ -195,131 +122,119 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, budget: int) -> l
     return batches
 
 
-def _model(directory: Path) -> PreTrainedModel:
-    config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
-    if config.get("model_type") == "mapreuse":
-        return models.load(directory)
-    (name, *_) = config.get("architectures") or [""]
-    named = getattr(transformers, name, None)
-    cls: Any = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
-    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    model, found = cls.from_pretrained(directory, **options)
-    missing = sorted(name for name in found["missing_keys"] if not _OPTIONAL.search(name))
-    if missing:
-        raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others of {type(model).__name__}")
-    return model
-
-
 def _input_name(opened: OpenedModel) -> str:
-    """The input that the part in question reads. Raises `ValueError` where it cannot run on that alone."""
+    """The main input of the stack of layers. Raises `ValueError` if the stack cannot run on it alone."""
     part = opened.part
-    taken, name = _taken(part), type(part).__name__
-    if taken(_ENCODER_STATES) and any(_CROSS_ATTENTION.search(path) for path, _ in part.named_modules()):
+    takes, name = _takes(part), type(part).__name__
+    if takes(_ENCODER_STATES) and any(_CROSS_ATTENTION.search(path) for path, _ in part.named_modules()):
         raise ValueError(
-            f"{name} attends to an encoder's states, which calibration data do not hold; choose the encoder (to the "
-            f"command: --stack), or give batches with {_ENCODER_STATES} in Python"
+            f"{name} attends to the hidden states of an encoder, which calibration data does not contain; choose the "
+            f"encoder (on the command line: --stack), or pass batches with {_ENCODER_STATES} in Python"
         )
-    reads = getattr(part, "main_input_name", opened.model.main_input_name)
-    if not taken(reads):
-        raise ValueError(f"{name} takes no {reads}; choose the module around it (to the command: --stack)")
-    return reads
+    input_name = getattr(part, "main_input_name", opened.model.main_input_name)
+    if not takes(input_name):
+        raise ValueError(f"{name} takes no {input_name}; choose the module around it (on the command line: --stack)")
+    return input_name
 
 
-def _token_batches(opened: OpenedModel, path: Path, wanted: _Wanted) -> list[Mapping[str, Tensor]]:
-    tokenizer = _beside(opened, AutoTokenizer, _TOKENIZERS, "tokenizer")
+class _Prepared(NamedTuple):
+    """Lengths of samples, maximum total length of a batch after padding, and a function that makes a batch."""
+
+    lengths: list[int]
+    budget: int
+    batch: Callable[[list[int]], Mapping[str, Tensor]]
+
+
+def _prepare_texts(opened: OpenedModel, texts: list[str]) -> _Prepared:
+    tokenizer = _companion(opened, AutoTokenizer, _TOKENIZERS, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise ValueError(f"{opened.directory}: its tokenizer has no token to pad with")
-    texts = list(itertools.islice(texts_of(path), wanted.most))
-    batch_size = wanted.size(texts, path, "sentences")
+        raise ValueError(f"{opened.directory}: the tokenizer has no padding token")
     reader = opened.part if isinstance(opened.part, PreTrainedModel) else opened.model
-    most_tokens = min(_MOST_TOKENS, tokenizer.model_max_length, _positions(reader))
-    encoded = tokenizer(texts, truncation=True, max_length=most_tokens)["input_ids"]
-    unknown = max(max(tokens, default=0) for tokens in encoded)
-    known = reader.get_input_embeddings().weight.shape[0]
-    if unknown >= known:
+    max_tokens = min(_MAX_TOKENS, tokenizer.model_max_length, _max_positions(reader))
+    options = {"truncation": True, "max_length": max_tokens}
+    encoded = tokenizer(texts, **options)["input_ids"]
+    largest = max(max(tokens, default=0) for tokens in encoded)
+    num_embeddings = reader.get_input_embeddings().weight.shape[0]
+    if largest >= num_embeddings:
         raise ValueError(
-            f"{opened.directory}: its tokenizer makes token {unknown}, but {type(reader).__name__} has {known}; they "
-            "are not of one model"
+            f"{opened.directory}: the tokenizer returns token {largest}, but {type(reader).__name__} has only "
+            f"{num_embeddings}; they belong to different models"
         )
-    return [
-        tokenizer(
-            [texts[index] for index in indices],
-            padding=True,
-            truncation=True,
-            max_length=most_tokens,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        for indices in batches_by_length([len(tokens) for tokens in encoded], batch_size, batch_size * most_tokens)
-    ]
+    options |= {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
+    return _Prepared(
+        [len(tokens) for tokens in encoded],
+        sys.maxsize,
+        lambda indices: tokenizer([texts[index] for index in indices], **options),
+    )
 
 
-def _audio_batches(opened: OpenedModel, path: Path, wanted: _Wanted) -> list[Mapping[str, Tensor]]:
-    extractor = _beside(opened, AutoFeatureExtractor, _EXTRACTORS, "feature extractor")
+def _prepare_audio(opened: OpenedModel, samples: list[Sample]) -> _Prepared:
+    extractor = _companion(opened, AutoFeatureExtractor, _EXTRACTORS, "feature extractor")
     rate = extractor.sampling_rate
-    audio = [read_audio(sample, rate) for sample in itertools.islice(sounds_of(path), wanted.most)]
-    batch_size = wanted.size(audio, path, "recordings")
+    audio = [read_audio(sample, rate) for sample in samples]
     padding = inspect.signature(extractor.__call__).parameters.get("padding")
-    its_own = padding is not None and padding.default == "max_length"  # which its model may insist on
-    return [
-        extractor(
-            [audio[index] for index in indices],
-            sampling_rate=rate,
-            padding="max_length" if its_own else True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        for indices in batches_by_length(
-            [len(samples) for samples in audio], 1 if its_own else batch_size, round(LONGEST * rate)
-        )
-    ]
+    fixed_length = padding is not None and padding.default == "max_length"  # the model may require it
+    options = {"sampling_rate": rate, "padding": "max_length" if fixed_length else True}
+    options |= {"return_attention_mask": True, "return_tensors": "pt"}
+    return _Prepared(
+        [len(waveform) for waveform in audio],
+        0 if fixed_length else round(MAX_SECONDS * rate),
+        lambda indices: extractor([audio[index] for index in indices], **options),
+    )
 
 
-def _image_batches(opened: OpenedModel, path: Path, wanted: _Wanted) -> list[Mapping[str, Tensor]]:
-    processor = _beside(opened, AutoImageProcessor, _EXTRACTORS, "image processor")
-    images = list(itertools.islice(images_of(path), wanted.most))
-    batch_size = wanted.size(images, path, "images")
-    batches = []
-    for start in range(0, len(images), batch_size):
-        read = [read_image(image) for image in images[start : start + batch_size]]  # all of them may be too many
+def _prepare_images(opened: OpenedModel, samples: list[Sample]) -> _Prepared:
+    processor = _companion(opened, AutoImageProcessor, _EXTRACTORS, "image processor")
+
+    def batch(indices: list[int]) -> Mapping[str, Tensor]:
+        images = [read_image(samples[index]) for index in indices]  # one batch at a time, for memory
         try:
-            batch = processor(read, return_tensors="pt")
-        except UNREADABLE as error:
-            raise ValueError(f"{path}: {type(processor).__name__} makes no batch: {one_line(error)}") from None
-        if batch["pixel_values"].dim() > 4:
-            raise ValueError(f"{opened.directory}: its image processor makes videos or tiles, not one image of each")
-        batches.append(batch)
-    return batches
+            made = processor(images, return_tensors="pt")
+        except LIBRARY_ERRORS as error:
+            raise ValueError(f"{type(processor).__name__} cannot make a batch: {one_line(error)}") from None
+        if made["pixel_values"].dim() > 4:
+            raise ValueError(f"{opened.directory}: the image processor makes videos or tiles, not single images")
+        return made
+
+    return _Prepared([1] * len(samples), sys.maxsize, batch)
 
 
-def _beside(opened: OpenedModel, kind: Any, files: Iterable[str], what: str) -> Any:
-    """The tokenizer, feature extractor or image processor that lies in a model's directory."""
+_KINDS: dict[str, tuple[str, Callable, Callable]] = {
+    "input_ids": ("sentences", texts_of, _prepare_texts),
+    "input_values": ("recordings", sounds_of, _prepare_audio),
+    "input_features": ("recordings", sounds_of, _prepare_audio),
+    "pixel_values": ("images", images_of, _prepare_images),
+}
+"""For each input of models: the kind of samples, and the functions that read and prepare them."""
+
+
+def _companion(opened: OpenedModel, cls: Any, files: Iterable[str], name: str) -> Any:
+    """Open the tokenizer, feature extractor or image processor in a model's directory."""
     if not any(found for pattern in files for found in opened.directory.glob(pattern)):
-        raise ValueError(f"{opened.directory}: holds no {what}; copy it there from where the model came from")
+        raise ValueError(
+            f"{opened.directory}: the directory contains no {name}; copy it there from the original model"
+        )
     try:
-        return kind.from_pretrained(opened.directory, local_files_only=True)
-    except UNREADABLE as error:
-        raise ValueError(f"{opened.directory}: its {what} cannot be opened: {one_line(error)}") from None
+        return cls.from_pretrained(opened.directory, local_files_only=True)
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"{opened.directory}: the {name} cannot be opened: {one_line(error)}") from None
 
 
-def _positions(model: PreTrainedModel) -> int:
-    """How many positions the model takes; many, where it has no limit."""
+def _max_positions(model: PreTrainedModel) -> int:
+    """Maximum number of positions of the model."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
-        return _MOST_TOKENS
-    for name, module in model.named_modules():  # RoBERTa's count from the one after its padding's
-        if (
-            name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ):
-            return positions - module.padding_idx - 1
+        return _MAX_TOKENS
+    for name, module in model.named_modules():
+        is_embedding = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_embedding and module.padding_idx is not None:
+            return positions - module.padding_idx - 1  # RoBERTa counts positions from after the padding index
     return positions
 
 
-def _taken(model: nn.Module) -> Callable[[str], bool]:
-    """Whether the model's forward takes an argument of this name."""
+def _takes(model: nn.Module) -> Callable[[str], bool]:
+    """A function that tells whether the model's forward takes an argument of this name."""
     parameters = inspect.signature(model.forward).parameters
     return lambda name: name in parameters

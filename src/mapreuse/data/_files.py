@@ -1,7 +1,8 @@
-"""Texts, recordings and images on disk, of which calibration batches are made."""
+"""Texts, recordings and images from disk."""
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -15,34 +16,44 @@ from scipy.signal import resample_poly
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
-"""What transformers and datasets raise on directories that are damaged or foreign."""
+LIBRARY_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+"""Exceptions that transformers and datasets raise on damaged or foreign files. Catch them around their calls only."""
 
-LONGEST = 20.0
-"""Seconds of a recording that are read."""
+MAX_SECONDS = 20.0
+"""Maximum length of the part of a recording that is read."""
 
 Sample = tuple[Path | io.BytesIO, str]
-"""A file, or its contents, and a name for it."""
+"""A file or its contents, and a name for messages."""
 
-_SHORTEST = 0.05  # seconds of audio
+_MIN_SECONDS = 0.05
 _SOUNDS = (".wav", ".flac")
 _IMAGES = (".png", ".jpg", ".jpeg")
 _DATASETS = ("dataset_info.json", "dataset_dict.json")
 
 
 def sound_files(folder: str | Path) -> list[Path]:
-    """The wav and flac files below a folder, in order of their paths.
+    """Find the wav and flac files in a folder and its subfolders, sorted by path.
 
-    Raises `ValueError` where there are none, or images beside them.
+    Raises:
+        ValueError: if there are none, or if there are images as well.
     """
-    return _files(Path(folder), _SOUNDS, "wav or flac")
+    return _find_files(Path(folder), _SOUNDS, "wav or flac")
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """The lines of a text file that are not empty, or the texts of a datasets directory."""
+    """The texts of a text file, one per line, or of a datasets directory. Empty lines are skipped."""
     if path.is_dir():
         if not _is_dataset(path):
-            raise ValueError(f"{path}: give a text file, one sentence per line, or a datasets directory")
+            raise ValueError(f"{path}: expected a text file with one sentence per line, or a datasets directory")
         lines: Iterable[str] = _column(path, "text")
         yield from (line for line in lines if line and line.strip())
         return
@@ -58,70 +69,74 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def sounds_of(path: Path) -> Iterator[Sample]:
-    """The recordings of a folder, or of a datasets directory."""
+    """The recordings of a folder or of a datasets directory."""
     return _rows(path, "audio") if _is_dataset(path) else ((file, str(file)) for file in sound_files(path))
 
 
 def images_of(path: Path) -> Iterator[Sample]:
-    """The images of a folder, or of a datasets directory."""
+    """The images of a folder or of a datasets directory."""
     if _is_dataset(path):
         return _rows(path, "image")
-    return ((file, str(file)) for file in _files(path, _IMAGES, "png or jpg"))
+    return ((file, str(file)) for file in _find_files(path, _IMAGES, "png or jpg"))
 
 
 def read_audio(sample: Sample, rate: int) -> np.ndarray:
-    """The first seconds of a recording at `rate` Hz, mono."""
+    """Read the first `MAX_SECONDS` of a recording as mono audio at `rate` Hz."""
     file, name = sample
-    try:
-        import soundfile
-    except ImportError:
-        raise ValueError(f"{name}: to read it, install soundfile: pip install 'mapreuse[speech]'") from None
+    soundfile = _optional("soundfile", name)
     try:
         with soundfile.SoundFile(file) as sound:
-            source = sound.samplerate
-            samples = sound.read(round(LONGEST * source), dtype="float32", always_2d=True).mean(1)
+            source_rate = sound.samplerate
+            samples = sound.read(round(MAX_SECONDS * source_rate), dtype="float32", always_2d=True).mean(1)
     except soundfile.LibsndfileError as problem:
         raise ValueError(f"{name}: not a readable wav or flac file ({problem.error_string.rstrip('.')})") from None
-    if len(samples) < _SHORTEST * source:
-        raise ValueError(f"{name}: lasts {len(samples) / source:.3f} s; at least {_SHORTEST} s are wanted")
+    if len(samples) < _MIN_SECONDS * source_rate:
+        raise ValueError(f"{name}: too short, {len(samples) / source_rate:.3f} s; the minimum is {_MIN_SECONDS} s")
     if not np.isfinite(samples).all():
-        raise ValueError(f"{name}: holds samples that are not finite numbers")
-    if source == rate:
+        raise ValueError(f"{name}: contains samples that are not finite numbers")
+    if source_rate == rate:
         return samples
-    ratio = Fraction(rate, source)
+    ratio = Fraction(rate, source_rate)
     return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
 
 
 def read_image(sample: Sample) -> Image:
-    """An image in RGB, upright."""
+    """Read an image in RGB, rotated upright."""
     file, name = sample
-    from PIL import Image, ImageOps
-
+    pil, operations = _optional("PIL.Image", name), _optional("PIL.ImageOps", name)
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        with pil.open(file) as image:
+            return operations.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as problem:
         raise ValueError(f"{name}: not a readable image ({one_line(problem)})") from None
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
+    """The message of an error without line breaks."""
     return " ".join(str(error).split())
 
 
-def _files(folder: Path, wanted: tuple[str, ...], kind: str) -> list[Path]:
-    """Files below a folder whose names end so."""
+def _optional(module: str, name: str) -> Any:
+    """Import an optional dependency that reading `name` needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = {"PIL": "pillow"}.get(module.partition(".")[0], module)
+        raise ValueError(f"{name}: reading it needs {package}; pip install 'mapreuse[data]'") from None
+
+
+def _find_files(folder: Path, suffixes: tuple[str, ...], kind: str) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder of {kind} files")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SOUNDS + _IMAGES and file.is_file())
-    found = [file for file in files if file.suffix.lower() in wanted]
+    found = [file for file in files if file.suffix.lower() in suffixes]
     if not found:
-        raise ValueError(f"{folder}: holds no {kind} files")
+        raise ValueError(f"{folder}: contains no {kind} files")
     if len(found) < len(files):
-        other = next(file for file in files if file.suffix.lower() not in wanted)
+        other = next(file for file in files if file.suffix.lower() not in suffixes)
         raise ValueError(
-            f"{folder}: holds both audio and images, such as {found[0].relative_to(folder)} and "
-            f"{other.relative_to(folder)}; give a folder of {kind} files"
+            f"{folder}: contains both audio and images, such as {found[0].relative_to(folder)} and "
+            f"{other.relative_to(folder)}; expected only {kind} files"
         )
     return found
 
@@ -138,33 +153,30 @@ def _rows(path: Path, name: str) -> Iterator[Sample]:
 
 def _column(path: Path, name: str) -> Iterator[Any]:
     """The column of texts, or of undecoded audio or images, of a datasets directory."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"{path}: to read it, install the package datasets: pip install datasets") from None
+    datasets = _optional("datasets", str(path))
     try:
         loaded = datasets.load_from_disk(str(path))
-    except IndexError:  # of no table
-        raise ValueError(f"{path}: holds no rows, or none in one of its splits") from None
-    except UNREADABLE as error:
+    except IndexError:  # a split without a table
+        raise ValueError(f"{path}: contains no rows, or a split contains none") from None
+    except LIBRARY_ERRORS as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if not loaded:
-            raise ValueError(f"{path}: holds no split")
+            raise ValueError(f"{path}: contains no split")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     if not len(loaded):
-        raise ValueError(f"{path}: holds no rows")
-    decoded = {"audio": datasets.Audio, "image": datasets.Image}.get(name)
+        raise ValueError(f"{path}: contains no rows")
+    feature = {"audio": datasets.Audio, "image": datasets.Image}.get(name)
     columns = {
         column
         for column, kind in loaded.features.items()
-        if (isinstance(kind, decoded) if decoded else getattr(kind, "dtype", "") in ("string", "large_string"))
+        if (isinstance(kind, feature) if feature else getattr(kind, "dtype", "") in ("string", "large_string"))
     }
     if name not in columns and len(columns) != 1:
-        found = ", ".join(f"{column} of {getattr(kind, 'dtype', kind)}" for column, kind in loaded.features.items())
-        raise ValueError(f"{path}: one column should hold {name}, and if there are several, be named so; got {found}")
+        found = ", ".join(f"{column} ({getattr(kind, 'dtype', kind)})" for column, kind in loaded.features.items())
+        raise ValueError(f"{path}: expected a column {name!r}, or one column of that type; found {found}")
     chosen = name if name in columns else columns.pop()
-    loaded = loaded.select_columns([chosen])  # a row would decode all its columns
-    if decoded:
-        loaded = loaded.cast_column(chosen, decoded(decode=False))
+    loaded = loaded.select_columns([chosen])  # rows decode all their columns
+    if feature:
+        loaded = loaded.cast_column(chosen, feature(decode=False))
     return (row[chosen] for row in loaded)
