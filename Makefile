@@ -47,10 +47,12 @@ check: setup docs
 	$(BIN)/ruff check src lab tests docs
 	$(BIN)/mypy
 	$(BIN)/python lab/experiments/readme.py --check
+	$(BIN)/python docs/tables.py --check
 	$(BIN)/python lab/experiments/speed.py --check
 
 readme: setup
 	$(BIN)/python lab/experiments/readme.py
+	$(BIN)/python docs/tables.py
 	$(BIN)/python lab/experiments/speed.py
 
 # The documentation site, into docs/_build; a warning is an error.

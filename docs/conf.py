@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.logging import getLogger
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import mapreuse
+
+logger = getLogger(__name__)
 
 project = "mapreuse"
 copyright = "the mapreuse contributors"
@@ -49,6 +53,7 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", _link_repository_files)
     app.connect("autodoc-skip-member", _skip_repeated)
     app.connect("autodoc-process-docstring", _prepare_docstring, priority=400)  # before napoleon
+    app.connect("env-check-consistency", _check_every_public_name_is_documented)
 
 
 def _attribute_public_names() -> None:
@@ -67,6 +72,14 @@ def _attribute_public_names() -> None:
                 else:
                     docs = ModuleAnalyzer.for_module(statement.module).find_attr_docs()
                     analyzer.attr_docs["", name] = docs.get(("", name), [])
+
+
+def _check_every_public_name_is_documented(app: Sphinx, env: BuildEnvironment) -> None:
+    documented = env.domains.python_domain.objects
+    for room in ROOMS:
+        for name in importlib.import_module(room).__all__:
+            if f"{room}.{name}" not in documented and f"mapreuse.{name}" not in documented:
+                logger.warning("%s.%s is public, but not in the API reference", room, name)
 
 
 def _link_repository_files(app: Sphinx, page: str, source: list[str]) -> None:

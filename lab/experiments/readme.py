@@ -1,4 +1,4 @@
-"""Put the figures of lab/results/study/quick and lab/results/study/full into README.md, docs/papers.md and the reports.
+"""Put the figures of lab/results/study/quick and lab/results/study/full into docs/papers.md and the reports.
 
 With --check fail where one of them differs, or results have other error rates than the runs they come from.
 """
@@ -12,14 +12,11 @@ from typing import Any
 
 from mapreuse_lab.study import (
     Errors,
-    error_table,
-    latency_table,
     markdown,
     page,
     page_results,
     papers_page,
     report,
-    summary_table,
     verdict,
 )
 
@@ -28,12 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> int:
     quick, full = _results("quick"), _results("full")
-    tables: dict[str, list[str]] = {}
     files: dict[str, str] = {}
-    tables["error"] = error_table(quick)
-    tables["latency"] = latency_table(quick["latency"]["conformer-m"])
-    tables["technique"] = summary_table(full)
-    tables["verdict"] = [f"- {sentence}" for sentence in full["verdict"]]
     if full["verdict"] != verdict(full):
         print(
             "lab/results/study/full/results.json has another verdict than its figures give; run mapreuse study --preset full"
@@ -46,11 +38,6 @@ def main() -> int:
     files["lab/results/study/full/report.html"] = page(full)
     if wrong := _differing_runs(full):
         print(f"lab/results/study/full/results.json does not have the error rates of its runs: {', '.join(wrong)}")
-        return 1
-    try:
-        files["README.md"] = _with_tables((ROOT / "README.md").read_text(), tables)
-    except ValueError as missing:
-        print(missing)
         return 1
     if "--check" not in sys.argv:
         for name, fresh in files.items():
@@ -69,7 +56,7 @@ def _holds(file: Path, text: str) -> bool:
 def _results(preset: str) -> dict[str, Any]:
     file = ROOT / "results" / preset / "results.json"
     if not file.is_file():
-        raise SystemExit(f"results/{preset}/results.json is missing; its figures stand in README.md")
+        raise SystemExit(f"results/{preset}/results.json is missing")
     return json.loads(file.read_text())
 
 
@@ -95,17 +82,6 @@ def _wrong_runs(part: dict[str, Any]) -> list[str]:
         if any(abs(said[f"{measure}_by_seed"][place] - recorded.rate(measure)) > 1e-9 for measure in ("cer", "wer")):
             wrong.append(run["key"])
     return wrong
-
-
-def _with_tables(text: str, tables: dict[str, list[str]]) -> str:
-    for name, rows in tables.items():
-        begin, end = f"<!-- begin {name} table: make readme -->", f"<!-- end {name} table -->"
-        before, found_begin, rest = text.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not (found_begin and found_end):
-            raise ValueError(f"README.md has no place for the {name} table: {begin}")
-        text = before + "\n".join([begin, *rows, end]) + after
-    return text
 
 
 if __name__ == "__main__":

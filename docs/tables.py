@@ -1,0 +1,148 @@
+"""Write the tables of README.md and docs/ from the committed results in lab/results; with --check, fail where one differs.
+
+A table stands between `<!-- begin NAME table: make readme -->` and `<!-- end NAME table -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mapreuse_lab.study import error_table, latency_table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "lab/results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+MARKED = re.compile(r"<!-- begin (\w+) table: make readme -->\n(.*?)<!-- end \1 table -->", re.DOTALL)
+
+MINILM = (
+    ("no layer reuses", "nothing shared"),
+    ("2 layers, aligned and refitted", "2 of 6 layers reuse, refitted"),
+    ("24 heads, aligned and refitted", "24 of 72 heads reuse, refitted"),
+    ("3 layers, aligned and refitted", "3 layers reuse, refitted"),
+    ("3 layers, distilled 10 minutes", "3 layers reuse, distilled 10 minutes"),
+    ("36 heads, distilled 10 minutes", "36 heads reuse, distilled 10 minutes"),
+    ("1 layer dropped, distilled 10 minutes", "1 layer dropped, distilled 10 minutes"),
+)
+"""Rows of lab/results/conversion/minilm.json, and what the guide calls them."""
+
+
+def main() -> int:
+    """Update the pages, or with --check list those that are out of date."""
+    tables = {name: make() for name, make in TABLES.items()}
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        fresh = MARKED.sub(lambda match: _block(match[1], tables[match[1]]), text)
+        if fresh != text:
+            stale.append(page.relative_to(ROOT))
+            if "--check" not in sys.argv:
+                page.write_text(fresh)
+    if stale and "--check" in sys.argv:
+        print(f"{', '.join(map(str, stale))}: tables differ from lab/results; run make readme")
+        return 1
+    return 0
+
+
+def _block(name: str, rows: list[str]) -> str:
+    return "\n".join([f"<!-- begin {name} table: make readme -->", *rows, f"<!-- end {name} table -->"])
+
+
+def results_table() -> list[str]:
+    """README: quality beside speed-up, for three models."""
+    quick, rows = _read("study/quick/results.json"), _read("conversion/minilm.json")["rows"]
+    conformer, recogniser = quick["latency"]["conformer-m"], quick["latency"]["recogniser"]
+    recovered = {variant["name"]: _wer(variant["recovered"]) for variant in quick["variants"]}
+
+    def speed(name: str, measured: dict[str, Any], lengths: tuple[str, ...]) -> str:
+        return ", ".join(f"{_ratio(measured[length], name):.2f}× at {length}" for length in lengths)
+
+    def minilm(name: str) -> str:
+        latency = rows[name]["latency"]
+        return f"{1 / latency['short']:.2f}× at a sentence, {1 / latency['512']:.2f}× at 512"
+
+    return [
+        "| model | plan | quality | speed-up at T positions |",
+        "|---|---|---|---|",
+        "| Conformer-M size, 16 layers | nothing shared | same outputs | "
+        f"{speed('full', conformer, ('250', '1000', '3000'))} |",
+        f"| | groups of 4 | random weights | {speed('groups of 4', conformer, ('250', '1000', '3000'))} |",
+        f"| speech recogniser, 8 layers | nothing shared | WER {_wer(quick['baseline'])} | "
+        f"{speed('full', recogniser, ('250', '1000', '3000'))} |",
+        *(
+            f"| | {name}, fine-tuned 1 minute | WER {recovered[name]} | "
+            f"{speed(name, recogniser, ('250', '1000', '3000'))} |"
+            for name in ("groups of 2", "groups of 4")
+        ),
+        f"| all-MiniLM-L6-v2, 6 layers | nothing shared | cosine 1 | {minilm('no layer reuses')} |",
+        *(
+            f"| | {shown} | cosine {rows[name]['cosine']:.3f} | {minilm(name)} |"
+            for name, shown in (MINILM[1], MINILM[4])
+        ),
+    ]
+
+
+def minilm_table() -> list[str]:
+    """Guide to encoders: quality and speed of each option on MiniLM."""
+    rows = _read("conversion/minilm.json")["rows"]
+    lines = ["| option | cosine | top 10 | speed-up, 16 sentences | speed-up, 512 tokens |", "|---|---|---|---|---|"]
+    for name, shown in MINILM:
+        row = rows[name]
+        speeds = (f"{1 / row['latency'][tokens]:.2f}×" for tokens in ("short", "512"))
+        lines.append(f"| {shown} | {row['cosine']:.3f} | {row['top10_overlap']:.3f} | {' | '.join(speeds)} |")
+    return lines
+
+
+def memory_table() -> list[str]:
+    """Guide to long audio: time and peak memory of each storage beside `transformers`."""
+    ((length, measured),) = _read("speed/memory.json")["lengths"].items()
+    lines = [f"| T = {length} | time | peak memory |", "|---|---|---|"]
+    for name, found in measured["contestants"].items():
+        lines.append(f"| {name} | {found['median']:.2f} s | {found['memory_bytes'] / 1e6:,.0f} MB |")
+    return lines
+
+
+def long_table() -> list[str]:
+    """Guide to long audio: one pass over recordings of 20 minutes and of an hour."""
+    lines = ["| recording | T | storage | time | peak memory | command |", "|---|---|---|---|---|---|"]
+    for name, recording in (("long", "20 minutes"), ("hour", "1 hour")):
+        if not (RESULTS / f"speed/{name}.json").exists():
+            continue
+        results = _read(f"speed/{name}.json")
+        for length, measured in results["lengths"].items():
+            for found in measured["contestants"].values():
+                lines.append(
+                    f"| {recording} | {int(length):,} | {found['carried']} | {found['median']:.0f} s | "
+                    f"{found['memory_bytes'] / 1e9:.1f} GB | `{results['command'].partition(' --json')[0]}` |"
+                )
+    return lines
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _ratio(measured: dict[str, Any], name: str) -> float:
+    return measured["transformers"]["median"] / measured[name]["median"]
+
+
+def _wer(scores: dict[str, Any]) -> str:
+    low, high = (f"{100 * end:.0f}" for end in scores["wer_interval"])
+    return f"{scores['wer']:.1%} [{low}–{high}]"
+
+
+TABLES = {
+    "results": results_table,
+    "minilm": minilm_table,
+    "memory": memory_table,
+    "long": long_table,
+    "error": lambda: error_table(_read("study/quick/results.json")),
+    "latency": lambda: latency_table(_read("study/quick/results.json")["latency"]["conformer-m"]),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
