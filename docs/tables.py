@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ from the committed results in lab/results; with --check, fail where one differs.
+"""Write the tables of README.md and docs/ from committed results and the commands' options; --check fails on a difference.
 
 A table stands between `<!-- begin NAME table: make readme -->` and `<!-- end NAME table -->`.
 """
@@ -8,15 +8,21 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typer.main import get_command
+
+from mapreuse import cli
+from mapreuse_lab import cli as lab_cli
 from mapreuse_lab.study import error_table, latency_table
+from mapreuse_lab.techniques import parse
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "lab/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
-MARKED = re.compile(r"<!-- begin (\w+) table: make readme -->\n(.*?)<!-- end \1 table -->", re.DOTALL)
+MARKED = re.compile(r"<!-- begin ([\w -]+) table: make readme -->\n(.*?)<!-- end \1 table -->", re.DOTALL)
 
 MINILM = (
     ("no layer reuses", "nothing shared"),
@@ -32,7 +38,7 @@ MINILM = (
 
 def main() -> int:
     """Update the pages, or with --check list those that are out of date."""
-    tables = {name: make() for name, make in TABLES.items()}
+    tables = {name: make() for name, make in TABLES.items()} | dict(option_tables())
     stale = []
     for page in PAGES:
         text = page.read_text()
@@ -121,6 +127,43 @@ def long_table() -> list[str]:
     return lines
 
 
+def techniques_table() -> list[str]:
+    """Techniques of the full study: class, paper, quality and speed."""
+    techniques = _read("study/full/results.json")["techniques"]
+    (full,) = (technique for technique in techniques if technique["kind"] == "full")
+    lines = [
+        "| technique | class | paper | positions | CER against full | T = 1000 | T = 8000 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for technique in techniques:
+        cls = type(parse(technique["name"]))
+        (scores,) = (scores for corpus, scores in technique["scores"].items() if corpus == "prompts:en")
+        difference = scores.get("against_full", {}).get("cer")
+        quality = "" if difference is None else f"{100 * difference['difference']:+.1f} points, {difference['found']}"
+        speeds = [
+            f"{full['latency'][length]['median'] / technique['latency'][length]['median']:.2f}×"
+            for length in ("1000", "8000")
+        ]
+        file = f"../lab/{cls.__module__.replace('.', '/')}.py"
+        source = re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", technique["source"])
+        cells = (technique["title"], f"[{cls.__name__}]({file})", source, technique["positions"], quality, *speeds)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def option_tables() -> Iterator[tuple[str, list[str]]]:
+    """Arguments and options of every command, by the command."""
+    for name, app in (("mapreuse", cli.app), ("mapreuse-lab", lab_cli.app)):
+        for command_name, command in get_command(app).commands.items():
+            lines = ["| argument or option | meaning | default |", "|---|---|---|"]
+            for parameter in command.params:
+                shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+                default = "required" if parameter.required else parameter.default
+                cell = "" if default in (None, False, "") else str(default)
+                lines.append(f"| `{shown}` | {parameter.help} | {cell} |")
+            yield f"{name} {command_name}", lines
+
+
 def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
@@ -139,6 +182,7 @@ TABLES = {
     "minilm": minilm_table,
     "memory": memory_table,
     "long": long_table,
+    "techniques": techniques_table,
     "error": lambda: error_table(_read("study/quick/results.json")),
     "latency": lambda: latency_table(_read("study/quick/results.json")["latency"]["conformer-m"]),
 }
