@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from typer.main import get_command
-
-from mapreuse import cli
 from mapreuse_lab import cli as lab_cli
 from mapreuse_lab.study import error_table, latency_table
 from mapreuse_lab.techniques import parse
+from typer.main import get_command
+
+from mapreuse import cli
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "lab/results"
