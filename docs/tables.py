@@ -119,11 +119,11 @@ def long_table() -> list[str]:
             continue
         results = _read(f"speed/{name}.json")
         for length, measured in results["lengths"].items():
-            for found in measured["contestants"].values():
-                lines.append(
-                    f"| {recording} | {int(length):,} | {found['carried']} | {found['median']:.0f} s | "
-                    f"{found['memory_bytes'] / 1e9:.1f} GB | `{results['command'].partition(' --json')[0]}` |"
-                )
+            lines += [
+                f"| {recording} | {int(length):,} | {found['carried']} | {found['median']:.0f} s | "
+                f"{found['memory_bytes'] / 1e9:.1f} GB | `{results['command'].partition(' --json')[0]}` |"
+                for found in measured["contestants"].values()
+            ]
     return lines
 
 
