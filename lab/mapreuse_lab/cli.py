@@ -16,6 +16,8 @@ from rich.markdown import Markdown
 from mapreuse.console import check_writable_directory, console, progress_bar, run_command, show_tables
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from mapreuse_lab.training import Recogniser
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
@@ -214,28 +216,33 @@ def convert(
 ) -> None:
     """Convert a recogniser to share attention maps. Run the same command again to continue after a stop."""
     from mapreuse import ReusePlan
-    from mapreuse.conversion import check_new, check_work, convert_whole, parse_budget, written_whole
+    from mapreuse.conversion import (
+        MIN_CONVERSION_BATCHES,
+        MIN_DISTILLATION_BATCHES,
+        check_output,
+        convert_to_directory,
+        parse_budget,
+    )
     from mapreuse_lab.training import speech_batches
 
-    check_new(out)
-    work = out.resolve().with_name(f"{out.name}.work")
-    check_work(work)
+    check_output(out)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
     recogniser = _load(model)
-    min_utterances = 8 if distill_seconds is None else 11
+    min_utterances = MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES
     batches = speech_batches(
         recogniser, corpus, split="train", max_batches=max_batches, min_batches=16, min_utterances=min_utterances
     )
-    recogniser.model, report = convert_whole(
-        recogniser.model, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, work_dir=work
+
+    def write(converted: Module, directory: Path) -> None:
+        recogniser.model = converted
+        recogniser.save(directory)
+
+    report = convert_to_directory(
+        recogniser.model, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
     )
-    with written_whole(out.resolve(), work) as written:
-        recogniser.save(written)
-    console.print(str(report.plan), markup=False, highlight=False)
-    for step, error in report.errors.items():
-        console.print(f"error, {step}: {error:.4f}", highlight=False)
-    console.print(f"latency: {report.latency:.2f}× of the original's", highlight=False)
+    for line in report.lines():
+        console.print(line, markup=False, highlight=False)
     console.print(f"Evaluate it: mapreuse-lab evaluate --model {out}", markup=False, highlight=False)
 
 

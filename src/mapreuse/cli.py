@@ -24,25 +24,28 @@ from mapreuse.console import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from mapreuse.data import OpenedModel
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
 
-_FEWEST_BATCHES = 16  # of which four judge, and the others teach as long as they last
-_FEWEST_TO_CONVERT, _FEWEST_TO_DISTIL = 8, 11  # samples, and batches: three of four batches calibrate, or teach
+_MIN_BATCHES = 16  # batches are made smaller than 8 samples rather than fewer than this
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 ModelName = Annotated[str, typer.Argument(help="directory of a model")]
 CalibrationData = Annotated[
     str,
-    typer.Option(help="text file, folder of wav, flac, png or jpg files, or a datasets directory"),
+    typer.Option(
+        help="data like the model's inputs in use: a text file with one sentence per line, a folder of wav, flac, png or "
+        "jpg files, or a datasets directory"
+    ),
 ]
-Stack = Annotated[str, typer.Option(help="of a model with several stacks of layers: path of one, model.encoder")]
-Float32 = Annotated[bool, typer.Option("--float32", help="read a model that is stored in half precision in float32")]
-MaxBatches = Annotated[int, typer.Option(help="read no more than 8 sequences for each")]
+Stack = Annotated[str, typer.Option(help="which stack of layers, in a model with several: its path, such as model.encoder")]
+Float32 = Annotated[bool, typer.Option("--float32", help="load the weights in float32; needed if they are stored in half precision")]
+MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of calibration data, with 8 samples each")]
 
 
 def main() -> None:
@@ -165,59 +168,57 @@ def analyze(
 def convert(
     model: ModelName,
     calibration: CalibrationData,
-    out: Annotated[Path, typer.Option(help="a new directory for the converted model")],
-    budget: Annotated[str | None, typer.Option(help="latency<=0.7 (of the original's time) or error<=0.02")] = None,
-    plan: Annotated[str | None, typer.Option(help="a reuse plan instead, such as 2x3 or [0,1,1,3]")] = None,
-    distill_seconds: Annotated[float | None, typer.Option(help="distil from the original this long")] = None,
+    out: Annotated[Path, typer.Option(help="new directory for the converted model")],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="search for the best plan: 'latency<=0.7' for 70 % of the original's latency, or 'error<=0.02' for a "
+            "maximum error, 1 − cosine of the last hidden states"
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="use this plan instead of a search: 2x3 for two groups of three layers, or [0,1,1,3]"),
+    ] = None,
+    distill_seconds: Annotated[
+        float | None, typer.Option(help="then train the converted model to match the original for this long")
+    ] = None,
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
 ) -> None:
-    """Convert a model to one that reuses maps: search, align, refit, and distil where asked to."""
+    """Convert a model to one whose layers share attention maps.
+
+    Searches for a plan or takes the given one, assigns heads, refits projections and, if asked for, distils. The same
+    command continues after an interrupt; its work is kept in OUT.work until then. Latency counts what sharing saves,
+    without mapreuse.optimize on either side.
+    """
     from mapreuse import ReusePlan, save
     from mapreuse.conversion import (
-        check_new,
-        check_work,
-        convert_whole,
+        MIN_CONVERSION_BATCHES,
+        MIN_DISTILLATION_BATCHES,
+        check_output,
+        convert_to_directory,
         copy_companions,
         parse_budget,
-        written_whole,
     )
 
-    named, out = out, out.resolve()
-    check_new(out)
-    work = out.with_name(f"{out.name}.work")
-    check_work(work)
+    check_output(out)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
-    min_samples = _FEWEST_TO_CONVERT if distill_seconds is None else _FEWEST_TO_DISTIL
-    opened, batches = _calibrated(model, calibration, max_batches, stack, min_samples=min_samples, float32=float32)
-    part, report = convert_whole(
-        opened.part, batches, budget=limits, plan=reuse, distill_seconds=distill_seconds, work_dir=work
+    minimum = MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES
+    opened, batches = _calibrated(model, calibration, max_batches, stack, min_samples=minimum, float32=float32)
+
+    def write(part: Module, directory: Path) -> None:
+        save(opened.with_part(part), directory / opened.directory.relative_to(model))
+        copy_companions(model, directory)
+
+    report = convert_to_directory(
+        opened.part, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
     )
-    converted = opened.with_part(part)
-    with written_whole(out, work) as written:
-        save(converted, written / opened.directory.relative_to(model))
-        copy_companions(model, written, work_dir=work)
-    console.print(str(report.plan), markup=False, highlight=False)
-    if report.plan.is_full:
-        met = (
-            "No layer shares a map." if limits is None else "The budget is met without reuse: no layer shares a map."
-        )
-        learnt = "" if distill_seconds is None else " There is nothing to distil."
-        console.print(f"{met}{learnt}{'' if limits is None else ' A lower latency would need it.'}")
-    for step, error in report.errors.items():
-        console.print(f"error, {step}: {error:.4f}", highlight=False)
-    before, after = report.parameters
-    of_part = f" of {stack}" if stack else ""
-    console.print(
-        f"latency{of_part}: {report.latency:.2f}× of the original's; without reuse {report.exact_latency:.2f}×",
-        highlight=False,
-    )
-    console.print(
-        f"parameters{of_part}: {before:,} before, {after:,} after ({1 - after / before:.1%} less)", highlight=False
-    )
-    console.print(f"{named}: open it with mapreuse.load", markup=False, highlight=False)
+    for line in report.lines():
+        console.print(line, markup=False, highlight=False)
+    console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
 def _calibrated(
@@ -229,12 +230,14 @@ def _calibrated(
     min_samples: int = 4,
     float32: bool = False,
 ) -> tuple[OpenedModel, list[dict[str, Tensor]]]:
-    """The model that the command line names, and batches for it, at least `min_samples`."""
+    """The model that the command line names, and batches for it."""
     from transformers.utils.logging import disable_progress_bar
 
     from mapreuse.data import open_batches, open_model
 
     disable_progress_bar()
-    wanted: dict[str, int] = {"max_batches": max_batches, "min_batches": _FEWEST_BATCHES, "min_samples": min_samples}
     opened = open_model(model, stack, float32=float32)
-    return opened, open_batches(opened, calibration, **wanted)
+    batches = open_batches(
+        opened, calibration, max_batches=max_batches, min_batches=_MIN_BATCHES, min_samples=min_samples
+    )
+    return opened, batches

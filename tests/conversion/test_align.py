@@ -153,7 +153,7 @@ def test_align_takes_the_head_of_least_error_by_default():
 
 
 def test_a_plan_for_another_depth_and_an_unknown_mode_are_refused():
-    with pytest.raises(ValueError, match="plan speaks of 4 layers, but the model has 6"):
+    with pytest.raises(ValueError, match="plan has 4 layers, but the model has 6"):
         align_by(random_similarity(0), ReusePlan.full(4))
     with pytest.raises(ValueError, match="mode must be error, best or one-to-one"):
         _assign(random_similarity(0).heads[0, :, 1], "closest")
@@ -165,7 +165,7 @@ def test_a_plan_for_another_depth_and_an_unknown_mode_are_refused():
 @pytest.mark.parametrize("depth", [3, 7])
 def test_align_refuses_a_plan_of_another_depth(mode, depth):
     model, batch = build("bert")
-    with pytest.raises(ValueError, match=f"the plan speaks of {depth} layers, but the model has"):
+    with pytest.raises(ValueError, match=f"the plan has {depth} layers, but the model has"):
         mr.align(model, mr.ReusePlan.full(depth), [batch], mode=mode)
 
 
@@ -173,9 +173,9 @@ def test_align_refuses_a_plan_of_another_depth(mode, depth):
 def test_a_converted_model_and_batches_of_nothing_are_refused(mode):
     model, batch = build("bert")
     plan = mr.ReusePlan.grouped(4, 2)
-    with pytest.raises(ValueError, match="the model reuses attention maps already"):
+    with pytest.raises(ValueError, match="the model shares attention maps already"):
         mr.align(mr.convert(model, plan), plan, [batch], mode=mode)
     padding = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
-    for batches, message in (([padding], "nothing but padding"), ([], "no calibration"), (batch, "a str")):
+    for batches, message in (([padding], "or only padding"), ([], "no calibration"), (batch, "a str")):
         with pytest.raises(ValueError, match=message):
             mr.align(model, plan, iter(batches), mode=mode)

@@ -1,4 +1,4 @@
-"""Passes that skip what is known, against whole passes."""
+"""LayerCache that skip what is known, against whole cache."""
 
 import functools
 
@@ -11,8 +11,8 @@ from text_batches import random_batches
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
-from mapreuse.conversion import Judged
-from mapreuse.conversion._layer_cache import Passes
+from mapreuse.conversion import PlanEvaluator
+from mapreuse.conversion._layer_cache import LayerCache
 from mapreuse.models import find_stack, output_projection
 
 FAMILIES_AND_ENCODERS = {
@@ -63,9 +63,9 @@ def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(made):
             projection.weight.copy_(factor * weight)
 
     factors = (1.0, 0.5, 0.0, 1.0)
-    passes = Passes(model, [batch], PLAN)
+    cache = LayerCache(model, [batch], PLAN)
     for _ in range(2):
-        found = passes.outputs(2, 0, [functools.partial(change, factor) for factor in factors])
+        found = cache.outputs(2, 0, [functools.partial(change, factor) for factor in factors])
         assert len(found) == len(factors)
         assert torch.equal(found[0], found[3])
         assert not torch.allclose(found[0], found[1])
@@ -80,7 +80,7 @@ def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(made):
 def test_what_reaches_a_layers_projection_is_that_of_whole_passes(made):
     model, batch = made
     mr.apply(model, PLAN)
-    passes, layer = Passes(model, [batch], PLAN), find_stack(model).layers[3]
+    cache, layer = LayerCache(model, [batch], PLAN), find_stack(model).layers[3]
     expected = {}
     with (
         torch.no_grad(),
@@ -91,7 +91,7 @@ def test_what_reaches_a_layers_projection_is_that_of_whole_passes(made):
         model(**batch)
     expected["inputs"] = by_batch(model, output_of_layer(model, 2, batch))
     for _ in range(2):
-        context, inputs = passes.context(3, 0)
+        context, inputs = cache.context(3, 0)
         torch.testing.assert_close(context, expected["context"])
         torch.testing.assert_close(inputs, expected["inputs"])
 
@@ -103,9 +103,9 @@ def test_layers_run_again_where_maps_of_theirs_are_applied(index, runs):
     """Of a chain, also those whose maps the sources apply in turn."""
     model, batch = build("bert")
     mr.apply(model, CHAIN)
-    passes = Passes(model, [batch], CHAIN)
-    assert run_by(model, lambda: passes.outputs(3, 0)) == [0, 1, 2, 3]
-    assert run_by(model, lambda: passes.outputs(index, 0)) == runs
+    cache = LayerCache(model, [batch], CHAIN)
+    assert run_by(model, lambda: cache.outputs(3, 0)) == [0, 1, 2, 3]
+    assert run_by(model, lambda: cache.outputs(index, 0)) == runs
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_layers_whose_maps_are_not_applied_do_not_run_again(plan, runs):
     model, batch = build("bert")
     if plan is not None:
         mr.apply(model, plan)
-    passes = Passes(model, [batch, batch], plan)
+    cache = LayerCache(model, [batch, batch], plan)
     expected = output_of_layer(model, 3, batch)
     for again in (False, True):
         for number in range(2):
             found = run_by(
-                model, lambda number=number: torch.testing.assert_close(passes.outputs(3, number)[0], expected)
+                model, lambda number=number: torch.testing.assert_close(cache.outputs(3, number)[0], expected)
             )
             assert found == (runs if again else [0, 1, 2, 3])
 
@@ -129,22 +129,22 @@ def test_a_layer_that_is_met_for_the_first_time_has_the_maps_that_it_applies():
     """Layer 2 is not known, since the pass before ended with it; it applies a map of layer 0, which is."""
     model, batch = build("bert")
     mr.apply(model, PLAN)
-    passes = Passes(model, [batch], PLAN)
-    passes.outputs(2, 0)
+    cache = LayerCache(model, [batch], PLAN)
+    cache.outputs(2, 0)
     expected = output_of_layer(model, 3, batch)
-    assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
+    assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
 
 
 def test_of_a_layer_that_runs_again_for_its_map_what_comes_after_it_does_not():
     model, batch = build("bert")
     mr.apply(model, PLAN)
-    passes, runs = Passes(model, [batch], PLAN), []
+    cache, runs = LayerCache(model, [batch], PLAN), []
     expected = output_of_layer(model, 3, batch)
     for index, layer in enumerate(model.encoder.layer):
         layer.intermediate.register_forward_hook(lambda *_, index=index: runs.append(index))
     for again in ([0, 1, 2, 3], [3]):
         runs.clear()
-        torch.testing.assert_close(passes.outputs(3, 0)[0], expected)
+        torch.testing.assert_close(cache.outputs(3, 0)[0], expected)
         assert runs == again
 
 
@@ -159,25 +159,25 @@ def test_layers_before_the_first_that_reuses_put_out_what_the_originals_do(plan,
     """So they need not run; in `CHAIN` and `PAIRS` layer 1 is the first that reuses, and is not the original's."""
     original, batch = build("bert")
     model = mr.convert(original, plan)
-    of_original = Passes(original, [batch])
+    of_original = LayerCache(original, [batch])
     of_original.outputs(3, 0)
-    passes = Passes(model, [batch], plan, of_original)
+    cache = LayerCache(model, [batch], plan, of_original)
     expected = output_of_layer(model, index, batch)
-    assert run_by(model, lambda: torch.testing.assert_close(passes.outputs(index, 0)[0], expected)) == runs
+    assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(index, 0)[0], expected)) == runs
 
 
-@pytest.mark.parametrize(("kept_bytes", "number_kept"), [(0, 0), (2_000, 0), (3 * 4 * 7 * 32 * 4, 3), (2**20, 6)])
-def test_only_so_many_bytes_are_kept(kept_bytes, number_kept):
+@pytest.mark.parametrize(("max_bytes", "number_kept"), [(0, 0), (2_000, 0), (3 * 4 * 7 * 32 * 4, 3), (2**20, 6)])
+def test_only_so_many_bytes_are_kept(max_bytes, number_kept):
     """A layer of a batch puts out 4 · 7 · 32 floats of four bytes."""
     model, _ = build("bert")
     batches = [{"input_ids": torch.randint(5, 40, (4, 7))} for _ in range(2)]
-    passes = Passes(model, batches, kept_bytes=kept_bytes)
+    cache = LayerCache(model, batches, max_bytes=max_bytes)
     expected = [output_of_layer(model, 3, batch) for batch in batches]
     for _ in range(2):
         for number, output in enumerate(expected):
-            torch.testing.assert_close(passes.outputs(3, number)[0], output)
-    assert len(passes._kept) == number_kept
-    assert sum(output.nbytes for output in passes._kept.values()) <= kept_bytes
+            torch.testing.assert_close(cache.outputs(3, number)[0], output)
+    assert len(cache._outputs) == number_kept
+    assert sum(output.nbytes for output in cache._outputs.values()) <= max_bytes
 
 
 @pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "a plan"])
@@ -201,9 +201,9 @@ def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(wi
         if with_hooks:
             layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
             layer.register_forward_hook(lambda _, args, output: output.mul_(0.5))
-    expected, passes = output_of_layer(model, 2, batch), Passes(model, [batch], plan)
+    expected, cache = output_of_layer(model, 2, batch), LayerCache(model, [batch], plan)
     for _ in range(3):
-        once, again = passes.outputs(2, 0, [lambda: None, lambda: None])
+        once, again = cache.outputs(2, 0, [lambda: None, lambda: None])
         torch.testing.assert_close(once, expected)
         torch.testing.assert_close(again, once)
     assert [layer.forward for layer in layers] == forwards
@@ -213,14 +213,14 @@ def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(wi
 def test_a_pass_that_is_stopped_leaves_the_model_as_it_was(call):
     model, batch = build("bert")
     mr.apply(model, PLAN)
-    passes, layers = Passes(model, [batch], PLAN), find_stack(model).layers
-    passes.outputs(3, 0)
+    cache, layers = LayerCache(model, [batch], PLAN), find_stack(model).layers
+    cache.outputs(3, 0)
 
     def stopped(*args):
         raise KeyboardInterrupt
 
     with layers[3].attention.register_forward_pre_hook(stopped), pytest.raises(KeyboardInterrupt):
-        getattr(passes, call)(3, 0)
+        getattr(cache, call)(3, 0)
     assert not any("forward" in vars(one.layer) for one in layers)
     assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in layers)
     assert layers[2].attention._layout.releases == (0,)
@@ -235,8 +235,8 @@ def test_a_fit_runs_the_first_layer_once_for_each_batch():
 
 
 def test_plans_that_are_judged_have_the_originals_first_layers_in_common():
-    judged, runs = Judged(build("bert")[0], random_batches(8), lambda model: 0.5), []
-    judged._wanted.passes.layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(0))
+    judged, runs = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5), []
+    judged._targets.cache.layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(0))
     for last in (1, 2):
         judged(mr.ReusePlan.from_sources([0, 1, 2, last]))
         assert len(runs) == 8
@@ -244,4 +244,4 @@ def test_plans_that_are_judged_have_the_originals_first_layers_in_common():
 
 def test_which_positions_are_padding():
     model, (batch,) = build("bert")[0], random_batches(1)
-    assert torch.equal(Passes(model, [batch]).valid(0), batch["attention_mask"].bool())
+    assert torch.equal(LayerCache(model, [batch]).valid(0), batch["attention_mask"].bool())

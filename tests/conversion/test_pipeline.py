@@ -1,4 +1,4 @@
-"""A whole conversion: goes on where it was stopped, with what it had found."""
+"""Conversions in memory and into a directory, which continue after an interrupt."""
 
 import copy
 import json
@@ -9,8 +9,11 @@ from families import build
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.conversion import _pipeline, check_work, convert_whole, copy_companions, written_whole
+from mapreuse.conversion import _pipeline, check_output, convert_to_directory, copy_companions, split_batches
+from mapreuse.conversion._output_dir import new_directory
 from mapreuse.models import _linear
+
+GROUPS = mr.ReusePlan.grouped(4, 2)
 
 
 @pytest.fixture(scope="module")
@@ -22,42 +25,88 @@ def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_a_conversion_stopped_in_distillation_goes_on_with_the_plan_and_the_weights_it_had(
+def converted(original, batches, out, save=mr.save, **options):
+    """The converted model, as it is saved, and the report."""
+    saved = []
+
+    def keep(model, directory):
+        saved.append(model)
+        save(model, directory)
+
+    report = convert_to_directory(original, batches, out, keep, **options)
+    return saved[0], report
+
+
+def test_convert_leaves_the_original_as_it_is():
+    model, batch = build("bert")
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+        shared = mr.convert(model, GROUPS, [batch] * 4)
+        after = model(**batch).last_hidden_state
+    assert torch.equal(before, after)
+    assert mr.plan_of(model) is None
+    assert mr.plan_of(shared).layers[1] is not None
+
+
+def test_convert_with_batches_aligns_applies_and_refits(bert):
+    batches = random_batches(8)
+    by_hand = mr.apply(copy.deepcopy(bert), mr.align(bert, GROUPS, batches))
+    mr.refit(by_hand, bert, batches)
+    shared = mr.convert(bert, GROUPS, iter(batches))
+    assert mr.plan_of(shared) == mr.plan_of(by_hand)
+    for name, weight in by_hand.state_dict().items():
+        assert torch.equal(weight, shared.state_dict()[name])
+
+
+def test_convert_without_batches_applies_the_plan_as_it_is(bert):
+    plan = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [3, 3, 0, 1]})
+    assert mr.plan_of(mr.convert(bert, plan)) == plan
+
+
+def test_convert_passes_the_storage_on():
+    model, batch = build("bert")
+    with torch.no_grad():
+        dense = mr.convert(model, GROUPS)(**batch).last_hidden_state
+        recomputed = mr.convert(model, GROUPS, storage="recompute")(**batch).last_hidden_state
+    torch.testing.assert_close(dense, recomputed, atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversion_stopped_in_distillation_continues_with_its_plan_and_weights(
     bert, tmp_path, regular_times, monkeypatch
 ):
-    """Also where linear layers are taken to another library meanwhile, in which products round otherwise."""
-    batches, given = random_batches(24), {"budget": {"error": 0.5}, "distill_seconds": 1.0, "work_dir": tmp_path}
+    """Even if linear layers use another library afterwards, in which products round differently."""
+    batches, given = random_batches(24), {"budget": {"error": 0.5}, "distill_seconds": 1.0, "out": tmp_path / "out"}
     with monkeypatch.context() as patch:
-        patch.setattr(_directory, "distill", interrupted)
+        patch.setattr(_pipeline, "distill", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            convert_whole(bert, batches, **given)
-    kept = json.loads((tmp_path / "refitted" / "found.json").read_text())
+            converted(bert, batches, **given)
+    kept = json.loads((tmp_path / "out.work" / "refitted" / "found.json").read_text())
     before = {}
 
     def noted(model, *args, **kwargs):
         before.update(copy.deepcopy(model.state_dict()))
 
-    monkeypatch.setattr(_directory, "distill", noted)
+    monkeypatch.setattr(_pipeline, "distill", noted)
     for name in ("search", "align", "refit", "relative_latencies"):
-        monkeypatch.setattr(_directory, name, None)
+        monkeypatch.setattr(_pipeline, name, None)
     monkeypatch.setattr(_linear, "onednn_is_faster", lambda threads: not torch.backends.mkldnn.is_available())
-    model, report = convert_whole(bert, batches, **given)
+    model, report = converted(bert, batches, **given)
     assert report.plan == mr.plan_of(model) == mr.ReusePlan.from_json(kept["plan"])
     assert {name: report.errors[name] for name in ("aligned", "refitted")} == kept["errors"]
     refitted = mr.apply(copy.deepcopy(bert), report.plan)
-    mr.refit(refitted, bert, _pipeline.calibrating_and_judging(batches)[0])
+    mr.refit(refitted, bert, split_batches(batches)[0])
     for name, weight in refitted.state_dict().items():
         torch.testing.assert_close(before[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_what_a_search_refitted_and_timed_is_not_refitted_and_timed_again(bert, regular_times, monkeypatch):
+def test_a_plan_from_a_search_is_not_refitted_and_timed_again(bert, tmp_path, regular_times, monkeypatch):
     batches = random_batches(12)
     (*_, fastest) = mr.search(bert, batches, error=0.3)
     by_hand = mr.apply(copy.deepcopy(bert), fastest.plan)
-    mr.refit(by_hand, bert, _pipeline.calibrating_and_judging(batches)[0])
+    mr.refit(by_hand, bert, split_batches(batches)[0])
     for name in ("align", "refit", "relative_latencies"):
-        monkeypatch.setattr(_directory, name, None)
-    model, report = convert_whole(bert, batches, budget={"error": 0.3})
+        monkeypatch.setattr(_pipeline, name, None)
+    model, report = converted(bert, batches, tmp_path / "out", budget={"error": 0.3})
 
     assert report.plan == fastest.plan == mr.plan_of(model)
     assert not report.plan.is_full
@@ -68,36 +117,38 @@ def test_what_a_search_refitted_and_timed_is_not_refitted_and_timed_again(bert, 
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "found.json"])
-def test_what_was_kept_and_is_damaged_does_not_count(bert, tmp_path, regular_times, name):
-    given = {"plan": mr.ReusePlan.grouped(4, 2), "work_dir": tmp_path}
-    _, before = convert_whole(bert, random_batches(8), **given)
-    file = tmp_path / "refitted" / name
-    for damage in (file.read_bytes()[:9], b"{}", b"[1]"):
-        file.write_bytes(damage)
-        model, report = convert_whole(bert, random_batches(8), **given)
-        assert (report.plan, report.errors) == (before.plan, before.errors)
-        assert mr.plan_of(model) == report.plan
+def test_work_that_is_damaged_or_of_another_conversion_is_not_used(bert, tmp_path, regular_times):
+    out, work = tmp_path / "out", tmp_path / "out.work" / "refitted"
+
+    def stopped(batches, plan=GROUPS):
+        with pytest.raises(KeyboardInterrupt):
+            converted(bert, batches, out, save=interrupted, plan=plan)
+
+    stopped(random_batches(8))
+    whole = {name: (work / name).read_bytes() for name in ("model.safetensors", "found.json")}
+    for name, content in whole.items():
+        for damage in (content[:9], b"{}", b"[1]"):
+            (work / name).write_bytes(damage)
+            stopped(random_batches(8))
+            assert (work / name).read_bytes() == content
+    for batches, plan in ((random_batches(8, seed=5), GROUPS), (random_batches(8), mr.ReusePlan.grouped(4, 4))):
+        stopped(batches, plan)
+        assert (work / "found.json").read_bytes() != whole["found.json"]
+    _, report = converted(bert, random_batches(8), out, plan=GROUPS)
+    assert report.errors == json.loads(whole["found.json"])["errors"]
+    assert not (tmp_path / "out.work").exists()
 
 
-def test_what_was_kept_of_other_batches_or_of_another_budget_does_not_count(bert, tmp_path, regular_times):
-    given = {"plan": mr.ReusePlan.grouped(4, 2), "work_dir": tmp_path}
-    convert_whole(bert, random_batches(8), **given)
-    other_plan = {**given, "plan": mr.ReusePlan.grouped(4, 4)}
-    for batches, other in ((random_batches(8, seed=5), given), (random_batches(8), other_plan)):
-        _, report = convert_whole(bert, batches, **other)
-        _, afresh = convert_whole(bert, batches, plan=other["plan"])
-        assert (report.plan, report.errors) == (afresh.plan, afresh.errors)
-
-
-def test_a_plan_without_reuse_is_not_distilled(bert, regular_times, monkeypatch):
-    monkeypatch.setattr(_directory, "distill", None)
-    model, report = convert_whole(bert, random_batches(24), plan=mr.ReusePlan.full(4), distill_seconds=1.0)
+def test_a_plan_without_reuse_is_not_distilled(bert, tmp_path, regular_times, monkeypatch):
+    monkeypatch.setattr(_pipeline, "distill", None)
+    options = {"plan": mr.ReusePlan.full(4), "distill_seconds": 1.0}
+    model, report = converted(bert, random_batches(24), tmp_path / "out", **options)
     assert mr.plan_of(model).is_full
     assert "distilled" not in report.errors
+    assert any("nothing to distil" in line for line in report.lines())
 
 
-def test_only_what_belongs_to_the_model_is_copied_and_may_be_written_to(tmp_path):
+def test_only_files_of_the_model_are_copied_and_may_be_written_to(tmp_path):
     model = tmp_path / "model"
     for name in (
         "vocab.json",
@@ -113,38 +164,37 @@ def test_only_what_belongs_to_the_model_is_copied_and_may_be_written_to(tmp_path
     (model / "dangling").symlink_to(tmp_path / "nowhere")
     for folder in (model / "notes", model):
         folder.chmod(0o555)
-    copy_companions(model, tmp_path / "out", work_dir=tmp_path / "work")
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    copy_companions(model, tmp_path / "work" / "out")
+    out = tmp_path / "work" / "out"
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {"vocab.json", "modules.json", "2_Dense/model.safetensors", "notes/card.md"}
-    for folder in (tmp_path / "out", tmp_path / "out" / "notes"):
+    for folder in (out, out / "notes"):
         assert folder.stat().st_mode & 0o700 == 0o700
     for folder in (model, model / "notes"):
         folder.chmod(0o755)
 
 
-def test_a_directory_of_work_that_holds_other_files_is_refused_and_kept(tmp_path):
+def test_a_work_directory_with_other_files_is_refused_and_kept(tmp_path):
     work = tmp_path / "model.work"
     for name in ("search.jsonl", "thesis.txt"):
         work.mkdir(exist_ok=True)
         (work / name).write_text("mine")
     with (
-        pytest.raises(ValueError, match=r"holds thesis\.txt, which is not of a conversion"),
-        written_whole(tmp_path / "model", work),
+        pytest.raises(ValueError, match=r"holds thesis\.txt, but the conversion keeps its work there"),
+        new_directory(tmp_path / "model"),
     ):
         pass
     assert (work / "thesis.txt").read_text() == (work / "search.jsonl").read_text() == "mine"
     (work / "thesis.txt").unlink()
-    with written_whole(tmp_path / "model", work) as written:
+    with new_directory(tmp_path / "model") as written:
         (written / "config.json").write_text("{}")
-        (work / "thesis.txt").write_text("mine")  # after it was looked at
+        (work / "thesis.txt").write_text("mine")  # after the check
     assert (tmp_path / "model" / "config.json").is_file()
     assert [file.name for file in work.iterdir()] == ["thesis.txt"]
-    with pytest.raises(ValueError, match="holds thesis"):
-        check_work(work)
     (work / "thesis.txt").unlink()
-    with written_whole(tmp_path / "another", work) as written:
+    with new_directory(tmp_path / "another") as written:
         (written / "config.json").write_text("{}")
-    assert not work.exists()
-    work.write_text("a file")
-    with pytest.raises(ValueError, match="is a file: move it"):
-        check_work(work)
+    assert not (tmp_path / "another.work").exists()
+    (tmp_path / "third.work").write_text("a file")
+    with pytest.raises(ValueError, match="is a file, but"):
+        check_output(tmp_path / "third")

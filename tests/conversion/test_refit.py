@@ -15,13 +15,15 @@ from torch.nn import functional
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
-from mapreuse.conversion import _least_squares, _refit
-from mapreuse.conversion._least_squares import Sums, Weights
-from mapreuse.models import find_stack
+from mapreuse.conversion import LayerRefit, PlanEvaluator, _least_squares, _refit
+from mapreuse.conversion._least_squares import HeadProjections, LeastSquares
+from mapreuse.conversion._refit import RefitCache, refit_layers
+from mapreuse.conversion._targets import Targets
+from mapreuse.models import find_stack, output_projection
 
 
 def random_weights(heads, inputs, dim, width, *, with_bias=True, maps=None):
-    return Weights(
+    return HeadProjections(
         maps or tuple(range(heads)),
         torch.randn(heads, inputs, dim).double(),
         torch.randn(heads, dim).double(),
@@ -46,7 +48,7 @@ FEW, MANY = 11, 200
 
 def summed(weights, inputs, targets, drift, dtype=torch.float32):
     """In this precision, which is that of a model; it holds random numbers as they are."""
-    sums = Sums(weights)
+    sums = LeastSquares(weights)
     for rows in torch.arange(len(inputs)).split(4):
         sums.add(*(one[rows].to(dtype) for one in (inputs, targets, drift)))
     assert (sums._sums is None) == (len(inputs) <= inputs.shape[1] + 1)
@@ -86,7 +88,7 @@ def test_the_error_summed_over_contexts_is_that_of_the_outputs(rows, with_bias):
     torch.manual_seed(3)
     weights = random_weights(2, 5, 3, 4, with_bias=with_bias)
     inputs, targets, drift = torch.randn(rows, 10), torch.randn(rows, 4).double(), torch.randn(rows, 4).double()
-    on_contexts = weights.on_contexts()
+    on_contexts = HeadProjections.of_contexts(weights.output, weights.bias)
     judged = summed(on_contexts, weights.contexts(inputs), targets, drift, torch.float64).error(on_contexts, 1.0)
     expected = (outputs(weights, inputs.double()) - targets - drift).norm() / targets.norm()
     assert judged == pytest.approx(float(expected))
@@ -337,3 +339,94 @@ def test_a_fit_that_is_stopped_or_meets_a_candidate_of_no_use_leaves_the_weights
         else:
             assert all(report.ridge is None for report in mr.refit(model, original, batches))
         assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
+OWN = (None,) * 4
+BELOW = ((0, 0), None, None, (0, 1))
+FIRST, ALIKE, REORDERED, OTHER = (
+    mr.ReusePlan((OWN, layer, OWN, last))
+    for layer, last in (
+        (BELOW, (None, (0, 2), (0, 3), None)),
+        (BELOW, (None, (2, 2), (0, 3), None)),
+        (BELOW, (None, (1, 2), None, (0, 1))),  # so that heads of layer 1 come in another order
+        (((0, 0), None, None, (0, 2)), (None, (0, 2), (0, 3), None)),
+    )
+)
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The layers that were refitted from the start."""
+
+    def fit_layer(index, *rest):
+        indices.append(index)
+        return original(index, *rest)
+
+    indices, original = [], _refit._refit_layer
+    monkeypatch.setattr(_refit, "_refit_layer", fit_layer)
+    return indices
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("plan", "refitted"), [(ALIKE, [3]), (REORDERED, [1, 3]), (OTHER, [1, 3]), (FIRST, [])])
+def test_what_a_plan_takes_from_another_is_what_refitting_it_gives(family, plan, refitted, fitted):
+    original, batches = build(family)[0], random_batches(8)
+    wanted, refits = Targets(original, batches), RefitCache(max_bytes=2**20)
+    refit_layers(mr.apply(build(family)[0], FIRST), wanted, refits)
+    fitted.clear()
+    model, alone = (mr.apply(build(family)[0], plan) for _ in range(2))
+    reports = refit_layers(model, wanted, refits)
+
+    assert fitted == refitted
+    assert reports[0].ridge is not None
+    for one, other in zip(reports, mr.refit(alone, original, batches), strict=True):
+        assert one.after == pytest.approx(other.after, rel=1e-5)
+        assert replace(one, before=0.0, after=0.0) == replace(other, before=0.0, after=0.0)
+    for name, parameter in alone.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], parameter, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("max_bytes", "again"), [(0, [1, 2, 3]), (12_000, [1]), (2**20, [])])
+def test_only_so_many_bytes_are_kept_and_the_oldest_go_first(max_bytes, again, fitted):
+    """Output and values of a layer are 2 · 32 · 32 floats of four bytes: 8 KiB at most."""
+    original, plan = build("bert")[0], mr.ReusePlan.grouped(4, 4)
+    wanted, refits = Targets(original, random_batches(8)), RefitCache(max_bytes)
+    refit_layers(mr.convert(original, plan), wanted, refits)
+    fitted.clear()
+    known = [layer for layer in (1, 2, 3) if refits.restore(mr.convert(original, plan), plan, layer) is not None]
+
+    assert sorted({1, 2, 3} - set(known)) == again
+    assert sum(w.output.nbytes + w.values.nbytes for _, w in refits._layers.values()) <= max_bytes
+
+
+def test_what_was_asked_for_last_goes_last():
+    original, plan, refits = build("bert")[0], mr.ReusePlan.grouped(4, 4), RefitCache(max_bytes=12_000)
+    model = mr.convert(original, plan)
+    refit_layers(model, Targets(original, random_batches(8)), refits)
+    assert len(refits._layers) == 2
+    refits.restore(model, plan, 2)
+    refits.store(model, plan, LayerRefit(1, before=0.5, after=0.4, ridge=1.0, values=False))
+
+    assert [refits.restore(model, plan, layer) is not None for layer in (1, 2, 3)] == [True, True, False]
+
+
+def test_plans_that_are_judged_refit_what_they_have_in_common_once(fitted):
+    judged = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5)
+    judged(FIRST)
+    judged(ALIKE)
+
+    assert fitted == [1, 3, 3]
+
+
+def test_a_layer_that_kept_its_weights_keeps_them_again():
+    plan = FIRST
+    model, other = (mr.apply(build("bert")[0], plan) for _ in range(2))
+    refits = RefitCache(max_bytes=2**20)
+    with torch.no_grad():
+        output_projection(find_stack(other).layers[1]).weight.zero_()
+    refits.store(other, plan, LayerRefit(1, before=0.5, after=0.5, ridge=None, values=False))
+    weight = output_projection(find_stack(model).layers[1]).weight.clone()
+
+    assert refits.restore(model, plan, 1) == LayerRefit(1, 0.5, 0.5, None, False)
+    assert torch.equal(output_projection(find_stack(model).layers[1]).weight, weight)
+    assert refits.restore(model, replace(plan, layers=(OWN, OWN, *plan.layers[2:])), 1) is None

@@ -9,7 +9,7 @@ from packed_encoders import peaked
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.conversion import Judged, Ranking, hidden_state_error, output_errors
+from mapreuse.conversion import PlanEvaluator, SearchHeuristic, hidden_state_error, output_errors
 from mapreuse.conversion._search_heuristic import RefitErrors
 from mapreuse.models import MapRecorder, find_stack, output_projection
 
@@ -73,9 +73,9 @@ def test_heads_whose_maps_an_earlier_layer_has_cost_least():
         for rows in (slice(head * query.out_features // 4, (head + 1) * query.out_features // 4) for head in heads):
             query.weight.data[rows], query.bias.data[rows] = 0, 0
     batches = random_batches(8)
-    ranking = Ranking(model, batches, Judged(model, batches, hidden_state_error(model, batches)))
+    heuristic = SearchHeuristic(model, batches, PlanEvaluator(model, batches, hidden_state_error(model, batches)))
     for layer in (1, 2):
-        costs = {head: ranking.predicted(frozenset({(layer, head)})) for head in range(4)}
+        costs = {head: heuristic.predicted(frozenset({(layer, head)})) for head in range(4)}
         assert set(sorted(costs, key=costs.get)[: len(planted[layer])]) == planted[layer]
         assert all(
             costs[head] < 0.2 * costs[other] for head in planted[layer] for other in set(range(4)) - planted[layer]
@@ -85,18 +85,18 @@ def test_heads_whose_maps_an_earlier_layer_has_cost_least():
 def test_reusing_heads_are_joined_by_the_one_that_costs_least():
     model, _ = build("bert")
     batches = random_batches(8)
-    ranking = Ranking(model, batches, Judged(model, batches, hidden_state_error(model, batches)))
+    heuristic = SearchHeuristic(model, batches, PlanEvaluator(model, batches, hidden_state_error(model, batches)))
     reusing = frozenset({(2, 1)})
-    for head in ranking.grown(reusing, 2) - ranking.grown(reusing, 1):
-        one = ranking.grown(reusing, 1)
-        assert ranking.predicted(one | {head}) == min(ranking.predicted(one | {other}) for other in ranking.all - one)
-    assert ranking.grown(reusing, 2) > ranking.grown(reusing, 1) > reusing
-    assert ranking.grown(reusing, 100) == ranking.all
+    for head in heuristic.grown(reusing, 2) - heuristic.grown(reusing, 1):
+        one = heuristic.grown(reusing, 1)
+        assert heuristic.predicted(one | {head}) == min(heuristic.predicted(one | {other}) for other in heuristic.all - one)
+    assert heuristic.grown(reusing, 2) > heuristic.grown(reusing, 1) > reusing
+    assert heuristic.grown(reusing, 100) == heuristic.all
 
 
 def test_a_head_without_a_source_that_computes_is_refused():
     model, batch = build("bert")
-    ranking = Ranking(model, [batch] * 4, Judged(model, [batch] * 4, hidden_state_error(model, [batch])))
+    heuristic = SearchHeuristic(model, [batch] * 4, PlanEvaluator(model, [batch] * 4, hidden_state_error(model, [batch])))
     with pytest.raises(ValueError, match="layer 0, head 2: no head of an earlier layer of its kind computes its map"):
-        ranking.plan(ranking.all | {(0, 2)})
-    assert ranking.plan(frozenset()) == mr.ReusePlan.full(4)
+        heuristic.plan(heuristic.all | {(0, 2)})
+    assert heuristic.plan(frozenset()) == mr.ReusePlan.full(4)

@@ -13,7 +13,7 @@ from mapreuse_lab.study import _full as internals
 from mapreuse_lab.training import open_corpus
 from rich.console import Console
 
-from mapreuse.conversion._search import FEWEST, Candidate
+from mapreuse.conversion import MIN_CONVERSION_BATCHES, Candidate
 from mapreuse.models import plan_of
 from mapreuse.plan import ReusePlan
 
@@ -38,9 +38,9 @@ CONFIG = FullConfig(
 def found(original, batches, *, error, cache):
     """In the place of the search, which has tests of its own: plans of several sizes for a model without a plan."""
     assert plan_of(original) is None
-    assert len(batches) >= FEWEST
+    assert len(batches) >= MIN_CONVERSION_BATCHES
     plans = [ReusePlan.parse(text) for text in ("4x1", "[0, 0, 0, 3]", "[0, 1, 1, 3]")]
-    return [Candidate(plan, error, latency=1.0, predicted=1.0, parameters=1) for plan in plans]
+    return [Candidate(plan, error, 1.0, 1.0, 1.0, 1, lambda plan: original) for plan in plans]
 
 
 MEMORY = {}

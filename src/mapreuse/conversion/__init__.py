@@ -1,43 +1,41 @@
-"""How does a trained model become one that reuses maps, and stays good?"""
+"""How does a trained model become one that shares maps and stays good?"""
 
 from mapreuse.conversion._align import align, align_by, group_by, output_errors
-from mapreuse.conversion._convert import convert
 from mapreuse.conversion._distill import Distillation, DistillConfig, distill
-from mapreuse.conversion._evaluation import Judged
+from mapreuse.conversion._evaluation import PlanEvaluator, hidden_state_error
+from mapreuse.conversion._output_dir import check_output, copy_companions
 from mapreuse.conversion._pipeline import (
-    Converted,
-    check_new,
-    check_work,
-    convert_whole,
-    copy_companions,
+    MIN_CONVERSION_BATCHES,
+    MIN_DISTILLATION_BATCHES,
+    ConversionReport,
+    convert,
+    convert_to_directory,
     parse_budget,
-    written_whole,
 )
-from mapreuse.conversion._refit import LayerFit, refit
-from mapreuse.conversion._search import Candidate, Candidates, relative_latencies, search
-from mapreuse.conversion._search_heuristic import Ranking
-from mapreuse.conversion._states import hidden_state_error
+from mapreuse.conversion._refit import LayerRefit, refit
+from mapreuse.conversion._search import Candidate, relative_latencies, search, split_batches
+from mapreuse.conversion._search_heuristic import SearchHeuristic
 from mapreuse.conversion._training_loop import LoopConfig, TrainingLoop, TrainingState, checkpoints
 
 __all__ = [
+    "MIN_CONVERSION_BATCHES",
+    "MIN_DISTILLATION_BATCHES",
     "Candidate",
-    "Candidates",
-    "Converted",
+    "ConversionReport",
     "DistillConfig",
     "Distillation",
-    "Judged",
-    "LayerFit",
+    "LayerRefit",
     "LoopConfig",
-    "Ranking",
+    "PlanEvaluator",
+    "SearchHeuristic",
     "TrainingLoop",
     "TrainingState",
     "align",
     "align_by",
-    "check_new",
-    "check_work",
+    "check_output",
     "checkpoints",
     "convert",
-    "convert_whole",
+    "convert_to_directory",
     "copy_companions",
     "distill",
     "group_by",
@@ -47,5 +45,5 @@ __all__ = [
     "refit",
     "relative_latencies",
     "search",
-    "written_whole",
+    "split_batches",
 ]

@@ -1,4 +1,4 @@
-"""Which head of the source layer should each head of a reusing layer apply?"""
+"""Head assignment: which head of the source layer should each head of a reusing layer apply?"""
 
 from __future__ import annotations
 
@@ -29,38 +29,39 @@ Head: TypeAlias = tuple[int, int]
 
 Mode = Literal["error", "best", "one-to-one"]
 
-_WRONG_DEPTH = "the plan speaks of {} layers, but the model has {}"
+_WRONG_DEPTH = "the plan has {} layers, but the model has {}"
 
 
 def align(
     original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], *, mode: Mode = "error"
 ) -> ReusePlan:
-    """The plan with the heads of every wholly reusing layer assigned anew.
+    """Assign a source head to each head of the layers that reuse all their maps.
 
-    With A the maps, V the values and O the output projection's part of a head, by default head h of layer l takes the
-    head of its source whose map changes the layer's output least,
+    With A the maps, V the values and O a head's part of the output projection, head h of layer l applies the head of
+    its source layer that changes the output of layer l least over the calibration batches, padding left out:
 
         assignment[l][h] = argmin_g Σ ‖(A[source(l), g] − A[l, h]) V[l, h] O[l, h]‖²
 
-    over the calibration batches, padding left out; the alternatives go by the maps alone (see `align_by`).
-
     Args:
-        original: the model before `apply`; it is left as it is.
-        plan: which layers share. Layers that are planned head by head already keep their heads.
+        original: the model before `apply`; it is not changed.
+        plan: which layers share. Layers planned head by head keep their assignment.
         batches: calibration batches, keyword dictionaries for the model's forward.
-        mode: "error" as above; "best" takes the most similar source head for each head, so several may share one, as
-            with "error"; "one-to-one" uses every source head once (the Hungarian assignment).
+        mode: "error" as above; "best" the source head with the most similar map; "one-to-one" the most similar maps
+            with every source head used once (Hungarian algorithm). The last two ignore values; see `align_by`.
+
+    Returns:
+        The plan, head by head.
 
     Raises:
-        ValueError: where there are no batches, the plan does not fit the model, the mode is none of the three, or the
-            model has a plan already or is in half precision on a CPU.
+        ValueError: if there are no batches, the plan does not fit the model, the mode is unknown, or the model has a
+            plan already or is in half precision on a CPU.
     """
     check_plan(plan)
     check_precision(original)
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}: got {mode!r}")
     if plan_of(original) is not None:
-        raise ValueError("the model reuses attention maps already; align the heads of the original model instead")
+        raise ValueError("the model shares attention maps already; align the heads of the original model instead")
     if mode != "error":
         return align_by(similarity(original, batches), plan, mode=mode)
     if plan.num_layers != (num_layers := len(find_stack(original).layers)):
@@ -76,14 +77,19 @@ def align(
 def output_errors(
     original: nn.Module, sources: Mapping[int, tuple[int, ...]], batches: Iterable[Mapping[str, Any]]
 ) -> dict[int, Float[Tensor, "sources source_heads heads"]]:
-    """What it costs each head of a layer to apply each head of some earlier layers.
+    """Error of a layer's output when a head applies the map of a head of an earlier layer.
 
         errors[l][s, g, h] = Σ ‖(A[s, g] − A[l, h]) V[l, h] O[l, h]‖² / Σ Σ_h ‖A[l, h] V[l, h] O[l, h]‖²
 
-    summed over the queries of `batches` that are not padding, one batch at a time; `sources` names the candidates of
-    each layer.
+    summed over the queries of `batches` that are not padding, one batch at a time.
 
-    Raises `ValueError` where there are no batches, a layer is not the model's, or a map is not finite.
+    Args:
+        original: the model before `apply`.
+        sources: for each layer l, the earlier layers s to try.
+        batches: calibration batches.
+
+    Raises:
+        ValueError: if there are no batches, the model has no such layer, or a map is not finite.
     """
     recorder = MapRecorder(original)
     if unknown := [layer for layer in (*sources, *sum(sources.values(), ())) if layer >= recorder.num_layers]:
@@ -102,7 +108,7 @@ def output_errors(
             num_heads = maps[layer].shape[1]
             own_values = values[layer].repeat_interleave(num_heads // values[layer].shape[1], 1)
             if layer not in roots:
-                roots[layer], _ = factors(stack.layers[layer], num_heads, own_values)
+                roots[layer], _ = output_factors(stack.layers[layer], num_heads, own_values)
             weighted = own_values.double() @ roots[layer]
             own = (maps[layer].double() @ weighted).transpose(1, 2).flatten(2)
             if not bool(torch.isfinite(own).all()):
@@ -110,26 +116,27 @@ def output_errors(
                     f"layer {layer}: its output is not finite; check the weights and the calibration batches"
                 )
             of_heads, found = weighted.transpose(1, 2).flatten(2), []
-            # The same memory for all: temporaries of this size would leave gaps.
+            # One buffer for all heads: temporaries of this size would fragment memory.
             head_map, applied = maps[layer][:, 0].double(), torch.empty_like(own)
             for source in candidates:
                 for one in maps[source].unbind(1):
                     torch.bmm(head_map.copy_(one), of_heads, out=applied).sub_(own).mul_(rows).square_()
                     found.append(applied.unflatten(-1, (num_heads, -1)).sum((0, 1, 3)))
-            wrong = torch.stack(found).view(len(candidates), num_heads, num_heads)
-            summed[layer] = summed.get(layer, 0) + wrong.cpu()
+            errors = torch.stack(found).view(len(candidates), num_heads, num_heads)
+            summed[layer] = summed.get(layer, 0) + errors.cpu()
             sizes[layer] = sizes.get(layer, 0) + (own * rows).square().sum().cpu()
     if not seen:
-        raise ValueError("no calibration batches, or nothing but padding: give at least one, as [{'input_ids': …}]")
+        raise ValueError("no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]")
     return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
 
 
-def factors(
-    layer: Any, num_heads: int, values: Tensor, most: int | None = None
+def output_factors(
+    layer: Any, num_heads: int, values: Tensor, max_rank: int | None = None
 ) -> tuple[Float[Tensor, "heads head_dim rank"], Float[Tensor, "heads rank width"]]:
-    """U S and Vᵀ of the output projection's part U S Vᵀ of every head, in float64, the `most` largest of S or all.
+    """U S and Vᵀ of the singular value decomposition O[h] = U S Vᵀ of each head's output projection, in float64.
 
-    ‖x U S‖ = ‖x O‖, at the width of a head. Where there is no plain projection, the context itself is the output.
+    ‖x U S‖ = ‖x O[h]‖, at the width of a head. `max_rank` keeps the largest singular values. A layer without a plain
+    output projection has the identity in its place.
     """
     dim = values.shape[-1]
     try:
@@ -140,11 +147,11 @@ def factors(
         weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
     heads = weight.detach().double().unflatten(0, (num_heads, dim))
     left, sizes, right = torch.linalg.svd(heads, full_matrices=False)
-    return (left * sizes[:, None])[..., :most], right[:, :most]
+    return (left * sizes[:, None])[..., :max_rank], right[:, :max_rank]
 
 
 def align_by(measured: Similarity, plan: ReusePlan, *, mode: Literal["best", "one-to-one"] = "best") -> ReusePlan:
-    """The plan with the heads of every wholly reusing layer assigned by the similarity of their maps.
+    """Assign heads, in the layers that reuse all their maps, by the similarity of maps.
 
         assignment[l] = argmax Σ_h similarity(source(l), assignment[l][h]; l, h)
 
@@ -163,16 +170,16 @@ def align_by(measured: Similarity, plan: ReusePlan, *, mode: Literal["best", "on
 
 
 def group_by(measured: Similarity, num_groups: int) -> ReusePlan:
-    """The plan of `num_groups` groups of consecutive layers whose maps are most alike, heads assigned.
+    """The plan of `num_groups` groups of consecutive layers with the most similar maps, heads assigned.
 
-    Maximises, over all ways to cut the layers into groups, the summed similarity of every reusing layer to the first
-    layer of its group (dynamic programming over the last group's first layer).
+    Maximises, over all ways to cut the layers into groups, the summed similarity of each reusing layer to the first
+    layer of its group, by dynamic programming over the first layer of the last group.
     """
     layers = measured.layers
     num_layers = len(layers)
     if not 1 <= num_groups <= num_layers:
         raise ValueError(f"num_groups must be between 1 and the model's {num_layers} layers, got {num_groups}")
-    # best[g][n]: the greatest summed similarity of the first n layers in g groups, and where the last group starts.
+    # best[g][n]: the maximum similarity of the first n layers in g groups, and the first layer of the last group.
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
     for _ in range(num_groups):
         row = {}
@@ -194,11 +201,11 @@ def group_by(measured: Similarity, num_groups: int) -> ReusePlan:
     return align_by(measured, ReusePlan.from_sources(sources))
 
 
-def _assign(alike: Tensor, mode: str) -> list[int]:
+def _assign(similarities: Tensor, mode: str) -> list[int]:
     """For each head of the reusing layer (columns), a head of the source layer (rows)."""
     if mode == "best":
-        return alike.argmax(dim=0).tolist()
+        return similarities.argmax(dim=0).tolist()
     if mode == "one-to-one":
-        heads, sources = linear_sum_assignment(alike.T.numpy(), maximize=True)
+        heads, sources = linear_sum_assignment(similarities.T.numpy(), maximize=True)
         return [int(source) for _, source in sorted(zip(heads, sources, strict=True))]
     raise ValueError(f"mode must be error, best or one-to-one, got {mode!r}")

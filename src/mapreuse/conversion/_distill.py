@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from mapreuse.conversion._states import in_evaluation_mode
+from mapreuse.conversion._layer_cache import in_evaluation_mode
 from mapreuse.conversion._training_loop import LoopConfig, TrainingLoop
 from mapreuse.conversion._validation import check_original, check_precision, digest
 from mapreuse.measure import time_interleaved

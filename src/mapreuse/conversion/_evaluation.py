@@ -1,4 +1,4 @@
-"""The error of a plan: converted, refitted, judged, and remembered."""
+"""The error of a converted model, and of plans after conversion and refit."""
 
 from __future__ import annotations
 
@@ -7,100 +7,142 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-from mapreuse.conversion._refit import refit_layers
-from mapreuse.conversion._refits import Refits
-from mapreuse.conversion._targets import Wanted
-from mapreuse.models import apply
+from mapreuse.conversion._layer_cache import in_evaluation_mode
+from mapreuse.conversion._refit import RefitCache, refit_layers
+from mapreuse.conversion._targets import Targets
+from mapreuse.models import apply, not_padding, optimized, recorded_states, with_projections
 from mapreuse.plan import ReusePlan
 
-_SAME = 1e-2
-"""How near two errors of one plan are by one judge, relatively: another library rounds otherwise."""
+_SAME_ERROR = 1e-2
+"""Relative tolerance for two errors of the same plan: another linear algebra library rounds differently."""
 
-_KEPT_BYTES = 2**27
-"""Of layers as other plans' refits left them."""
+_MAX_BYTES = 2**27
+"""Size of the cache of refitted layers."""
 
-_START = '{"search": '
-"""Of a line, also of one that was cut short."""
+_LINE_START = '{"search": '
+"""How every line of a cache file begins."""
 
 
-class Judged:
-    """The error of a plan after `apply` and `refit`; every plan is judged once, also over several processes by a file.
-    What plans have in common up to a layer is refitted once, as long as it is remembered.
+def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Callable[[nn.Module], float]:
+    """Make a function that gives the error of a converted model's last hidden states.
 
-    What the file says counts where it is of the same `identity` and of the same judge, who is told by the error of
-    the first plan: that one is judged in any case.
+        error = 1 − mean over positions of cos(h, h°)
+
+    with h and h° the states of the converted and the original model after the last layer; between 0 (equal) and 2.
+    Padding is left out. Raises `ValueError`, now or when the function is called, if states are not finite.
+    """
+    batches = list(batches)
+
+    @torch.no_grad()
+    def last_states(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        model = with_projections(model)
+        with in_evaluation_mode(model), optimized(model):
+            for batch in batches:
+                with recorded_states(model) as (states, masks):
+                    model(**batch)
+                rows = not_padding(masks[0], states[-1])
+                if not bool(torch.isfinite(states[-1][rows]).all()):
+                    raise ValueError(
+                        f"{type(model).__name__}: its last hidden states are not finite; check its weights and the "
+                        "calibration batches"
+                    )
+                found.append((states[-1], rows))
+        return found
+
+    targets = last_states(original)
+
+    def error(model: nn.Module) -> float:
+        pairs = zip(last_states(model), targets, strict=True)
+        cosines = torch.cat(
+            [functional.cosine_similarity(states[rows], target[rows], dim=-1) for (states, _), (target, rows) in pairs]
+        )
+        return max(0.0, 1 - float(cosines.double().mean()))  # rounding can make the mean exceed 1
+
+    return error
+
+
+class PlanEvaluator:
+    """The error of a plan after `apply` and `refit`. Each plan is evaluated once, also over several runs with a file.
+
+    Layers that plans have in common, from the first on, are refitted once as long as they are cached. Errors in the
+    file are used if they belong to the same `identity` and the same metric. The metric is recognised by the error of
+    the first plan, which is evaluated in any case.
 
     Args:
-        original: a trained model that `apply` accepts; it is left as it is.
+        original: a trained model that `apply` accepts; it is not changed.
         batches: calibration batches for `refit`.
-        judge: the error of a converted model.
-        cache: a file to which every judged plan is written, one JSON object a line.
+        metric: the error of a converted model.
+        cache: a file of evaluated plans, one JSON object per line; new ones are appended.
         identity: of the model and the batches.
 
     Raises:
-        ValueError: where the cache cannot be read or written, or holds anything else, which is then left as it is;
-            or where an error is not finite.
+        ValueError: if the cache cannot be read or written or has other content, which is not changed then, or an error
+            is not finite.
     """
 
     def __init__(
         self,
         original: nn.Module,
         batches: Sequence[Mapping[str, Any]],
-        judge: Callable[[nn.Module], float],
+        metric: Callable[[nn.Module], float],
         cache: Path | None = None,
         identity: str = "",
     ) -> None:
-        self._original, self._batches, self._judge = original, batches, judge
+        self._original, self._batches, self._metric = original, batches, metric
         self._path, self._identity = cache, identity
-        self._entries = [] if cache is None else _entries(cache)
+        self._entries = [] if cache is None else _read_entries(cache)
         self._errors: dict[ReusePlan, float] = {}
-        self._refits = Refits(_KEPT_BYTES)
+        self._refits = RefitCache(_MAX_BYTES)
         self._first: tuple[str, float] | None = None
-        self._of_original = self._error_of(original)
+        self._original_error = self._evaluate(original)
 
     def __call__(self, plan: ReusePlan) -> float:
         """The error of a plan."""
         if plan.is_full:
-            return self._of_original
+            return self._original_error
         if plan not in self._errors:
-            error = self._error_of(self.refitted(plan))
+            error = self._evaluate(self.refitted(plan))
             if self._first is None:
                 self._first = plan.to_json(), error
-                self._recall()
+                self._use_entries()
             if plan not in self._errors:
                 self._errors[plan] = error
                 self._write(plan)
         return self._errors[plan]
 
     def refitted(self, plan: ReusePlan) -> nn.Module:
-        """A copy of the original, after `apply` and `refit`."""
+        """A copy of the original after `apply` and `refit`."""
         model = apply(copy.deepcopy(self._original), plan)
-        refit_layers(model, self._wanted, self._refits)
+        refit_layers(model, self._targets, self._refits)
         return model
 
     @functools.cached_property
-    def _wanted(self) -> Wanted:
-        return Wanted(self._original, self._batches)
+    def _targets(self) -> Targets:
+        return Targets(self._original, self._batches)
 
-    def _error_of(self, model: nn.Module) -> float:
-        error = float(self._judge(model))
+    def _evaluate(self, model: nn.Module) -> float:
+        error = float(self._metric(model))
         if not math.isfinite(error):
-            raise ValueError(f"the error that the judge finds must be finite, got {error}")
+            raise ValueError(f"the metric must be finite, got {error}")
         return error
 
-    def _recall(self) -> None:
-        """Take the errors that the file holds of the same plans by the same judge."""
+    def _use_entries(self) -> None:
+        """Take errors of the same plans by the same metric from the file."""
         assert self._first is not None
         plan, error = self._first
         for entry in self._entries:
-            first, of_first = entry["first"]
-            if entry["search"] == self._identity and first == plan and math.isclose(of_first, error, rel_tol=_SAME):
+            first, first_error = entry["first"]
+            same_metric = first == plan and math.isclose(first_error, error, rel_tol=_SAME_ERROR)
+            if same_metric and entry["search"] == self._identity:
                 self._errors[ReusePlan.from_json(entry["plan"])] = float(entry["error"])
 
     def _write(self, plan: ReusePlan) -> None:
@@ -110,28 +152,26 @@ class Judged:
                 file.write(json.dumps(entry | {"error": self._errors[plan]}) + "\n")
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """What is written in a cache, which may not be there yet; a line that was cut short is removed from it."""
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    """The lines of a cache file, which need not exist; an incomplete last line is removed from the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file that a search could keep its plans in: {error}") from None
+        raise ValueError(f"{path} cannot be the cache of a search: {error}") from None
     whole = text[: text.rfind("\n") + 1]
     found, rest = [], text[len(whole) :]
     for number, line in enumerate(whole.splitlines(), start=1):
+        if not line.startswith(_LINE_START):
+            raise ValueError(f"{path}, line {number}: not an evaluated plan; choose another file as cache")
         try:
             entry = json.loads(line)
-            ReusePlan.from_json(entry["plan"]), float(entry["error"]), entry["search"]
-            (_, of_first) = entry["first"]
-            float(of_first)
-        except (KeyError, TypeError, ValueError) as damage:
-            raise ValueError(
-                f"{path}, line {number}: not a judged plan of this version ({damage}); name another cache"
-            ) from None
+            ReusePlan.from_json(entry["plan"])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not an evaluated plan ({error}); delete the file") from None
         found.append(entry)
     if rest:
-        if not (rest.startswith(_START) or _START.startswith(rest)):
-            raise ValueError(f"{path}, line {len(found) + 1}: not a judged plan; name another cache")
+        if not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
+            raise ValueError(f"{path}, line {len(found) + 1}: not an evaluated plan; choose another file as cache")
         os.truncate(path, len(whole.encode()))
     return found

@@ -1,4 +1,4 @@
-"""Passes of a model over calibration batches, each as far as one of its layers, that skip what is known already."""
+"""Inputs and outputs of a model's layers on calibration batches, without running layers twice."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mapreuse.models import Layer, find_stack, not_padding, observing_inputs, output_projection, recorded_states
 from mapreuse.plan import ReusePlan
 
-_KEPT_BYTES = 2**28
-"""Of what layers put out."""
+_MAX_BYTES = 2**28
+"""Default size of a cache."""
 
 
-class Passes:
-    """What reaches a layer of a model, and what it puts out, batch by batch.
+class LayerCache:
+    """Inputs and outputs of single layers, batch by batch; the outputs of earlier layers are cached.
 
-    What layers put out is kept, and where a pass meets them again they put out the same without running; those whose
-    maps are applied by layers that do run do so as far as their maps. So the layers before the one that a pass is for
-    must be as they were in earlier passes; it may change, and so may those after it. A layer hands on nothing but its
-    output and its map. Where there is more than is kept, the rest runs every time.
+    A forward pass for layer l ends at layer l. Layers before it return their cached output instead of running. If a
+    layer that runs applies the map of a cached layer, the cached layer runs up to its map. Layers whose output does
+    not fit in the cache run every time. The weights of layers before l must not have changed since earlier passes;
+    those of layer l and later layers may. Layers pass on nothing but their output and their map.
 
     Args:
         model: in evaluation mode.
         batches: calibration batches.
-        plan: the plan in force, if there is one.
-        original: passes, over the same batches, of the original, whose weights this model has up to the first layer
-            that reuses: what layers before that one put out there counts here too.
-        kept_bytes: how much of what layers put out is kept.
+        plan: the plan in force, if any.
+        original: a cache of the original model over the same batches. Its entries are used up to the first layer that
+            reuses a map; up to there both models must have the same weights.
+        max_bytes: maximum size of the cached outputs.
     """
 
     def __init__(
@@ -42,20 +42,20 @@ class Passes:
         model: nn.Module,
         batches: Sequence[Mapping[str, Any]],
         plan: ReusePlan | None = None,
-        original: Passes | None = None,
+        original: LayerCache | None = None,
         *,
-        kept_bytes: int = _KEPT_BYTES,
+        max_bytes: int = _MAX_BYTES,
     ) -> None:
         self.layers = find_stack(model).layers
         self._model, self._batches, self._plan, self._original = model, batches, plan, original
-        self._alike = 0 if plan is None else next(filter(plan.reuses, range(plan.num_layers)), plan.num_layers)
-        self._kept, self._left = dict[tuple[int, int], Any](), kept_bytes
+        self._num_equal = 0 if plan is None else next(filter(plan.reuses, range(plan.num_layers)), plan.num_layers)
+        self._outputs, self._bytes_left = dict[tuple[int, int], Any](), max_bytes
 
     @torch.no_grad()
     def valid(self, number: int) -> Bool[Tensor, "batch positions"]:
         """Which positions of a batch are not padding."""
         first = self.layers[0].layer
-        with recorded_states(self._model) as (states, masks), first.register_forward_hook(_stop), suppress(_Seen):
+        with recorded_states(self._model) as (states, masks), first.register_forward_hook(_stop), suppress(_Done):
             self._model(**self._batches[number])
         return not_padding(masks[0], states[0])
 
@@ -63,8 +63,11 @@ class Passes:
     def context(
         self, index: int, number: int, *, of_whole_inputs: bool = False
     ) -> tuple[Float[Tensor, "batch positions inputs"], Float[Tensor, "batch positions width"]]:
-        """What reaches a layer's output projection, and the input of the layer; instead of the former, what the
-        layer's maps make of the whole input of its attention, if `of_whole_inputs`."""
+        """The input of a layer's output projection, and the input of the layer.
+
+        With `of_whole_inputs`, the former is replaced by A_h X for every head h: the layer's maps applied to the whole
+        input of its attention instead of to values.
+        """
         layer, seen = self.layers[index], dict[str, Tensor]()
 
         def on_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -73,7 +76,7 @@ class Passes:
 
         def on_context(context: Tensor) -> None:
             seen["context"] = context.flatten(2)
-            raise _Seen
+            raise _Done
 
         with ExitStack() as hooks:
             hooks.enter_context(self._skipping(index, number))
@@ -83,7 +86,7 @@ class Passes:
             else:
                 projection = output_projection(layer)
                 hooks.callback(projection.register_forward_pre_hook(lambda _, args: on_context(args[0])).remove)
-            with suppress(_Seen):
+            with suppress(_Done):
                 self._model(**self._batches[number])
         return seen["context"], seen["inputs"]
 
@@ -91,44 +94,45 @@ class Passes:
     def outputs(
         self, index: int, number: int, changes: Sequence[Callable[[], None]] = (lambda: None,)
     ) -> list[Float[Tensor, "batch positions width"]]:
-        """What a layer puts out after each of these changes of its weights, in one pass that ends with it; a layer
-        may change its input in place."""
+        """The output of a layer after each of these changes of its weights, from a single forward pass."""
         layer = self.layers[index]
 
         def on_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             handle.remove()
             for change in changes:
                 change()
+                # A layer may change its input in place.
                 given, named = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
                 module(*given, **named)
-            raise _Seen
+            raise _Done
 
-        with ExitStack() as meanwhile:
-            meanwhile.enter_context(self._skipping(index, number))
-            states, _ = meanwhile.enter_context(recorded_states(self._model))
-            meanwhile.enter_context(_maps_kept(layer.attention))
+        with ExitStack() as hooks:
+            hooks.enter_context(self._skipping(index, number))
+            states, _ = hooks.enter_context(recorded_states(self._model))
+            hooks.enter_context(_keeping_maps(layer.attention))
             handle = layer.layer.register_forward_pre_hook(on_layer, with_kwargs=True, prepend=True)
-            with handle, suppress(_Seen):
+            with handle, suppress(_Done):
                 self._model(**self._batches[number])
         return states[index:]
 
     @contextmanager
     def _skipping(self, index: int, number: int) -> Iterator[None]:
-        """Meanwhile layers before this one put out what is known of them, or what they put out is kept."""
-        outputs = [self._known(before, number) for before in range(index)]
-        applied = self._applied_by([*(before for before, known in enumerate(outputs) if known is None), index])
-        with ExitStack() as meanwhile:
-            for before, known in enumerate(outputs):
+        """Earlier layers return their cached output; the output of those that run is cached."""
+        outputs = [self._cached(before, number) for before in range(index)]
+        sources = self._sources_of([*(before for before, output in enumerate(outputs) if output is None), index])
+        with ExitStack() as hooks:
+            for before, output in enumerate(outputs):
                 module = self.layers[before].layer
-                if known is None:
-                    keep = functools.partial(self._keep, before, number)  # before other hooks, which will run again
-                    meanwhile.enter_context(module.register_forward_hook(keep, prepend=True))
+                if output is None:
+                    store = functools.partial(self._store, before, number)
+                    # First, because the hooks after it run again on the cached output.
+                    hooks.enter_context(module.register_forward_hook(store, prepend=True))
                 else:
-                    meanwhile.enter_context(_putting_out(self.layers[before], known, with_map=before in applied))
+                    hooks.enter_context(_returning(self.layers[before], output, with_map=before in sources))
             yield
 
-    def _applied_by(self, layers: list[int]) -> set[int]:
-        """Layers whose maps these apply, and those whose maps they apply in turn."""
+    def _sources_of(self, layers: list[int]) -> set[int]:
+        """Source layers of these layers, and the source layers of those."""
         found, left = set[int](), layers
         while self._plan is not None and left:
             sources = set(self._plan.sources(left.pop())) - found
@@ -136,44 +140,55 @@ class Passes:
             left += sources
         return found
 
-    def _known(self, index: int, number: int) -> Any:
-        """What a layer put out, or None."""
-        known = self._kept.get((index, number))
-        if known is None and self._original is not None and index < self._alike:
-            return self._original._known(index, number)
-        return known
+    def _cached(self, index: int, number: int) -> Any:
+        output = self._outputs.get((index, number))
+        if output is None and self._original is not None and index < self._num_equal:
+            return self._original._cached(index, number)
+        return output
 
-    def _keep(self, index: int, number: int, module: nn.Module, args: tuple, output: Any) -> None:
+    def _store(self, index: int, number: int, module: nn.Module, args: tuple, output: Any) -> None:
         size = sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        if size <= self._left:
-            self._left -= size
-            self._kept[index, number] = tree_map_only(Tensor, Tensor.clone, output)
-
-
-class _Seen(Exception):
-    """What was looked for has been made; the rest of the forward pass is not needed."""
-
-
-def _stop(*_: object) -> None:
-    raise _Seen
+        if size <= self._bytes_left:
+            self._bytes_left -= size
+            self._outputs[index, number] = tree_map_only(Tensor, Tensor.clone, output)
 
 
 @contextmanager
-def _putting_out(layer: Layer, output: Any, *, with_map: bool) -> Iterator[None]:
-    """Meanwhile this is what the layer's forward gives, without running, or once it has handed on its map; what comes
-    after may change it in place."""
+def in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode; at the end each module has its own mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class _Done(Exception):
+    """Ends a forward pass early."""
+
+
+def _stop(*_: object) -> None:
+    raise _Done
+
+
+@contextmanager
+def _returning(layer: Layer, output: Any, *, with_map: bool) -> Iterator[None]:
+    """A layer's forward returns a copy of `output` without running, or after running up to its map."""
     module = called = layer.layer
     own = vars(module).get("forward")
 
     def on_call(one: nn.Module, args: tuple) -> None:
         nonlocal called
-        called = one  # a copy of the module, where that bears the maps
+        called = one  # may be a copy of the module, for layers with injected maps
 
-    @functools.wraps(module.forward)  # its signature is read from it
+    @functools.wraps(module.forward)  # transformers reads its signature
     def instead(*args: Any, **kwargs: Any) -> Any:
         if with_map:
             forward = functools.partial(type(called).forward, called) if own is None else own
-            with layer.attention.register_forward_hook(_stop), suppress(_Seen):
+            with layer.attention.register_forward_hook(_stop), suppress(_Done):
                 forward(*args, **kwargs)
         return tree_map_only(Tensor, Tensor.clone, output)
 
@@ -189,8 +204,8 @@ def _putting_out(layer: Layer, output: Any, *, with_map: bool) -> Iterator[None]
 
 
 @contextmanager
-def _maps_kept(attention: Any) -> Iterator[None]:
-    """Meanwhile a planned attention lets go of no map, so that it can apply the same again."""
+def _keeping_maps(attention: Any) -> Iterator[None]:
+    """A planned attention releases no map, so that it can apply the same maps again."""
     layout = vars(attention).get("_layout")
     if layout is not None:
         attention._layout = replace(layout, releases=())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.conversion._least_squares import Weights, on_contexts
+from mapreuse.conversion._least_squares import HeadProjections
 from mapreuse.models import Layer, value_projection
 
 _MOST_INPUTS = 12_288
@@ -45,21 +45,21 @@ def values_can_move(layer: Layer, maps: tuple[int, ...]) -> bool:
     return values.num_heads == layout.num_heads and inputs <= _MOST_INPUTS
 
 
-def read(layer: Layer, projection: nn.Linear | Conv1D, maps: tuple[int, ...] | None) -> Weights:
-    """Weights to be applied to what these maps make of the layer's input; where None, to its contexts."""
+def read(layer: Layer, projection: nn.Linear | Conv1D, maps: tuple[int, ...] | None) -> HeadProjections:
+    """HeadProjections to be applied to what these maps make of the layer's input; where None, to its contexts."""
     weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
     layout: Any = layer.attention._layout
     output = weight.detach().double().unflatten(0, (layout.num_heads, -1))
     bias = None if projection.bias is None else projection.bias.detach().double()
     if maps is None:
-        return on_contexts(output, bias)
+        return HeadProjections.of_contexts(output, bias)
     values = value_projection(layer)
     value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
-    return Weights(maps, values.weight.double().mT, value_bias, output, bias)
+    return HeadProjections(maps, values.weight.double().mT, value_bias, output, bias)
 
 
 @torch.no_grad()
-def write(layer: Layer, projection: nn.Linear | Conv1D, weights: Weights, *, moved: bool = False) -> None:
+def write(layer: Layer, projection: nn.Linear | Conv1D, weights: HeadProjections, *, moved: bool = False) -> None:
     output = weights.output.flatten(0, 1)
     projection.weight.copy_(output if isinstance(projection, Conv1D) else output.mT)
     if weights.bias is not None:

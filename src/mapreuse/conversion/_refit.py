@@ -6,158 +6,220 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mapreuse.conversion._layer_cache import Passes
-from mapreuse.conversion._least_squares import DRIFT, Sums, Weights
+from mapreuse.conversion._layer_cache import LayerCache, in_evaluation_mode
+from mapreuse.conversion._least_squares import DRIFT_SHARES, HeadProjections, LeastSquares
 from mapreuse.conversion._projections import Kept, maps_of, read, values_can_move, write
-from mapreuse.conversion._refits import LayerFit, Refits
-from mapreuse.conversion._states import in_evaluation_mode
-from mapreuse.conversion._targets import Wanted, is_held_out
+from mapreuse.conversion._targets import Targets, is_held_out
 from mapreuse.conversion._validation import check_original, check_precision
-from mapreuse.models import optimized, output_projection, plan_of
+from mapreuse.models import find_stack, optimized, output_projection, plan_of
+from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths tried, relative to the mean square of what is regressed on."""
+"""Candidate penalties, relative to the mean square of the inputs."""
 
 _SWEEPS = 3
-"""Times that values and output are solved in turn."""
+"""Number of times that values and output are solved in turn."""
 
 
-def refit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[LayerFit]:
-    """Refit, in place, the value and output projections of every reusing layer so that its output is the original's.
+@dataclass(frozen=True)
+class LayerRefit:
+    """What `refit` did to one reusing layer.
 
-    Layer by layer from below, with X the input of the attention in the converted model as it is by then, A the maps
-    it applies, and Y the attention's output in the original, plus what the input of the layer has lost by then (its
-    drift):
+    Attributes:
+        layer: index of the layer.
+        before: held-out error of the layer's output, relative to its size, with the weights it had.
+        after: the same with the weights it has now; equal to `before` if the refit did not help.
+        ridge: the penalty chosen, or None if the layer kept its weights.
+        values: whether the value projection was refitted too.
+    """
+
+    layer: int
+    before: float
+    after: float
+    ridge: float | None
+    values: bool
+
+
+def refit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[LayerRefit]:
+    """Refit the value and output projections of every reusing layer, in place, to reproduce the original's output.
+
+    Layer by layer from the first, ridge regression in float64:
 
         V, O, b = argmin ‖Σ_h A_h X V_h O_h + b − Y‖² + λ ‖V − V₀‖² + λ ‖O − O₀‖²
 
-    solved for O and b, then for V one head after the other, in turn, each exactly, in float64: from normal equations
-    summed over the batches, or from all positions at once where these are no more than there are unknowns for one
-    component of the output. λ is chosen with O alone, on held-out batches by the error of the attention's output;
-    then whether the drift is added, which helps only where nothing but a sum comes after O, and whether V moves, by
-    the error of what the whole layer puts out there. A layer whose output no candidate improves keeps its weights.
-    Padding is left out. Heads that apply the same map share its part of the equations. Heads of the layer that
-    compute their maps are solved for like the others. Values stay as they are where heads share them, and where maps
-    · width exceeds 12,288.
+    with X the input of the attention in the converted model, whose earlier layers are refitted already, A the maps it
+    applies, and Y the attention's output in the original. The regression is solved for O and b, then three times for V
+    (head by head) and for O and b. Every fourth batch is held out to choose λ, whether Y also corrects the error that
+    the layer's input has by then, and whether V changes. A layer that no candidate improves keeps its weights.
+
+    Padding is left out. Heads that apply the same map share its equations; heads that compute their own map are
+    refitted too. Values keep their weights in layers where heads share them (grouped-query attention), and where the
+    number of maps times the width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.
         original: the model it was converted from.
-        batches: calibration batches for both, at least four; every fourth is held out.
+        batches: calibration batches for both models, at least four.
 
     Returns:
         One report for each reusing layer, in order.
 
     Raises:
-        ValueError: where no plan is in force, there are too few batches or positions, a model is in half precision on
-            a CPU, `original` has another depth or width or a plan, or activations are not finite.
+        ValueError: if no plan is in force, there are too few batches or positions, a model is in half precision on a
+            CPU, `original` has another depth or width or a plan, or activations are not finite.
     """
     if plan_of(model) is None:
         raise ValueError("refit needs a converted model: apply a plan to it first")
     check_precision(model)
     check_original(model, original)
-    return refit_layers(model, Wanted(original, batches))
+    return refit_layers(model, Targets(original, batches))
 
 
-def refit_layers(model: nn.Module, wanted: Wanted, refits: Refits | None = None) -> list[LayerFit]:
-    """`refit`, of a model under a plan, to what is wanted.
+def refit_layers(model: nn.Module, targets: Targets, cache: RefitCache | None = None) -> list[LayerRefit]:
+    """`refit` towards given targets.
 
-    With `refits`, the model is a copy of the original but for its plan, as those are whose layers they hold. Layers
-    that are among them are taken from there, and what comes before the first that reuses runs in the original alone.
+    With a `cache`, the model must be a fresh copy of the original under a plan, like the models whose layers the cache
+    holds. Layers that are cached are not refitted again.
     """
     plan = plan_of(model)
     assert plan is not None
-    passes = Passes(model, wanted.batches, plan, None if refits is None else wanted.passes)
-    reports: list[LayerFit] = []
+    layers = LayerCache(model, targets.batches, plan, None if cache is None else targets.cache)
+    reports: list[LayerRefit] = []
     with in_evaluation_mode(model), optimized(model):
         for layer in filter(plan.reuses, range(plan.num_layers)):
-            report = None if refits is None else refits.again(model, plan, layer)
+            report = None if cache is None else cache.restore(model, plan, layer)
             if report is None:
-                report = _fit_layer(layer, passes, wanted)
-                if refits is not None:
-                    refits.keep(model, plan, report)
+                report = _refit_layer(layer, layers, targets)
+                if cache is not None:
+                    cache.store(model, plan, report)
             logger.info("layer %d: held-out error %.4f, before %.4f", layer, report.after, report.before)
             reports.append(report)
     return reports
 
 
-def _fit_layer(index: int, passes: Passes, wanted: Wanted) -> LayerFit:
-    layer = passes.layers[index]
+class RefitCache:
+    """Refitted weights of layers, for other plans of the same model.
+
+    Two plans that agree up to a layer refit that layer alike, if its heads and those of the refitted layers before it
+    are stored in the same order, which depends on later layers too.
+
+    Args:
+        max_bytes: maximum size; the least recently used layers are dropped.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._layers = dict[tuple[Any, ...], tuple[LayerRefit, HeadProjections]]()
+
+    def restore(self, model: nn.Module, plan: ReusePlan, index: int) -> LayerRefit | None:
+        """Give a layer, in place, the weights it got under a plan that agrees up to it; None if there are none."""
+        key = _up_to(index, model, plan)
+        if key not in self._layers:
+            return None
+        report, projections = self._layers[key] = self._layers.pop(key)
+        if report.ridge is not None:
+            layer = find_stack(model).layers[index]
+            write(layer, output_projection(layer), projections, moved=report.values)
+        return report
+
+    def store(self, model: nn.Module, plan: ReusePlan, report: LayerRefit) -> None:
+        """Store the weights of a refitted layer."""
+        layer = find_stack(model).layers[report.layer]
+        projection = output_projection(layer)
+        projections = read(layer, projection, maps_of(layer) if report.values else None)
+        dtype = projection.weight.dtype
+        stored = replace(projections, output=projections.output.to(dtype), values=projections.values.to(dtype))
+        self._layers[_up_to(report.layer, model, plan)] = report, stored
+        while sum(one.output.nbytes + one.values.nbytes for _, one in self._layers.values()) > self._max_bytes:
+            del self._layers[next(iter(self._layers))]
+
+
+def _up_to(index: int, model: nn.Module, plan: ReusePlan) -> tuple[Any, ...]:
+    layouts: list[Any] = [layer.attention._layout for layer in find_stack(model).layers[: index + 1]]
+    return plan.layers[: index + 1], tuple(layout.order for layout in layouts if plan.reuses(layout.layer))
+
+
+def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit:
+    layer = layers.layers[index]
     projection = output_projection(layer)
     maps = maps_of(layer)
     moves_values = values_can_move(layer, maps)
     start = read(layer, projection, maps if moves_values else None)
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of every batch, what is regressed on, the target, and the drift."""
-        for number, rows in enumerate(wanted.valid):
+        """Inputs, target and drift of each batch."""
+        for number, rows in enumerate(targets.valid):
             if is_held_out(number) != held_out:
                 continue
-            target, original_inputs = wanted.attention(index, number)
-            given, inputs = passes.context(index, number, of_whole_inputs=moves_values)
-            given = start.once_for_each_map(given[rows])
+            target, original_inputs = targets.attention(index, number)
+            given, inputs = layers.context(index, number, of_whole_inputs=moves_values)
+            given = start.one_per_map(given[rows])
             triple = given, target, original_inputs - inputs[rows]
             if not all(bool(torch.isfinite(tensor).all()) for tensor in triple):
                 raise ValueError(f"layer {index}: activations are not finite; check the calibration batches")
             yield triple
 
-    def solved(share: float) -> tuple[float, Weights]:
-        """The ridge that fits the held-out attention's outputs best, and the output projection by it."""
-        found = [(ridge, fitted.solve(start, ridge, share)) for ridge in _RIDGES]
-        return min(found, key=lambda one: held_out.error(one[1].on_contexts(), share))
+    def solved(share: float) -> tuple[float, HeadProjections]:
+        """The penalty with the least held-out error of the attention's output, and its output projection."""
+        found = [(ridge, training.solve(start, ridge, share)) for ridge in _RIDGES]
+        return min(
+            found, key=lambda one: held_out.error(HeadProjections.of_contexts(one[1].output, one[1].bias), share)
+        )
 
-    fitted, held_out = Sums(start), Sums(start.on_contexts())
+    training = LeastSquares(start)
+    held_out = LeastSquares(HeadProjections.of_contexts(start.output, start.bias))
     for triple in observed(held_out=False):
-        fitted.add(*triple)
+        training.add(*triple)
     for given, target, drift in observed(held_out=True):
         held_out.add(start.contexts(given), target, drift)
-    errors = _LayerErrors(index, passes, wanted)
+    errors = _OutputErrors(index, layers, targets)
     kept = Kept(layer, projection)
-    candidates = [(share, *solved(share)) for share in DRIFT]
+    candidates = [(share, *solved(share)) for share in DRIFT_SHARES]
     try:
         before, *after = errors(
             [kept.restore, *(functools.partial(write, layer, projection, one[2]) for one in candidates)]
         )
         if not math.isfinite(before):
             raise ValueError(f"layer {index}: its output is not finite; check the calibration batches")
-        best, (share, ridge, weights) = min(zip(after, candidates, strict=True), key=lambda pair: pair[0])
+        best, (share, ridge, projections) = min(zip(after, candidates, strict=True), key=lambda pair: pair[0])
         moved = False
         if best < before and moves_values:
-            candidate = fitted.solve(start, ridge, share, sweeps=_SWEEPS)
+            candidate = training.solve(start, ridge, share, sweeps=_SWEEPS)
             (error,) = errors([functools.partial(write, layer, projection, candidate, moved=True)])
             if error < best:
-                best, moved, weights = error, True, candidate
+                best, moved, projections = error, True, candidate
     finally:
-        kept.restore()  # also where it is stopped: a candidate in the model is one that is being tried
+        kept.restore()  # also after an error or an interrupt: the model holds a candidate
     if best >= before:
-        return LayerFit(index, before, before, None, False)
-    write(layer, projection, weights, moved=moved)
-    return LayerFit(index, before, best, ridge, moved)
+        return LayerRefit(index, before, before, None, False)
+    write(layer, projection, projections, moved=moved)
+    return LayerRefit(index, before, best, ridge, moved)
 
 
-class _LayerErrors:
-    """√(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of some changes of its weights;
-    infinite where it is not finite."""
+class _OutputErrors:
+    """Held-out error √(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of some changes
+    of its weights; infinite if the output is not finite."""
 
-    def __init__(self, index: int, passes: Passes, wanted: Wanted) -> None:
-        self._index, self._passes, self._wanted = index, passes, wanted
+    def __init__(self, index: int, layers: LayerCache, targets: Targets) -> None:
+        self._index, self._layers, self._targets = index, layers, targets
         self._held_out = {
-            number: wanted.output(index, number) for number in range(len(wanted.batches)) if is_held_out(number)
+            number: targets.output(index, number) for number in range(len(targets.batches)) if is_held_out(number)
         }
         self._size = sum(float(output.double().square().sum()) for output in self._held_out.values())
 
     def __call__(self, changes: Sequence[Callable[[], None]]) -> list[float]:
-        wrong = torch.zeros(len(changes), dtype=torch.float64)
+        sums = torch.zeros(len(changes), dtype=torch.float64)
         for number, output in self._held_out.items():
-            rows = self._wanted.valid[number]
-            found = self._passes.outputs(self._index, number, changes)
-            wrong += torch.stack([(one[rows] - output).double().square().sum() for one in found]).cpu()
-        errors = [(one / (self._size or 1.0)) ** 0.5 for one in wrong.tolist()]
+            rows = self._targets.valid[number]
+            found = self._layers.outputs(self._index, number, changes)
+            sums += torch.stack([(one[rows] - output).double().square().sum() for one in found]).cpu()
+        errors = [(one / (self._size or 1.0)) ** 0.5 for one in sums.tolist()]
         return [error if math.isfinite(error) else math.inf for error in errors]

@@ -1,0 +1,119 @@
+"""Output directories of conversions, which appear only when they are complete, and the work beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from mapreuse.models import transformer_directory
+
+SEARCHED, REFITTED, DISTILLED, _WRITTEN = _PARTS = ("search.jsonl", "refitted", "distill", "written")
+"""The contents of a work directory."""
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx")
+_NOT_COPIED = (*_WEIGHTS, "config.json", "onnx", "openvino")
+_NEVER_COPIED = (".git*", "__pycache__")
+
+
+def work_dir_of(out: str | Path) -> Path:
+    """`<out>.work`, where an interrupted conversion continues."""
+    out = Path(out).resolve()
+    return out.with_name(f"{out.name}.work")
+
+
+def check_output(out: str | Path) -> None:
+    """Raises `ValueError` if `out` cannot become a new directory, or its work directory holds other files."""
+    _check_new(Path(out).resolve())
+    _check_work(work_dir_of(out))
+
+
+@contextmanager
+def new_directory(out: str | Path) -> Iterator[Path]:
+    """A directory that becomes `out` when the block ends; then the work directory is deleted.
+
+    If the block raises, there is no `out`, and the work directory stays.
+    """
+    out, work = Path(out).resolve(), work_dir_of(out)
+    _check_work(work)
+    shutil.rmtree(work / _WRITTEN, ignore_errors=True)
+    (work / _WRITTEN).mkdir(parents=True)
+    yield work / _WRITTEN
+    _check_new(out)
+    if out.exists():
+        out.rmdir()
+    (work / _WRITTEN).rename(out)
+    for part in (SEARCHED, REFITTED, DISTILLED):
+        shutil.rmtree(work / part) if (work / part).is_dir() else (work / part).unlink(missing_ok=True)
+    if not any(work.iterdir()):
+        work.rmdir()
+
+
+def copy_companions(source: str | Path, written: str | Path) -> None:
+    """Copy the files that belong to a model but are not its weights: tokenizer, feature extractor, model card.
+
+    Of a sentence-transformers model, the other modules are copied with their weights. Folders with weights of other
+    models are left out, for example checkpoints of a trainer.
+
+    Args:
+        source: the model's directory.
+        written: from `new_directory`; its work directory is left out if it lies in `source`.
+    """
+    of_model, never = shutil.ignore_patterns(*_NOT_COPIED), shutil.ignore_patterns(*_NEVER_COPIED)
+    weights, work = transformer_directory(source).resolve(), Path(written).resolve().parent
+    listed = Path(source) / "modules.json"
+    modules = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    parts = {(Path(source) / str(module.get("path", ""))).resolve() for module in modules}
+
+    def ignored(directory: str, names: list[str]) -> set[str]:
+        here = Path(directory).resolve()
+        left_out = never(directory, names)
+        left_out |= {name for name in names if here / name == work or _is_another_model(here / name, parts)}
+        return left_out | of_model(directory, names) if here == weights else left_out
+
+    shutil.copytree(
+        source,
+        written,
+        ignore=ignored,
+        copy_function=shutil.copyfile,
+        ignore_dangling_symlinks=True,
+        dirs_exist_ok=True,
+    )
+    for folder in (Path(written), *(path for path in Path(written).rglob("*") if path.is_dir())):
+        folder.chmod(folder.stat().st_mode | stat.S_IRWXU)  # the source's may be read-only
+    if (weights / "vocab.txt").is_file() and not (weights / "tokenizer_config.json").is_file():
+        # The class of the tokenizer then follows from the original's config.json, which is not copied.
+        AutoTokenizer.from_pretrained(weights).save_pretrained(
+            Path(written) / weights.relative_to(Path(source).resolve())
+        )
+
+
+def _is_another_model(path: Path, parts: Set[Path]) -> bool:
+    return path.is_dir() and path not in parts and any(next(path.glob(kind), None) for kind in _WEIGHTS)
+
+
+def _check_work(work: Path) -> None:
+    if not work.exists():
+        return
+    if not work.is_dir():
+        raise ValueError(f"{work} is a file, but the conversion keeps its work there: move it, or choose another --out")
+    if others := sorted(one.name for one in work.iterdir() if one.name not in _PARTS):
+        raise ValueError(
+            f"{work} holds {others[0]}, but the conversion keeps its work there: move it, or choose another --out"
+        )
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; choose another directory or delete it")
+    if os.path.ismount(out):
+        raise ValueError(f"{out} is a mount point, which cannot be replaced; choose a new directory in it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{out} cannot be made: {above} is not a writable directory")
