@@ -43,9 +43,15 @@ CalibrationData = Annotated[
         "jpg files, or a datasets directory"
     ),
 ]
-Stack = Annotated[str, typer.Option(help="which stack of layers, in a model with several: its path, such as model.encoder")]
-Float32 = Annotated[bool, typer.Option("--float32", help="load the weights in float32; needed if they are stored in half precision")]
-MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of calibration data, with 8 samples each")]
+Stack = Annotated[
+    str, typer.Option(help="which stack of layers, in a model with several: its path, such as model.encoder")
+]
+Float32 = Annotated[
+    bool, typer.Option("--float32", help="load the weights in float32; needed if they are stored in half precision")
+]
+MaxBatches = Annotated[
+    int, typer.Option(help="use at most this many batches of calibration data, with 8 samples each")
+]
 
 
 def main() -> None:

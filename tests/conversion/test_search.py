@@ -96,7 +96,9 @@ def test_the_cost_model_counts_the_heads_that_reuse(bert, regular_times, heads):
     batches = random_batches(4)
     heuristic = SearchHeuristic(bert, batches, PlanEvaluator(bert, batches, hidden_state_error(bert, batches)))
 
-    assert _CostModel(bert, batches[0], heuristic, precision=0.05).of(frozenset(heads)) == pytest.approx(1 - len(heads) / 20)
+    assert _CostModel(bert, batches[0], heuristic, precision=0.05).of(frozenset(heads)) == pytest.approx(
+        1 - len(heads) / 20
+    )
 
 
 def test_a_latency_budget_is_met(bert, regular_times):

@@ -89,14 +89,18 @@ def test_reusing_heads_are_joined_by_the_one_that_costs_least():
     reusing = frozenset({(2, 1)})
     for head in heuristic.grown(reusing, 2) - heuristic.grown(reusing, 1):
         one = heuristic.grown(reusing, 1)
-        assert heuristic.predicted(one | {head}) == min(heuristic.predicted(one | {other}) for other in heuristic.all - one)
+        assert heuristic.predicted(one | {head}) == min(
+            heuristic.predicted(one | {other}) for other in heuristic.all - one
+        )
     assert heuristic.grown(reusing, 2) > heuristic.grown(reusing, 1) > reusing
     assert heuristic.grown(reusing, 100) == heuristic.all
 
 
 def test_a_head_without_a_source_that_computes_is_refused():
     model, batch = build("bert")
-    heuristic = SearchHeuristic(model, [batch] * 4, PlanEvaluator(model, [batch] * 4, hidden_state_error(model, [batch])))
+    heuristic = SearchHeuristic(
+        model, [batch] * 4, PlanEvaluator(model, [batch] * 4, hidden_state_error(model, [batch]))
+    )
     with pytest.raises(ValueError, match="layer 0, head 2: no head of an earlier layer of its kind computes its map"):
         heuristic.plan(heuristic.all | {(0, 2)})
     assert heuristic.plan(frozenset()) == mr.ReusePlan.full(4)

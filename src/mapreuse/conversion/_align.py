@@ -126,7 +126,9 @@ def output_errors(
             summed[layer] = summed.get(layer, 0) + errors.cpu()
             sizes[layer] = sizes.get(layer, 0) + (own * rows).square().sum().cpu()
     if not seen:
-        raise ValueError("no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]")
+        raise ValueError(
+            "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
+        )
     return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
 
 

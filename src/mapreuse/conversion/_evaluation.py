@@ -63,7 +63,10 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
     def error(model: nn.Module) -> float:
         pairs = zip(last_states(model), targets, strict=True)
         cosines = torch.cat(
-            [functional.cosine_similarity(states[rows], target[rows], dim=-1) for (states, _), (target, rows) in pairs]
+            [
+                functional.cosine_similarity(states[rows], target[rows], dim=-1)
+                for (states, _), (target, rows) in pairs
+            ]
         )
         return max(0.0, 1 - float(cosines.double().mean()))  # rounding can make the mean exceed 1
 

@@ -39,7 +39,9 @@ class HeadProjections:
         identity = torch.eye(dim, dtype=torch.float64, device=output.device).expand(heads, dim, dim)
         return cls(tuple(range(heads)), identity, torch.zeros_like(output[..., 0]), output, bias)
 
-    def to_contexts(self, matrix: Float[Tensor, "inputs_and_one columns"]) -> Float[Tensor, "context_and_one columns"]:
+    def to_contexts(
+        self, matrix: Float[Tensor, "inputs_and_one columns"]
+    ) -> Float[Tensor, "context_and_one columns"]:
         """Bᵀ matrix, where B maps inputs and a one to contexts and a one."""
         blocks = matrix[:-1].unflatten(0, (self.num_maps, -1))
         heads = [values.mT @ blocks[number] for values, number in zip(self.values, self.maps, strict=True)]
@@ -148,9 +150,7 @@ class LeastSquares:
         one = self._images[0][:, -1:].double()
         heads = [
             self._inputs(number) @ values + one * bias
-            for number, values, bias in zip(
-                projections.maps, projections.values, projections.value_bias, strict=True
-            )
+            for number, values, bias in zip(projections.maps, projections.values, projections.value_bias, strict=True)
         ]
         return torch.cat([*heads, one], 1)
 

@@ -102,7 +102,9 @@ def _check_work(work: Path) -> None:
     if not work.exists():
         return
     if not work.is_dir():
-        raise ValueError(f"{work} is a file, but the conversion keeps its work there: move it, or choose another --out")
+        raise ValueError(
+            f"{work} is a file, but the conversion keeps its work there: move it, or choose another --out"
+        )
     if others := sorted(one.name for one in work.iterdir() if one.name not in _PARTS):
         raise ValueError(
             f"{work} holds {others[0]}, but the conversion keeps its work there: move it, or choose another --out"

@@ -68,7 +68,11 @@ class ConversionReport:
         before, after = self.parameters
         return [
             str(self.plan),
-            *(["No layer shares a map: nothing is saved, and there is nothing to distil."] if self.plan.is_full else []),
+            *(
+                ["No layer shares a map: nothing is saved, and there is nothing to distil."]
+                if self.plan.is_full
+                else []
+            ),
             "error = 1 − cosine of the last hidden states to the original's, on held-out calibration batches",
             *(f"error, {step}: {error:.4f}" for step, error in self.errors.items()),
             f"latency: {self.latency:.2f} times the original's ({self.exact_latency:.2f} without sharing), both without "

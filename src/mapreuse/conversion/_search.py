@@ -154,7 +154,9 @@ def search(
                 break
             before, time = evaluate(visited[reusing]), costs.of(reusing)
             reusing = min(within, key=lambda e: (evaluate(within[e]) - before) / _saved(time, costs.of(e)))
-            description = f"searching: error {evaluate(visited[reusing]):.4f} at {costs.of(reusing):.2f} of the latency"
+            description = (
+                f"searching: error {evaluate(visited[reusing]):.4f} at {costs.of(reusing):.2f} of the latency"
+            )
             progress(description, len(reusing), len(heuristic.all))
     if latency is not None:
         least = min((candidate.latency for candidate in found), default=costs.of(reusing))
@@ -186,9 +188,7 @@ def _saved(before: float, after: float) -> float:
     return max(before - after, 1e-6)
 
 
-def _extensions(
-    heuristic: SearchHeuristic, reusing: frozenset[Head], costs: _CostModel
-) -> list[frozenset[Head]]:
+def _extensions(heuristic: SearchHeuristic, reusing: frozenset[Head], costs: _CostModel) -> list[frozenset[Head]]:
     """Ways to let more heads reuse, by predicted error for the time they save."""
     found = [reusing | heuristic.heads(layer) for layer in heuristic.sources]
     if heuristic.partial:
@@ -264,11 +264,11 @@ def _measured(
     for plan, name in names.items():
         predicted, measured = costs.of(heads[plan]), times[name] / times["original"]
         if abs(predicted - measured) > _TOLERANCE * measured:
-            logger.warning("predicted latency of a plan: %.2f times the original's; measured: %.2f", predicted, measured)
+            logger.warning(
+                "predicted latency of a plan: %.2f times the original's; measured: %.2f", predicted, measured
+            )
         parameters = sum(parameter.numel() for parameter in models[name].parameters())
-        found.append(
-            Candidate(plan, evaluate(plan), measured, costs.exact, predicted, parameters, evaluate.refitted)
-        )
+        found.append(Candidate(plan, evaluate(plan), measured, costs.exact, predicted, parameters, evaluate.refitted))
     best = _front({candidate: (candidate.error, candidate.latency) for candidate in found})
     return sorted(best, key=lambda candidate: candidate.error)
 
