@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from commands import assert_refused, run_command
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -22,12 +23,7 @@ from mapreuse.measure import analyze
 
 def mapreuse(monkeypatch, capsys, *arguments):
     """Exit status, standard output and standard error of the command."""
-    monkeypatch.setattr(sys, "argv", ["mapreuse", *arguments])
-    capsys.readouterr()  # what the preparation wrote
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    written = capsys.readouterr()
-    return stopped.value.code, written.out, written.err
+    return run_command(cli.main, "mapreuse", monkeypatch, capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +44,7 @@ def mapreuse(monkeypatch, capsys, *arguments):
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    status, out, error = mapreuse(monkeypatch, capsys, *arguments)
-
-    assert status == 2
-    assert out == ""
-    assert error.startswith("mapreuse: ")
-    assert error.count("\n") == 1
-    assert message in error
-    assert list(tmp_path.iterdir()) == []
+    assert_refused(mapreuse(monkeypatch, capsys, *arguments), "mapreuse", message)
 
 
 def test_a_text_encoder_is_analyzed_over_a_text_file(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from commands import assert_refused, run_command
 from mapreuse_lab import cli
 from mapreuse_lab.training import Recogniser
 from rich.console import Console
@@ -21,12 +22,7 @@ def run(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(cli, "console", Console(width=200))
-        monkeypatch.setattr(sys, "argv", ["mapreuse-lab", *map(str, arguments)])
-        capsys.readouterr()  # what the test wrote before
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        written = capsys.readouterr()
-        return stopped.value.code, written.out, written.err
+        return run_command(cli.main, "mapreuse-lab", monkeypatch, capsys, *arguments)
 
     return run
 
@@ -76,14 +72,7 @@ def recordings(tmp_path):
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    status, out, error = run(*arguments)
-
-    assert status == 2
-    assert out == ""
-    assert error.startswith("mapreuse-lab: ")
-    assert error.count("\n") == 1
-    assert message in error
-    assert list(tmp_path.iterdir()) == []
+    assert_refused(run(*arguments), "mapreuse-lab", message)
 
 
 def test_the_help_says_what_the_tool_is_and_lists_its_commands(run):

@@ -3,12 +3,12 @@
 import copy
 import dataclasses
 import json
-import sys
 import time
 from collections import Counter
 
 import pytest
 import torch
+from commands import assert_refused, run_command
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -541,12 +541,8 @@ def saved(tmp_path):
 
 def mapreuse(monkeypatch, capsys, *arguments):
     """Exit status, standard output and standard error of `mapreuse breakdown`."""
-    monkeypatch.setattr(sys, "argv", ["mapreuse", "breakdown", *arguments])
     monkeypatch.setattr(cli, "console", Console())  # one that writes to the standard output of this test
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    written = capsys.readouterr()
-    return stopped.value.code, written.out, written.err
+    return run_command(cli.main, "mapreuse", monkeypatch, capsys, "breakdown", *arguments)
 
 
 def test_the_command_measures_a_saved_model_and_writes_json_and_a_png(saved, monkeypatch, capsys):
@@ -593,11 +589,4 @@ def test_a_model_that_reuses_maps_is_measured_as_it_was_saved(saved, monkeypatch
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    status, out, error = mapreuse(monkeypatch, capsys, *arguments)
-
-    assert status == 2
-    assert out == ""
-    assert error.startswith("mapreuse: ")
-    assert error.count("\n") == 1
-    assert message in error
-    assert list(tmp_path.iterdir()) == []
+    assert_refused(mapreuse(monkeypatch, capsys, *arguments), "mapreuse", message)
