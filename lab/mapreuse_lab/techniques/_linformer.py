@@ -1,6 +1,8 @@
 """Linformer: keys and values projected along time to a fixed number of slots.
 
-    K', V' = Wk(E x), Wv(E x),    E (k, T);    context = softmax(Q K'ᵀ / √d) V'
+    K', V' = Wk(E x), Wv(E x);    context = softmax(Q K'ᵀ / √d) V'
+
+with frames x (T, C), E (k, T), Q (H, T, d), K' and V' (H, k, d).
 
 Cost: 2·k·T·C FLOPs to project along time, 4·k·T·C for scores and context; key and value projections of k frames.
 Stored: k·T weights of E, H·T·k of the map.

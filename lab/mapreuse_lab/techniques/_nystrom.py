@@ -36,7 +36,7 @@ class NystromAttention(ContentAttention):
     def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
         batch, frames, _ = hidden_states.shape
         lengths = hidden_states.new_full((batch,), frames, dtype=torch.long) if valid is None else valid.sum(1)
-        means, used = segment_means(hidden_states, lengths, self.technique.landmarks)
+        means, used = _segment_means(hidden_states, lengths, self.technique.landmarks)
         few_queries, few_keys = self.split(self.q_proj(means)) * self.scaling, self.split(self.k_proj(means))
         query, key = self.split(self.q_proj(hidden_states)) * self.scaling, self.split(self.k_proj(hidden_states))
         mask = None if valid is None else valid[:, None, None, :]
@@ -45,10 +45,10 @@ class NystromAttention(ContentAttention):
         unused = ~used[:, None, None, :]
         between = _softmax(few_queries @ few_keys.mT, unused).masked_fill(unused.mT, 0.0)
         to_landmarks = _softmax(query @ few_keys.mT, unused)
-        return (to_landmarks @ (pseudo_inverse(between) @ gathered)).transpose(1, 2)
+        return (to_landmarks @ (_pseudo_inverse(between) @ gathered)).transpose(1, 2)
 
 
-def segment_means(
+def _segment_means(
     hidden_states: Float[Tensor, "batch frames width"], lengths: Int[Tensor, " batch"], segments: int
 ) -> tuple[Float[Tensor, "batch segments width"], Bool[Tensor, "batch segments"]]:
     """Means of equal segments of each item's first `lengths` frames, and True for the segments that the item has."""
@@ -66,7 +66,7 @@ def segment_means(
     return means, torch.arange(segments, device=hidden_states.device) < numbers
 
 
-def pseudo_inverse(maps: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch size size"]:
+def _pseudo_inverse(maps: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch size size"]:
     """Moore–Penrose inverses by iteration (Razavi et al., 2014); rows and columns of zeros stay zero.
 
     Paper: https://doi.org/10.1155/2014/563787

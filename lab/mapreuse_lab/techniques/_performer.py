@@ -38,7 +38,7 @@ class PerformerAttention(ContentAttention):
 
     def __init__(self, original: ParakeetEncoderAttention, technique: Performer, layer: int) -> None:
         super().__init__(original, technique, layer)
-        directions = orthogonal_directions(technique.num_features, self.head_dim)
+        directions = _orthogonal_directions(technique.num_features, self.head_dim)
         self.register_buffer("directions", directions.to(original.q_proj.weight))
 
     def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
@@ -65,7 +65,7 @@ def _positive(
     return (by_direction - vectors.square().sum(-1, keepdim=True) / 2 - maximum.detach()).exp() + _EPSILON
 
 
-def orthogonal_directions(number: int, dim: int) -> Float[Tensor, "number dim"]:
+def _orthogonal_directions(number: int, dim: int) -> Float[Tensor, "number dim"]:
     """Rows that are orthogonal in blocks of `dim`, each with the length of a random normal vector."""
     blocks = [torch.linalg.qr(torch.randn(dim, dim))[0].mT for _ in range(-(-number // dim))]
     lengths = torch.randn(number, dim).norm(dim=-1, keepdim=True)

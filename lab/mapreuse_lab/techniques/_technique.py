@@ -33,7 +33,7 @@ class Technique:
     Class arguments:
         notation: template of the names, such as "window-{radius}[-global-{num_global}]". It registers the class.
         label: template of the name in tables.
-        minimum: minimum of the integer settings.
+        minimum: smallest value of the integer settings.
 
     Class attributes:
         source: the paper, for tables.
@@ -50,8 +50,7 @@ class Technique:
     2. Import the class in `mapreuse_lab.techniques`, and add its name to `study_techniques` in `_study.py`.
     3. In `lab/tests/techniques`, add one of its names to `VARIANTS` in `small_encoders.py`: all tests in
        `test_every_technique.py` then cover it (padding, gradients, dropout, mixed precision, saving, copying). Add
-       its cost to `COSTS` in `test_costs.py`, and a test that compares it with the formula, written as plainly as
-       possible.
+       its formula, written as plainly as possible, to `test_formulas.py`, and its cost to `test_costs.py`.
 
     Symbols in the formulas: T encoder frames, C width, H heads, d head dimension, H·d = C. Costs are those of one
     layer's attention besides its query, key, value and output projections (2·T·C² each, unless the file says

@@ -1,10 +1,10 @@
 """The upper layers dropped, or left without attention.
 
-    layers-N:    the lower N layers remain skip-N:      y = x instead of y = x + attention(norm(x)) in the upper N
-    layers; feed-forward and convolution remain
+    layers-N:    the lower N layers remain
+    skip-N:      y = x instead of y = x + attention(norm(x)) in the upper N layers
 
-Cost: that of the layers that remain; none in the skipped layers. Dropped layers save feed-forward and convolution as
-well, so they are the yardstick for all techniques that compress attention alone.
+Cost: that of the layers that remain; none in skipped layers. Dropping layers also saves feed-forward and convolution,
+which skipped layers keep: it is the yardstick for all techniques that compress attention alone.
 
 Sajjad et al. drop layers of a trained model and fine-tune the rest; dropping the upper ones works best there. Zhang
 et al. replace the attention of a Transformer's upper layers by feed-forward layers. A Conformer's layers already have

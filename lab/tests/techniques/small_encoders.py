@@ -43,7 +43,8 @@ VARIANTS = [
     "diagonal",
     "layers-2",
 ]
-"""Names of techniques that fit the small encoder, every one with the settings that take another way through it."""
+"""Names of techniques that fit the small encoder: settings that run different code. The tests that hold for every
+technique run over them; add one for each new technique."""
 
 
 @functools.cache
@@ -77,19 +78,19 @@ def compressed(name: str, dropout: float = 0.0) -> tf.ParakeetEncoder:
 
 @functools.cache
 def unchanged(name: str) -> tf.ParakeetEncoder:
-    """As `compressed`, one for all tests: for those that leave it as it is."""
+    """As `compressed`, but shared by all tests, which must not change it."""
     return compressed(name)
 
 
 @functools.cache
 @torch.no_grad()
 def output(name: str) -> Tensor:
-    """What that encoder makes of `batch(21, 40)`."""
+    """That encoder's output for `batch(21, 40)`."""
     return unchanged(name)(**batch(21, 40)).last_hidden_state
 
 
 def batch(*frames: int, seed: int = 0) -> dict[str, Tensor]:
-    """Features of utterances of these numbers of encoder frames, padded with noise to the longest."""
+    """Features of utterances with these numbers of encoder frames, padded with noise to the longest."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor(frames)[:, None] * 4
     features = torch.randn(len(frames), int(lengths.max()), 16, generator=generator)
@@ -97,10 +98,10 @@ def batch(*frames: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 class Case:
-    """One attention module of a technique, and inputs of it: hidden states of `frames` frames, padded to the longest.
+    """One attention module of a technique, and its input: hidden states of `frames` frames, padded to the longest.
 
-    `outputs()` is what the module makes of them; `expected(context)` is what it should be, item by item, where
-    `context(hidden_states, position_embeddings)` is the definition: (frames, heads · head_dim) of one utterance.
+    `check(formula)` compares the module's outputs with a formula: `formula(attention, hidden_states, positions)`
+    returns the context of one utterance, (frames, width).
     """
 
     def __init__(self, name: str, *frames: int, layer: int = 0) -> None:
@@ -114,31 +115,21 @@ class Case:
         self._encode = model.encode_positions
         self.positions = self._encode(self.hidden_states)
 
-    def outputs(self) -> list[Tensor]:
+    def check(self, formula, tolerance: float = 2e-5) -> None:
         with torch.no_grad():
-            output, weights = self.attention(
+            outputs, weights = self.attention(
                 hidden_states=self.hidden_states, position_embeddings=self.positions, attention_mask=self.mask
             )
-        assert weights is None
-        assert output.isfinite().all()
-        return [item[:frames] for item, frames in zip(output, self.frames, strict=True)]
-
-    def expected(self, context) -> list[Tensor]:
-        items = []
-        with torch.no_grad():
-            for item, frames in zip(self.hidden_states, self.frames, strict=True):
-                hidden_states = item[:frames]
-                found = context(hidden_states, self._encode(hidden_states[None])[0])
-                items.append(self.attention.o_proj(found))
-        return items
-
-    def check(self, context, tolerance: float = 2e-5) -> None:
-        """The module's outputs are the definition's."""
-        ours, expected = self.outputs(), self.expected(context)
+            assert weights is None
+            assert outputs.isfinite().all()
+            expected = [
+                self.attention.o_proj(formula(self.attention, item[:frames], self._encode(item[None, :frames])[0]))
+                for item, frames in zip(self.hidden_states, self.frames, strict=True)
+            ]
         scale = max(item.abs().max() for item in expected)
-        for mine, theirs in zip(ours, expected, strict=True):
-            error = ((mine - theirs).abs().max() / scale).item()
-            assert error <= tolerance, f"{len(mine)} frames: {error}"
+        for output, item in zip(outputs, expected, strict=True):
+            error = ((output[: len(item)] - item).abs().max() / scale).item()
+            assert error <= tolerance, f"{len(item)} frames: {error}"
 
 
 def by_head(projected: Tensor, heads: int = NUM_HEADS) -> Tensor:
@@ -151,16 +142,39 @@ def joined(context: Tensor) -> Tensor:
     return context.transpose(0, 1).flatten(1)
 
 
-def relative_map(attention: nn.Module, query, key, relative_key, scaling: float, mask=None) -> Tensor:
+def projected(attention: nn.Module, hidden_states: Tensor) -> list[Tensor]:
+    """Queries, keys and values by head."""
+    return [by_head(part(hidden_states)) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+
+
+def relative_map(attention: nn.Module, query, key, relative_key, scaling: float = HEAD_DIM**-0.5) -> Tensor:
     """The map of full attention with relative positions, of (heads, frames, dim) each, by its reference."""
     return reference.attention_map(
         (query + attention.bias_u[:, None])[None],
         key[None],
         scaling=scaling,
-        mask=None if mask is None else mask[None],
         relative_query=(query + attention.bias_v[:, None])[None],
         relative_key=relative_key[None],
     )[0]
+
+
+def full_context(attention: nn.Module, hidden_states, positions) -> Tensor:
+    """The context of full attention by head."""
+    query, key, values = projected(attention, hidden_states)
+    return relative_map(attention, query, key, by_head(attention.relative_k_proj(positions))) @ values
+
+
+def map_at_distances(attention: nn.Module, query, key, relative_key, allowed=None, unpositioned=None) -> Tensor:
+    """The map whose positional term is given for each query and key: relative_key is (heads, queries, keys, dim).
+
+    `allowed` masks pairs; pairs that are `unpositioned` have no positional term.
+    """
+    content = (query + attention.bias_u[:, None]) @ key.mT
+    positional = torch.einsum("hid,hijd->hij", query + attention.bias_v[:, None], relative_key)
+    if unpositioned is not None:
+        positional = positional.masked_fill(unpositioned, 0.0)
+    scores = (content + positional) * HEAD_DIM**-0.5
+    return torch.softmax(scores if allowed is None else scores.masked_fill(~allowed, -torch.inf), dim=-1)
 
 
 def content_map(query: Tensor, key: Tensor) -> Tensor:
@@ -175,15 +189,11 @@ def distances(frames: int) -> Tensor:
 
 
 def windowed_map(attention: nn.Module, hidden_states, positions, radius: int, num_global: int = 0) -> Tensor:
-    """The map of a band and of global frames, between which contents alone count."""
+    """The map of a band and of global frames, whose pairs are scored by contents alone."""
     frames = len(hidden_states)
     apart = distances(frames)
     is_global = torch.zeros(frames, frames, dtype=torch.bool)
     is_global[:num_global], is_global[:, :num_global] = True, True
-    query, key = by_head(attention.q_proj(hidden_states)), by_head(attention.k_proj(hidden_states))
+    query, key, _ = projected(attention, hidden_states)
     relative_key = by_head(attention.relative_k_proj(positions))[:, frames - 1 + apart]
-    content = (query + attention.bias_u[:, None]) @ key.mT
-    positional = torch.einsum("hid,hijd->hij", query + attention.bias_v[:, None], relative_key)
-    scores = (content + positional.masked_fill(is_global, 0.0)) * HEAD_DIM**-0.5
-    allowed = (apart.abs() <= radius) | is_global
-    return torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+    return map_at_distances(attention, query, key, relative_key, (apart.abs() <= radius) | is_global, is_global)
