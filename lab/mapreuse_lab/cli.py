@@ -189,7 +189,10 @@ def analyze(
     max_batches: MaxBatches = 64,
     epsilon: Annotated[float, typer.Option(help="attention weight that the concentration may leave out")] = 0.02,
 ) -> None:
-    """Measure a recogniser's attention maps: similarity, entropy, diagonality and concentration."""
+    """Measure a recogniser's attention maps on recordings, or on the dev part of a corpus.
+
+    The page shows the similarity of layers and heads, entropy, diagonality and concentration.
+    """
     from mapreuse import measure
     from mapreuse_lab.training import speech_batches
 
@@ -214,7 +217,10 @@ def convert(
     distill_seconds: Annotated[float | None, typer.Option(help="distil from the original for this long")] = None,
     max_batches: MaxBatches = 64,
 ) -> None:
-    """Convert a recogniser to share attention maps. Run the same command again to continue after a stop."""
+    """Convert a recogniser to share attention maps, with recordings or the train part of a corpus as calibration data.
+
+    Give either --budget or --plan. Run the same command again to continue after a stop.
+    """
     from mapreuse import ReusePlan
     from mapreuse.conversion import (
         MIN_CONVERSION_BATCHES,
