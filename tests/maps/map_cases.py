@@ -1,4 +1,4 @@
-"""Random attentions for the tests of `maps`: scores and values, and what the definition makes of them."""
+"""Random attentions with the map of the definition."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from mapreuse.maps import RelativePositions, Scores, reference
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 130)
-"""Around the 64 rows that are computed at a time, and less than that."""
+"""Lengths below, at and above one block of rows."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: its scores, values, and the definition's map and context."""
+    """Scores, values, and the map and context of the definition."""
 
     scores: Scores
     values: Tensor
@@ -29,7 +29,7 @@ class Case:
 
 @st.composite
 def cases(draw, *, lengths=LENGTHS, dtype=torch.float32):
-    """Attentions with every combination of mask, bias, causality, relative positions, lengths and strides."""
+    """Attentions with any combination of mask, bias, causality, relative positions, lengths and strides."""
     return make_case(
         batch=draw(st.integers(1, 3)),
         heads=draw(st.integers(1, 4)),
@@ -65,7 +65,7 @@ def make_case(
 
     def normal(*shape):
         tensor = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-        # As projections come: (batch, positions, heads, dim), seen with heads first.
+        # Projections are stored as (batch, positions, heads, dim).
         return tensor if contiguous else tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
     masks = {
@@ -76,7 +76,7 @@ def make_case(
     allowed = None
     if mask is not None:
         allowed = torch.rand(masks[mask], generator=generator) < 0.6
-        allowed[-1, :, -1] = False  # the last query of the last item attends nothing
+        allowed[-1, :, -1] = False  # the last query of the last item attends to no key
     added = None
     if bias is not None:
         added = normal(1 if bias == "shared" else batch, 1 if bias == "shared" else heads, num_queries, num_keys)
@@ -98,7 +98,7 @@ def make_case(
 
 
 def defined_map(scores: Scores) -> Tensor:
-    """The definition's map of these scores."""
+    """The map of these scores by the definition."""
     relative = scores.relative
     return reference.attention_map(
         scores.query,
@@ -113,7 +113,7 @@ def defined_map(scores: Scores) -> Tensor:
 
 
 def with_gradients(case: Case) -> tuple[Case, list[Tensor]]:
-    """The same attention on fresh leaves that require gradients, and those leaves."""
+    """The same attention on new leaves that require gradients, and these leaves."""
     relative = case.scores.relative
     leaves = [case.scores.query, case.scores.key, case.values]
     if case.scores.bias is not None:
@@ -125,7 +125,7 @@ def with_gradients(case: Case) -> tuple[Case, list[Tensor]]:
 
 
 def on_leaves(case: Case, leaves: list[Tensor]) -> Case:
-    """The same attention with its floating-point tensors replaced by these."""
+    """The same attention with other floating-point tensors."""
     query, key, values, *rest = leaves
     bias = None if case.scores.bias is None else rest.pop(0)
     relative = None if case.scores.relative is None else RelativePositions(*rest)

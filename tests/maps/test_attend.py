@@ -1,4 +1,4 @@
-"""The computing layer's core, against the definition in `maps/reference.py`."""
+"""Attention of a computing layer, compared with the definition in `maps/reference.py`."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @given(cases(), st.booleans(), st.booleans())
-def test_context_and_map_are_the_definitions(case, keep, grad_mode):
+def test_context_and_map_match_the_definition(case, keep, grad_mode):
     with torch.set_grad_enabled(grad_mode):
         context, weights = attend(case.scores, case.values, keep=keep)
     torch.testing.assert_close(context, case.context, **CLOSE)
@@ -25,7 +25,7 @@ def test_context_and_map_are_the_definitions(case, keep, grad_mode):
 
 
 @given(cases(), st.booleans())
-def test_a_context_alone_is_the_definitions_by_whichever_kernel_is_faster(case, in_c):
+def test_a_context_without_its_map_matches_the_definition_for_either_kernel(case, in_c):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(_blocked, "_MAX_SHORT", 0)
         patch.setattr(_attend, "_MIN_SCORES", 0)
@@ -38,17 +38,16 @@ def test_a_context_alone_is_the_definitions_by_whichever_kernel_is_faster(case, 
     torch.testing.assert_close(context, case.context, **CLOSE)
 
 
-@pytest.mark.parametrize(("times", "wanted"), [((1.0, 2.0), True), ((0.95, 1.0), False), ((2.0, 1.0), False)])
-def test_the_core_in_c_is_taken_where_it_takes_clearly_less_time(monkeypatch, times, wanted):
+@pytest.mark.parametrize(("times", "expected"), [((1.0, 2.0), True), ((0.95, 1.0), False), ((2.0, 1.0), False)])
+def test_the_c_kernel_is_used_if_it_is_clearly_faster(monkeypatch, times, expected):
     called = []
     monkeypatch.setattr(_c_kernel, "compute", lambda *args: called.append(times[0]))
     monkeypatch.setattr(_attend, "_fused", lambda *args: called.append(times[1]))
     monkeypatch.setattr(_microbenchmark, "_seconds", lambda call: call() or called[-1])
-    assert _attend._kernel_is_faster.__wrapped__(1, 8) is wanted
+    assert _attend._kernel_is_faster.__wrapped__(1, 8) is expected
 
 
-def test_cores_are_compared_in_float32_whatever_the_default_type(monkeypatch):
-    """C takes what it is given for float32."""
+def test_kernels_are_timed_in_float32_for_any_default_type(monkeypatch):
     types = set()
     monkeypatch.setattr(_c_kernel, "compute", lambda scores, values: types.update((scores.query.dtype, values.dtype)))
     monkeypatch.setattr(_attend, "_fused", lambda *args: None)
@@ -62,7 +61,7 @@ def test_cores_are_compared_in_float32_whatever_the_default_type(monkeypatch):
 
 
 @given(cases())
-def test_a_map_written_over_a_used_buffer_is_the_same(case):
+def test_a_map_in_a_used_buffer_is_the_same(case):
     used = torch.full(case.scores.shape, float("nan"))
     with torch.no_grad():
         context, weights = attend(case.scores, case.values, keep=True, buffer=used)
@@ -72,8 +71,7 @@ def test_a_map_written_over_a_used_buffer_is_the_same(case):
 
 
 @given(cases(dtype=torch.float64))
-def test_the_definition_is_a_distribution_over_what_may_be_attended(case):
-    """Of the oracle itself: rows sum to one over allowed keys, or to zero where there is none."""
+def test_the_rows_of_the_definition_are_distributions_over_the_allowed_keys(case):
     allowed = torch.ones(case.scores.shape, dtype=torch.bool)
     if case.scores.mask is not None:
         allowed = allowed & case.scores.mask
@@ -83,8 +81,7 @@ def test_the_definition_is_a_distribution_over_what_may_be_attended(case):
     torch.testing.assert_close(case.map.sum(-1), allowed.any(-1).double())
 
 
-def test_relative_positions_follow_the_distance_between_query_and_key():
-    """Query i and key j meet encoding i − j, counted downwards from T − 1: written out, position by position."""
+def test_relative_positions_depend_on_the_distance_of_query_and_key():
     case = make_case(batch=1, heads=1, num_queries=5, relative=True, dtype=torch.float64)
     scores, positions = case.scores, case.scores.relative
     expected = torch.empty(5, 5, dtype=torch.float64)
@@ -100,7 +97,7 @@ def test_relative_positions_follow_the_distance_between_query_and_key():
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize("bias", [None, "heads"])
-def test_a_query_that_may_attend_nothing_has_no_map_and_no_context(keep, relative, grad_mode, bias):
+def test_a_query_without_allowed_keys_has_zero_map_and_context(keep, relative, grad_mode, bias):
     case = make_case(num_queries=70, num_keys=70, mask="queries and keys", relative=relative, bias=bias)
     case.scores.mask[0, 0, 3] = case.scores.mask[0, 0, 69] = False
     with torch.set_grad_enabled(grad_mode):
@@ -112,8 +109,8 @@ def test_a_query_that_may_attend_nothing_has_no_map_and_no_context(keep, relativ
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_mask_and_causality_together_can_leave_a_query_nothing(keep):
-    """The first key is padding (on the left): causal query 0 may attend no key, though its mask has some."""
+def test_mask_and_causality_together_can_leave_a_query_without_keys(keep):
+    """The first key is masked, and causality masks the other keys of query 0."""
     case = make_case(mask="keys", is_causal=True, num_queries=9, num_keys=9)
     case.scores.mask[:] = True
     case.scores.mask[:, :, :, 0] = False
@@ -126,7 +123,7 @@ def test_a_mask_and_causality_together_can_leave_a_query_nothing(keep):
 
 @pytest.fixture(params=["whole", "in blocks"])
 def of_any_size(request, monkeypatch):
-    """Maps are computed whole, or two rows at a time, by the hand-written backward pass; tells whether that ran."""
+    """Compute maps whole, or two rows at a time with the blocked backward pass; returns whether that ran."""
     calls = []
     if request.param == "whole":
         return lambda: True
@@ -143,7 +140,7 @@ def of_any_size(request, monkeypatch):
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("mask", [None, "heads"])
 @pytest.mark.parametrize("bias", [None, "shared"])
-def test_gradients_are_those_of_finite_differences(keep, relative, mask, bias, of_any_size):
+def test_gradients_match_finite_differences(keep, relative, mask, bias, of_any_size):
     case = make_case(
         batch=2, heads=2, num_queries=4, num_keys=5, relative=relative, mask=mask, bias=bias, dtype=torch.float64
     )
@@ -154,13 +151,13 @@ def test_gradients_are_those_of_finite_differences(keep, relative, mask, bias, o
         return [out for out in attend(varied.scores, varied.values, keep=keep) if out is not None]
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
-    assert of_any_size() or not (keep or relative), "the hand-written backward pass was not reached"
+    assert of_any_size() or not (keep or relative), "the blocked backward pass did not run"
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
-def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept(keep, relative, of_any_size):
-    """With the same seed the same weights are dropped, so that finite differences have a function to differ."""
+def test_gradients_under_dropout_match_finite_differences(keep, relative, of_any_size):
+    """The same seed drops the same weights in every call."""
     case = make_case(batch=2, heads=3, num_queries=5, num_keys=5, relative=relative, dtype=torch.float64)
     _, leaves = with_gradients(case)
 
@@ -170,18 +167,18 @@ def test_gradients_under_dropout_are_those_of_the_weights_that_were_kept(keep, r
         return [out for out in attend(varied.scores, varied.values, keep=keep, dropout_p=0.4) if out is not None]
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
-    assert of_any_size() or not (keep or relative), "the hand-written backward pass was not reached"
+    assert of_any_size() or not (keep or relative), "the blocked backward pass did not run"
 
 
 @given(cases(lengths=(1, 5, 130)), st.booleans())
-def test_gradients_are_the_definitions(case, keep):
+def test_gradients_match_the_definition(case, keep):
     def loss(context, weights):
         return context.square().sum() + (weights.square().sum() if keep else 0.0)
 
-    ours, leaves = with_gradients(case)
-    loss(*attend(ours.scores, ours.values, keep=keep)).backward()
-    theirs, same_leaves = with_gradients(case)
-    loss(theirs.context, theirs.map).backward()
+    found, leaves = with_gradients(case)
+    loss(*attend(found.scores, found.values, keep=keep)).backward()
+    reference, same_leaves = with_gradients(case)
+    loss(reference.context, reference.map).backward()
     for leaf, same in zip(leaves, same_leaves, strict=True):
         expected = torch.zeros_like(same) if same.grad is None else same.grad
         torch.testing.assert_close(leaf.grad, expected, atol=2e-4, rtol=1e-3)
@@ -190,7 +187,7 @@ def test_gradients_are_the_definitions(case, keep):
 @pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("relative", [True, False])
-def test_half_precision_takes_its_softmax_in_float32(monkeypatch, grad_mode, dtype, relative):
+def test_the_softmax_of_half_precision_runs_in_float32(monkeypatch, grad_mode, dtype, relative):
     case = make_case(num_queries=65, num_keys=65, relative=relative, dtype=dtype, mask="queries and keys")
     softmax, precisions = torch.softmax, []
 
@@ -211,7 +208,7 @@ def test_half_precision_takes_its_softmax_in_float32(monkeypatch, grad_mode, dty
 
 
 def test_a_half_precision_row_of_many_equal_scores_sums_to_one():
-    """A softmax in bfloat16 would stop counting at 256 keys of weight one."""
+    """A sum in bfloat16 would stop growing at 256 keys of weight one."""
     case = make_case(batch=1, heads=1, num_queries=64, num_keys=2048, dtype=torch.bfloat16)
     case.scores.query.zero_()
     with torch.no_grad():
@@ -221,7 +218,7 @@ def test_a_half_precision_row_of_many_equal_scores_sums_to_one():
 
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("grad_mode", [True, False])
-def test_the_map_handed_on_is_the_one_before_dropout(relative, grad_mode):
+def test_the_returned_map_has_no_dropout(relative, grad_mode):
     case = make_case(num_queries=70, num_keys=70, relative=relative)
     torch.manual_seed(0)
     with torch.set_grad_enabled(grad_mode):
@@ -233,8 +230,8 @@ def test_the_map_handed_on_is_the_one_before_dropout(relative, grad_mode):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("grad_mode", [True, False])
-def test_dropout_keeps_the_mean_and_drops_its_share(keep, relative, grad_mode):
-    """With the identity for values, the context is the dropped map itself."""
+def test_dropout_keeps_the_mean_and_drops_the_right_share(keep, relative, grad_mode):
+    """If the values are the identity, the context is the map after dropout."""
     case = make_case(batch=1, heads=2, num_queries=40, num_keys=40, relative=relative)
     identity = torch.eye(40).expand(1, 2, 40, 40)
     torch.manual_seed(0)
@@ -247,13 +244,13 @@ def test_dropout_keeps_the_mean_and_drops_its_share(keep, relative, grad_mode):
 
 
 @given(cases())
-def test_the_context_is_laid_out_as_an_output_projection_reads_it(case):
+def test_the_context_is_contiguous_for_an_output_projection(case):
     with torch.no_grad():
         context, _ = attend(case.scores, case.values, keep=True)
     assert context.transpose(1, 2).is_contiguous()
 
 
-def test_a_map_that_nobody_reads_is_not_kept_for_the_backward_pass():
+def test_a_map_that_is_not_kept_is_not_saved_for_the_backward_pass():
     case, _ = with_gradients(make_case(batch=1, heads=2, num_queries=130, relative=True))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -264,7 +261,7 @@ def test_a_map_that_nobody_reads_is_not_kept_for_the_backward_pass():
 
 
 def padded(is_causal, relative, bias=None):
-    """Two items, 130 and 40 long."""
+    """Two items with valid lengths 130 and 40."""
     case = make_case(
         batch=2, heads=2, num_queries=130, num_keys=130, is_causal=is_causal, relative=relative, bias=bias
     )
@@ -275,12 +272,12 @@ def padded(is_causal, relative, bias=None):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
-def test_what_stands_in_padding_is_never_read(keep, is_causal, relative):
+def test_padding_is_never_read(keep, is_causal, relative):
     scores, values = padded(is_causal, relative, "heads")
     expected = defined_map(scores)
     context_expected = expected @ values
-    spoilt = [scores.query, scores.key, values] + ([scores.relative.query] if relative else [])
-    for tensor in spoilt:
+    spoiled = [scores.query, scores.key, values] + ([scores.relative.query] if relative else [])
+    for tensor in spoiled:
         tensor[1, :, 40:] = float("nan")
     scores.bias[1, :, 40:] = scores.bias[1, :, :, 40:] = float("nan")
     with torch.no_grad():
@@ -293,8 +290,7 @@ def test_what_stands_in_padding_is_never_read(keep, is_causal, relative):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
-def test_the_core_in_pytorch_multiplies_nothing_of_padding(kernel, monkeypatch, keep, is_causal, relative):
-    """As many products of a query and a key as there are of real ones, by blocks."""
+def test_the_pytorch_kernel_does_not_multiply_padding(kernel, monkeypatch, keep, is_causal, relative):
     if kernel != "PyTorch":
         pytest.skip("products in C cannot be counted")
     scores, values = padded(is_causal, relative)
@@ -307,16 +303,16 @@ def test_the_core_in_pytorch_multiplies_nothing_of_padding(kernel, monkeypatch, 
     monkeypatch.setattr(torch, "bmm", counting)
     with torch.no_grad():
         attend(scores, values, keep=True if not relative else keep)
-    wanted = 48 * 48 + 48 * 96 + 34 * 130 + 40 * 40 if is_causal else 130 * 130 + 40 * 40
-    if relative:  # positional products span the distances of a block, rows − 1 more than its keys
-        wanted += wanted + 2 * 48 * 47 + 34 * 33 + 40 * 39
-    assert sum(products) == 2 * wanted
+    expected = 48 * 48 + 48 * 96 + 34 * 130 + 40 * 40 if is_causal else 130 * 130 + 40 * 40
+    if relative:  # a block has rows − 1 more distances than keys
+        expected += expected + 2 * 48 * 47 + 34 * 33 + 40 * 39
+    assert sum(products) == 2 * expected
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 129, 300])
 @pytest.mark.parametrize("value_dim", [1, 16, 64, 70, 130])
 @pytest.mark.parametrize("dim", [1, 36, 64])
-def test_sizes_that_no_tile_divides(length, value_dim, dim):
+def test_sizes_that_are_no_multiple_of_a_tile_match_the_definition(length, value_dim, dim):
     case = make_case(batch=1, num_queries=length, relative=True)
     scale = dim**-0.5
     query, key, relative_query = (torch.randn(1, 3, length, dim) for _ in range(3))
@@ -332,8 +328,7 @@ def test_sizes_that_no_tile_divides(length, value_dim, dim):
     torch.testing.assert_close(applied, expected[:, [1, 2, 1]] @ values, **CLOSE)
 
 
-def test_many_heads_are_computed_by_several_threads_as_by_one():
-    """So many that they are not packed all at once."""
+def test_many_heads_match_the_definition_for_any_number_of_threads():
     case = make_case(batch=1, heads=16, num_queries=300, num_keys=300, relative=True)
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
@@ -347,8 +342,7 @@ def test_many_heads_are_computed_by_several_threads_as_by_one():
         torch.testing.assert_close(applied, case.context, **CLOSE)
 
 
-def test_a_row_of_nothing_but_minus_infinity_is_no_distribution():
-    """Of the definition, too: only a mask makes a row empty."""
+def test_a_row_with_only_scores_of_minus_infinity_is_nan():
     case = make_case(batch=1, heads=1, num_queries=100, num_keys=100, bias="heads")
     case.scores.bias[0, 0, 3] = float("-inf")
     with torch.no_grad():

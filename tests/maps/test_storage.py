@@ -22,16 +22,16 @@ from mapreuse.maps import (
 from mapreuse.maps.reference import attention_map
 
 TOLERANCE = {"dense": 1e-5, "recompute": 1e-5, "dense16": 2**-11, "dense8": 1 / 509}
-"""Of a weight, beside the greatest of its row."""
+"""Maximum error of a weight, relative to the maximum of its row."""
 
 
 @given(cases(), st.sampled_from(STORAGES), st.data())
-def test_a_carried_map_is_the_definitions_to_the_bits_it_keeps(case, storage, data):
+def test_a_stored_map_matches_the_definition_within_its_precision(case, storage, data):
     batch, heads, _, num_keys = case.scores.shape
     with torch.no_grad():
-        context, carried = compute(case.scores, case.values, storage)
+        context, stored = compute(case.scores, case.values, storage)
     torch.testing.assert_close(context, case.context, atol=1e-5, rtol=1e-5)
-    dense, exact = carried.dense(), case.map
+    dense, exact = stored.dense(), case.map
     torch.testing.assert_close(dense.sum(-1), exact.sum(-1), atol=1e-5, rtol=0)
     off = dense / dense.amax(-1, keepdim=True).clamp(min=1e-9) - exact / exact.amax(-1, keepdim=True).clamp(min=1e-9)
     assert off.abs().max() <= TOLERANCE[storage]
@@ -40,14 +40,14 @@ def test_a_carried_map_is_the_definitions_to_the_bits_it_keeps(case, storage, da
     pairs = data.draw(st.none() | st.lists(pair, min_size=1, max_size=5).map(tuple))
     values = torch.randn(batch, num_keys, 2 if pairs else heads, 3).transpose(1, 2)
     with torch.no_grad():
-        applied = carried.apply(values, pairs)
+        applied = stored.apply(values, pairs)
     met = pairs or tuple((head, head) for head in range(heads))
-    expected = torch.stack([carried.dense()[:, m] @ values[:, v] for m, v in met], 1)
+    expected = torch.stack([stored.dense()[:, m] @ values[:, v] for m, v in met], 1)
     torch.testing.assert_close(applied, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("storage", ["dense16", "dense8"])
-def test_what_stands_in_padding_is_never_applied(storage):
+def test_padding_is_never_applied(storage):
     case = make_case(batch=2, num_queries=9, num_keys=9)
     real = torch.arange(9) < torch.tensor([[9], [4]])
     scores = replace(case.scores, mask=real[:, None, :, None] & real[:, None, None, :])
@@ -59,8 +59,8 @@ def test_what_stands_in_padding_is_never_applied(storage):
     assert (applied[1, :, 4:] == 0).all()
 
 
-def test_halves_are_rounded_to_the_nearest_down_to_the_least_of_them():
-    """One query whose weights span all that half precision holds; what float32 rounds beside it is a thousandth."""
+def test_weights_are_rounded_to_the_nearest_number_in_half_precision():
+    """The weights of one query span the whole range of half precision."""
     logits = torch.linspace(0, -17, 400)
     scores = Scores(torch.ones(1, 1, 100, 1), logits.view(1, 1, 400, 1), 1.0)
     with torch.no_grad():
@@ -72,8 +72,8 @@ def test_halves_are_rounded_to_the_nearest_down_to_the_least_of_them():
 
 @pytest.mark.parametrize("storage", ["dense16", "dense8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_long_rows_of_even_weights_are_carried_in_half_precision(storage, dtype):
-    """Of 600 weights that are much alike, 255ths add up to more than float16 holds."""
+def test_long_rows_of_even_weights_are_stored_in_half_precision(storage, dtype):
+    """600 similar weights, as uint8, add up to more than the maximum of float16."""
     case = make_case(batch=1, num_queries=90, num_keys=600)
     scores = Scores(0.1 * case.scores.query.to(dtype), case.scores.key.to(dtype), case.scores.scaling)
     values = (case.values + 1).to(dtype)
@@ -85,18 +85,18 @@ def test_long_rows_of_even_weights_are_carried_in_half_precision(storage, dtype)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_what_is_not_a_number_reaches_the_readers(storage):
+def test_nan_reaches_the_readers(storage):
     case = make_case(batch=1, num_queries=100, num_keys=100)
     case.scores.query[0, 0, 3] = float("nan")
     with torch.no_grad():
-        context, carried = compute(case.scores, case.values, storage)
-        applied = carried.apply(case.values)
+        context, stored = compute(case.scores, case.values, storage)
+        applied = stored.apply(case.values)
     for found in (context, applied):
         assert found[0, 0, 3].isnan().all()
         assert not found[0, 0, 4].isnan().any()
 
 
-def test_compressed_maps_take_a_half_and_a_quarter_of_the_memory():
+def test_compressed_maps_need_half_and_a_quarter_of_the_memory():
     case = make_case(batch=1, heads=2, num_queries=130, num_keys=130)
     with torch.no_grad():
         sizes = {storage: compute(case.scores, case.values, storage)[1].nbytes for storage in STORAGES}
@@ -108,23 +108,23 @@ def test_compressed_maps_take_a_half_and_a_quarter_of_the_memory():
 
 
 @pytest.mark.parametrize("storage", ["dense16", "dense8"])
-def test_where_gradients_flow_weights_are_kept_as_they_are(storage):
+def test_with_gradients_weights_are_not_compressed(storage):
     case = make_case()
     query = case.scores.query.clone().requires_grad_()
-    _, carried = compute(replace(case.scores, query=query), case.values, storage)
-    assert carried.weights.dtype == torch.float32
-    carried.apply(case.values).sum().backward()
+    _, stored = compute(replace(case.scores, query=query), case.values, storage)
+    assert stored.weights.dtype == torch.float32
+    stored.apply(case.values).sum().backward()
     assert query.grad is not None
 
 
 @pytest.mark.parametrize("storage", ["dense16", "dense8"])
-def test_compressed_maps_draw_dropout_anew(storage):
+def test_every_call_of_a_compressed_map_draws_its_own_dropout(storage):
     case = make_case(batch=1, num_queries=40, num_keys=40)
     ones = torch.ones(1, 3, 40, 1)
     with torch.no_grad():
-        carried = compute(case.scores, case.values, storage)[1]
+        stored = compute(case.scores, case.values, storage)[1]
         torch.manual_seed(0)
-        draws = torch.stack([carried.apply(ones, dropout_p=0.5) for _ in range(50)])
+        draws = torch.stack([stored.apply(ones, dropout_p=0.5) for _ in range(50)])
     assert (draws[0] - draws[1]).abs().mean() > 0.1
     assert draws.mean() == pytest.approx(1.0, abs=0.03)
 
@@ -133,13 +133,13 @@ def costs_of(**costs):
     return tuple(StorageCost(name, seconds, nbytes) for name, (seconds, nbytes) in costs.items())
 
 
-def test_eight_bits_are_for_want_of_memory_never_for_speed():
+def test_dense8_is_chosen_only_if_memory_requires_it():
     costs = costs_of(dense=(0.2, 100), dense8=(0.1, 25))
     assert StorageChoice(costs, budget=100).storage == "dense"
     assert StorageChoice(costs, budget=99).storage == "dense8"
 
 
-def test_the_fastest_that_fits_is_chosen_and_says_why():
+def test_the_fastest_storage_that_fits_is_chosen_and_explained():
     three = costs_of(dense=(1.0, 1000), dense8=(2.0, 250), recompute=(3.0, 10))
     assert StorageChoice(three, 1000).storage == "dense"
     assert StorageChoice(three, 999).storage == "dense8"
@@ -148,13 +148,13 @@ def test_the_fastest_that_fits_is_chosen_and_says_why():
     assert "dense 1000.0 ms, 0.0 MB (too large)" in str(StorageChoice(three, 999))
 
 
-def test_where_nothing_fits_the_budget_that_would_do_is_named():
+def test_if_no_storage_fits_the_smallest_sufficient_budget_is_named():
     with pytest.raises(ValueError, match="memory_budget=9: the smallest is recompute, which needs memory_budget=10"):
         _ = StorageChoice(costs_of(dense=(1.0, 1000), recompute=(3.0, 10)), 9).storage
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(relative):
+def test_sizes_match_the_maps_and_times_scale_with_them(relative):
     case = make_case(batch=1, heads=2, num_queries=130, num_keys=130, relative=relative)
     few, many = (
         choose_storage(case.scores, case.values, MapCounts(1, 3, 4, alive), budget=10**9) for alive in (2, 4)
@@ -173,16 +173,18 @@ def test_memory_is_counted_as_it_is_used_and_time_with_the_numbers_of_a_map(rela
         assert three.seconds == pytest.approx(3 * one.seconds)
 
 
-def test_a_pass_settles_its_strategy_once_and_a_training_pass_on_one_with_gradients(monkeypatch):
+def test_the_storage_of_a_pass_is_chosen_once_and_has_gradients_in_training(monkeypatch):
     case = make_case(num_queries=70, num_keys=70)
     with torch.no_grad():
         roomy = SharedMaps(storage="auto", counts=MapCounts(1, 1, 3, 3), budget=10**9)
-        settled = roomy.storage(case.scores, case.values)
-        assert settled in STORAGES
+        chosen = roomy.storage(case.scores, case.values)
+        assert chosen in STORAGES
         short = SharedMaps(storage="auto", counts=MapCounts(1, 1, 3, 3), budget=case.scores.nbytes)
         assert short.storage(case.scores, case.values) == "recompute"
     monkeypatch.setattr("mapreuse.maps._shared_maps.choose_storage", None)
-    assert roomy.storage(case.scores, case.values) == settled
+    assert roomy.storage(case.scores, case.values) == chosen
     monkeypatch.undo()
     training = SharedMaps(storage="auto", counts=MapCounts(1, 1, 3, 3), budget=2 * 3 * 70 * 70 * 4 - 1)
-    assert training.storage(case.scores, case.values) == "recompute", "compressed maps would fit, without gradients"
+    assert training.storage(case.scores, case.values) == "recompute", (
+        "compressed maps would fit, but have no gradients"
+    )
