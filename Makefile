@@ -43,8 +43,8 @@ coverage: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=src/mapreuse --cov-report=term --cov-fail-under=90
 
 check: setup docs
-	$(BIN)/ruff format --check src lab tests docs
-	$(BIN)/ruff check src lab tests docs
+	$(BIN)/ruff format --check src lab tests docs examples
+	$(BIN)/ruff check src lab tests docs examples
 	$(BIN)/mypy
 	$(BIN)/python lab/experiments/readme.py --check
 	$(BIN)/python docs/tables.py --check

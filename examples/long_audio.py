@@ -1,0 +1,40 @@
+"""Transcribe a long recording with exact attention that never stores a T×T positional term. No training.
+
+python examples/long_audio.py nvidia/parakeet-ctc-0.6b recording.wav
+"""
+
+import argparse
+from pathlib import Path
+
+import soundfile
+import torch
+from transformers import AutoModelForCTC, AutoProcessor
+
+import mapreuse as mr
+from mapreuse.models import find_stack
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="name or directory of a CTC recogniser with relative positions")
+    parser.add_argument("recording", type=Path, help="wav or flac file at the model's sampling rate")
+    parser.add_argument("--plan", help="share maps as well; the model must have been converted and trained for it")
+    given = parser.parse_args(arguments)
+
+    processor = AutoProcessor.from_pretrained(given.model)
+    model = AutoModelForCTC.from_pretrained(given.model).eval()
+    plan = mr.ReusePlan.full(len(find_stack(model).layers)) if given.plan is None else mr.ReusePlan.parse(given.plan)
+    mr.apply(model, plan, storage="auto")
+    mr.optimize(model)
+
+    samples, sampling_rate = soundfile.read(given.recording, dtype="float32", always_2d=True)
+    inputs = processor(samples.mean(axis=1), sampling_rate=sampling_rate, return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+    (text,) = processor.batch_decode(logits.argmax(dim=-1))
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
