@@ -141,7 +141,7 @@ def test_every_batch_is_run_once_and_progress_counts_them(monkeypatch):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("measure", [entropy, diagonality, analyze])
+@pytest.mark.parametrize("measure", [entropy, diagonality, similarity, analyze])
 def test_no_batches_and_maps_that_are_not_finite_are_refused(measure):
     model, batch = build("bert")
     with pytest.raises(ValueError, match="no calibration batches"):
