@@ -114,7 +114,7 @@ def test_eight_recordings_suffice_to_convert_a_recogniser(run, recordings, tmp_p
     (recordings / "7.wav").unlink()
     status, _, error = run(*arguments, tmp_path / "again")
     assert status == 2
-    assert f"{recordings}: 7 utterances, at least 8" in error
+    assert f"{recordings}: found 7 utterances, but at least 8 are needed" in error
     assert not (tmp_path / "again").exists()
 
 

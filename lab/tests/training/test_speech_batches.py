@@ -42,7 +42,7 @@ def test_recordings_of_a_folder_are_resampled_and_long_ones_are_cut_into_pieces(
         (lambda there: there, "holds no wav or flac files"),
         (lambda there: "prompts:tlh", "no such language"),
         (lambda there: tone(there, 0.01), "0.010 s long"),
-        (lambda there: tone(there, 1.0), "1 utterances, at least 4 are wanted"),
+        (lambda there: tone(there, 1.0), "found 1 utterances, but at least 4 are needed"),
     ],
 )
 def test_an_unusable_source_is_refused_on_one_line(tiny, tmp_path, make, message):
