@@ -17,6 +17,7 @@ from mapreuse.maps import SharedMaps
 from mapreuse.models import ARGUMENT
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.techniques._compressed_attention import RelativeAttention
+from mapreuse_lab.techniques._notation import layer_sources
 from mapreuse_lab.techniques._technique import Technique
 
 
@@ -29,13 +30,13 @@ class SharingAttention(RelativeAttention):
 
     def __init__(self, original: ParakeetEncoderAttention, technique: Technique, layer: int, plan: ReusePlan) -> None:
         super().__init__(original, technique, layer)
-        self.source = (*plan.sources(layer), layer)[0]
+        self.source = layer_sources(plan)[layer]
         readers = plan.readers(self.source)
         self.is_shared = bool(readers)
         self.is_last_reader = readers[-1:] == (layer,)
 
     def shared(self, compute: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
-        """What the source layer computes: `compute()` in that layer itself, and the same object in its readers.
+        """The result of `compute()` in the source layer, and the same object in the layers that read it.
 
         Raises `ValueError` if the layer is called without its encoder.
         """

@@ -80,7 +80,7 @@ class Technique:
 
     @property
     def positions(self) -> str:
-        """What becomes of the encoder's relative positions.
+        """How the technique treats the encoder's relative positions.
 
         "kept": they enter the scores. "dropped": scores depend on contents alone, and only the convolutions know the
         order of frames. "none": there are no scores.

@@ -123,7 +123,7 @@ class _Bands:
 
 
 class _BandScores:
-    """What the weights of any blocks are computed from."""
+    """Scores of the windows; the weights of any blocks are computed from them."""
 
     def __init__(
         self,
