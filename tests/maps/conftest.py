@@ -7,7 +7,11 @@ KERNELS = {"any C": 0, "AVX2": 1, "AVX512": 2, "PyTorch": None}
 """Kernels by the newest instruction set of the C code. On a processor without it, an older one is tested."""
 
 
-@pytest.fixture(scope="module", autouse=True, params=KERNELS)
+@pytest.fixture(
+    scope="module",
+    autouse=True,
+    params=[pytest.param(name, marks=pytest.mark.full if name in ("any C", "AVX2") else ()) for name in KERNELS],
+)
 def kernel(request):
     """Run every test with the C kernels and, as if there were no C compiler, with their twin in PyTorch."""
     max_isa = KERNELS[request.param]
