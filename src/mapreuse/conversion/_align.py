@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.conversion._validation import check_plan, check_precision
+from mapreuse.conversion._validation import check_plan
+from mapreuse.data import check_precision
 from mapreuse.measure import Similarity, similarity
 from mapreuse.models import (
     MapRecorder,

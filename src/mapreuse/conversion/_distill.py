@@ -21,7 +21,8 @@ from torch.nn.functional import kl_div
 
 from mapreuse.conversion._layer_cache import in_evaluation_mode
 from mapreuse.conversion._training_loop import LoopConfig, TrainingLoop
-from mapreuse.conversion._validation import check_original, check_precision, digest
+from mapreuse.conversion._validation import check_original, digest
+from mapreuse.data import check_precision
 from mapreuse.measure import time_interleaved
 from mapreuse.models import check_batch, find_stack, not_padding, plan_of, recorded_states, with_projections
 from mapreuse.plan import ReusePlan

@@ -29,7 +29,8 @@ from mapreuse.conversion._output_dir import (
 )
 from mapreuse.conversion._refit import refit
 from mapreuse.conversion._search import MIN_SEARCH_BATCHES, Candidate, relative_latencies, search, split_batches
-from mapreuse.conversion._validation import check_plan, check_precision, checked_batches, digest
+from mapreuse.conversion._validation import check_plan, checked_batches, digest
+from mapreuse.data import check_precision
 from mapreuse.models import apply, copy_with_same_weights
 from mapreuse.plan import ReusePlan
 

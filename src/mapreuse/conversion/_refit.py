@@ -16,7 +16,8 @@ from mapreuse.conversion._layer_cache import LayerCache, in_evaluation_mode
 from mapreuse.conversion._least_squares import DRIFT_SHARES, HeadProjections, LeastSquares
 from mapreuse.conversion._projections import Kept, maps_of, read, values_can_move, write
 from mapreuse.conversion._targets import Targets, is_held_out
-from mapreuse.conversion._validation import check_original, check_precision
+from mapreuse.conversion._validation import check_original
+from mapreuse.data import check_precision
 from mapreuse.models import find_stack, optimized, output_projection, plan_of
 from mapreuse.plan import ReusePlan
 

@@ -17,7 +17,8 @@ from mapreuse.conversion._align import Head
 from mapreuse.conversion._evaluation import PlanEvaluator, hidden_state_error
 from mapreuse.conversion._layer_cache import in_evaluation_mode
 from mapreuse.conversion._search_heuristic import SearchHeuristic
-from mapreuse.conversion._validation import check_precision, checked_batches, digest
+from mapreuse.conversion._validation import checked_batches, digest
+from mapreuse.data import check_precision
 from mapreuse.measure import time_interleaved
 from mapreuse.models import apply, copy_with_same_weights, plan_of
 from mapreuse.plan import ReusePlan

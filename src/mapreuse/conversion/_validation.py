@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mapreuse.data import check_precision
 from mapreuse.models import check_batch, find_stack, plan_of
 from mapreuse.plan import ReusePlan
 
@@ -31,16 +32,6 @@ def check_plan(plan: object) -> None:
     """Raises `ValueError` if this is no plan, for example its notation as text."""
     if not isinstance(plan, ReusePlan):
         raise ValueError(f"the plan must be a ReusePlan, such as ReusePlan.parse({str(plan)!r}): got {plan!r}")
-
-
-def check_precision(model: nn.Module) -> None:
-    """Raises `ValueError` for a model in half precision on a CPU, where products are slow and too coarse."""
-    for name, parameter in model.named_parameters():
-        if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{name} is in {str(parameter.dtype).removeprefix('torch.')} on the CPU; "
-                "convert the model in float32: model.float(), or --float32 on the command line"
-            )
 
 
 def check_original(model: nn.Module, original: nn.Module) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
-from scipy.signal import resample_poly
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,6 +95,8 @@ def read_audio(sample: Sample, rate: int) -> np.ndarray:
         raise ValueError(f"{name}: contains samples that are not finite numbers")
     if source_rate == rate:
         return samples
+    from scipy.signal import resample_poly  # slow to import
+
     ratio = Fraction(rate, source_rate)
     return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from mapreuse import models
-from mapreuse.conversion._validation import check_precision
 from mapreuse.data._files import LIBRARY_ERRORS, one_line
 
 _CONFIG = "config.json"
@@ -81,6 +81,16 @@ def open_model(path: str | Path, stack: str = "", *, float32: bool = False) -> O
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     return opened
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raise `ValueError` for a model in half precision on a CPU, where products are slow and too coarse."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is in {str(parameter.dtype).removeprefix('torch.')} on the CPU; "
+                "convert the model in float32: model.float(), or --float32 on the command line"
+            )
 
 
 def _open(directory: Path) -> PreTrainedModel:
