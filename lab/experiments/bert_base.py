@@ -47,7 +47,9 @@ def main() -> None:
 
 def _convert(folder: Path, options: str, out: str) -> dict[str, Any]:
     """One conversion: its time, its peak memory and its output."""
-    arguments = f"convert bert-base {options} --calibration sentences.txt --max-batches {NUM_SENTENCES // 8} --out {out}"
+    arguments = (
+        f"convert bert-base {options} --calibration sentences.txt --max-batches {NUM_SENTENCES // 8} --out {out}"
+    )
     program = [sys.executable, "-c", "from mapreuse.cli import main; main()", *shlex.split(arguments)]
     begun = time.perf_counter()
     with (folder / "output").open("w+") as output:

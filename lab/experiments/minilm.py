@@ -182,9 +182,7 @@ def _time(
     """Latencies relative to the original, of models with `mr.optimize`; refitted weights change no latency."""
     shapes = {
         name: mr.optimize(
-            make()
-            if rows[name]["plan"] is None
-            else mr.apply(copy.deepcopy(original), _plan_of_row(rows[name]))
+            make() if rows[name]["plan"] is None else mr.apply(copy.deepcopy(original), _plan_of_row(rows[name]))
         )
         for name, make in models.items()
     }

@@ -91,7 +91,9 @@ def _compare(
     optimized = mr.optimize(copy.deepcopy(original))
     found = mr.search(optimized, calibration, error=MAX_ERROR[name], timed=timed, cache=cache)
     models = {f"searched {number}": candidate.build() for number, candidate in enumerate(found)}
-    models |= {f"fixed {plan}": mr.convert(optimized, mr.ReusePlan.parse(plan), calibration) for plan in _fixed(original)}
+    models |= {
+        f"fixed {plan}": mr.convert(optimized, mr.ReusePlan.parse(plan), calibration) for plan in _fixed(original)
+    }
     models["original"] = original
     calls = {name: functools.partial(model, **timed) for name, model in models.items()}
     times = time_interleaved(calls, repeats=7, precision=0.02)
