@@ -94,8 +94,10 @@ def _page(results: dict[str, Any]) -> str:
         "| command | time | peak memory |",
         "|---|---|---|",
     ]
-    for one in results["conversions"]:
-        lines.append(f"| `{one['command']}` | {one['seconds']:.0f} s | {one['peak_bytes'] / 1e9:.2f} GB |")
+    lines += [
+        f"| `{one['command']}` | {one['seconds']:.0f} s | {one['peak_bytes'] / 1e9:.2f} GB |"
+        for one in results["conversions"]
+    ]
     for one in results["conversions"]:
         lines += ["", f"Output of `{one['command'].partition(' --calibration')[0]}`:", ""]
         lines += [f"    {line}" for line in one["output"]]

@@ -178,8 +178,8 @@ def convert(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="search for the best plan: 'latency<=0.7' for 70 % of the original's latency, or 'error<=0.02' for a "
-            "maximum error, 1 − cosine of the last hidden states"
+            help="search for the best plan: 'latency<=0.7' for 70 % of the original's latency (both without "
+            "mapreuse.optimize), or 'error<=0.02' for a maximum error, 1 − cosine of the last hidden states"
         ),
     ] = None,
     plan: Annotated[
@@ -195,9 +195,8 @@ def convert(
 ) -> None:
     """Convert a model to one whose layers share attention maps.
 
-    Searches for a plan or takes the given one, assigns heads, refits projections and, if asked for, distils. The same
-    command continues after an interrupt; its work is kept in OUT.work until then. Latency counts what sharing saves,
-    without mapreuse.optimize on either side.
+    Give --budget to search for a plan, or --plan. The same command continues
+    after an interrupt; until it ends, its work is kept in OUT.work.
     """
     from mapreuse import ReusePlan, save
     from mapreuse.conversion import (
