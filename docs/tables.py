@@ -1,4 +1,6 @@
-"""Write the tables of README.md and docs/ from committed results and the commands' options; --check fails on a difference.
+"""Write the tables of README.md and docs/ from committed results and from the options of the commands.
+
+With --check, fail where one differs.
 
 A table stands between `<!-- begin NAME table: make readme -->` and `<!-- end NAME table -->`.
 """

@@ -71,3 +71,22 @@ def test_every_room_has_a_page_in_the_api_reference():
 def test_every_command_is_on_the_page_of_the_command_line():
     text = PAGES["docs/command_line.md"].read_text()
     assert [name for name in get_command(cli.app).commands if f"`mapreuse {name}`" not in text] == []
+
+
+def raised_messages():
+    """Text of every message in the library's source, with "…" for what is filled in."""
+
+    def text(node):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        return "".join(map(text, node.values)) if isinstance(node, ast.JoinedStr) else "…"
+
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "src/mapreuse").glob("**/*.py")]
+    return [text(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)]
+
+
+def test_every_message_under_troubleshooting_is_one_that_the_library_raises():
+    quoted = re.findall(r"^`(.+)`$", PAGES["docs/troubleshooting.md"].read_text(), re.MULTILINE)
+    raised = raised_messages()
+    assert len(quoted) > 50
+    assert [message for message in quoted if not any(message in text for text in raised)] == []
