@@ -19,6 +19,19 @@ BY_HEADS = mr.ReusePlan((None, ((0, 0), (0, 1), (0, 2), None), ((0, 0), (0, 1), 
 """Of layer 1, one head's map is alive beside those of layer 0."""
 
 
+@pytest.fixture
+def published(monkeypatch):
+    """The maps that layers publish during the test, as pairs of layer and map."""
+    found, publish = [], SharedMaps.publish
+
+    def publishing(self, layer, attention_map):
+        found.append((layer, attention_map))
+        publish(self, layer, attention_map)
+
+    monkeypatch.setattr(SharedMaps, "publish", publishing)
+    return found
+
+
 def bytes_alive(monkeypatch, model, batch):
     """The most bytes that published maps kept alive at once in one pass."""
     alive, most = {}, [0]
@@ -72,16 +85,11 @@ def test_a_budget_is_what_a_pass_would_use_and_a_byte_less_is_refused(monkeypatc
 
 
 @pytest.mark.parametrize("storage", ["dense", "dense8"])
-def test_in_training_a_budget_is_for_all_maps_uncompressed_since_autograd_keeps_them(monkeypatch, storage):
-    sizes = []
-    publish = SharedMaps.publish
-    monkeypatch.setattr(
-        SharedMaps, "publish", lambda self, layer, one: sizes.append(one.nbytes) or publish(self, layer, one)
-    )
+def test_in_training_a_budget_is_for_all_maps_uncompressed_since_autograd_keeps_them(published, storage):
     model, batch = build("bert")
     mr.apply(model, GROUPS, storage=storage)
     model(**batch)
-    monkeypatch.undo()
+    sizes = [one.nbytes for _, one in published]
     assert len(sizes) == 2
     for budget, fits in ((sum(sizes), True), (sum(sizes) - 1, False)):
         model, batch = build("bert")
@@ -104,15 +112,12 @@ def test_auto_stays_within_its_budget_and_says_why(monkeypatch, caplog):
     assert "(too large)" in line
 
 
-def test_auto_trains_with_maps_that_have_gradients(monkeypatch):
+def test_auto_trains_with_maps_that_have_gradients(published):
     model, batch = build("parakeet")
     mr.apply(model, GROUPS, storage="auto")
-    published = []
-    publish = SharedMaps.publish
-    monkeypatch.setattr(SharedMaps, "publish", lambda s, n, m: published.append(m) or publish(s, n, m))
     model(**batch).last_hidden_state.square().mean().backward()
     assert len(published) == 2
-    assert all(not isinstance(one, DenseMap) or one.scales is None for one in published)
+    assert all(not isinstance(one, DenseMap) or one.scales is None for _, one in published)
     assert all(p.grad is not None for n, p in model.named_parameters() if "layers.0.self_attn.q_proj" in n)
 
 
@@ -136,15 +141,7 @@ def test_a_budget_that_is_none_is_refused(monkeypatch, budget):
 
 @pytest.mark.parametrize("plan", ["other heads", "in part", "two sources"])
 @pytest.mark.parametrize("family", ["bert", "parakeet", "llama", "gpt2"])
-def test_only_heads_that_are_applied_are_handed_on(monkeypatch, family, plan):
-    published = {}
-    publish = SharedMaps.publish
-
-    def publishing(self, layer, attention_map):
-        published[layer] = attention_map.num_heads
-        publish(self, layer, attention_map)
-
-    monkeypatch.setattr(SharedMaps, "publish", publishing)
+def test_only_heads_that_are_applied_are_handed_on(published, family, plan):
     model, batch = build(family)
     with torch.no_grad():
         mr.apply(model, PLANS[plan])(**batch)
@@ -152,21 +149,15 @@ def test_only_heads_that_are_applied_are_handed_on(monkeypatch, family, plan):
     for heads in PLANS[plan].layers:
         for source in filter(None, heads if isinstance(heads, tuple) else ()):
             applied.setdefault(source[0], set()).add(source[1])
-    assert published == {layer: len(heads) for layer, heads in applied.items()}
+    found = {layer: one.num_heads for layer, one in published}
+    assert found == {layer: len(heads) for layer, heads in applied.items()}
 
 
-def test_queries_and_keys_of_heads_that_nobody_applies_are_not_kept(monkeypatch):
-    kept = []
-    publish = SharedMaps.publish
-
-    def publishing(self, layer, attention_map):
-        kept.append(attention_map.scores)
-        publish(self, layer, attention_map)
-
-    monkeypatch.setattr(SharedMaps, "publish", publishing)
+def test_queries_and_keys_of_heads_that_nobody_applies_are_not_kept(published):
     model, batch = build("bert")
     with torch.no_grad():
         mr.apply(model, PLANS["in part"], storage="recompute")(**batch)
+    kept = [one.scores for _, one in published]
     assert [scores.shape[1] for scores in kept] == [2, 2]
     for scores in kept:
         for tensor in (scores.query, scores.key):
