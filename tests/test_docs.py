@@ -56,7 +56,10 @@ def test_code_on_a_page_is_python_and_uses_only_what_mapreuse_exports(page):
 
 def test_the_supported_versions_are_those_that_pip_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [project["requires-python"], *(d for d in project["dependencies"] if re.match("torch|transformers", d))]
+    required = [
+        project["requires-python"],
+        *(d for d in project["dependencies"] if re.match("torch|transformers", d)),
+    ]
     assert len(required) == 3
     text = PAGES["docs/troubleshooting.md"].read_text()
     assert [version for version in required if f"`{version}`" not in text] == []
