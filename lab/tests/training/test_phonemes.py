@@ -115,8 +115,8 @@ def test_each_frame_is_labelled_with_the_phoneme_at_its_centre(baseline):
         for found, one, valid in zip(classes, spoken[first:], recorded.valid, strict=False):
             for frame, number in enumerate(found[: int(valid.sum())].tolist()):
                 centre = 0.0125 + 4 * 0.008 * frame
-                said = next((p.name for p in one.phonemes if p.start <= centre < p.stop), one.phonemes[-1].name)
-                assert number == (phonemes.index(said) if said in phonemes else -1)
+                expected = next((p.name for p in one.phonemes if p.start <= centre < p.stop), one.phonemes[-1].name)
+                assert number == (phonemes.index(expected) if expected in phonemes else -1)
 
 
 def test_rare_phonemes_are_left_out_and_similar_ones_are_side_by_side(tiny):
@@ -131,7 +131,7 @@ def test_rare_phonemes_are_left_out_and_similar_ones_are_side_by_side(tiny):
 def test_the_shipped_recogniser_attends_the_same_phonemes_in_lower_layers(baseline):
     batches, labels, phonemes = phoneme_batches(baseline, "en", sentences=24)
     found = phoneme_attention(baseline.model, batches, labels, num_classes=len(phonemes))
-    moved = [row.roll(20, 1) for row in labels]  # 0.8 s later, where something else is said
+    moved = [row.roll(20, 1) for row in labels]  # 0.8 s later
     chance = phoneme_attention(baseline.model, batches, moved, num_classes=len(phonemes))
 
     for measured in ("same", "same_beyond_position"):

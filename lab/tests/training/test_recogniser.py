@@ -195,10 +195,10 @@ def test_long_audio_has_about_the_error_rate_of_its_utterances(baseline, prompts
     samples = np.concatenate([part for cut in cuts for part in (cut.load_audio()[0], pause)])
     assert len(samples) > 100 * 8000
     soundfile.write(tmp_path / "long.wav", samples, 8000)
-    said = " ".join(cut.supervisions[0].text for cut in cuts)
+    spoken = " ".join(cut.supervisions[0].text for cut in cuts)
     apart = " ".join(evaluate(baseline, cuts).hypotheses)
     long = baseline.transcribe(tmp_path / "long.wav")
-    assert jiwer.cer(said, long) < jiwer.cer(said, apart) + 0.06
+    assert jiwer.cer(spoken, long) < jiwer.cer(spoken, apart) + 0.06
     assert long == baseline.transcribe(samples)
 
 

@@ -39,7 +39,7 @@ def test_recordings_of_a_folder_are_resampled_and_long_ones_are_cut_into_pieces(
     ("make", "message"),
     [
         (lambda there: there / "nothing", "expected a folder of wav or flac files, or a corpus"),
-        (lambda there: there, "holds no wav or flac files"),
+        (lambda there: there, "contains no wav or flac files"),
         (lambda there: "prompts:tlh", "no such language"),
         (lambda there: tone(there, 0.01), "0.010 s long"),
         (lambda there: tone(there, 1.0), "found 1 utterances, but at least 4 are needed"),
