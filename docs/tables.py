@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mapreuse_lab import cli as lab_cli
-from mapreuse_lab.study import error_table, latency_table
+from mapreuse_lab.study import read_results, significance, summary_tables
 from mapreuse_lab.techniques import parse
 from typer.main import get_command
 
@@ -141,7 +141,9 @@ def techniques_table() -> list[str]:
         cls = type(parse(technique["name"]))
         (scores,) = (scores for corpus, scores in technique["scores"].items() if corpus == "prompts:en")
         difference = scores.get("against_full", {}).get("cer")
-        quality = "" if difference is None else f"{100 * difference['difference']:+.1f} points, {difference['found']}"
+        quality = "" if difference is None else f"{100 * difference['difference']:+.1f} points"
+        if difference is not None and (outcome := significance(difference["interval"])):
+            quality += f", significantly {outcome}"
         speeds = [
             f"{full['latency'][length]['median'] / technique['latency'][length]['median']:.2f}×"
             for length in ("1000", "8000")
@@ -166,12 +168,17 @@ def option_tables() -> Iterator[tuple[str, list[str]]]:
             yield f"{name} {command_name}", lines
 
 
+def _quick_table(index: int) -> list[str]:
+    """A main table of the quick study: error rates (0), latency of the recogniser (1) and of Conformer-M (2)."""
+    return summary_tables(read_results(RESULTS / "study/quick"))[index].markdown().splitlines()
+
+
 def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
 def _ratio(measured: dict[str, Any], name: str) -> float:
-    return measured["transformers"]["median"] / measured[name]["median"]
+    return measured["transformers"]["median"] / measured[f"{name} + optimize"]["median"]
 
 
 def _wer(scores: dict[str, Any]) -> str:
@@ -185,8 +192,8 @@ TABLES = {
     "memory": memory_table,
     "long": long_table,
     "techniques": techniques_table,
-    "error": lambda: error_table(_read("study/quick/results.json")),
-    "latency": lambda: latency_table(_read("study/quick/results.json")["latency"]["conformer-m"]),
+    "error": lambda: _quick_table(0),
+    "latency": lambda: _quick_table(2),
 }
 
 

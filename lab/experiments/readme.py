@@ -1,6 +1,7 @@
-"""Put the figures of lab/results/study/quick and lab/results/study/full into docs/papers.md and the reports.
+"""Write the reports of the committed studies, and docs/papers.md, from their results.
 
-With --check fail where one of them differs, or results have other error rates than the runs they come from.
+With --check, write nothing, and fail if one of these files is outdated, or if the error rates of the full study differ from
+those of its runs.
 """
 
 from __future__ import annotations
@@ -10,78 +11,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mapreuse_lab.study import (
-    Errors,
-    markdown,
-    page,
-    page_results,
-    papers_page,
-    report,
-    verdict,
-)
+from mapreuse_lab.study import Errors, papers_page, read_results, report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "lab/results/study"
 
 
 def main() -> int:
-    quick, full = _results("quick"), _results("full")
-    files: dict[str, str] = {}
-    if full["verdict"] != verdict(full):
-        print(
-            "lab/results/study/full/results.json has another verdict than its figures give; run mapreuse study --preset full"
-        )
+    full = read_results(STUDY / "full")
+    files = {STUDY / name / "report.md": report(read_results(STUDY / name)) for name in ("quick", "quick-avx2", "full")}
+    files[ROOT / "docs/papers.md"] = papers_page(full)
+    if differing := [*_differing_runs(full), *_differing_runs(full["longer"])]:
+        print(f"lab/results/study/full/results.json differs from the error rates of its runs: {', '.join(differing)}")
         return 1
-    files["lab/results/study/quick/report.md"] = report(quick)
-    files["lab/results/study/quick/report.html"] = page(page_results(quick))
-    files["docs/papers.md"] = papers_page(full)
-    files["lab/results/study/full/report.md"] = markdown(full)
-    files["lab/results/study/full/report.html"] = page(full)
-    if wrong := _differing_runs(full):
-        print(f"lab/results/study/full/results.json does not have the error rates of its runs: {', '.join(wrong)}")
-        return 1
-    if "--check" not in sys.argv:
-        for name, fresh in files.items():
-            (ROOT / name).write_text(fresh)
-        return 0
-    stale = [name for name, fresh in files.items() if not _holds(ROOT / name, fresh)]
-    for name in stale:
-        print(f"{name} does not show the figures of results; run make readme")
-    return 1 if stale else 0
+    stale = [file for file, text in files.items() if file.read_text() != text]
+    for file in stale:
+        if "--check" in sys.argv:
+            print(f"{file.relative_to(ROOT)} is outdated; run make readme")
+        else:
+            file.write_text(files[file])
+    return int(bool(stale) and "--check" in sys.argv)
 
 
-def _holds(file: Path, text: str) -> bool:
-    return file.is_file() and file.read_text() == text
-
-
-def _results(preset: str) -> dict[str, Any]:
-    file = ROOT / "results" / preset / "results.json"
-    if not file.is_file():
-        raise SystemExit(f"results/{preset}/results.json is missing")
-    return json.loads(file.read_text())
-
-
-def _differing_runs(full: dict[str, Any]) -> list[str]:
-    """Finished runs whose recorded hypotheses have another CER or WER than the results say, or are not recorded."""
-    return [*_wrong_runs(full), *_wrong_runs(full.get("longer", {"techniques": [], "runs": []}))]
-
-
-def _wrong_runs(part: dict[str, Any]) -> list[str]:
+def _differing_runs(part: dict[str, Any]) -> list[str]:
+    """Finished runs whose recorded hypotheses are missing or have other error rates than the results."""
     scores = {technique["name"]: technique["scores"] for technique in part["techniques"]}
-    wrong = []
+    differing = []
     for run in part["runs"]:
-        file = ROOT / "lab/results/study/full/runs" / f"{run['key']}.json"
-        if run["state"] != "finished":
-            continue
-        if not file.is_file():
-            wrong.append(run["key"])
-            continue
-        test = json.loads(file.read_text())["test"]
-        recorded = Errors.of(test["references"], [test["hypotheses"]])
-        said = scores[run["technique"]][run["corpus"]]
-        place = said["seeds"].index(run["seed"])
-        if any(abs(said[f"{measure}_by_seed"][place] - recorded.rate(measure)) > 1e-9 for measure in ("cer", "wer")):
-            wrong.append(run["key"])
-    return wrong
+        if run["state"] == "finished":
+            file = STUDY / "full/runs" / f"{run['key']}.json"
+            own = scores[run["technique"]][run["corpus"]]
+            place = own["seeds"].index(run["seed"])
+            test = json.loads(file.read_text())["test"] if file.is_file() else None
+            recorded = None if test is None else Errors.of(test["references"], [test["hypotheses"]])
+            if recorded is None or any(
+                abs(own[f"{metric}_by_seed"][place] - recorded.rate(metric)) > 1e-9 for metric in ("cer", "wer")
+            ):
+                differing.append(run["key"])
+    return differing
 
 
 if __name__ == "__main__":

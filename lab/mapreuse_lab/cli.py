@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markdown import Markdown
 
 from mapreuse.console import check_writable_directory, console, progress_bar, run_command, show_tables
 
@@ -62,48 +61,66 @@ def root(
 
 @app.command()
 def study(
-    preset: Annotated[str, typer.Option(help="quick, or full: every technique, trained from scratch")] = "quick",
+    preset: Annotated[str, typer.Option(help="quick (minutes) or full (hours)")] = "quick",
     corpus: CorpusName = "prompts:en",
     baseline: Model = None,
-    other_corpus: Annotated[str | None, typer.Option(help="full: a second language; prompts:es if left out")] = None,
-    steps: Annotated[int | None, typer.Option(help="full: training steps of every run")] = None,
-    workers: Annotated[int | None, typer.Option(help="full: training processes at a time; 1 if left out")] = None,
-    training_only: Annotated[bool, typer.Option("--training-only", help="full: time and analyze nothing")] = False,
-    out: Annotated[Path | None, typer.Option(help="directory of the report; results/PRESET if left out")] = None,
-    work: Annotated[Path | None, typer.Option(help="of finished steps and checkpoints; or runs/PRESET")] = None,
+    other_corpus: Annotated[str | None, typer.Option(help="full: second language; default: prompts:es")] = None,
+    steps: Annotated[int | None, typer.Option(help="full: training steps of each run")] = None,
+    workers: Annotated[int | None, typer.Option(help="full: number of training processes; default: 1")] = None,
+    training_only: Annotated[bool, typer.Option("--training-only", help="full: only train, no timing")] = False,
+    out: Annotated[Path | None, typer.Option(help="directory of the report; default: lab/results/study/PRESET")] = None,
+    work: Annotated[Path | None, typer.Option(help="directory of checkpoints; default: runs/PRESET")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """Judge reuse: quick converts the recogniser, full trains every technique from scratch; a report for each."""
-    from mapreuse_lab import study as rooms
+    """Run a study and write its report. Run the same command again to continue after a stop.
+
+    The quick study converts a trained recogniser to share attention maps, fine-tunes it for a minute, and measures
+    error rates and latency. The full study trains every technique from scratch and compares them.
+    """
+    from mapreuse_lab import study as room
 
     if preset not in ("quick", "full"):
         raise ValueError(f"--preset must be quick or full, got {preset!r}")
-    out, work = out or Path("results") / preset, work or Path("runs") / preset
+    out, work = out or Path("lab/results/study") / preset, work or Path("runs") / preset
     check_writable_directory("--out", out)
     check_writable_directory("--work", work)
     if preset == "full":
         if baseline is not None:
             raise ValueError("--model belongs to --preset quick: the full study trains its own models")
-        recipe = rooms.Recipe() if steps is None else rooms.Recipe(steps=steps)
-        full = rooms.FullConfig(corpus=corpus, device=device, recipe=recipe)
+        recipe = room.Recipe() if steps is None else room.Recipe(steps=steps)
+        full = room.FullConfig(corpus=corpus, device=device, recipe=recipe)
         if other_corpus is not None:
             full = dataclasses.replace(full, other_corpus=other_corpus)
-        found = rooms.run_full(
-            full, out, work, console, workers=1 if workers is None else workers, training_only=training_only
-        )
-        console.print("\n".join(found["verdict"]), markup=False, highlight=False)
+        room.run_full(full, out, work, workers=1 if workers is None else workers, training_only=training_only)
+        if training_only:
+            return
     else:
         if training_only or (other_corpus, steps, workers) != (None, None, None):
             raise ValueError("--other-corpus, --steps, --workers and --training-only belong to --preset full")
-        quick = rooms.QuickConfig(corpus=corpus, device=device)
+        quick = room.QuickConfig(corpus=corpus, device=device)
         if baseline is not None:
             quick = dataclasses.replace(quick, baseline=str(baseline))
-        results = rooms.run_quick(quick, out, work, console)
-        console.print(Markdown("\n".join(rooms.error_table(results))))
-        for name, measured in (*results["latency"].items(), ("one layer's attention", results["attention"])):
-            console.print(f"\n[bold]{name}[/]: how many times as fast as transformers (sdpa)")
-            console.print(Markdown("\n".join(rooms.latency_table(measured))))
-    console.print(f"\nReport: {out / 'report.html'}", highlight=False)
+        room.run_quick(quick, out, work)
+    _print_summary(out)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="directory with the results.json of a study")]) -> None:
+    """Write the report of a study again, from its results: report.md, its plots, and report.html."""
+    from mapreuse_lab import study as room
+
+    room.write_report(room.read_results(directory), directory)
+    _print_summary(directory)
+
+
+def _print_summary(directory: Path) -> None:
+    from mapreuse_lab import study as room
+
+    results = room.read_results(directory)
+    show_tables(room.summary_tables(results))
+    for sentence in room.verdict(results):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(f"Report: {directory / 'report.html'}", highlight=False)
 
 
 @app.command()

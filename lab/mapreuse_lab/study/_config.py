@@ -1,4 +1,4 @@
-"""What the full study runs."""
+"""Settings of the full study."""
 
 from __future__ import annotations
 
@@ -9,37 +9,34 @@ import torch
 from mapreuse_lab.study._runs import LongRecipe, Recipe, Run
 from mapreuse_lab.techniques import study_techniques
 
-_LONGER = ("full", "reuse-2x3", "reuse-6x1", "heads-2", "window-16", "diagonal")
-_LONGER_REPEATED = ("full", "reuse-2x3", "heads-2", "diagonal")
-
 
 @dataclass(frozen=True)
 class FullConfig:
-    """What the full study runs.
+    """Settings of the full study.
 
     Attributes:
-        corpus: name of the corpus that every technique trains on.
-        other_corpus: name of a second one, in another language, for `elsewhere`.
-        techniques: names of the rows of the table; those of `study_techniques` where empty.
-        repeated: techniques that train with `seeds` seeds; the others with one.
-        elsewhere: techniques that train on the second corpus too, with as many.
-        seeds: how many, counted from 0.
-        shown: full attention, and a reuse technique whose maps and breakdown are shown beside its own.
-        recipe: how every run trains.
-        longer: techniques that also train by `longer_recipe`, on `corpus`; where None, some of one voice's recordings
-            (`prompts:…`), which it puts sentences together from, and none of another corpus.
-        longer_repeated: those of them that do so with `longer_seeds` seeds, the others with one; where `longer` is
-            None, some of one voice's recordings.
-        longer_seeds: how many, counted from 0.
-        longer_recipe: how.
-        lengths: encoder frames at which latency is measured.
-        memory_length: encoder frames at which peak memory is.
-        repeats: rounds of the interleaved timing.
-        device: "cpu" or "cuda", of the timing; training takes what `accelerate` finds.
+        corpus: name of the corpus that every technique is trained on.
+        other_corpus: name of a corpus in another language, for the techniques in `elsewhere`.
+        techniques: names of the techniques; empty for those of `study_techniques`.
+        repeated: techniques that are trained with `seeds` seeds on `corpus`; the others are trained with one.
+        elsewhere: techniques that are also trained on `other_corpus`, with `seeds` seeds.
+        seeds: number of seeds, counted from 0.
+        shown: full attention, and the reuse technique whose maps and breakdown the report shows beside it.
+        recipe: model size and training of every run.
+        longer: techniques that are also trained by `longer_recipe` on `corpus`. None for a default selection if the
+            corpus is one voice's prompts, and for no technique otherwise: a larger corpus needs no longer recipe.
+        longer_repeated: techniques of `longer` that are trained with `longer_seeds` seeds. If `longer` is None, a
+            default selection.
+        longer_seeds: number of seeds of the longer recipe.
+        longer_recipe: model size and training of the longer runs.
+        lengths: encoder frames for latency.
+        memory_length: encoder frames for peak memory.
+        repeats: number of repeats of each timing.
+        device: "cpu" or "cuda", for timing; training uses what `accelerate` finds.
 
     Raises:
-        ValueError: where `repeated`, `elsewhere`, `shown` or `longer` names what is not among the techniques, both
-            corpora are the same, or the device is not one that is here.
+        ValueError: if `repeated`, `elsewhere`, `shown` or `longer` has a name that is not in `techniques`, the two
+            corpora are the same, or the device is unknown or missing.
     """
 
     corpus: str = "prompts:en"
@@ -64,18 +61,20 @@ class FullConfig:
             names = tuple(technique.name for technique in study_techniques(self.recipe.num_layers))
             object.__setattr__(self, "techniques", names)
         if self.longer is None:
-            of_one_voice = self.corpus.startswith("prompts:")
-            object.__setattr__(self, "longer", _LONGER if of_one_voice else ())
-            object.__setattr__(self, "longer_repeated", _LONGER_REPEATED if of_one_voice else ())
+            prompts = self.corpus.startswith("prompts:")
+            longer = ("full", "reuse-2x3", "reuse-6x1", "heads-2", "window-16", "diagonal") if prompts else ()
+            object.__setattr__(self, "longer", longer)
+            repeated = ("full", "reuse-2x3", "heads-2", "diagonal") if prompts else ()
+            object.__setattr__(self, "longer_repeated", repeated)
         named = {*self.repeated, *self.elsewhere, *self.shown, *(self.longer or ()), *self.longer_repeated}
         if unknown := sorted(named - set(self.techniques)):
             raise ValueError(f"{', '.join(unknown)}: not among the study's techniques, {', '.join(self.techniques)}")
         if self.corpus == self.other_corpus:
-            raise ValueError(f"the study needs two corpora: --corpus is {self.corpus}, which is the second one, too")
+            raise ValueError(f"--corpus and --other-corpus are both {self.corpus}; the study needs two corpora")
         check_device(self.device)
 
     def runs(self) -> list[Run]:
-        """All training runs that are known beforehand, the most important first."""
+        """All runs with the standard recipe that do not depend on results, the most important ones first."""
         names = self.techniques
         first = [name for name in names if name in self.repeated]
         runs = [Run(name, self.corpus, 0, self.recipe) for name in dict.fromkeys([*first, *names])]
@@ -86,7 +85,7 @@ class FullConfig:
         return runs
 
     def longer_runs(self) -> list[Run]:
-        """The runs by the longer recipe, seed by seed."""
+        """The runs with the longer recipe, seed by seed."""
         runs = [Run(name, self.corpus, 0, self.longer_recipe) for name in self.longer or ()]
         for seed in range(1, self.longer_seeds):
             runs += [Run(name, self.corpus, seed, self.longer_recipe) for name in self.longer_repeated]
@@ -94,7 +93,7 @@ class FullConfig:
 
 
 def check_device(device: str) -> None:
-    """Raises `ValueError` where there is no such device, or it is not here."""
+    """Raises `ValueError` if the device is unknown or missing."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What the papers look at in trained models: maps, how alike they are, phonemes; and where the time goes."""
+"""Attention maps of the trained models, their similarity, attention between phonemes; and time by part."""
 
 from __future__ import annotations
 
@@ -9,88 +9,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from mapreuse.measure import (
-    BreakdownConfig,
-    analyze,
-    breakdown,
-    encoders_to_compare,
-    machine,
-)
-from mapreuse.models import plan_of
+from mapreuse.console import console, progress_bar
+from mapreuse.measure import BreakdownConfig, analyze, breakdown, encoders_to_compare, machine
+from mapreuse.models import optimize, plan_of
 from mapreuse_lab.study._config import FullConfig
 from mapreuse_lab.study._phoneme_attention import phoneme_attention, phoneme_attention_data
-from mapreuse_lab.study._progress import ProgressBar
 from mapreuse_lab.study._runs import Run, RunDirectory
-from mapreuse_lab.study._steps import Steps, where
-from mapreuse_lab.training import (
-    Recogniser,
-    features,
-    open_corpus,
-    phoneme_batches,
-    speech_batches,
-    waveform_of,
-)
+from mapreuse_lab.study._step_cache import StepCache, timing_environment
+from mapreuse_lab.training import Recogniser, features, open_corpus, phoneme_batches, speech_batches, waveform_of
 
 _VERSION = 1
-"""Of what is found in trained models; a greater one has it measured again, where the weights are."""
+"""Version of the findings in trained models; increase it to measure them again."""
 
 _DIGITS = 4
 _UTTERANCE_SECONDS = (3.0, 4.5)
 _PHONEME_SENTENCES = 100
 
 
-def findings(config: FullConfig, runs: RunDirectory, directory: Path, console: Console) -> dict[str, Any]:
-    """Everything of this kind that can be said here; what needs weights that another machine has is left out.
+def findings(config: FullConfig, runs: RunDirectory, directory: Path) -> dict[str, Any]:
+    """Similarity, maps, phoneme attention and breakdown, by name, as far as this machine has the trained weights.
 
-    Results are kept in `directory`, to be put under version control: trained weights are not.
+    Results stay in `directory`; keep it under version control, because trained weights are not.
     """
-    shown = config.shown
-    trained = {name: Run(name, config.corpus, 0, config.recipe) for name in shown}
+    trained = {name: Run(name, config.corpus, 0, config.recipe) for name in config.shown}
     keys: dict[str, Any] = {name: run.key for name, run in trained.items()} | {"version": _VERSION}
-    timed = Steps(directory, ("plan.py", "maps", "models", "measure", "study/_findings.py"))
-    steps = Steps(directory, ())  # kept for machines without the weights, though code that measured them may change
+    # Other machines lack the weights, so a change of the code must not discard these findings.
+    in_weights = StepCache(directory, ())
+    timed = StepCache(directory, ("plan.py", "maps", "models", "measure", "study/_findings.py"))
     found: dict[str, Any] = {}
 
-    def add(
-        name: str, what: str, inputs: dict[str, Any], measure: Callable[[], dict[str, Any]], steps: Steps = steps
-    ) -> None:
-        if not steps.is_done(name, inputs):
-            console.print(f"[bold]{name}[/]: {what}")
+    def add(name: str, cache: StepCache, inputs: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+        if not cache.has(name, inputs):
+            console.print(f"[bold]{name}[/]")
         try:
-            found[name] = steps.do(name, inputs, measure)
-        except _Missing as missing:
+            found[name] = cache.get(name, inputs, measure)
+        except _MissingWeights as missing:
             console.print(f"[bold]{name}[/]: not measured, {missing}")
 
     def full() -> Recogniser:
-        original = runs.original(trained[shown[0]])
+        original = runs.original(trained[config.shown[0]])
         if original is None:
-            raise _Missing(f"the weights of {keys[shown[0]]} are not on this machine")
+            raise _MissingWeights(f"the weights of {keys[config.shown[0]]} are not on this machine")
         return original
 
     def both() -> dict[str, Recogniser]:
         weights = {name: runs.weights(run) for name, run in trained.items()}
         if missing := [keys[name] for name, path in weights.items() if path is None]:
-            raise _Missing(f"the weights of {', '.join(missing)} are not on this machine")
+            raise _MissingWeights(f"the weights of {', '.join(missing)} are not on this machine")
         return {name: Recogniser.load(path) for name, path in weights.items() if path is not None}
 
     commit = {"commit": machine()["commit"]}
-    add("similarity", "comparing attention maps", keys, lambda: _likeness(full(), config.corpus) | commit)
-    add("maps", "keeping the maps of one utterance", keys, lambda: _maps(both(), config) | commit)
-    add("phonemes", "which phonemes attend which", keys, lambda: _phonemes(both(), config) | commit)
-    inputs = asdict(config) | where()
-    add("breakdown", "where the time goes", inputs, lambda: _breakdown(config, console), timed)
+    add("similarity", in_weights, keys, lambda: _similarity(full(), config.corpus) | commit)
+    add("maps", in_weights, keys, lambda: _maps(both(), config) | commit)
+    add("phonemes", in_weights, keys, lambda: _phonemes(both(), config) | commit)
+    add("breakdown", timed, asdict(config) | timing_environment(), lambda: _breakdown(config))
     return found
 
 
-class _Missing(Exception):
-    """Why something cannot be measured on this machine."""
+class _MissingWeights(Exception):
+    """Trained weights are on another machine."""
 
 
-def _likeness(full: Recogniser, corpus: str) -> dict[str, Any]:
-    """Similarity of layers, and diagonality and entropy of every head, on dev utterances."""
+def _similarity(full: Recogniser, corpus: str) -> dict[str, Any]:
+    """Similarity of layers, and measures of every head, on development utterances."""
     found = analyze(full.model, speech_batches(full, corpus))
     return {
         "layers": _rounded(found.similarity.layers),
@@ -101,7 +84,7 @@ def _likeness(full: Recogniser, corpus: str) -> dict[str, Any]:
 
 
 def _maps(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, Any]:
-    """All maps of one test utterance, in steps of 1/255, with what each recogniser hears in it."""
+    """All maps of one test utterance, in steps of 1/255, and each recogniser's transcript of it."""
     shortest, longest = _UTTERANCE_SECONDS
     cuts = sorted(open_corpus(config.corpus).test, key=lambda cut: cut.id)
     cut = next((cut for cut in cuts if shortest <= cut.duration <= longest), cuts[0])
@@ -122,16 +105,12 @@ def _maps(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, A
                 plan.sources(layer)[0] if plan.reuses(layer) else layer for layer in range(plan.num_layers)
             ],
         }
-    return {
-        "utterance": cut.id,
-        "transcript": cut.supervisions[0].text,
-        "seconds_per_frame": 0.04,
-        "techniques": techniques,
-    }
+    transcript = cut.supervisions[0].text
+    return {"utterance": cut.id, "transcript": transcript, "seconds_per_frame": 0.04, "techniques": techniques}
 
 
 def _phonemes(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, Any]:
-    """Phoneme attention relationship, on synthetic speech whose phoneme times are known."""
+    """Attention between phonemes on synthetic speech, whose phoneme times are known."""
     language = open_corpus(config.corpus).language
     names: list[str] = []
     found = {}
@@ -141,14 +120,15 @@ def _phonemes(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[st
     return phoneme_attention_data(found, names)
 
 
-def _breakdown(config: FullConfig, console: Console) -> dict[str, Any]:
-    """Seconds of every part of a forward pass by length, full and reusing, and of one layer of each kind."""
+def _breakdown(config: FullConfig) -> dict[str, Any]:
+    """Seconds of every part of a forward pass by length, with and without reuse, and of one layer of each kind."""
     encoder = config.recipe.create("en", None, 0).model.encoder.eval()
     _, reusing = config.shown
     compared = encoders_to_compare(encoder, ("ours",), f"full,{reusing.removeprefix('reuse-')}")
+    compared = {name: optimize(encoder) for name, encoder in compared.items()}
     settings = BreakdownConfig(lengths=config.lengths, device=config.device, repeats=config.repeats)
-    with ProgressBar(console, "breakdown", 1.0) as bar:
-        found = breakdown(compared, settings, lambda doing, done, total: bar.to(done / total))
+    with progress_bar("breakdown") as progress:
+        found = breakdown(compared, settings, progress)
     contestants: dict[str, dict[str, dict[str, float]]] = {}
     layers: dict[str, dict[str, dict[str, float]]] = {}
     for one in found:

@@ -1,4 +1,4 @@
-"""The full study: every technique trained from scratch by one recipe, judged, timed, set against full attention."""
+"""The full study: every technique is trained from scratch with one recipe, evaluated and timed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from mapreuse.console import console, progress_bar
 from mapreuse.conversion import search
 from mapreuse.measure import memory_in_fresh_process
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.study._config import FullConfig
 from mapreuse_lab.study._costs import (
-    REFERENCE,
+    REFERENCES,
+    Timings,
     speech_features,
     technique_flops,
     technique_latency,
@@ -29,62 +30,57 @@ from mapreuse_lab.study._costs import (
     utterance_batch,
 )
 from mapreuse_lab.study._findings import findings
-from mapreuse_lab.study._progress import ProgressBar
-from mapreuse_lab.study._results import study_results, write_full
+from mapreuse_lab.study._report import write_report, write_results
+from mapreuse_lab.study._results import study_results
 from mapreuse_lab.study._runs import Recipe, Run, RunDirectory, worker
-from mapreuse_lab.study._steps import Steps, where
+from mapreuse_lab.study._step_cache import StepCache, timing_environment
 from mapreuse_lab.techniques import Reuse, Technique, parse
 from mapreuse_lab.training import Corpus, open_corpus, speech_batches, write_whole
 
 FLOPS_LENGTH = 1000
-"""Encoder frames at which FLOPs are counted, and at which a training step is timed beside one of short utterances."""
+"""Encoder frames for FLOPs and for the longer of the two timed training steps."""
 
-_COSTLY = (
+_COST_SOURCES = (
     *("plan.py", "maps", "models", "techniques", "study/_costs.py"),
     *("measure/_latency.py", "measure/_memory.py"),
 )
-"""Code on which latencies, memory and FLOPs depend."""
+"""Code that latency, memory and FLOPs depend on."""
 
-_ANY_ERROR = 1.0
-"""No plan's error is greater: the search ends when every map that can be shared is."""
+_NO_LIMIT = 1.0
+"""Maximum error of a plan; with it, the search continues until all maps are shared."""
 
 
 def run_full(
-    config: FullConfig,
-    out_dir: Path,
-    work_dir: Path,
-    console: Console,
-    *,
-    workers: int = 1,
-    training_only: bool = False,
+    config: FullConfig, out_dir: Path, work_dir: Path, *, workers: int = 1, training_only: bool = False
 ) -> dict[str, Any]:
-    """Run the study, or what is left of it, and write `report.html`, `report.md` and `results.json` to `out_dir`.
+    """Run the full study, or what is left of it, and write `results.json` and its report to `out_dir`.
 
-    Training runs leave their results in `out_dir/runs`, where other machines may work at the same study; checkpoints
-    and weights stay in `work_dir`. Afterwards everything is timed, with nothing else running.
+    Each run leaves its result in `out_dir/runs`; other machines that share this directory can help. Checkpoints and
+    weights are in `work_dir`. After the training, everything is timed, with nothing else running.
 
     Args:
-        config: what to run.
-        out_dir: directory of the report, with the results of runs below it.
-        work_dir: directory of what this machine alone needs.
-        console: where progress is shown.
-        workers: training processes at a time, which share the processor's cores.
-        training_only: only train, as a machine that helps does; no report is written.
+        config: settings of the study.
+        out_dir: directory of the results.
+        work_dir: directory of this machine's checkpoints and finished measurements.
+        workers: number of training processes, which share the cores of the processor.
+        training_only: train only, to help another machine; no report is written.
+
+    Returns:
+        The results, as in `results.json`.
 
     Raises:
-        ValueError: where a corpus cannot be opened, or `workers` is below 1.
+        ValueError: if a corpus cannot be opened, `workers` is below 1, or `out_dir` has a run with other references.
     """
-    return _Full(config, out_dir, work_dir, console, workers).run(training_only)
+    return _Full(config, out_dir, work_dir, workers).run(training_only)
 
 
 class _Full:
-    def __init__(self, config: FullConfig, out_dir: Path, work_dir: Path, console: Console, workers: int) -> None:
+    def __init__(self, config: FullConfig, out_dir: Path, work_dir: Path, workers: int) -> None:
         if workers < 1:
             raise ValueError(f"--workers must be at least 1, got {workers}")
         self.config = config
         self.out_dir = out_dir
         self.work_dir = work_dir
-        self.console = console
         self.workers = workers
         self.corpora: dict[str, Corpus] = {name: open_corpus(name) for name in (config.corpus, config.other_corpus)}
         self.runs = RunDirectory(out_dir / "runs", work_dir / "runs")
@@ -92,7 +88,7 @@ class _Full:
 
     def run(self, training_only: bool) -> dict[str, Any]:
         runs, longer = self.config.runs(), self.config.longer_runs()
-        self._check_judged([*runs, *longer])
+        self._check_references([*runs, *longer])
         self._train(runs)
         searched = self._searched()
         if searched is not None and searched.name not in self.config.techniques:
@@ -100,135 +96,119 @@ class _Full:
             runs.append(Run(searched.name, self.config.corpus, 0, self.config.recipe))
             self._train(runs[-1:])
         self._train(longer)
-        known = partial(study_results, self.config, self.techniques, runs, self.runs, self.corpora)
-        known = partial(known, longer=longer, searched=searched)
+        collect = partial(study_results, self.config, self.techniques, runs, self.runs, self.corpora)
         if training_only:
-            return known(measured={})
-        measured = self._costs() | findings(self.config, self.runs, self.out_dir / "findings", self.console)
-        results = known(measured=measured)
-        write_full(results, self.out_dir)
+            return collect({}, longer=longer, searched=searched)
+        measured = self._costs() | findings(self.config, self.runs, self.out_dir / "findings")
+        results = collect(measured, longer=longer, searched=searched)
+        write_results(results, self.out_dir)
+        write_report(json.loads(json.dumps(results)), self.out_dir)
         return results
 
-    def _check_judged(self, runs: Sequence[Run]) -> None:
-        """Raises `ValueError` where a finished run was judged by other transcripts than the corpus has here."""
+    def _check_references(self, runs: Sequence[Run]) -> None:
+        """Raises `ValueError` if a finished run was evaluated on other transcripts than the corpus has."""
         here = {name: [cut.supervisions[0].text for cut in corpus.test] for name, corpus in self.corpora.items()}
         for run in runs:
             result = self.runs.finished(run)
             if result is not None and result["test"]["references"] != here[run.corpus]:
                 raise ValueError(
-                    f"{self.runs.results / run.key}.json was judged by other transcripts than {run.corpus} has here; "
+                    f"{self.runs.results / run.key}.json was evaluated on other transcripts than {run.corpus} has now; "
                     "delete it, or choose another --out"
                 )
 
     def _train(self, runs: Sequence[Run]) -> None:
-        """Let workers do what is not done; where the system ended one, once more when the others are through, as long
-        as runs get done."""
+        """Let workers perform the unfinished runs. If the system kills a worker, start again while runs get done."""
         left = [run for run in runs if self.runs.finished(run) is None]
         self.runs.forget_failures(left)
         while left:
-            ended = [code for code in self._work_off(left) if code]
+            killed = [code for code in self._perform(left) if code]
             before, left = len(left), [r for r in left if not (self.runs.finished(r) or self.runs.failed(r))]
-            if not ended:
-                return  # what is left belongs to workers elsewhere
-            self.console.print(f"[red]a worker ended with exit status {ended[0]}[/]; {len(left)} runs are left")
+            if not killed:
+                return  # workers elsewhere have the other runs
+            console.print(f"[red]a worker ended with exit status {killed[0]}[/]; {len(left)} runs are left")
             if len(left) == before:
                 return
 
-    def _work_off(self, left: Sequence[Run]) -> list[int | None]:
-        """Exit statuses of the workers; shows how far they are."""
+    def _perform(self, left: Sequence[Run]) -> list[int | None]:
+        """Run the workers and show their progress. Returns their exit statuses."""
         log = self.work_dir / "workers.log"
         arguments = (left, self.runs, max(1, torch.get_num_threads() // self.workers), log)
         processes = [get_context("spawn").Process(target=worker, args=arguments) for _ in range(self.workers)]
         for process in processes:
             process.start()
+        title = f"{len(left)} training runs, log in {log}"
         try:
-            with ProgressBar(self.console, f"{len(left)} training runs, log in {log}", len(left)) as bar:
+            with progress_bar(title) as progress:
                 while any(process.is_alive() for process in processes):
                     time.sleep(1.0)
-                    bar.to(sum((self.runs.progress(run) for run in left), 0.0))
+                    progress(title, sum((self.runs.progress(run) for run in left), 0.0), len(left))
         finally:
             for process in processes:
                 process.terminate()
                 process.join()
         for run in left:
             if failure := self.runs.failed(run):
-                self.console.print(f"[red]failed[/] {run.key}: {failure['error']}", highlight=False)
+                console.print(f"[red]failed[/] {run.key}: {failure['error']}", highlight=False)
         return [process.exitcode for process in processes]
 
     def _searched(self) -> Technique | None:
-        """The plan that `search` finds in the trained full model, as a technique; None without that model's weights.
+        """A plan that `search` finds in the trained full model, as a technique; None without that model's weights.
 
-        Of the plans found, the one with about as many reusing heads as the reuse technique that the report shows.
-        What was found once is kept beside the runs, so that every machine trains the same; one worker searches, and
-        others wait for what it finds.
+        Of the plans found, the one with about as many reusing heads as the reuse technique in `shown`. The plan is
+        written next to the runs, so that all machines train the same one. One worker searches, the others wait.
         """
         full = Run("full", self.config.corpus, 0, self.config.recipe)
         file = self.runs.results / f"{full.key}.search.json"
         with self.runs.lock(file.stem):
-            if not file.is_file() and not self._search(full, file):
-                return None
+            if not file.is_file():
+                recogniser = self.runs.original(full)
+                if recogniser is None:
+                    return None
+                shown = parse(self.config.shown[1])
+                assert isinstance(shown, Reuse)
+                num_heads = recogniser.model.config.encoder_config.num_attention_heads
+                target = _reusing_heads(shown.plan, num_heads)
+                batches = speech_batches(recogniser, self.config.corpus, split="train", max_batches=8)
+                plans = search(recogniser.model, batches, error=_NO_LIMIT, cache=self.work_dir / "search.jsonl")
+                best = min(plans, key=lambda one: (abs(_reusing_heads(one.plan, num_heads) - target), one.error))
+                found = {"plan": json.loads(best.plan.to_json()), "error": best.error, "latency": best.latency}
+                write_whole(file, lambda unfinished: unfinished.write_text(json.dumps(found) + "\n"))
         return Reuse(ReusePlan.from_json(json.dumps(json.loads(file.read_text())["plan"])))
 
-    def _search(self, full: Run, file: Path) -> bool:
-        """Write down what the search finds in the trained full model; False without its weights."""
-        recogniser = self.runs.original(full)
-        if recogniser is None:
-            return False
-        shown = parse(self.config.shown[1])
-        assert isinstance(shown, Reuse)
-        num_heads = recogniser.model.config.encoder_config.num_attention_heads
-        wanted = _reusing_heads(shown.plan, num_heads)
-        batches = speech_batches(recogniser, self.config.corpus, split="train", max_batches=8)
-        plans = search(recogniser.model, batches, error=_ANY_ERROR, cache=self.work_dir / "search.jsonl")
-        chosen = min(plans, key=lambda one: (abs(_reusing_heads(one.plan, num_heads) - wanted), one.error))
-        found = {"plan": json.loads(chosen.plan.to_json()), "error": chosen.error, "latency": chosen.latency}
-        write_whole(file, lambda unfinished: unfinished.write_text(json.dumps(found) + "\n"))
-        return True
-
     def _costs(self) -> dict[str, Any]:
-        """Latency by length, training steps, peak memory and FLOPs of every technique."""
+        """Latency by length, training steps, peak memory and FLOPs of every technique and the references."""
         config, names = self.config, [technique.name for technique in self.techniques]
-        steps = Steps(self.work_dir / "costs", _COSTLY)
+        cache = StepCache(self.work_dir / "costs", _COST_SOURCES)
         recipe = asdict(config.recipe)
         inputs = {"techniques": names, "recipe": recipe, "device": config.device, "repeats": config.repeats}
-        inputs |= where()
+        inputs |= timing_environment()
         corpus, settings = self.corpora[config.corpus], config.recipe.create("en", None, 0).feature_config
 
-        def timed(measure: Callable[..., dict[str, Any]], title: str, what: Any) -> dict[str, Any]:
-            with ProgressBar(self.console, title, (1 + config.repeats) * (len(names) + 1)) as bar:
-                return measure(
-                    config.recipe,
-                    names,
-                    what,
-                    repeats=config.repeats,
-                    device=config.device,
-                    advance=bar.advance,
-                )
+        def timed(step: str, measure: Callable[..., Timings], argument: Any) -> Timings:
+            run = partial(measure, step, config.recipe, names, argument, repeats=config.repeats, device=config.device)
+            return cache.get(step, inputs, run)
 
-        latency = {}
-        for frames in config.lengths:
-            title, what = f"latency, T = {frames}", speech_features(corpus, settings, frames)
-            measure = partial(timed, technique_latency, title, what)
-            latency[str(frames)] = steps.do(f"latency-{frames}", inputs, measure)
+        latency = {
+            str(length): timed(f"latency-{length}", technique_latency, speech_features(corpus, settings, length))
+            for length in config.lengths
+        }
         batches: dict[str, dict[str, Tensor]] = {
             "utterances": utterance_batch(corpus, settings, config.recipe.batch_seconds),
             str(FLOPS_LENGTH): {"input_features": speech_features(corpus, settings, FLOPS_LENGTH)},
         }
-        training = {}
-        for name, batch in batches.items():
-            measure = partial(timed, training_latency, f"a training step, {name}", batch)
-            training[name] = steps.do(f"training-{name}", inputs, measure)
-        memory, flops = {}, {}
-        with ProgressBar(self.console, "memory and FLOPs", len(names) + 1) as bar:
-            for name in (*names, REFERENCE):
-                asked = {"recipe": recipe, "technique": name, "frames": config.memory_length, "device": config.device}
+        training = {name: timed(f"training-{name}", training_latency, batch) for name, batch in batches.items()}
+        memory, flops, contestants = {}, {}, (*names, *REFERENCES)
+        with progress_bar("memory and FLOPs") as progress:
+            for done, name in enumerate(contestants):
+                progress("memory and FLOPs", done, len(contestants))
+                request = {"recipe": recipe, "technique": name, "frames": config.memory_length}
+                request["device"] = config.device
                 try:
-                    memory[name] = steps.do("memory", asked, partial(_memory, asked))["bytes"]
-                except (RuntimeError, ValueError) as error:  # of its process: killed, or no way to tell
-                    self.console.print(f"memory of {name}: not measured, {error}", highlight=False)
-                asked = {"recipe": recipe, "technique": name, "frames": FLOPS_LENGTH}
-                flops[name] = steps.do("flops", asked, partial(_flops, config.recipe, name))["flops"]
-                bar.advance()
+                    memory[name] = cache.get("memory", request, partial(_memory, request))["bytes"]
+                except (RuntimeError, ValueError) as error:  # the process was killed, or the system has no /proc
+                    console.print(f"memory of {name}: not measured, {error}", highlight=False)
+                request = {"recipe": recipe, "technique": name, "frames": FLOPS_LENGTH}
+                flops[name] = cache.get("flops", request, partial(_flops, config.recipe, name))["flops"]
         lengths = {"memory_length": str(config.memory_length), "flops_length": str(FLOPS_LENGTH)}
         return {"latency": latency, "training": training, "memory": memory, "flops": flops} | lengths
 

@@ -1,4 +1,4 @@
-"""The quick study: the shipped recogniser, converted, recovered, scored and timed on this machine."""
+"""The quick study: the shipped recogniser is converted, recovered, evaluated and timed on this machine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from transformers import ParakeetEncoder
 
+from mapreuse.console import console
 from mapreuse.conversion import align_by, convert, group_by
 from mapreuse.measure import Similarity, conformer_m, machine, similarity
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.study._config import check_device
-from mapreuse_lab.study._costs import attention_latency, encoder_latency, speech_features
-from mapreuse_lab.study._progress import ProgressBar
-from mapreuse_lab.study._report import write_report
-from mapreuse_lab.study._steps import Steps, where
+from mapreuse_lab.study._costs import attention_latency, encoder_latency, encoder_variants, speech_features
+from mapreuse_lab.study._report import write_report, write_results
+from mapreuse_lab.study._results import SCHEMA
+from mapreuse_lab.study._step_cache import StepCache, timing_environment
 from mapreuse_lab.training import (
     BASELINE,
     Corpus,
@@ -34,19 +35,22 @@ from mapreuse_lab.training import (
     waveform_of,
 )
 
+_OPTIMIZED = ("transformers", "full", "groups of 2", "groups of 4")
+"""Contestants that are also timed with `mapreuse.optimize`."""
+
 
 @dataclass(frozen=True)
 class QuickConfig:
-    """What the quick study runs.
+    """Settings of the quick study.
 
     Attributes:
         corpus: name of the corpus, as `open_corpus` takes it.
-        baseline: directory of the recogniser that is converted.
-        recovery_seconds: length of the fine-tuning that recovers each converted recogniser.
-        recovery_rate: its peak learning rate.
-        lengths: encoder frames at which latency is measured.
-        repeats: rounds of the interleaved timing.
-        seed: of fine-tuning and of the bootstrap.
+        baseline: directory of the recogniser to convert.
+        recovery_seconds: duration of the fine-tuning after each conversion.
+        recovery_rate: peak learning rate of the fine-tuning.
+        lengths: encoder frames for latency.
+        repeats: number of repeats of each timing.
+        seed: seed of the fine-tuning.
         device: "cpu" or "cuda".
     """
 
@@ -60,81 +64,72 @@ class QuickConfig:
     device: str = "cpu"
 
 
-def run_quick(config: QuickConfig, out_dir: Path, work_dir: Path, console: Console) -> dict[str, Any]:
-    """Run the study, or what is left of it, and write `report.md`, `results.json` and plots to `out_dir`.
+def run_quick(config: QuickConfig, out_dir: Path, work_dir: Path) -> dict[str, Any]:
+    """Run the quick study, or what is left of it, and write `results.json` and its report to `out_dir`.
 
-    Every finished step is kept in `work_dir`; calling again repeats none of them.
+    Finished steps are in `work_dir` and are not repeated.
+
+    Returns:
+        The results, as in `results.json`.
 
     Raises:
-        ValueError: where the corpus or the baseline cannot be opened, or do not fit each other.
+        ValueError: if the corpus or the recogniser cannot be opened, or the recogniser lacks letters of the corpus.
     """
-    study = _Quick(config, work_dir, console)
-    results = study.run()
+    results = _Quick(config, work_dir).run()
+    write_results(results, out_dir)
     write_report(results, out_dir)
     return results
 
 
 class _Quick:
-    def __init__(self, config: QuickConfig, work_dir: Path, console: Console) -> None:
+    def __init__(self, config: QuickConfig, work_dir: Path) -> None:
         check_device(config.device)
         self.config = config
-        self.console = console
-        self.steps = Steps(work_dir)
+        self.cache = StepCache(work_dir)
         self.corpus: Corpus = open_corpus(config.corpus)
         self.baseline = Recogniser.load(config.baseline)
         letters = {letter for cut in self.corpus.test for letter in cut.supervisions[0].text}
-        missing = sorted(letters - set(self.baseline.vocabulary))
-        if missing:
+        if missing := sorted(letters - set(self.baseline.vocabulary)):
             raise ValueError(
-                f"the recogniser in {config.baseline} has no {' '.join(missing)}, but {config.corpus} does; "
-                f"train one first: mapreuse-lab train --corpus {config.corpus} --seconds 3600 --out runs/mine, then add "
-                "--model runs/mine/best"
+                f"{config.corpus} has letters that the recogniser in {config.baseline} does not know: "
+                f"{' '.join(missing)}. Train one first: mapreuse-lab train --corpus {config.corpus} --seconds 3600 "
+                "--out runs/mine, then add --model runs/mine/best"
             )
         self.identity = {"corpus": config.corpus, "baseline": _digest(Path(config.baseline)), "seed": config.seed}
 
     def run(self) -> dict[str, Any]:
-        num_layers = self.baseline.model.config.encoder_config.num_hidden_layers
-        full = self._step("baseline", {}, "scoring the shipped recogniser", self._score_baseline)
-        alike = self._step("similarity", {}, "comparing attention maps", self._similarity)
-        measured = Similarity(torch.tensor(alike["heads"]), alike["num_queries"])
+        encoder = self.baseline.model.encoder
+        num_layers = encoder.config.num_hidden_layers
+        original = self._step("baseline", {}, lambda: _scores(self.baseline, self.corpus))
+        found = self._step("similarity", {}, self._similarity)
+        measured = Similarity(torch.tensor(found["heads"]), found["num_queries"])
         plans = recogniser_plans(num_layers, measured)
         variants = [self._variant(name, plan, measured) for name, plan in plans.items()]
-        timed = {"full": ReusePlan.full(num_layers)}
-        timed |= {name: align_by(measured, plan) for name, plan in plans.items()}
-        latency = {
-            "recogniser": self._latency("recogniser", self.baseline.model.encoder, timed),
-            "conformer-m": self._latency("conformer-m", None, conformer_plans()),
-        }
-        attention = self._attention()
+        aligned = {name: align_by(measured, plan) for name, plan in plans.items()}
         return {
-            "schema": 2,
+            "schema": SCHEMA,
             "preset": "quick",
-            "command": _command(self.config),
+            "command": quick_command(self.config),
             "machine": machine(),
             "config": asdict(self.config) | {"baseline": Path(self.config.baseline).name},
             "attribution": self.corpus.attribution,
-            "baseline": full | {"parameters": _parameters(self.baseline)},
+            "baseline": original | {"parameters": _parameters(self.baseline)},
             "similarity": {"layers": measured.layers.tolist(), "num_queries": measured.num_queries},
             "variants": variants,
-            "latency": latency,
-            "attention": attention,
+            "latency": {
+                "recogniser": self._latency("recogniser", encoder, {"full": ReusePlan.full(num_layers)} | aligned),
+                "conformer-m": self._latency("conformer-m", self._conformer(), conformer_plans()),
+            },
+            "attention": self._timings("attention", {}, self._attention),
         }
 
-    def _step(self, name: str, inputs: dict[str, Any], doing: str, run: Callable[[], dict]) -> dict[str, Any]:
+    def _step(self, name: str, inputs: dict[str, Any], run: Callable[[], dict]) -> dict[str, Any]:
         inputs = inputs | self.identity
-        state = "[dim]done before[/]" if self.steps.is_done(name, inputs) else doing
-        self.console.print(f"[bold]{name}[/]: {state}")
-        return self.steps.do(name, inputs, run)
-
-    def _score_baseline(self) -> dict[str, Any]:
-        return _scores(self.baseline, self.corpus)
+        console.print(f"[bold]{name}[/]{': finished before' if self.cache.has(name, inputs) else ''}")
+        return self.cache.get(name, inputs, run)
 
     def _similarity(self) -> dict[str, Any]:
-        measured = similarity(self.baseline.model, self._calibration())
-        return {"heads": measured.heads.tolist(), "num_queries": measured.num_queries}
-
-    def _calibration(self) -> list[dict[str, torch.Tensor]]:
-        """Features of 64 training utterances, spread over the corpus, in batches of 8."""
+        """Similarity of heads on 64 training utterances from all over the corpus."""
         cuts = list(self.corpus.train)
         cuts = sorted(cuts[:: max(1, len(cuts) // 64)][:64], key=lambda cut: cut.duration)
         batches = []
@@ -142,29 +137,26 @@ class _Quick:
             audio = [waveform_of(cut, self.baseline.feature_config.sampling_rate) for cut in cuts[start : start + 8]]
             inputs, mask = features(audio, self.baseline.feature_config)
             batches.append({"input_features": inputs, "attention_mask": mask})
-        return batches
+        measured = similarity(self.baseline.model, batches)
+        return {"heads": measured.heads.tolist(), "num_queries": measured.num_queries}
 
     def _variant(self, name: str, plan: ReusePlan, measured: Similarity) -> dict[str, Any]:
-        inputs = {"plan": plan.to_json()}
+        """Error rates of the recogniser with a plan: by index, aligned, and recovered."""
         aligned = align_by(measured, plan)
         converted = _converted(self.baseline, aligned)
-        scores = self._step(
-            f"convert-{name}",
-            inputs,
-            "scoring it converted, without training",
-            lambda: {
-                "by_index": _scores(_converted(self.baseline, plan), self.corpus),
-                "aligned": _scores(converted, self.corpus),
-            },
-        )
         training = TrainConfig(
             seconds=self.config.recovery_seconds,
             learning_rate=self.config.recovery_rate,
             warmup=0.1,
             seed=self.config.seed,
         )
-        inputs |= {"training": training.to_json()}
-        work = self.steps.directory / self.steps.key(f"recover-{name}", inputs | self.identity)
+        converting = {"plan": plan.to_json()}
+        recovering = converting | {"training": training.to_json()}
+        work = self.cache.directory / self.cache.key(f"recover-{name}", recovering | self.identity)
+
+        def convert_only() -> dict[str, Any]:
+            by_index = _converted(self.baseline, plan)
+            return {"by_index": _scores(by_index, self.corpus), "aligned": _scores(converted, self.corpus)}
 
         def recover() -> dict[str, Any]:
             train(converted, self.corpus, training, work, original=self.baseline)
@@ -172,70 +164,52 @@ class _Quick:
             shutil.rmtree(work)
             return result
 
-        recovered = self._step(
-            f"recover-{name}", inputs, f"fine-tuning for {self.config.recovery_seconds:.0f} s", recover
-        )
-        reusing = sum(plan.reuses(layer) for layer in range(plan.num_layers))
         description = {
             "name": name,
             "plan": aligned.to_json(),
-            "reusing_layers": reusing,
+            "reusing_layers": sum(plan.reuses(layer) for layer in range(plan.num_layers)),
             "parameters": _parameters(converted),
         }
-        return description | scores | recovered
+        scores = self._step(f"convert-{name}", converting, convert_only)
+        return description | scores | self._step(f"recover-{name}", recovering, recover)
 
-    def _latency(self, name: str, encoder: Any, plans: Mapping[str, ReusePlan]) -> dict[str, Any]:
-        measured = {}
-        for frames in self.config.lengths:
-            inputs = {
-                "frames": frames,
-                "plans": {plan: p.to_json() for plan, p in plans.items()},
-                "repeats": self.config.repeats,
-                "device": self.config.device,
-            } | where()
+    def _latency(self, name: str, encoder: ParakeetEncoder, plans: Mapping[str, ReusePlan]) -> dict[str, Any]:
+        """Latency of an encoder with each plan, by length."""
+        inputs = {"plans": {name: plan.to_json() for name, plan in plans.items()}, "repeats": self.config.repeats}
 
-            def time(frames: int = frames) -> dict[str, Any]:
-                model = conformer_m(self.baseline.feature_config.num_mel_bins) if encoder is None else encoder
-                rounds = (1 + self.config.repeats) * (len(plans) + 1)
-                with ProgressBar(self.console, f"{name}, T = {frames}", rounds) as bar:
-                    return encoder_latency(
-                        model,
-                        dict(plans),
-                        self._features(frames),
-                        repeats=self.config.repeats,
-                        device=self.config.device,
-                        advance=bar.advance,
-                    )
+        def measure(title: str, features: torch.Tensor) -> dict[str, Any]:
+            variants = encoder_variants(encoder, plans, _OPTIMIZED)
+            return encoder_latency(
+                title, variants, features, repeats=self.config.repeats, device=self.config.device
+            )
 
-            measured[str(frames)] = self._step(f"latency-{name}-{frames}", inputs, "timing", time)
-        return measured
+        return self._timings(f"latency-{name}", inputs, measure)
 
-    def _attention(self) -> dict[str, Any]:
-        measured = {}
+    def _attention(self, title: str, features: torch.Tensor) -> dict[str, Any]:
+        return attention_latency(title, self._conformer(), features, repeats=10, device=self.config.device)
+
+    def _timings(
+        self, name: str, inputs: dict[str, Any], measure: Callable[[str, torch.Tensor], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What `measure` returns for the features of each length."""
+        timings = {}
         for frames in self.config.lengths:
 
-            def time(frames: int = frames) -> dict[str, Any]:
-                with ProgressBar(self.console, f"one layer's attention, T = {frames}", 33) as bar:
-                    return attention_latency(
-                        conformer_m(self.baseline.feature_config.num_mel_bins),
-                        self._features(frames),
-                        repeats=10,
-                        device=self.config.device,
-                        advance=bar.advance,
-                    )
+            def run(title: str = f"{name}, T = {frames}", frames: int = frames) -> dict[str, Any]:
+                return measure(title, speech_features(self.corpus, self.baseline.feature_config, frames))
 
-            inputs = {"frames": frames, "device": self.config.device} | where()
-            measured[str(frames)] = self._step(f"attention-{frames}", inputs, "timing", time)
-        return measured
+            here = {"frames": frames, "device": self.config.device} | timing_environment()
+            timings[str(frames)] = self._step(f"{name}-{frames}", inputs | here, run)
+        return timings
 
-    def _features(self, frames: int) -> torch.Tensor:
-        return speech_features(self.corpus, self.baseline.feature_config, frames)
+    def _conformer(self) -> ParakeetEncoder:
+        return conformer_m(self.baseline.feature_config.num_mel_bins)
 
 
 def recogniser_plans(num_layers: int, measured: Similarity) -> dict[str, ReusePlan]:
-    """The plans that the study compares, heads by index: groups of 2 and of 4, one group, and the most alike.
+    """The plans of the recogniser: groups of 2 and of 4, all from one, and the most similar layers.
 
-    The most alike are in a number of groups between those of the fixed plans, so that it is a plan of its own.
+    Heads are assigned by index. The number of groups of the most similar layers is between those of the fixed groups.
     """
     similar = group_by(measured, max(1, (num_layers // 2 + num_layers // 4) // 2))
     return {
@@ -247,7 +221,7 @@ def recogniser_plans(num_layers: int, measured: Similarity) -> dict[str, ReusePl
 
 
 def conformer_plans() -> dict[str, ReusePlan]:
-    """The plans at which the Conformer-M encoder is timed."""
+    """The plans of Conformer-M."""
     return {
         "full": ReusePlan.full(16),
         "groups of 2": ReusePlan.grouped(16, 2),
@@ -256,8 +230,8 @@ def conformer_plans() -> dict[str, ReusePlan]:
     }
 
 
-def _command(config: QuickConfig) -> str:
-    """The command line of this study, options that differ from their defaults included."""
+def quick_command(config: QuickConfig) -> str:
+    """The command line of a quick study, with the options that differ from their defaults."""
     words = ["mapreuse-lab", "study", "--preset", "quick", "--corpus", config.corpus]
     if config.baseline != QuickConfig.baseline:
         words += ["--model", config.baseline]
@@ -267,7 +241,7 @@ def _command(config: QuickConfig) -> str:
 
 
 def _by_index(plan: ReusePlan) -> ReusePlan:
-    """The same layers sharing, every head applying the head of its own number."""
+    """The same groups, with heads assigned by index."""
     return ReusePlan.from_sources(
         [plan.sources(layer)[0] if plan.reuses(layer) else layer for layer in range(plan.num_layers)]
     )

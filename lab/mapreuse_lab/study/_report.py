@@ -1,243 +1,258 @@
-"""The quick study's results as JSON, Markdown and plots."""
+"""Reports of both studies: Markdown with PNG plots, and one page of HTML with interactive figures."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Plot
 
-from mapreuse_lab.study._page import page
-from mapreuse_lab.study._page_tables import Results
+from mapreuse.console import Table
+from mapreuse.measure import Image, Section, write_page
+from mapreuse_lab.study._figures import (
+    breakdown_bars,
+    error_against_speed,
+    heat_maps,
+    learning_curves,
+    map_viewer,
+    phoneme_maps,
+    speedup_by_length,
+    stage_bars,
+)
+from mapreuse_lab.study._papers import papers_table
+from mapreuse_lab.study._plots import plot_error_against_speed, plot_similarity, plot_speedup, plot_stages
+from mapreuse_lab.study._tables import (
+    Results,
+    breakdown_tables,
+    corpora_table,
+    cost_table,
+    error_tables,
+    latency_by_title,
+    lengths,
+    longer_table,
+    quick_error_table,
+    runs_table,
+    scored,
+    settings_table,
+    similarity_table,
+    speedup_table,
+    summary_table,
+)
+from mapreuse_lab.study._verdict import verdict
 from mapreuse_lab.training import write_whole
 
-_MADE_BY_DEFAULT = "mapreuse-lab study --preset quick --corpus prompts:en"
-"""The command that `make study` runs."""
+_ENCODERS = {"recogniser": "The recogniser", "conformer-m": "Conformer-M (16 layers × 256 × 4 heads, random weights)"}
+"""Titles of the encoders that the quick study times."""
+
+_TITLES = {
+    "quick": "Quick study: attention map reuse in a trained speech recogniser",
+    "full": "Full study: attention map reuse against other techniques",
+}
 
 
-def write_report(results: Results, out_dir: Path) -> None:
-    """Write `results.json`, `report.md`, its plots, and `report.html` to `out_dir`, each whole or not at all."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(out_dir / "results.json", lambda file: file.write_text(json.dumps(results, indent=1) + "\n"))
-    write_whole(out_dir / "report.md", lambda file: file.write_text(report(results)))
-    write_whole(out_dir / "report.html", lambda file: file.write_text(page(page_results(results)), encoding="utf-8"))
-    plots = {"error.png": plot_error, "latency.png": plot_latency, "similarity.png": plot_similarity}
-    for name, plot in plots.items():
-        figure = plot(results)
-        write_whole(out_dir / name, partial(figure.savefig, dpi=110, format="png"))
+def read_results(directory: Path) -> Results:
+    """The results of a study.
+
+    Raises:
+        ValueError: if the directory has no `results.json`, or an outdated one.
+    """
+    file = directory / "results.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: run mapreuse-lab study first")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if results.get("schema") != 3:
+        raise ValueError(f"{file} has schema {results.get('schema')}; this version reads schema 3. Run the study again")
+    return results
+
+
+def write_results(results: Results, directory: Path) -> None:
+    """Write `results.json`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, ensure_ascii=False, indent=1) + "\n"
+    write_whole(directory / "results.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_report(results: Results, directory: Path) -> None:
+    """Write `report.md` with its PNG plots, and `report.html`."""
+    write_whole(directory / "report.md", lambda file: file.write_text(report(results), encoding="utf-8"))
+    for name, plot in _plots(results).items():
+        write_whole(directory / name, partial(plot.savefig, dpi=110, format="png"))
+    pages = [Section(s.heading, [b for b in s.blocks if not isinstance(b, Image)]) for s in report_sections(results)]
+    write_whole(directory / "report.html", lambda file: write_page(file, _TITLES[results["preset"]], pages))
 
 
 def report(results: Results) -> str:
-    """The report in Markdown."""
-    baseline, config = results["baseline"], results["config"]
-    machine = results["machine"]
-    lines = [
-        "# Attention map reuse in a speech recogniser",
-        "",
-        f"Made by `{results['command']}` (seed {config['seed']}) on {machine['processor']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"commit {machine['commit']}.",
-        "",
-        f"Corpus: {config['corpus']}, test set {baseline['num_utterances']} utterances, "
-        f"{baseline['num_words']} words. {results['attribution']}",
-        "",
-        "## Error rates",
-        "",
-        "Greedy decoding; 95 % bootstrap intervals over utterances in brackets. *By index*: "
-        "converted, no training, each head applies the source head of its own number. *Aligned*: converted, no "
-        "training, heads assigned by map similarity. *Recovered*: aligned, then "
-        f"{config['recovery_seconds']:.0f} s of fine-tuning.",
-        "",
-        *error_table(results),
-        "",
-        "![Word error rate of every plan](error.png)",
-        "",
-        "## Latency",
-        "",
-        "Encoder, subsampling included, batch 1, float32, ratio to `transformers`' own encoder with fused attention "
-        "(`sdpa`) at the same length, medians of interleaved rounds; T counts encoder frames.",
-        "",
-    ]
-    for name, title in (("recogniser", "The recogniser"), ("conformer-m", "Conformer-M (16 layers × 256 × 4 heads)")):
-        lines += [f"### {title}", "", *latency_table(results["latency"][name]), ""]
-    lines += [
-        "![Speed-up by length](latency.png)",
-        "",
-        "### One layer's attention (Conformer-M, projections included)",
-        "",
-        *latency_table(results["attention"]),
-        "",
-        "## Similarity of attention maps",
-        "",
-        f"One minus total variation, each head to its most similar head, over {results['similarity']['num_queries']} "
-        "frames of training utterances.",
-        "",
-        "![Similarity of layers](similarity.png)",
-        "",
-        "## Not measured",
-        "",
-        "GPU latency, peak memory, error rates of the Conformer-M encoder (its weights are random).",
-        "",
-    ]
+    """The report in Markdown: text, tables and plots, without sections that have nothing but interactive figures."""
+    lines = [f"# {_TITLES[results['preset']]}", ""]
+    for section in report_sections(results):
+        blocks = [block for block in section.blocks if isinstance(block, str | Table | Image)]
+        if len(blocks) < len(section.blocks) and all(isinstance(block, str) for block in blocks):
+            continue
+        lines += [f"## {section.heading}", ""] if section.heading else []
+        tables = sum(isinstance(block, Table) for block in blocks)
+        for block in blocks:
+            if isinstance(block, Table):
+                lines += [f"### {block.title}", ""] if tables > 1 else []
+                lines += [block.markdown(), "", *(line for note in block.notes for line in (note, ""))]
+            else:
+                text = f"![{block.description}]({block.path})" if isinstance(block, Image) else block
+                lines += [text if section.heading else f"- {text}", ""]
     return "\n".join(lines)
 
 
-def page_results(results: Results) -> Results:
-    """The results as the page reads them (docs/results_format.md): each plan, recovered, is a technique."""
-    corpus, latency = results["config"]["corpus"], results["latency"]["recogniser"]
-    full = results["baseline"]
-    variants = [("full", full, full["parameters"])]
-    variants += [(v["name"], v["recovered"], v["parameters"]) for v in results["variants"]]
-    techniques = [
-        {
-            "name": name,
-            "title": "full attention" if name == "full" else f"reuse, {name}",
-            "source": "the shipped recogniser" if name == "full" else "Shim, Choi & Sung, ICLR 2022",
-            "positions": "kept",
-            "kind": "full" if name == "full" else "reuse",
-            "parameters": parameters,
-            "scores": {corpus: scores | {"seeds": [results["config"]["seed"]]}},
-            "latency": {length: measured[name] for length, measured in latency.items()},
+def summary_tables(results: Results) -> list[Table]:
+    """The main tables of a report: error rates and speed-ups."""
+    if results["preset"] == "full":
+        return [summary_table(results)]
+    latency = results["latency"]
+    return [quick_error_table(results), *(speedup_table(t, latency[n], "transformers") for n, t in _ENCODERS.items())]
+
+
+def report_sections(results: Results) -> list[Section]:
+    """The report's sections: text, tables, plotly figures for the page, and images for Markdown."""
+    return _quick_sections(results) if results["preset"] == "quick" else _full_sections(results)
+
+
+def _quick_sections(results: Results) -> list[Section]:
+    original, latency = results["baseline"], results["latency"]
+    similarity, config = results["similarity"], results["config"]
+    errors, *speedups = summary_tables(results)
+    figures = [speedup_by_length(latency[name], "transformers") for name in _ENCODERS]
+    attention = speedup_table("One layer's attention in Conformer-M", results["attention"], "transformers")
+    layers = "computing layer", "reusing layer"
+    return [
+        Section("", verdict(results)),
+        Section(
+            "Error rates",
+            [
+                f"Corpus {config['corpus']}: {original['num_utterances']} test utterances, {original['num_words']} "
+                f"words. Greedy decoding; 95 % bootstrap intervals over utterances in brackets. By index: converted "
+                "without training; each head applies the source head with its own number. Aligned: converted without "
+                "training; heads are assigned by map similarity. Recovered: aligned, then "
+                f"{config['recovery_seconds']:.0f} s of fine-tuning.",
+                errors,
+                stage_bars(results),
+                Image("error.png", "Word error rate of every plan"),
+            ],
+        ),
+        Section(
+            "Latency",
+            [
+                "Speed-up of the encoder, including subsampling, over the transformers encoder with fused attention "
+                "(sdpa). Batch 1, float32; medians of interleaved repeats. T counts encoder frames. Rows without "
+                '"+ optimize" differ from transformers by the attention kernel and by reuse alone. mapreuse.optimize '
+                "also switches convolutions to channels-last and linear layers to oneDNN when a quick benchmark "
+                "favours it; it does not depend on reuse.",
+                *speedups,
+                *figures,
+                Image("latency.png", "Speed-up by length"),
+                "The attention of a computing and of a reusing layer, including projections, compared with the "
+                "transformers layer:",
+                attention,
+            ],
+        ),
+        Section(
+            "Similarity of attention maps",
+            [
+                "1 − total variation of two rows, each head compared with its most similar head, over "
+                f"{similarity['num_queries']} frames of training utterances.",
+                heat_maps({"": similarity["layers"]}, {"": layers[0]}, {"": layers[1]}),
+                Image("similarity.png", "Similarity of layers"),
+            ],
+        ),
+        Section("Limits", ["Not measured: GPU latency, peak memory, and error rates of Conformer-M."]),
+        _reproduction(results, [results["attribution"]]),
+    ]
+
+
+def _full_sections(results: Results) -> list[Section]:
+    measured = latency_by_title(results)
+    titles = [t["title"] for t in results["techniques"] if t["kind"] in ("full", "reuse")]
+    speed_note = (
+        "Speed-up of the whole encoder over full attention. All techniques, full attention included, run with "
+        "mapreuse.optimize. The rows transformers show the original encoder with fused attention (sdpa)."
+    )
+    sections = [
+        Section("", verdict(results)),
+        Section(
+            "Accuracy and speed",
+            [
+                "A small recogniser, trained from scratch for minutes on a quarter of an hour of speech: mind the 95 % "
+                "intervals, in brackets. Differences compare runs with the same seeds; their intervals include seed "
+                'noise. "better" and "worse" mark significant differences. No other technique is at least as good as '
+                "those on the Pareto front in both CER and latency, and better in one.",
+                summary_table(results),
+                *([error_against_speed(results)] if scored(results) else []),
+                Image("front.png", "CER against speed-up of every technique"),
+            ],
+        ),
+        Section("Error rates by corpus", error_tables(results)),
+    ]
+    if "longer" in results:
+        blocks = [results["longer"]["description"], longer_table(results)]
+        sections.append(Section("Trained longer", blocks))
+    figure = speedup_by_length(measured, "full attention", [*titles, *results["references"]])
+    table = speedup_table("Speed-up over full attention", measured, "full attention")
+    sections.append(Section("Speed-up by length", [speed_note, table, figure]))
+    sections.append(Section("Memory, FLOPs and training", [cost_table(results)]))
+    if "breakdown" in results:
+        bars = [breakdown_bars(entries) for entries in results["breakdown"].values()]
+        sections.append(Section("Where the time goes", [*bars, *breakdown_tables(results)]))
+    if "similarity" in results:
+        sections.append(_similarity(results))
+    if "phonemes" in results:
+        note = "Attention of frames of one phoneme (rows) to frames of another (columns), relative to uniform attention."
+        sections.append(Section("Attention between phonemes", [note, phoneme_maps(results["phonemes"])]))
+    if "maps" in results:
+        heard = [f'{name}: "{one["hypothesis"]}"' for name, one in results["maps"]["techniques"].items()]
+        text = f'Utterance {results["maps"]["utterance"]}: "{results["maps"]["transcript"]}". {"; ".join(heard)}.'
+        sections.append(Section("Attention maps of one utterance", [text, map_viewer(results["maps"])]))
+    sections.append(Section("Learning curves", [learning_curves(results)]))
+    sections.append(Section("Published claims", [papers_table(results)]))
+    sections.append(_reproduction(results, []))
+    sections.append(Section("Corpora and runs", [corpora_table(results), runs_table(results)]))
+    return sections
+
+
+def _similarity(results: Results) -> Section:
+    found = results["similarity"]
+    panels = {
+        "Similarity": found["layers"],
+        "Diagonality": found["diagonality"],
+        "Relative entropy": found["entropy"],
+        "Concentration": found["concentration"],
+    }
+    rows = dict.fromkeys(panels, "layer") | {"Similarity": "computing layer"}
+    columns = dict.fromkeys(panels, "head") | {"Similarity": "reusing layer"}
+    note = (
+        "Maps of full attention. Similarity of layers: 1 − total variation of two rows, each head compared with its "
+        "most similar head. Diagonality: about 0.67 for uniform attention. Relative entropy: 1 for uniform attention. "
+        "Concentration: share of the keys that neighbouring queries need to keep nearly all of each row's mass."
+    )
+    blocks = [note, heat_maps(panels, rows, columns), similarity_table(found), Image("similarity.png", "Similarity")]
+    return Section("Similarity of attention maps", blocks)
+
+
+def _reproduction(results: Results, notes: Sequence[str]) -> Section:
+    machine = results["machine"]
+    text = (
+        f"Made by `{results['command']}` on {machine['processor']} ({machine['instructions']}), {machine['threads']} "
+        f"threads, torch {machine['torch']}, transformers {machine['transformers']}, commit {machine['commit']}."
+    )
+    tables = settings_table("Machine and versions", machine), settings_table("Settings", results["config"])
+    return Section("How to reproduce", [text, *notes, *tables])
+
+
+def _plots(results: Results) -> dict[str, Plot]:
+    """PNG files, by name."""
+    if results["preset"] == "quick":
+        return {
+            "error.png": plot_stages(results),
+            "latency.png": plot_speedup(results["latency"]),
+            "similarity.png": plot_similarity(results["similarity"]),
         }
-        for name, scores, parameters in variants
-    ]
-    return {
-        "schema": 2,
-        "preset": "quick",
-        "command": results["command"],
-        "commands": ["make study"] if results["command"] == _MADE_BY_DEFAULT else [results["command"]],
-        "machine": results["machine"],
-        "config": results["config"],
-        "corpora": {
-            corpus: {
-                "attribution": results["attribution"],
-                "test_utterances": full["num_utterances"],
-                "test_words": full["num_words"],
-            }
-        },
-        "techniques": techniques,
-        "reference": {"latency": {length: measured["transformers"] for length, measured in latency.items()}},
-        "similarity": {"layers": results["similarity"]["layers"]},
-        "verdict": _verdict(results),
-    }
-
-
-def _verdict(results: Results) -> list[str]:
-    """What the quick study says of each plan, in a sentence."""
-    full, seconds = results["baseline"], results["config"]["recovery_seconds"]
-    length, timed = list(results["latency"]["conformer-m"].items())[-1]
-    sentences = []
-    for variant in results["variants"]:
-        low, high = variant["recovered"]["wer_interval"]
-        faster = ""
-        if variant["name"] in timed:
-            ratio = timed["transformers"]["median"] / timed[variant["name"]]["median"]
-            faster = f"; a Conformer-M so converted is {ratio:.1f} times as fast as transformers' at T = {length}"
-        sentences.append(
-            f"{variant['name'][0].upper()}{variant['name'][1:]}: WER {variant['recovered']['wer']:.1%} [{low:.1%}, "
-            f"{high:.1%}] after {seconds:.0f} s of recovery, {full['wer']:.1%} before conversion{faster}."
-        )
-    return sentences
-
-
-def error_table(results: Results) -> list[str]:
-    """One row for the original and for each plan: error rates before and after recovery, parameters."""
-    full = results["baseline"]
-    rows = [
-        "| plan | reusing layers | parameters | WER by index | WER aligned | WER recovered | CER recovered |",
-        "|---|---|---|---|---|---|---|",
-        f"| full (original) | 0 | {full['parameters']:,} | | | {_rate(full, 'wer')} "
-        f"| {_rate(full, 'cer')} | {_rate(full.get('beam+lm'), 'wer')} |",
-    ]
-    for variant in results["variants"]:
-        saved = 1 - variant["parameters"] / full["parameters"]
-        rows.append(
-            f"| {variant['name']} | {variant['reusing_layers']} | {variant['parameters']:,} (−{saved:.0%}) "
-            f"| {_rate(variant['by_index'], 'wer')} | {_rate(variant['aligned'], 'wer')} "
-            f"| {_rate(variant['recovered'], 'wer')} | {_rate(variant['recovered'], 'cer')} |"
-        )
-    return rows
-
-
-def latency_table(measured: dict[str, Any]) -> list[str]:
-    """Speed-up over `transformers` for each contestant and length, with the spread of its repeats."""
-    lengths = list(measured)
-    names = list(measured[lengths[0]])
-    rows = ["| | " + " | ".join(f"T = {length}" for length in lengths) + " |", "|---|" + "---|" * len(lengths)]
-    for name in names:
-        cells = []
-        for length in lengths:
-            taken, base = measured[length][name], measured[length]["transformers"]
-            if name == "transformers":
-                cells.append(f"{taken['median'] * 1000:.0f} ms ± {taken['spread']:.0%}")
-            else:
-                cells.append(f"{base['median'] / taken['median']:.2f}× ± {taken['spread']:.0%}")
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return rows
-
-
-def plot_error(results: Results) -> Figure:
-    """Word error rate of every plan: by index, aligned, recovered, beside the original's."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    variants = results["variants"]
-    stages = {
-        "by_index": "converted, heads by index",
-        "aligned": "converted, heads aligned",
-        "recovered": "recovered",
-    }
-    for offset, (stage, label) in enumerate(stages.items()):
-        rates = [100 * variant[stage]["wer"] for variant in variants]
-        intervals = [variant[stage]["wer_interval"] for variant in variants]
-        bars = [
-            [rate - 100 * low for rate, (low, _) in zip(rates, intervals, strict=True)],
-            [100 * high - rate for rate, (_, high) in zip(rates, intervals, strict=True)],
-        ]
-        positions = [index + 0.27 * (offset - 1) for index in range(len(variants))]
-        axes.bar(positions, rates, 0.25, yerr=bars, label=label, capsize=2)
-    original = 100 * results["baseline"]["wer"]
-    axes.axhline(original, color="black", linestyle="--", label=f"original, {original:.1f} %")
-    axes.set_xticks(range(len(variants)), [variant["name"] for variant in variants])
-    axes.set_ylabel("word error rate, %")
-    axes.set_ylim(0, 105)
-    axes.legend()
-    return figure
-
-
-def plot_latency(results: Results) -> Figure:
-    """Speed-up over `transformers` against length, for both encoders."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (name, measured) in zip(figure.subplots(1, 2), results["latency"].items(), strict=True):
-        lengths = list(measured)
-        for contestant in measured[lengths[0]]:
-            speedup = [
-                measured[length]["transformers"]["median"] / measured[length][contestant]["median"]
-                for length in lengths
-            ]
-            axes.plot([int(length) for length in lengths], speedup, marker="o", label=contestant)
-        axes.set_title(name)
-        axes.set_xlabel("encoder frames")
-        axes.set_ylabel("times as fast as transformers (sdpa)")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    return figure
-
-
-def plot_similarity(results: Results) -> Figure:
-    """Similarity of every pair of layers as a heat map."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(results["similarity"]["layers"], vmin=0, vmax=1, cmap="viridis")
-    axes.set_xlabel("layer that reuses")
-    axes.set_ylabel("layer that computes")
-    figure.colorbar(image, label="similarity")
-    return figure
-
-
-def _rate(scores: dict[str, Any] | None, name: str) -> str:
-    if scores is None:
-        return "not measured"
-    low, high = scores[f"{name}_interval"]
-    return f"{scores[name]:.1%} [{low:.1%}, {high:.1%}]"
+    timed = lengths(results)
+    plots = {"front.png": plot_error_against_speed(results, "1000" if "1000" in timed else timed[-1])}
+    return plots | ({"similarity.png": plot_similarity(results["similarity"])} if "similarity" in results else {})

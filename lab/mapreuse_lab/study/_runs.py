@@ -1,4 +1,4 @@
-"""Training runs: each is named after what makes it, done once, by whichever worker comes first."""
+"""Training runs of the full study: each is done once, by whichever worker claims it first."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from mapreuse_lab.training import Recogniser, TrainConfig, alphabet, evaluate, o
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all runs have in common: the recogniser's size, and how it trains from scratch.
+    """Size of the recogniser and settings of its training from scratch, the same for all techniques.
 
-    Only recorded speech trains it, so that the recipe is the same in every language. Augmentation is light and there
-    is no dropout: within this budget nothing overfits.
+    Training uses recorded speech only, so that the recipe works in every language. Augmentation is light and there is
+    no dropout, because nothing overfits within this budget.
 
     Attributes:
-        num_layers, hidden_size, intermediate_size, subsampling_channels: as `Recogniser.create` takes them.
-        steps, learning_rate, batch_seconds, evaluate_every: as `TrainConfig` does.
+        num_layers, hidden_size, intermediate_size, subsampling_channels: arguments of `Recogniser.create`.
+        steps, learning_rate, batch_seconds, evaluate_every: fields of `TrainConfig`.
 
     Raises:
-        ValueError: where `TrainConfig` does.
+        ValueError: if `TrainConfig` refuses a value.
     """
 
     num_layers: int = 6
@@ -53,7 +53,7 @@ class Recipe:
         self.training(seed=0)
 
     def training(self, seed: int) -> TrainConfig:
-        """The settings of one run."""
+        """Training settings of one run."""
         return TrainConfig(
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -67,7 +67,7 @@ class Recipe:
         )
 
     def create(self, language: str, technique: str | None, seed: int) -> Recogniser:
-        """An untrained recogniser under a technique, or, where None, as `transformers` makes it."""
+        """An untrained recogniser with a technique; None for the model of `transformers`."""
         recogniser = Recogniser.create(
             alphabet(language),
             num_layers=self.num_layers,
@@ -86,10 +86,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LongRecipe(Recipe):
-    """The same recogniser, trained for longer on more: recordings and synthetic speech.
+    """The same recogniser, trained longer, on recordings and synthetic speech.
 
     Attributes:
-        synthetic_utterances, real_share: as `TrainConfig` takes them.
+        synthetic_utterances, real_share: fields of `TrainConfig`.
     """
 
     steps: int = 4000
@@ -97,24 +97,28 @@ class LongRecipe(Recipe):
     synthetic_utterances: int = 16_000
     real_share: tuple[float, float] = (0.1, 0.25)
 
+    @property
+    def description(self) -> str:
+        """The training, in a sentence for reports."""
+        sentences = f"{self.synthetic_utterances:,} synthetic sentences"
+        return f"Some techniques, trained for {self.steps:,} steps on the recordings and {sentences}."
+
     def training(self, seed: int) -> TrainConfig:
-        """The settings of one run; the sentences, too, are other ones for another seed."""
+        """Training settings of one run; the seed also selects the synthetic sentences."""
         return replace(
-            super().training(seed),
-            synthetic_utterances=self.synthetic_utterances,
-            real_share=self.real_share,
+            super().training(seed), synthetic_utterances=self.synthetic_utterances, real_share=self.real_share
         )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a technique from scratch on a corpus.
+    """One training run: a technique, trained from scratch on a corpus.
 
     Attributes:
-        technique: its name, as `techniques.parse` reads it.
+        technique: name of the technique, as `techniques.parse` reads it.
         corpus: name of the corpus.
-        seed: of weights, batches and augmentation.
-        recipe: what all runs have in common.
+        seed: seed of weights, batches and augmentation.
+        recipe: model size and training.
     """
 
     technique: str
@@ -124,21 +128,21 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Its name in files: readable, and a digest of all that makes it."""
+        """File name of the run: readable, with a digest of all its settings."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
         parts = [re.sub(r"[^a-z0-9]+", "-", part.lower())[:50].strip("-") for part in (self.technique, self.corpus)]
         return f"{'_'.join(parts)}_{self.seed}_{digest}"
 
 
 class RunDirectory:
-    """Results of finished runs, one small JSON file each, beside the locks of those that are going on.
+    """Results of finished runs, one small JSON file each, and a lock for each run in progress.
 
     Several workers, on one machine or on several with a shared file system, may use one directory. A run belongs to
-    the worker that holds its lock, which the operating system releases when the worker ends, however it ends.
+    the worker that holds its lock. The operating system releases the lock when the worker ends or is killed.
 
     Args:
-        results: directory of the result files, to be kept under version control.
-        work: directory of checkpoints and weights of this machine.
+        results: directory of the result files; keep it under version control.
+        work: directory of this machine's checkpoints and weights.
     """
 
     def __init__(self, results: Path, work: Path) -> None:
@@ -147,28 +151,25 @@ class RunDirectory:
         work.mkdir(parents=True, exist_ok=True)
 
     def finished(self, run: Run) -> dict[str, Any] | None:
-        """The run's result, or None where it has not finished."""
+        """The result of a run; None if it has not finished."""
         return _read(self.results / f"{run.key}.json")
 
     def failed(self, run: Run) -> dict[str, Any] | None:
-        """How the run failed when it was last tried, or None."""
+        """The error of a run's last attempt; None if it did not fail."""
         return None if self.finished(run) else _read(self.results / f"{run.key}.failed.json")
 
     def forget_failures(self, runs: Sequence[Run]) -> None:
-        """Runs that failed are to be tried again."""
+        """Let failed runs be tried again."""
         for run in runs:
             (self.results / f"{run.key}.failed.json").unlink(missing_ok=True)
 
     def weights(self, run: Run) -> Path | None:
-        """Directory of the trained recogniser, where this machine has it."""
+        """Directory of the trained recogniser, if it is on this machine."""
         best = self.work / run.key / "best"
         return best if self.finished(run) and Recogniser.is_saved_in(best) else None
 
     def original(self, run: Run) -> Recogniser | None:
-        """The recogniser of a run of full attention, its encoder as `transformers` makes it, where it is here.
-
-        Analysis and search put plans of their own on it.
-        """
+        """The recogniser of a run of full attention, as a model of `transformers`, if it is on this machine."""
         weights = self.weights(run)
         if weights is None:
             return None
@@ -178,23 +179,23 @@ class RunDirectory:
         return original
 
     def progress(self, run: Run) -> float:
-        """Which fraction of the run is done, as far as its log says."""
+        """Finished fraction of a run, according to its log."""
         if self.finished(run) or self.failed(run):
             return 1.0
         log = self.work / run.key / "log.jsonl"
         lines = log.read_text().splitlines() if log.is_file() else []
-        whole = [line for line in lines if line.endswith("}")]  # the last may not be, of a run that was killed
+        whole = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
         return json.loads(whole[-1])["step"] / run.recipe.steps if whole else 0.0
 
     def lock(self, name: str) -> FileLock:
-        """That only one worker holds."""
+        """A lock that one worker at a time can hold."""
         locks = self.results / ".locks"
         locks.mkdir(exist_ok=True)
         return FileLock(locks / name)
 
     @contextmanager
     def claimed(self, run: Run) -> Iterator[bool]:
-        """Whether the run is this worker's, for as long as the context lasts."""
+        """Hold the lock of a run; yields False if another worker has it."""
         lock = self.lock(run.key)
         try:
             lock.acquire(timeout=0)
@@ -207,11 +208,11 @@ class RunDirectory:
             lock.release()
 
     def perform(self, run: Run) -> None:
-        """Train and judge, going on from the last checkpoint, and write down the result, or how it failed."""
+        """Train and evaluate, from the last checkpoint if there is one, and write the result, or the error."""
         file, failure = (self.results / f"{run.key}{ending}" for ending in (".json", ".failed.json"))
         try:
             result = _result(run, self.work / run.key)
-        except Exception as error:  # whatever a technique or a corpus can raise: the other runs go on
+        except (ValueError, RuntimeError, OSError) as error:  # the other runs continue
             traceback.print_exc()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             _write(failure, {"run": asdict(run), "error": reason})
@@ -222,8 +223,8 @@ class RunDirectory:
             shutil.rmtree(checkpoint)
 
 
-def work_off(runs: Sequence[Run], directory: RunDirectory) -> None:
-    """Perform, in order, every run that is neither finished nor another worker's; each is tried once."""
+def perform_all(runs: Sequence[Run], directory: RunDirectory) -> None:
+    """Perform, in order, each run that is neither finished nor claimed by another worker."""
     for run in runs:
         with directory.claimed(run) as mine:
             if mine and directory.finished(run) is None:
@@ -232,12 +233,12 @@ def work_off(runs: Sequence[Run], directory: RunDirectory) -> None:
 
 
 def worker(runs: Sequence[Run], directory: RunDirectory, threads: int, log: Path) -> None:
-    """`work_off` in a process of its own, which writes to a log what it has to say."""
+    """Main function of a worker process: `perform_all`, with all output in a log file."""
     with log.open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.set_num_threads(threads)
-    work_off(runs, directory)
+    perform_all(runs, directory)
 
 
 def _result(run: Run, out_dir: Path) -> dict[str, Any]:

@@ -1,254 +1,216 @@
-"""Which technique wins, at which length and within which error budget, in sentences."""
+"""Conclusions of the studies, in sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mapreuse_lab.study._page_tables import Results, all_runs, front, lengths, loss, points
+from mapreuse_lab.study._statistics import significance
+from mapreuse_lab.study._tables import (
+    Results,
+    all_runs,
+    by_name,
+    cer_loss,
+    interval,
+    lengths,
+    main_corpus,
+    plural,
+    points,
+    rate,
+    scored,
+    speedup,
+)
 
 BUDGETS = (0.01, 0.02, 0.05)
-"""Losses of CER, as fractions, for which the fastest technique that excludes a greater one is named."""
+"""Losses of CER, as fractions, for which the fastest technique is named."""
 
-ALLOWED = 0.01
-"""How much worse than full attention one map for two layers may be, to be called no worse."""
+_ALLOWED = 0.01
+"""Loss of CER, as a fraction, that sharing maps by pairs of layers is tested for."""
 
-_UNLEARNED = 0.6
-"""CER above which a technique has hardly begun to transcribe by the end of training."""
+_UNTRAINED = 0.6
+"""CER above which a technique has barely started to learn."""
 
 _LONG = 1000
-"""Encoder frames from which on the best reuse is set against the others."""
-
-
-def fronts(results: Results) -> dict[str, list[str]]:
-    """For every length: the techniques that none beats on both CER, on the main corpus, and latency."""
-    return {length: front(results, length, main_corpus(results), "cer") for length in lengths(results)}
+"""Minimum encoder frames at which the best reuse is compared with the other techniques."""
 
 
 def verdict(results: Results) -> list[str]:
-    """The verdict first, then what it rests on; what is not known yet is said."""
+    """Conclusions of a study; the main one first."""
+    return _quick_verdict(results) if results["preset"] == "quick" else _full_verdict(results)
+
+
+def _full_verdict(results: Results) -> list[str]:
+    if not scored(results) or not lengths(results):
+        return ["No verdict yet: it needs trained techniques and their latencies."]
+    sentences = _fastest(results) + _without_attention(results) + _best_reuse(results) + _pairs(results)
+    sentences += _longer(results) + _untrained(results)
     runs = all_runs(results)
-    done = sum(run["state"] == "finished" for run in runs)
-    sentences = _winners(results) + _without_attention(results) + _against_reuse(results) + _no_worse(results)
-    sentences += _longer(results) + _unlearned(results)
-    if done < len(runs):
-        sentences.append(
-            f"{done} of {len(runs)} training runs are finished; what the others would say is not measured."
-        )
+    finished = sum(run["state"] == "finished" for run in runs)
+    if finished < len(runs):
+        sentences.append(f"{finished} of {len(runs)} training runs are finished; results of the others are missing.")
     return sentences
 
 
-def summary_table(results: Results) -> list[str]:
-    """A row for every technique, by CER: what a README has room for."""
+def _quick_verdict(results: Results) -> list[str]:
+    """Error rates of each plan, then speed-ups at the greatest length."""
+    original, seconds = results["baseline"], results["config"]["recovery_seconds"]
+    sentences = [
+        f"{variant['name'].capitalize()}: WER {rate(variant['recovered'], 'wer')} after {seconds:.0f} s of recovery; "
+        f"the original has {original['wer']:.1%}."
+        for variant in results["variants"]
+    ]
+    length, timed = list(results["latency"]["conformer-m"].items())[-1]
+    base = timed["transformers"]["median"]
+    speeds = [f"{name} {base / one['median']:.1f}×" for name, one in timed.items() if name != "transformers"]
+    return [*sentences, f"Speed-up of Conformer-M over transformers at T = {length}: {'; '.join(speeds)}."]
+
+
+def _fastest(results: Results) -> list[str]:
+    """The fastest technique without significant loss, and within each budget."""
     corpus = main_corpus(results)
-    timed = [length for length in lengths(results) if int(length) in (1000, 2000, 8000)]
-    rows = [
-        "| technique | positions | CER | against full | " + " | ".join(f"T = {length}" for length in timed) + " |",
-        "|---|---|---|---|" + "---|" * len(timed),
-    ]
-    rated = [t for t in results["techniques"] if corpus in t["scores"]]
-    for technique in sorted(rated, key=lambda t: t["scores"][corpus]["cer"]):
-        scores = technique["scores"][corpus]
-        low, high = scores["cer_interval"]
-        against = ""
-        if "against_full" in scores:
-            found = scores["against_full"]["cer"]
-            against = f"{100 * found['difference']:+.1f} points, {found['found']}"
-        speed = [_speed(results, technique, length) for length in timed]
-        seeds = f"{len(scores['seeds'])} seed{'s' * (len(scores['seeds']) > 1)}"
-        rate = f"{scores['cer']:.1%} [{low:.1%}, {high:.1%}], {seeds}"
-        cells = [technique["title"], technique["positions"], rate, against]
-        rows.append(f"| {' | '.join(cells + speed)} |")
-    return rows
-
-
-def _speed(results: Results, technique: Mapping[str, Any], length: str) -> str:
-    return f"{speedup(results, technique, length):.2f}× ± {technique['latency'][length]['spread']:.0%}"
-
-
-def main_corpus(results: Results) -> str:
-    """The corpus on which every technique trains."""
-    return results["config"]["corpus"]
-
-
-def speedup(results: Results, technique: Mapping[str, Any], length: str) -> float:
-    """How many times as fast as full attention."""
-    full = by_name(results)["full"]
-    return full["latency"][length]["median"] / technique["latency"][length]["median"]
-
-
-def by_name(results: Results) -> dict[str, Mapping[str, Any]]:
-    """The techniques, by name."""
-    return {technique["name"]: technique for technique in results["techniques"]}
-
-
-def _winners(results: Results) -> list[str]:
-    """The fastest technique whose CER is not found to be worse, and the fastest that keep within each budget."""
-    judged = _judged(results)
-    if not judged or not lengths(results):
-        return ["No verdict yet: it needs trained techniques and their latencies."]
-    full, others = ([t for t in judged if (t["name"] == "full") is whether] for whether in (True, False))
-    against = {t["name"]: _against(results, t)["cer"] for t in others if "against_full" in _scores(results, t)}
-    within = {"where no loss of CER is found": [n for n, found in against.items() if found["found"] != "worse"]} | {
-        f"where a loss of more than {100 * budget:.0f} point{'s' * (budget > 0.01)} is excluded": [
-            name for name, found in against.items() if found["interval"][1] <= budget
-        ]
-        for budget in BUDGETS
-    }
+    full = [t for t in scored(results) if t["name"] == "full"]
+    compared = [t for t in scored(results) if "against_full" in t["scores"][corpus]]
+    intervals = {t["name"]: t["scores"][corpus]["against_full"]["cer"]["interval"] for t in compared}
+    allowed = {"no significant CER loss": [t for t in compared if significance(intervals[t["name"]]) != "worse"]}
+    for budget in BUDGETS:
+        within = [t for t in compared if intervals[t["name"]][1] <= budget]
+        allowed[f"a CER loss of at most {plural(round(100 * budget), 'point')}"] = within
     winners: dict[str, list[str]] = {}
-    for words, names in within.items():
-        allowed = full + [t for t in others if t["name"] in names]
-        winners.setdefault("; ".join(_by_length(results, allowed)), []).append(words)
-    return [f"Fastest {', and '.join(words)}: {names}." for names, words in winners.items()] + [
-        "Times as fast: the whole encoder, against full attention by the same blocked core; techniques whose times "
-        "are as near as their spreads are named together.",
-        f"{len(against)} techniques are compared with full attention on {main_corpus(results)}, each by a 95% "
-        "interval of its own: about one in twenty would be found to differ by chance.",
+    for condition, techniques in allowed.items():
+        winners.setdefault("; ".join(_fastest_by_length(results, full + techniques)), []).append(condition)
+    return [f"Fastest with {', and with '.join(conditions)}: {names}." for names, conditions in winners.items()] + [
+        "× is the speed-up of the whole encoder over full attention with the same exact kernel. Techniques within "
+        "timing noise of each other share a rank. A loss is at most N points if the 95 % interval of the CER "
+        "difference ends at or below N.",
+        f"{len(compared)} techniques are compared with full attention on {corpus}, each by its own 95 % interval. "
+        "About one in twenty would differ by chance.",
     ]
 
 
-def _without_attention(results: Results) -> list[str]:
-    """Where even maps that attend nothing else do no worse, accuracy cannot tell techniques apart."""
-    corpus, diagonal = main_corpus(results), by_name(results).get("diagonal")
-    if not _judged(results) or diagonal is None or "against_full" not in diagonal["scores"].get(corpus, {}):
-        return []
-    if _against(results, diagonal)["cer"]["found"] == "worse":
-        return []
-    return [
-        "Attention itself is not found to matter at this size of model, data and training: diagonal maps, by which "
-        f"no frame attends to another, have a {_lost(diagonal, corpus)} than full attention with the same seed. So "
-        "accuracy here says little about techniques; their cost is what can be told apart."
-        + _with_more_training(results)
-    ]
-
-
-def _with_more_training(results: Results) -> str:
-    """Whether attention matters to the same recogniser, trained for longer."""
-    trained = results.get("longer", {}).get("techniques", [])
-    scores: dict[str, Any] = next(
-        (t["scores"].get(main_corpus(results), {}) for t in trained if t["name"] == "diagonal"), {}
-    )
-    if scores.get("against_full", {}).get("cer", {}).get("found") != "worse":
-        return ""
-    return " Trained for longer and on more speech, the recogniser does lose by diagonal maps, as is said below."
-
-
-def _by_length(results: Results, techniques: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fastest, with the lengths at which they are: "A at T = 1000 (2.0×), 2000 (2.5×)"."""
+def _fastest_by_length(results: Results, techniques: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fastest techniques, with the lengths at which they win: "A at T = 1000 (2.0×), 2000 (2.5×)"."""
     wins: dict[str, list[str]] = {}
     for length in lengths(results):
-        best = max(techniques, key=lambda t: speedup(results, t, length))
-        equal = [t for t in techniques if t is best or _as_fast(t["latency"][length], best["latency"][length])]
-        titles = " or ".join(t["title"] for t in sorted(equal, key=lambda t: -speedup(results, t, length)))
+        best = min(techniques, key=lambda t: t["latency"][length]["median"])
+        equal = [t for t in techniques if t is best or _within_noise(t["latency"][length], best["latency"][length])]
+        titles = " or ".join(t["title"] for t in sorted(equal, key=lambda t: t["latency"][length]["median"]))
         wins.setdefault(titles, []).append(f"{length} ({speedup(results, best, length):.1f}×)")
     return [f"{titles} at T = {', '.join(at)}" for titles, at in wins.items()]
 
 
-def _as_fast(one: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    """Whether two times are as near as their spreads."""
+def _within_noise(one: Mapping[str, float], best: Mapping[str, float]) -> bool:
     return one["median"] <= best["median"] * (1 + one["spread"] + best["spread"])
 
 
-def _against_reuse(results: Results) -> list[str]:
-    """Does the best reuse plan lie on the front, and if it is beaten, by which technique, and by how much?"""
-    corpus, sentences = main_corpus(results), []
-    judged = [t for t in _judged(results) if "latency" in t]
-    reuse = [t for t in judged if t["kind"] in ("reuse", "composed")]
-    others = [t for t in judged if t["kind"] == "other"]
-    if not reuse or not others or not lengths(results):
+def _without_attention(results: Results) -> list[str]:
+    """If maps without any attention to other frames are no worse, accuracy cannot rank techniques."""
+    corpus, diagonal = main_corpus(results), by_name(results).get("diagonal")
+    if diagonal is None or _significance(diagonal, corpus) in (None, "worse"):
+        return []
+    sentence = (
+        "Attention makes no significant difference at this size of model, data and training: diagonal maps, in which "
+        f"no frame attends to another, have a {_loss(diagonal, corpus)} than full attention with the same seed. "
+        "Accuracy therefore says little about the techniques; their cost does."
+    )
+    trained = {t["name"]: t for t in results.get("longer", {}).get("techniques", [])}
+    if "diagonal" in trained and _significance(trained["diagonal"], corpus) == "worse":
+        sentence += " With longer training, diagonal maps are significantly worse (see below)."
+    return [sentence]
+
+
+def _best_reuse(results: Results) -> list[str]:
+    """Whether another technique is at least as accurate and as fast as the most accurate reuse."""
+    corpus = main_corpus(results)
+    compared = [t for t in scored(results) if "against_full" in t["scores"][corpus]]
+    reuse = [t for t in compared if t["kind"] in ("reuse", "composed")]
+    others = [t for t in compared if t["kind"] == "other"]
+    if not reuse or not others:
         return []
     found: dict[tuple[str, str], list[str]] = {}
     for length in (length for length in lengths(results) if int(length) >= _LONG):
-        best = min(reuse, key=lambda t: (loss(t, corpus, "cer"), t["latency"][length]["median"]))
-        lost, time = loss(best, corpus, "cer"), best["latency"][length]["median"]
-        beating = [t for t in others if loss(t, corpus, "cer") <= lost and t["latency"][length]["median"] <= time]
-        winner = max(beating, key=lambda t: speedup(results, t, length)) if beating else None
-        ours = f"{best['title']} ({_lost(best, corpus)} than full)"
-        theirs = "" if winner is None else f"{winner['title']} ({_lost(winner, corpus)})"
-        speeds = "" if winner is None else f"{speedup(results, winner, length):.1f}× against "
-        told = f"{length} ({speeds}{speedup(results, best, length):.1f}×)"
-        found.setdefault((ours, theirs), []).append(told)
-    for (ours, theirs), at in found.items():
-        if theirs:
-            sentences.append(f"The most accurate reuse, {ours}, is beaten by {theirs}: at T = {', '.join(at)}.")
+        best = min(reuse, key=lambda t: (cer_loss(t, corpus), t["latency"][length]["median"]))
+        loss, seconds = cer_loss(best, corpus), best["latency"][length]["median"]
+        better = [t for t in others if cer_loss(t, corpus) <= loss and t["latency"][length]["median"] <= seconds]
+        title = f"{best['title']} ({_loss(best, corpus)} than full attention)"
+        own = f"{speedup(results, best, length):.1f}×"
+        if better:
+            other = min(better, key=lambda t: t["latency"][length]["median"])
+            speeds = f"{speedup(results, other, length):.1f}× against {own} at T = {length}"
+            found.setdefault((title, f"{other['title']} ({_loss(other, corpus)})"), []).append(speeds)
         else:
-            sentences.append(f"No other technique beats the most accurate reuse, {ours}: at T = {', '.join(at)}.")
-    return sentences
+            found.setdefault((title, ""), []).append(f"{own} at T = {length}")
+    return [
+        f"The most accurate reuse technique is {title}. "
+        + (
+            f"It is dominated by {other}, with speed-ups of {', '.join(at)}."
+            if other
+            else f"No other technique is as accurate and as fast: {', '.join(at)}."
+        )
+        for (title, other), at in found.items()
+    ]
 
 
-def _no_worse(results: Results) -> list[str]:
-    """Is one map for two layers no worse than full attention by more than a point of CER, in every language?"""
+def _pairs(results: Results) -> list[str]:
+    """Whether a CER loss above `_ALLOWED` is excluded when pairs of layers share a map, for each corpus."""
     pairs = next((t for t in results["techniques"] if t["name"].startswith("reuse-2x")), None)
     if pairs is None:
         return []
     sentences = []
     for corpus, scores in pairs["scores"].items():
-        if "against_full" not in scores:
-            continue
-        found = scores["against_full"]["cer"]
-        (low, high), (lowest, highest) = found["over_utterances"], found["interval"]
-        sentences.append(
-            f"One map for two layers on {corpus}: CER {100 * found['difference']:+.1f} points against full, "
-            f"[{100 * low:+.1f}, {100 * high:+.1f}] by the paired bootstrap over utterances, so that "
-            f"{_within(low, high)}; [{100 * lowest:+.1f}, {100 * highest:+.1f}] with the chance that lies in a seed, "
-            f"so that {_within(lowest, highest)}."
-        )
+        if "against_full" in scores:
+            found = scores["against_full"]["cer"]
+            narrow, wide = found["over_utterances"], found["interval"]
+            sentences.append(
+                f"One map for two layers, on {corpus}: CER {points(found['difference'])} points compared with full "
+                f"attention. 95 % intervals: {interval(narrow, points)} over utterances ({_excluded(narrow)}), "
+                f"{interval(wide, points)} with seed noise ({_excluded(wide)})."
+            )
     return sentences
 
 
-def _lost(technique: Mapping[str, Any], corpus: str) -> str:
-    lost = 100 * loss(technique, corpus, "cer")
-    return f"CER {abs(lost):.1f} points {'higher' if lost > 0 else 'lower'}"
+def _excluded(ends: Sequence[float]) -> str:
+    loss = f"a loss above {plural(round(100 * _ALLOWED), 'point')} is"
+    return f"{loss} excluded" if ends[1] <= _ALLOWED else f"{loss} {'certain' if ends[0] > _ALLOWED else 'possible'}"
 
 
 def _longer(results: Results) -> list[str]:
-    """What the same techniques come to with more training and more speech."""
+    """Differences after longer training."""
     corpus = main_corpus(results)
     trained = [t for t in results.get("longer", {}).get("techniques", []) if corpus in t["scores"]]
     full = next((t for t in trained if t["name"] == "full"), None)
-    others = [t for t in trained if "against_full" in t["scores"][corpus]]
-    if full is None or not others:
+    differences = []
+    for technique in trained:
+        outcome = _significance(technique, corpus)
+        if outcome is not None:
+            found = technique["scores"][corpus]["against_full"]["cer"]
+            text = f"{technique['title']} {points(found['difference'])} {interval(found['interval'], points)}"
+            differences.append(f"{text}, significantly {outcome}" if outcome else text)
+    if full is None or not differences:
         return []
-    told = []
-    for one in others:
-        found = one["scores"][corpus]["against_full"]["cer"]
-        low, high = (points(end) for end in found["interval"])
-        told.append(f"{one['title']} {points(found['difference'])} [{low}, {high}], {found['found']}")
+    cer = full["scores"][corpus]["cer"]
     return [
-        "Trained for longer and on more speech, full attention has a CER of "
-        f"{full['scores'][corpus]['cer']:.1%}, and against it, in points: {'; '.join(told)}."
+        f"Trained longer and on more speech, full attention has a CER of {cer:.1%}. Differences to it, in points: "
+        f"{'; '.join(differences)}."
     ]
 
 
-def _unlearned(results: Results) -> list[str]:
-    """Techniques that training ended too early for, of which error rates say little."""
+def _untrained(results: Results) -> list[str]:
+    """Techniques for which training ended too early."""
     corpus = main_corpus(results)
-    early = [t for t in _judged(results) if t["scores"][corpus]["cer"] > _UNLEARNED]
     return [
-        f"{t['title']} has hardly begun to transcribe when training ends (CER {t['scores'][corpus]['cer']:.1%}): "
-        "what it could do with more is not known."
-        for t in early
+        f"{t['title']}: CER {t['scores'][corpus]['cer']:.1%} at the end of training. It has barely started to learn; "
+        "its final accuracy is unknown."
+        for t in scored(results)
+        if t["scores"][corpus]["cer"] > _UNTRAINED
     ]
 
 
-def _within(low: float, high: float) -> str:
-    """What an interval of the difference says of being no worse by more than `ALLOWED`."""
-    point = f"{100 * ALLOWED:.0f} point"
-    if high <= ALLOWED:
-        return f"it is worse by no more than {point}"
-    return f"it is worse by more than {point}" if low > ALLOWED else f"more than {point} worse is not excluded"
+def _significance(technique: Mapping[str, Any], corpus: str) -> str | None:
+    """ "better", "worse" or "" (no significant difference) in CER; None if it is not compared with full attention."""
+    found = technique["scores"].get(corpus, {}).get("against_full")
+    return None if found is None else significance(found["cer"]["interval"])
 
 
-def _judged(results: Results) -> list[Mapping[str, Any]]:
-    """The techniques whose CER is known, beside that of full attention."""
-    corpus = main_corpus(results)
-    judged = [t for t in results["techniques"] if corpus in t["scores"]]
-    return judged if any(t["name"] == "full" for t in judged) else []
-
-
-def _scores(results: Results, technique: Mapping[str, Any]) -> Mapping[str, Any]:
-    return technique["scores"][main_corpus(results)]
-
-
-def _against(results: Results, technique: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _scores(results, technique)["against_full"]
+def _loss(technique: Mapping[str, Any], corpus: str) -> str:
+    loss = 100 * cer_loss(technique, corpus)
+    return f"CER {abs(loss):.1f} points {'higher' if loss > 0 else 'lower'}"

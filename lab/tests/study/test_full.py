@@ -1,17 +1,16 @@
-"""The full study, small: tiny recognisers on real prompts, two workers, every step of it."""
+"""The full study with tiny recognisers and a few utterances."""
 
 import json
 import shutil
 from dataclasses import asdict, replace
-from io import StringIO
 
 import jiwer
 import pytest
-from mapreuse_lab.study import FullConfig, LongRecipe, Recipe, papers_page, run_full, summary_table
+from mapreuse_lab.study import FullConfig, LongRecipe, Recipe, papers_page, read_results, run_full
 from mapreuse_lab.study import _findings as findings
 from mapreuse_lab.study import _full as internals
+from mapreuse_lab.study import _runs as runs_internals
 from mapreuse_lab.training import open_corpus
-from rich.console import Console
 
 from mapreuse.conversion import MIN_CONVERSION_BATCHES, Candidate
 from mapreuse.models import plan_of
@@ -19,7 +18,7 @@ from mapreuse.plan import ReusePlan
 
 RECIPE = Recipe(num_layers=4, hidden_size=16, intermediate_size=32, subsampling_channels=8, steps=2, evaluate_every=1)
 CONFIG = FullConfig(
-    techniques=("full", "reuse-2x2", "window-2", "diagonal"),
+    techniques=("full", "reuse-2x2", "diagonal"),
     repeated=("full", "reuse-2x2"),
     elsewhere=("full",),
     other_corpus="prompts:ru",
@@ -33,68 +32,87 @@ CONFIG = FullConfig(
     memory_length=40,
     repeats=1,
 )
+MEMORY = {}
+"""Results of `in_this_process`, by technique."""
 
 
 def found(original, batches, *, error, cache):
-    """In the place of the search, which has tests of its own: plans of several sizes for a model without a plan."""
+    """Replaces the search: plans of several sizes, for a model without a plan."""
     assert plan_of(original) is None
     assert len(batches) >= MIN_CONVERSION_BATCHES
     plans = [ReusePlan.parse(text) for text in ("4x1", "[0, 0, 0, 3]", "[0, 1, 1, 3]")]
     return [Candidate(plan, error, 1.0, 1.0, 1.0, 1, lambda plan: original) for plan in plans]
 
 
-MEMORY = {}
-"""What `in_this_process` said of every technique."""
-
-
 def in_this_process(function, request):
-    """Processes of their own have tests in the room that measures; each would import everything once more."""
+    """Replaces the fresh process of a memory measurement, which would import everything again."""
     name = request["technique"]
     MEMORY[name] = 1000 * (len(MEMORY) + 1) + function(**request)
     return MEMORY[name]
 
 
+def small_corpus(name):
+    corpus = open_corpus(name)
+    splits = {"train": 64, "dev": 8, "test": 6}
+    return replace(corpus, **{split: getattr(corpus, split).subset(first=n) for split, n in splits.items()})
+
+
+def perform_here(study, left):
+    """Replaces the worker processes."""
+    runs_internals.perform_all(left, study.runs)
+    return [0]
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """Results, where they are, and what was printed."""
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (internals, runs_internals, findings):
+            patch.setattr(module, "open_corpus", small_corpus)
+        patch.setattr(internals._Full, "_perform", perform_here)
+        patch.setattr(internals, "FLOPS_LENGTH", 50)
+        patch.setattr(findings, "_PHONEME_SENTENCES", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, small):
+    """Results, and the directory that they are in."""
     place = tmp_path_factory.mktemp("full")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(internals, "FLOPS_LENGTH", 50)
         patch.setattr(internals, "search", found)
         patch.setattr(internals, "memory_in_fresh_process", in_this_process)
-        patch.setattr(findings, "_PHONEME_SENTENCES", 4)
-        output = StringIO()
-        results = run_full(CONFIG, place / "out", place / "work", Console(file=output, width=200), workers=2)
-        yield results, place, output.getvalue()
+        yield run_full(CONFIG, place / "out", place / "work"), place
+
+
+def refused(*args, **settings):
+    raise AssertionError("this was done before")
 
 
 def by_name(results):
     return {technique["name"]: technique for technique in results["techniques"]}
 
 
-def test_every_run_is_done_by_one_of_two_workers(done):
-    results, place, _ = done
-    assert [run["state"] for run in results["runs"]] == ["finished"] * len(results["runs"])
+def test_every_run_is_finished_and_has_its_own_file(done):
+    results, place = done
     expected = [one.key for one in CONFIG.runs()]
-    assert [run["key"] for run in results["longer"]["runs"]] == [one.key for one in CONFIG.longer_runs()]
-    assert [run["state"] for run in results["longer"]["runs"]] == ["finished", "finished"]
     assert [run["key"] for run in results["runs"]][: len(expected)] == expected
-    log = (place / "work" / "workers.log").read_text()
-    for key in expected:
-        assert sum(line.endswith(key) for line in log.splitlines()) == 1, key
+    assert [run["key"] for run in results["longer"]["runs"]] == [one.key for one in CONFIG.longer_runs()]
+    for run in [*results["runs"], *results["longer"]["runs"]]:
+        assert run["state"] == "finished"
+        assert (place / "out/runs" / f"{run['key']}.json").is_file()
 
 
-def test_a_searched_plan_joins_the_table(done):
-    results, place, _ = done
+def test_a_searched_plan_is_one_of_the_techniques(done):
+    results, place = done
     searched = results["techniques"][-1]
-    assert searched["kind"] == "reuse"
+    assert (searched["kind"], searched["title"]) == ("reuse", "reuse 3x1,1x1, searched")
     assert searched["name"] == "reuse-3x1,1x1", "as many reusing heads as 2x2"
     assert results["runs"][-1]["technique"] == searched["name"]
     assert list((place / "out" / "runs").glob("full_*.search.json"))
 
 
-def test_every_technique_is_judged_timed_and_compared(done):
-    results, _, _ = done
+def test_every_technique_is_evaluated_timed_and_compared(done):
+    results, _ = done
     techniques = by_name(results)
     assert techniques["full"]["scores"]["prompts:en"]["seeds"] == [0, 1]
     assert techniques["diagonal"]["scores"]["prompts:en"]["seeds"] == [0]
@@ -105,17 +123,17 @@ def test_every_technique_is_judged_timed_and_compared(done):
         assert set(technique["training_step"]) == {"utterances", "50"}
         assert technique["memory"]["40"] == MEMORY[name]
         if name != "full":
-            found = technique["scores"]["prompts:en"]["against_full"]["cer"]
-            assert found["interval"][0] <= found["difference"] <= found["interval"][1]
-            assert found["found"] in ("better", "worse", "no difference found")
+            compared = technique["scores"]["prompts:en"]["against_full"]["cer"]
+            assert compared["interval"][0] <= compared["difference"] <= compared["interval"][1]
     flops = {name: technique["flops"]["50"] for name, technique in techniques.items()}
     assert flops["diagonal"] < flops["reuse-2x2"] < flops["full"]
     assert techniques["reuse-2x2"]["parameters"] < techniques["full"]["parameters"]
-    assert set(results["reference"]["latency"]) == {"20", "40"}
+    assert set(results["references"]) == {"transformers", "transformers + optimize"}
+    assert results["config"] == asdict(CONFIG)
 
 
-def test_runs_by_the_longer_recipe_are_compared_with_one_another(done):
-    results, place, _ = done
+def test_runs_with_the_longer_recipe_are_compared_with_each_other(done):
+    results, place = done
     full, diagonal = results["longer"]["techniques"]
     assert [full["name"], diagonal["name"]] == ["full", "diagonal"]
     for one in (full, diagonal):
@@ -124,32 +142,12 @@ def test_runs_by_the_longer_recipe_are_compared_with_one_another(done):
         assert recorded["steps"] == 3
         rate = jiwer.cer(recorded["test"]["references"], recorded["test"]["hypotheses"])
         assert one["scores"]["prompts:en"]["cer"] == pytest.approx(rate)
-    lost = diagonal["scores"]["prompts:en"]["against_full"]["cer"]["difference"]
-    assert lost == pytest.approx(diagonal["scores"]["prompts:en"]["cer"] - full["scores"]["prompts:en"]["cer"])
-    assert any(sentence.startswith("Trained for longer") for sentence in results["verdict"])
+    loss = diagonal["scores"]["prompts:en"]["against_full"]["cer"]["difference"]
+    assert loss == pytest.approx(diagonal["scores"]["prompts:en"]["cer"] - full["scores"]["prompts:en"]["cer"])
 
 
-def test_only_one_voices_recordings_are_put_together():
-    assert FullConfig().longer
-    assert set(FullConfig().longer) <= set(FullConfig().techniques)
-    assert FullConfig(corpus="librispeech:there").longer == ()
-    with pytest.raises(ValueError, match="heads-3: not among the study's techniques"):
-        FullConfig(longer=("full", "heads-3"))
-
-
-def test_results_that_were_judged_by_other_transcripts_are_refused(done, tmp_path):
-    _, place, _ = done
-    shutil.copytree(place / "out", tmp_path / "out")
-    file = tmp_path / "out" / "runs" / f"{CONFIG.longer_runs()[1].key}.json"
-    changed = json.loads(file.read_text())
-    changed["test"]["references"][3] += " more"
-    file.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=rf"{file.name} was judged by other transcripts than prompts:en has here"):
-        run_full(CONFIG, tmp_path / "out", tmp_path / "work", Console(file=StringIO()))
-
-
-def test_what_the_papers_look_at_is_there(done):
-    results, _, _ = done
+def test_findings_in_the_trained_models_are_part_of_the_results(done):
+    results, _ = done
     assert len(results["similarity"]["layers"]) == len(results["similarity"]["diagonality"]) == 4
     maps = results["maps"]["techniques"]
     assert maps["full"]["source_layers"] == [0, 1, 2, 3]
@@ -157,98 +155,116 @@ def test_what_the_papers_look_at_is_there(done):
     assert maps["reuse-2x2"]["layers"][0] == maps["reuse-2x2"]["layers"][1] != maps["reuse-2x2"]["layers"][2]
     assert set(results["phonemes"]["matrices"]) == {"full", "reuse-2x2"}
     assert set(results["breakdown"]["contestants"]) == {"full", "reuse-2x2"}
-    assert all(claim["ours"] for claim in results["papers"])
-    assert results["papers"][0]["claim"] in papers_page(results)
+    assert papers_page(results).count("not measured") == 1, "only the techniques that this study lacks"
 
 
-def test_the_report_is_written_and_reads_back(done):
-    results, place, _ = done
-    out = place / "out"
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+def test_results_and_report_are_written(done):
+    results, place = done
+    assert read_results(place / "out") == json.loads(json.dumps(results))
+    text = (place / "out/report.md").read_text()
     for technique in results["techniques"]:
         assert technique["title"] in text
-    assert results["verdict"][0] in text
-    assert "diagonal maps" in page
-    assert len(summary_table(results)) == 2 + len(results["techniques"])
-    assert not list(out.glob(".*.[0-9]*"))
+    assert "diagonal maps" in (place / "out/report.html").read_text()
+    assert not list((place / "out").glob(".*.[0-9]*"))
 
 
-def test_started_again_it_repeats_nothing(done, monkeypatch):
-    results, place, _ = done
-    for name in ("get_context", "search", "technique_latency", "training_latency", "memory_in_fresh_process"):
-        monkeypatch.setattr(internals, name, None)
-    monkeypatch.setattr(internals, "FLOPS_LENGTH", 50)
+def test_a_second_call_repeats_nothing(done, monkeypatch):
+    results, place = done
+    monkeypatch.setattr(runs_internals, "perform_all", refused)
+    for name in ("search", "technique_latency", "training_latency", "memory_in_fresh_process"):
+        monkeypatch.setattr(internals, name, refused)
     for name in ("analyze", "breakdown", "phoneme_attention"):
-        monkeypatch.setattr(findings, name, None)
-    again = run_full(CONFIG, place / "out", place / "work", Console(file=StringIO()), workers=2)
-    assert json.dumps(again) == json.dumps(results)
+        monkeypatch.setattr(findings, name, refused)
+    assert json.dumps(run_full(CONFIG, place / "out", place / "work")) == json.dumps(results)
 
 
-def test_another_machine_goes_on_with_what_the_results_hold(done, tmp_path, monkeypatch):
-    """Results travel, weights do not: nothing is trained again, and the findings that were kept are shown."""
-    results, place, _ = done
-    monkeypatch.setattr(internals, "get_context", None)
-    there = run_full(CONFIG, place / "out", tmp_path / "work", Console(file=StringIO()), training_only=True)
+def test_another_machine_continues_from_the_results_without_the_weights(done, tmp_path, monkeypatch):
+    results, place = done
+    monkeypatch.setattr(runs_internals, "perform_all", refused)
+    there = run_full(CONFIG, place / "out", tmp_path / "work", training_only=True)
     assert there["runs"] == results["runs"]
-    assert json.loads((place / "out" / "results.json").read_text()) == json.loads(json.dumps(results)), "left alone"
+    assert read_results(place / "out") == json.loads(json.dumps(results)), "training_only writes no results"
     assert "latency" not in by_name(there)["full"]
     assert by_name(there)["full"]["scores"] == by_name(results)["full"]["scores"]
 
 
-def test_a_study_that_cannot_run_says_so_before_anything_is_written(tmp_path):
+def test_runs_on_other_transcripts_are_refused(done, tmp_path):
+    _, place = done
+    shutil.copytree(place / "out", tmp_path / "out")
+    file = tmp_path / "out" / "runs" / f"{CONFIG.longer_runs()[1].key}.json"
+    changed = json.loads(file.read_text())
+    changed["test"]["references"][3] += " more"
+    file.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=rf"{file.name} was evaluated on other transcripts than prompts:en has now"):
+        run_full(CONFIG, tmp_path / "out", tmp_path / "work")
+
+
+def test_memory_that_cannot_be_measured_is_left_out(done, monkeypatch, capsys):
+    _, place = done
+
+    def killed(function, request):
+        raise RuntimeError("its process was ended by SIGKILL")
+
+    for name in ("search", "technique_latency", "training_latency"):
+        monkeypatch.setattr(internals, name, refused)
+    monkeypatch.setattr(internals, "memory_in_fresh_process", killed)
+    results = run_full(replace(CONFIG, memory_length=41), place / "out", place / "work")
+    assert all("memory" not in technique for technique in results["techniques"])
+    assert "memory of full: not measured, its process was ended by SIGKILL" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_only_prompts_have_longer_runs_by_default():
+    assert FullConfig().longer
+    assert set(FullConfig().longer) <= set(FullConfig().techniques)
+    assert FullConfig(corpus="librispeech:there").longer == ()
+    with pytest.raises(ValueError, match="heads-3: not among the study's techniques"):
+        FullConfig(longer=("full", "heads-3"))
+
+
+def test_an_invalid_study_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="--workers must be at least 1"):
-        run_full(CONFIG, tmp_path / "out", tmp_path / "work", Console(file=StringIO()), workers=0)
+        run_full(CONFIG, tmp_path / "out", tmp_path / "work", workers=0)
     with pytest.raises(ValueError, match="no corpus 'nonsense'"):
-        run_full(replace(CONFIG, corpus="nonsense"), tmp_path / "out", tmp_path / "work", Console(file=StringIO()))
+        run_full(replace(CONFIG, corpus="nonsense"), tmp_path / "out", tmp_path / "work")
     for changed, message in (
         ({"device": "gpu"}, "--device must be cpu or cuda"),
-        ({"other_corpus": CONFIG.corpus}, "needs two corpora"),
+        ({"other_corpus": CONFIG.corpus}, "the study needs two corpora"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(CONFIG, **changed)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_the_system_ends_is_replaced_as_long_as_runs_get_done(tmp_path, monkeypatch):
-    config = replace(CONFIG, techniques=("full", "reuse-2x2", "diagonal"), seeds=1)
-    output = StringIO()
-    study = internals._Full(config, tmp_path / "out", tmp_path / "work", Console(file=output, width=200), workers=1)
-    runs, asked = config.runs()[:3], []
+def test_killed_workers_are_replaced_while_runs_get_done(tmp_path, monkeypatch, capsys):
+    config = replace(CONFIG, seeds=1)
+    study = internals._Full(config, tmp_path / "out", tmp_path / "work", workers=1)
+    runs, calls = config.runs()[:3], []
 
     def killed_once(left):
-        asked.append(len(left))
-        if len(asked) > 3:
-            raise AssertionError("it goes on for ever")
-        if len(asked) == 1:
+        calls.append(len(left))
+        if len(calls) > 3:
+            raise AssertionError("it never ends")
+        if len(calls) == 1:
             (study.runs.results / f"{left[0].key}.json").write_text('{"done": 1}')
         return [-9]
 
-    monkeypatch.setattr(study, "_work_off", killed_once)
+    monkeypatch.setattr(study, "_perform", killed_once)
     study._train(runs)
-    assert asked == [3, 2], "once more, since a run got done, and then no more"
-    assert "a worker ended with exit status -9; 2 runs are left" in output.getvalue()
+    assert calls == [3, 2], "again because a run got done, and then no more"
+    assert "a worker ended with exit status -9; 2 runs are left" in capsys.readouterr().out
 
 
-def test_memory_that_cannot_be_measured_is_left_out_and_said(done, monkeypatch):
-    _, place, _ = done
-
-    def killed(function, request):
-        raise RuntimeError("its process was ended by SIGKILL; out of memory, most likely")
-
-    for name in ("get_context", "search", "technique_latency", "training_latency"):
-        monkeypatch.setattr(internals, name, None)
-    monkeypatch.setattr(internals, "FLOPS_LENGTH", 50)
-    monkeypatch.setattr(internals, "memory_in_fresh_process", killed)
-    output = StringIO()
-    config = replace(CONFIG, memory_length=41)
-    found = run_full(config, place / "out", place / "work", Console(file=output, width=200), workers=2)
-    assert all("memory" not in technique for technique in found["techniques"])
-    assert "memory of full: not measured, its process was ended by SIGKILL" in output.getvalue()
-    assert set(by_name(found)["full"]["latency"]) == {"20", "40"}
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_worker_processes_share_the_runs(tmp_path, workers):
+    config = replace(CONFIG, seeds=1, recipe=replace(RECIPE, steps=1))
+    study = internals._Full(config, tmp_path / "out", tmp_path / "work", workers)
+    statuses = PERFORM(study, config.runs()[:workers])
+    log = (tmp_path / "work" / "workers.log").read_text()
+    assert statuses == [0] * workers
+    for run in config.runs()[:workers]:
+        assert study.runs.finished(run), log
+        assert sum(line.endswith(run.key) for line in log.splitlines()) == 1
 
 
-def test_the_settings_are_kept_with_the_results(done):
-    results, _, _ = done
-    assert results["config"] == asdict(CONFIG)
-    assert open_corpus("prompts:en").attribution == results["corpora"]["prompts:en"]["attribution"]
+PERFORM = internals._Full._perform
+"""The method that the fixture `small` replaces."""

@@ -1,19 +1,15 @@
-"""The quick study, small: a tiny recogniser on real test prompts."""
+"""The quick study with a tiny recogniser on a few utterances."""
 
-import json
 import shlex
 import sys
 from dataclasses import replace
-from io import StringIO
-from pathlib import Path
 
 import pytest
 from mapreuse_lab import cli
-from mapreuse_lab.study import FullConfig, QuickConfig, Recipe, error_table, latency_table, page_results, run_quick
+from mapreuse_lab.study import FullConfig, QuickConfig, Recipe, read_results, run_quick, summary_tables, verdict
 from mapreuse_lab.study import _quick as internals
-from mapreuse_lab.study import _results as full_internals
+from mapreuse_lab.study._results import full_command
 from mapreuse_lab.training import Recogniser, open_corpus
-from rich.console import Console
 
 
 @pytest.fixture(scope="module")
@@ -24,146 +20,107 @@ def config(tmp_path_factory):
     tiny = Recogniser.create(letters, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=32)
     tiny.save(directory / "tiny")
     return QuickConfig(
-        corpus="prompts:en",
-        baseline=str(directory / "tiny"),
-        recovery_seconds=1.0,
-        lengths=(20, 40),
-        repeats=1,
+        corpus="prompts:en", baseline=str(directory / "tiny"), recovery_seconds=0.2, lengths=(20, 40), repeats=1
     )
 
 
-@pytest.fixture(scope="module")
-def small_corpus():
+@pytest.fixture
+def small_corpus(monkeypatch):
     corpus = open_corpus("prompts:en")
     splits = {"train": 16, "dev": 4, "test": 6}
-    return replace(corpus, **{name: getattr(corpus, name).subset(first=number) for name, number in splits.items()})
-
-
-def run(config, directory):
-    output = StringIO()
-    results = run_quick(config, directory / "out", directory / "work", Console(file=output, width=200))
-    return results, output.getvalue()
-
-
-def test_the_study_writes_every_figure_and_repeats_nothing(config, small_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("mapreuse_lab.study._quick.open_corpus", lambda name: small_corpus)
-    results, _ = run(config, tmp_path)
-
-    assert [variant["name"] for variant in results["variants"]] == [
-        "groups of 2",
-        "groups of 4",
-        "all from one",
-        "most alike",
-    ]
-    for variant in results["variants"]:
-        for stage in ("by_index", "aligned", "recovered"):
-            low, high = variant[stage]["wer_interval"]
-            assert 0 <= low <= variant[stage]["wer"] <= high
-        assert variant["parameters"] < results["baseline"]["parameters"]
-    for encoder in ("recogniser", "conformer-m"):
-        assert list(results["latency"][encoder]) == ["20", "40"]
-        assert all(taken["median"] > 0 for taken in results["latency"][encoder]["20"].values())
-    assert set(results["attention"]["40"]) == {"transformers", "computing", "reusing"}
-    assert {"machine", "config", "command", "similarity"} <= set(results)
-
-    written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written == json.loads(json.dumps(results))
-    text = (tmp_path / "out" / "report.md").read_text()
-    for row in (*error_table(results), *latency_table(results["attention"])):
-        assert row in text
-    page = (tmp_path / "out" / "report.html").read_text()
-    for variant in results["variants"]:
-        assert f"reuse, {variant['name']}" in page
-    for plot in ("error.png", "latency.png", "similarity.png"):
-        assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
-
-    again, output = run(config, tmp_path)
-    assert "done before" in output
-    assert not [doing for doing in ("scoring", "comparing", "timing", "fine-tuning") if doing in output]
-    assert again["variants"] == results["variants"]
-    assert again["latency"] == results["latency"]
+    small = replace(corpus, **{name: getattr(corpus, name).subset(first=number) for name, number in splits.items()})
+    monkeypatch.setattr(internals, "open_corpus", lambda name: small)
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    """What was timed: the clock has tests of its own."""
+    """Titles of what was timed, without the time that it takes."""
     done = []
 
-    def encoder(model, plans, features, **settings):
-        done.append(len(plans))
-        return {name: {"median": 1.0, "spread": 0.0} for name in ("transformers", *plans)}
+    def encoder(title, encoders, features, **settings):
+        done.append(title)
+        return {name: {"median": 1.0, "spread": 0.0} for name in encoders}
 
-    def attention(model, features, **settings):
-        done.append("attention")
+    def attention(title, encoder, features, **settings):
+        done.append(title)
         return {name: {"median": 1.0, "spread": 0.0} for name in ("transformers", "computing", "reusing")}
 
+    monkeypatch.setattr(internals, "encoder_variants", lambda encoder, plans, optimized: {"transformers": 0, **plans})
     monkeypatch.setattr(internals, "encoder_latency", encoder)
     monkeypatch.setattr(internals, "attention_latency", attention)
     return done
 
 
-def test_times_are_taken_again_on_another_machine_and_nothing_else(
-    config, small_corpus, tmp_path, monkeypatch, timed
+def run(config, directory):
+    return run_quick(config, directory / "out", directory / "work")
+
+
+def test_the_study_writes_all_results_and_a_report(config, small_corpus, tmp_path):
+    results = run(config, tmp_path)
+    names = ["groups of 2", "groups of 4", "all from one", "most alike"]
+    assert [variant["name"] for variant in results["variants"]] == names
+    for variant in results["variants"]:
+        for stage in ("by_index", "aligned", "recovered"):
+            low, high = variant[stage]["wer_interval"]
+            assert 0 <= low <= variant[stage]["wer"] <= high
+        assert variant["parameters"] < results["baseline"]["parameters"]
+    for encoder, plans in (("recogniser", {"full", *names}), ("conformer-m", {"full", *names[:3]})):
+        assert list(results["latency"][encoder]) == ["20", "40"]
+        optimized = {f"{name} + optimize" for name in ("transformers", "full", *names[:2])}
+        assert set(results["latency"][encoder]["20"]) == {"transformers", *plans, *optimized}
+        assert all(one["median"] > 0 for one in results["latency"][encoder]["20"].values())
+    assert set(results["attention"]["40"]) == {"transformers", "computing", "reusing"}
+
+    assert read_results(tmp_path / "out") == results | {"config": results["config"] | {"lengths": [20, 40]}}
+    text = (tmp_path / "out" / "report.md").read_text()
+    for table in summary_tables(results):
+        assert table.markdown() in text
+    assert all(sentence in text for sentence in verdict(results))
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1e6
+    for plot in ("error.png", "latency.png", "similarity.png"):
+        assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_repeats_nothing_and_another_machine_repeats_the_timing(
+    config, small_corpus, tmp_path, monkeypatch, timed, capsys
 ):
-    config = replace(config, recovery_seconds=0.1, lengths=(20,))
-    monkeypatch.setattr(internals, "open_corpus", lambda name: small_corpus)
-    monkeypatch.setattr("mapreuse_lab.study._steps.source_digest", lambda sources: "this code")
-    results, _ = run(config, tmp_path)
-
+    config = replace(config, lengths=(20,))
+    results = run(config, tmp_path)
     assert results["command"] == f"mapreuse-lab study --preset quick --corpus prompts:en --model {config.baseline}"
-    assert page_results(results)["commands"] == [results["command"]]
-
     first = list(timed)
-    assert sorted(map(str, first)) == ["4", "5", "attention"]
-    run(config, tmp_path)
+    assert first == ["latency-recogniser, T = 20", "latency-conformer-m, T = 20", "attention, T = 20"]
+
+    for name in ("evaluate", "similarity", "train"):
+        monkeypatch.setattr(internals, name, None)
+    capsys.readouterr()
+    assert run(config, tmp_path) == results
     assert timed == first
-    elsewhere = internals.where() | {"threads": 64}
-    monkeypatch.setattr(internals, "where", lambda: elsewhere)
-    _, output = run(config, tmp_path)
+    assert capsys.readouterr().out.count("finished before") == 13
+
+    elsewhere = internals.timing_environment() | {"threads": 64}
+    monkeypatch.setattr(internals, "timing_environment", lambda: elsewhere)
+    run(config, tmp_path)
     assert timed == first * 2
-    assert not [doing for doing in ("scoring", "comparing", "fine-tuning") if doing in output]
 
 
-def test_a_study_by_default_is_what_make_study_runs():
-    command = "mapreuse-lab study --preset quick --corpus prompts:en"
-    assert internals._command(QuickConfig()) == command
-    assert internals._command(replace(QuickConfig(device="cpu"), corpus="cuts:my cuts", baseline="runs/mine")) == (
-        "mapreuse-lab study --preset quick --corpus 'cuts:my cuts' --model runs/mine"
-    )
-    committed = json.loads((Path(__file__).parents[3] / "lab/results/study/quick/results.json").read_text())
-    assert committed["command"] == command
-    assert page_results(committed)["commands"] == ["make study"]
-
-
-def test_a_study_on_a_gpu_says_so_in_its_command():
-    assert internals._command(QuickConfig(device="cuda")).endswith("--corpus prompts:en --device cuda")
-
-
-def test_the_full_studys_commands_are_those_of_its_settings():
-    committed = json.loads((Path(__file__).parents[3] / "lab/results/study/full/results.json").read_text())
-    assert full_internals._command(FullConfig()) == committed["command"]
-    assert full_internals._commands(FullConfig()) == committed["commands"]
-    other = FullConfig(corpus="librispeech:my data", other_corpus="prompts:fr", recipe=Recipe(steps=7))
-    command = "mapreuse-lab study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr --steps 7"
-    assert full_internals._command(other) == command
-    commands = full_internals._commands(other)
-    assert commands
-    assert all(one.startswith(f"{command} --") for one in commands)
-
-
-def test_the_full_studys_command_on_a_gpu_says_so(monkeypatch):
+def test_the_command_has_the_options_that_differ_from_their_defaults(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    commands = full_internals._commands(FullConfig(device="cuda"))
-    assert all(one.startswith("mapreuse-lab study --preset full --device cuda --") for one in commands)
-    assert all(one.count("--device") == 1 for one in commands)
+    quick = QuickConfig(corpus="cuts:my cuts", baseline="runs/mine", device="cuda")
+    assert internals.quick_command(quick) == (
+        "mapreuse-lab study --preset quick --corpus 'cuts:my cuts' --model runs/mine --device cuda"
+    )
+    full = FullConfig("librispeech:my data", "prompts:fr", recipe=Recipe(steps=7), device="cuda")
+    assert full_command(full) == (
+        "mapreuse-lab study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr --steps 7 --device cuda"
+    )
 
 
-def test_a_corpus_in_letters_that_the_recogniser_lacks_is_refused_with_the_command_that_trains_one(
+def test_a_recogniser_without_the_letters_of_the_corpus_is_refused_with_a_command_that_works(
     config, tmp_path, monkeypatch
 ):
-    with pytest.raises(ValueError, match="train one first: mapreuse-lab train --corpus prompts:ru") as error:
+    with pytest.raises(ValueError, match="Train one first: mapreuse-lab train --corpus prompts:ru") as error:
         run(replace(config, corpus="prompts:ru"), tmp_path)
-    command = shlex.split(str(error.value).partition("train one first: ")[2].partition(", then")[0])
+    command = shlex.split(str(error.value).partition("Train one first: ")[2].partition(", then")[0])
 
     budgets = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Training runs: named after what makes them, done once, whoever asks, and never lost."""
+"""Training runs are named after their settings, done once, and continued after an interruption."""
 
 import json
 import os
@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import torch
 from mapreuse_lab.study import FullConfig, Recipe
 from mapreuse_lab.study import _runs as internals
-from mapreuse_lab.study._runs import Run, RunDirectory, work_off
+from mapreuse_lab.study._runs import Run, RunDirectory, perform_all
 from mapreuse_lab.training import Recogniser, open_corpus
 
 TINY = Recipe(num_layers=4, hidden_size=16, intermediate_size=32, subsampling_channels=8, steps=4, evaluate_every=2)
@@ -36,7 +36,7 @@ def run(technique="full", **settings):
     return Run(technique, "prompts:en", 0, replace(TINY, **settings))
 
 
-def test_all_that_makes_a_run_is_in_its_key():
+def test_every_setting_of_a_run_changes_its_key():
     runs = [
         run(),
         run("window-16"),
@@ -50,12 +50,12 @@ def test_all_that_makes_a_run_is_in_its_key():
     assert run().key.startswith("full_prompts-en_0_")
 
 
-def test_a_plan_of_any_length_makes_a_key_that_a_file_can_bear():
+def test_the_key_of_a_long_plan_is_a_valid_file_name():
     assert len(run("reuse-" + json.dumps({"layers": list(range(300))})).key) < 120
 
 
-def test_a_finished_run_is_kept_and_never_repeated(small_corpus, directory, monkeypatch):
-    work_off([run("window-2+reuse-2x2")], directory)
+def test_a_finished_run_is_kept_and_not_repeated(small_corpus, directory, monkeypatch):
+    perform_all([run("window-2+reuse-2x2")], directory)
     result = directory.finished(run("window-2+reuse-2x2"))
     assert [line["step"] for line in result["learning_curve"]] == [2, 4]
     assert result["steps"] == 4
@@ -67,13 +67,13 @@ def test_a_finished_run_is_kept_and_never_repeated(small_corpus, directory, monk
     assert not list(weights.parent.glob("checkpoint-*"))
     assert directory.progress(run("window-2+reuse-2x2")) == 1.0
     monkeypatch.setattr(internals, "train", None)
-    work_off([run("window-2+reuse-2x2")], directory)
+    perform_all([run("window-2+reuse-2x2")], directory)
 
 
-def test_a_run_that_fails_says_why_and_the_others_go_on(small_corpus, directory):
+def test_a_run_that_fails_keeps_its_error_and_the_others_continue(small_corpus, directory):
     bad, good = run("reuse-9x9"), run("diagonal")
-    work_off([bad, good], directory)
-    assert "the plan speaks of 81 layers" in directory.failed(bad)["error"]
+    perform_all([bad, good], directory)
+    assert "the plan has 81 layers" in directory.failed(bad)["error"]
     assert directory.finished(bad) is None
     assert directory.finished(good) is not None
     assert directory.failed(good) is None
@@ -81,71 +81,64 @@ def test_a_run_that_fails_says_why_and_the_others_go_on(small_corpus, directory)
     assert directory.failed(bad) is None
 
 
-def test_a_run_that_another_worker_has_is_left_alone(small_corpus, directory):
+def test_a_run_that_another_worker_claimed_is_skipped(small_corpus, directory):
     with directory.claimed(run()) as mine:
         assert mine
         other = RunDirectory(directory.results, directory.work)
         with other.claimed(run()) as theirs:
             assert not theirs
-        work_off([run(), run("diagonal")], other)
+        perform_all([run(), run("diagonal")], other)
         assert directory.finished(run()) is None
         assert directory.finished(run("diagonal")) is not None
-    work_off([run()], other)
+    perform_all([run()], other)
     assert directory.finished(run()) is not None
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_unbroken(small_corpus, tmp_path, monkeypatch):
+def test_a_killed_run_continues_from_its_checkpoint_with_the_same_result(small_corpus, tmp_path, monkeypatch):
     unbroken = RunDirectory(tmp_path / "unbroken", tmp_path / "work")
-    work_off([run(steps=6)], unbroken)
+    perform_all([run(steps=6)], unbroken)
 
     broken = RunDirectory(tmp_path / "broken", tmp_path / "other")
-    original = internals.train
+    take, calls = torch.optim.AdamW.step, iter(range(10))
 
-    def killed(recogniser, corpus, config, out_dir):
-        def die(*args):
+    def interrupted(optimizer, *args):
+        if next(calls) == 3:
             raise KeyboardInterrupt
-
-        step = "mapreuse_lab.training._training._Run._step"
-        calls = iter(range(10))
-        take = __import__("mapreuse_lab.training._training", fromlist=["_Run"])._Run._step
-        with monkeypatch.context() as patch:
-            patch.setattr(step, lambda self, items: die() if next(calls) == 3 else take(self, items))
-            return original(recogniser, corpus, config, out_dir)
+        return take(optimizer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(internals, "train", killed)
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            work_off([run(steps=6)], broken)
+            perform_all([run(steps=6)], broken)
     assert broken.finished(run(steps=6)) is None
     assert broken.progress(run(steps=6)) == pytest.approx(1 / 3)
     log = tmp_path / "other" / run(steps=6).key / "log.jsonl"
     log.write_text(log.read_text() + log.read_text().replace('"step": 2', '"step": 4') + '{"step": 5, "lo')
-    work_off([run(steps=6)], broken)
+    perform_all([run(steps=6)], broken)
     one, other = (d.finished(run(steps=6)) for d in (unbroken, broken))
     assert one["test"] == other["test"]
     curves = [[(line["step"], line["loss"], line["dev_cer"]) for line in d["learning_curve"]] for d in (one, other)]
     assert curves[0] == curves[1]
 
 
-def test_a_worker_that_is_killed_leaves_its_run_to_others(tmp_path):
-    """Of two processes, the one that holds the lock dies without warning; the lock is free at once."""
+def test_the_lock_of_a_killed_worker_is_free(tmp_path):
+    """The operating system releases the lock at once."""
     program = (
-        "import sys, time; from pathlib import Path; from mapreuse_lab.study._runs import *\n"
-        "directory = RunDirectory(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-        "with directory.claimed(Run('full', 'prompts:en', 0)) as mine:\n"
-        "    print(mine, flush=True); time.sleep(600)\n"
+        "import sys, time; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n"
+        "    print(True, flush=True); time.sleep(600)\n"
     )
-    places = [str(tmp_path / "results"), str(tmp_path / "work")]
-    holder = subprocess.Popen([sys.executable, "-c", program, *places], stdout=subprocess.PIPE, text=True)
+    here, one = RunDirectory(tmp_path / "results", tmp_path / "work"), Run("full", "prompts:en", 0)
+    lock = here.lock(one.key).lock_file
+    holder = subprocess.Popen([sys.executable, "-c", program, lock], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline().strip() == "True"
-        here, wanted = RunDirectory(*map(Path, places)), Run("full", "prompts:en", 0)
-        with here.claimed(wanted) as mine:
+        with here.claimed(one) as mine:
             assert not mine
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
         time.sleep(0.1)
-        with here.claimed(wanted) as mine:
+        with here.claimed(one) as mine:
             assert mine
     finally:
         holder.kill()
@@ -153,7 +146,7 @@ def test_a_worker_that_is_killed_leaves_its_run_to_others(tmp_path):
         holder.stdout.close()
 
 
-def test_the_study_knows_its_runs_beforehand_each_once_the_most_important_first():
+def test_the_runs_of_a_study_are_unique_and_the_repeated_techniques_come_first():
     config = FullConfig()
     runs = config.runs()
     assert len({one.key for one in runs}) == len(runs)
@@ -163,6 +156,6 @@ def test_the_study_knows_its_runs_beforehand_each_once_the_most_important_first(
     assert {one.technique for one in runs} == set(config.techniques)
 
 
-def test_a_technique_that_is_not_in_the_table_cannot_be_repeated():
+def test_a_technique_that_is_not_in_the_study_cannot_be_repeated():
     with pytest.raises(ValueError, match="reuse-9x9: not among the study's techniques"):
         FullConfig(repeated=("full", "reuse-9x9"))

@@ -10,10 +10,7 @@ from small_encoders import NUM_LAYERS, VARIANTS, batch, compressed, encoder, out
 from transformers import ParakeetCTCConfig, ParakeetForCTC
 
 LENGTHS = (1, 2, 4, 33)
-MORE = {"reuse-[0,1,0,1]", "heads-2+reuse-1x2,2x1", "window-40", "window-3-global-2+reuse-4x1", "nystrom-32"}
-every_technique = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.full] if name in MORE else []) for name in VARIANTS]
-)
+every_technique = pytest.mark.parametrize("name", VARIANTS)
 
 
 @every_technique

@@ -1,8 +1,8 @@
-"""Paired differences of error rates, against what is obvious."""
+"""Paired differences of error rates."""
 
 import numpy as np
 import pytest
-from mapreuse_lab.study._compare import Errors, SeedNoise, difference, seed_noise
+from mapreuse_lab.study._statistics import Errors, SeedNoise, difference, seed_noise, significance
 
 REFERENCES = [f"one two three {number}" for number in range(40)]
 """Forty utterances of four words."""
@@ -12,7 +12,7 @@ NONE = SeedNoise(0.0, 0)
 
 
 def wrong(references, every):
-    """The first word of every so many utterances left out."""
+    """The first word of every n-th utterance is missing."""
     return [text.partition(" ")[2] if index % every == 0 else text for index, text in enumerate(references)]
 
 
@@ -26,30 +26,30 @@ def test_rates_are_pooled_over_seeds_and_utterances():
     assert low < errors.rate("wer") < high
 
 
-def test_the_same_hypotheses_differ_by_nothing():
+def test_equal_hypotheses_have_no_difference():
     errors = Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
     found = difference(errors, errors, "cer", NONE)
-    assert (found.difference, found.interval, found.found) == (0.0, (0.0, 0.0), "no difference found")
+    assert (found.difference, found.interval, significance(found.interval)) == (0.0, (0.0, 0.0), "")
     assert found.over_utterances == (0.0, 0.0)
 
 
-def test_a_great_difference_is_found_and_its_sign_told():
+def test_a_large_difference_is_significant_with_its_sign():
     good, bad = Errors.of(REFERENCES, [wrong(REFERENCES, 20)]), Errors.of(REFERENCES, [wrong(REFERENCES, 2)])
-    assert difference(bad, good, "wer", NONE).found == "worse"
-    assert difference(good, bad, "wer", NONE).found == "better"
+    assert significance(difference(bad, good, "wer", NONE).interval) == "worse"
+    assert significance(difference(good, bad, "wer", NONE).interval) == "better"
 
 
-def test_pairing_finds_what_two_separate_intervals_overlap_on():
-    """One more error in four utterances of forty, where half of all utterances are wrong in both."""
+def test_a_paired_difference_can_be_significant_although_the_two_intervals_overlap():
+    """Half of the utterances have an error in both; four of forty have one more."""
     one = wrong(REFERENCES, 2)
     other = [text if index % 10 != 1 else "" for index, text in enumerate(one)]
     first, second = Errors.of(REFERENCES, [one]), Errors.of(REFERENCES, [other])
     assert first.interval("wer")[1] > second.interval("wer")[0]
-    assert difference(second, first, "wer", NONE).found == "worse"
+    assert significance(difference(second, first, "wer", NONE).interval) == "worse"
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (1000, 1.962)])
-def test_chance_between_seeds_widens_the_interval_as_stated(freedom, quantile):
+def test_seed_noise_widens_the_interval(freedom, quantile):
     good, bad = Errors.of(REFERENCES, [wrong(REFERENCES, 4)]), Errors.of(REFERENCES, [wrong(REFERENCES, 3)])
     narrow, wide = difference(bad, good, "wer", NONE), difference(bad, good, "wer", SeedNoise(2.0, freedom))
     assert wide.difference == narrow.difference
@@ -57,29 +57,29 @@ def test_chance_between_seeds_widens_the_interval_as_stated(freedom, quantile):
     width = wide.interval[1] - wide.interval[0]
     rates = (good.rate("wer") ** 2 + bad.rate("wer") ** 2) ** 0.5
     assert width == pytest.approx(2 * quantile * 2.0 * rates, rel=0.15)
-    assert wide.found == "no difference found"
+    assert not significance(wide.interval)
 
 
-def test_a_pair_needs_as_many_seeds_of_both():
+def test_a_pair_needs_the_same_number_of_seeds():
     one = Errors.of(REFERENCES, [wrong(REFERENCES, 4), REFERENCES])
-    assert one.some([1]).by_seed("wer").tolist() == [0.0]
+    assert one.select([1]).by_seed("wer").tolist() == [0.0]
     with pytest.raises(ValueError, match="the same seeds: got 1 and 2"):
-        difference(one.some([0]), one, "wer", NONE)
+        difference(one.select([0]), one, "wer", NONE)
 
 
 def rated(rates):
-    """A technique with these error rates, seed by seed, of a hundred words."""
+    """A technique with these error rates by seed, on a hundred words."""
     counts = np.array([[[round(100 * rate), 100]] for rate in rates])
     return Errors({"wer": counts})
 
 
-def test_what_a_seed_does_to_all_techniques_alike_is_no_noise():
+def test_what_a_seed_changes_for_all_techniques_alike_is_no_noise():
     alike = [rated([0.2, 0.3, 0.1]), rated([0.4, 0.6, 0.2])]
     assert seed_noise([alike], "wer").deviation == pytest.approx(0)
     assert seed_noise([alike], "wer").freedom == 2
 
 
-def test_the_noise_is_what_two_factors_leave():
+def test_seed_noise_is_the_residual_of_technique_and_seed():
     """Two techniques, two seeds: relative rates ±0.5 and ∓0.5 leave four residuals of 0.5, one degree of freedom."""
     crossed = [rated([0.3, 0.1]), rated([0.1, 0.3])]
     assert seed_noise([crossed], "wer") == SeedNoise(pytest.approx(1.0), 1)
@@ -87,6 +87,6 @@ def test_the_noise_is_what_two_factors_leave():
     assert seed_noise([], "wer") == seed_noise([[rated([0.3, 0.1])]], "wer") == SeedNoise(0.0, 0)
 
 
-def test_hypotheses_of_another_test_set_are_refused():
+def test_hypotheses_of_another_number_are_refused():
     with pytest.raises(ValueError, match="cannot score 39 hypotheses against 40 references"):
         Errors.of(REFERENCES, [REFERENCES[:-1]])

@@ -1,0 +1,315 @@
+"""The tables of the study's reports. docs/results_format.md documents the results that they are made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mapreuse.console import Table
+from mapreuse.measure import PARTS
+from mapreuse_lab.study._statistics import significance
+
+Results = dict[str, Any]
+
+MISSING = "–"
+
+_SUMMARY_LENGTHS = ("1000", "2000", "8000")
+_MAX_NAME = 40  # characters; the name of a plan with single heads has hundreds
+
+
+def main_corpus(results: Results) -> str:
+    """The corpus that every technique was trained on."""
+    return results["config"]["corpus"]
+
+
+def by_name(results: Results) -> dict[str, dict[str, Any]]:
+    """The techniques, by name."""
+    return {technique["name"]: technique for technique in results["techniques"]}
+
+
+def scored(results: Results) -> list[dict[str, Any]]:
+    """Techniques with error rates on the main corpus, by CER; empty if full attention has none."""
+    corpus = main_corpus(results)
+    found = sorted((t for t in results["techniques"] if corpus in t["scores"]), key=lambda t: t["scores"][corpus]["cer"])
+    return found if any(t["name"] == "full" for t in found) else []
+
+
+def lengths(results: Results) -> list[str]:
+    """Encoder frames at which latency was measured, in ascending order."""
+    return sorted(by_name(results).get("full", {}).get("latency", {}), key=int)
+
+
+def speedup(results: Results, technique: Mapping[str, Any], length: str) -> float:
+    """Speed-up over full attention."""
+    return by_name(results)["full"]["latency"][length]["median"] / technique["latency"][length]["median"]
+
+
+def cer_loss(technique: Mapping[str, Any], corpus: str) -> float:
+    """CER minus that of full attention with the same seeds."""
+    scores = technique["scores"][corpus]
+    return scores["against_full"]["cer"]["difference"] if "against_full" in scores else 0.0
+
+
+def pareto_front(results: Results, length: str) -> list[str]:
+    """Names of the techniques for which no other one is at least as good in CER and latency, and better in one.
+
+    Fastest first. CER is compared as the difference to full attention, on the main corpus.
+    """
+    corpus = main_corpus(results)
+    comparable = [t for t in scored(results) if t["name"] == "full" or "against_full" in t["scores"][corpus]]
+    points = sorted((t["latency"][length]["median"], cer_loss(t, corpus), t["name"]) for t in comparable)
+    return [
+        name
+        for seconds, loss, name in points
+        if not any(s <= seconds and e <= loss and (s, e) != (seconds, loss) for s, e, _ in points)
+    ]
+
+
+def percent(rate: float) -> str:
+    """A rate in per cent."""
+    return f"{rate:.1%}"
+
+
+def points(difference: float) -> str:
+    """A difference of rates in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def interval(ends: Sequence[float], show: Callable[[float], str] = percent) -> str:
+    """An interval in brackets."""
+    return f"[{show(ends[0])}, {show(ends[1])}]"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def rate(scores: Mapping[str, Any] | None, metric: str) -> str:
+    """An error rate with its 95 % interval."""
+    return f"{scores[metric]:.1%} {interval(scores[f'{metric}_interval'])}" if scores else MISSING
+
+
+def against_full(scores: Mapping[str, Any], metric: str) -> str:
+    """Difference to full attention in points, its 95 % interval, and whether it is significant."""
+    if "against_full" not in scores:
+        return MISSING
+    found = scores["against_full"][metric]
+    shown = f"{points(found['difference'])} {interval(found['interval'], points)}"
+    return ", ".join(filter(None, (shown, significance(found["interval"]))))
+
+
+def speedup_table(title: str, measured: Mapping[str, Mapping[str, Any]], baseline: str) -> Table:
+    """Latency of the baseline, and speed-ups of the other contestants over it, with the spread of the repeats.
+
+    Args:
+        title: title of the table.
+        measured: by length and contestant: "median" in seconds, and "spread" as a fraction of it.
+        baseline: the contestant that the others are compared with.
+    """
+    names = dict.fromkeys(name for one in measured.values() for name in one)
+    rows = []
+    for name in names:
+        cells = []
+        for contestants in measured.values():
+            one, base = contestants[name], contestants[baseline]
+            shown = _time(one["median"]) if name == baseline else f"{base['median'] / one['median']:.2f}×"
+            cells.append(f"{shown} ± {one['spread']:.0%}")
+        rows.append([name, *cells])
+    return Table(title, ["", *(f"T = {length}" for length in measured)], rows)
+
+
+def latency_by_title(results: Results) -> dict[str, dict[str, Any]]:
+    """Latencies of the full study, by length and title of the contestant."""
+    return {
+        length: {t["title"]: t["latency"][length] for t in results["techniques"]}
+        | {name: one["latency"][length] for name, one in results["references"].items()}
+        for length in lengths(results)
+    }
+
+
+def summary_table(results: Results) -> Table:
+    """One row for each technique, by CER: accuracy and speed-up."""
+    corpus = main_corpus(results)
+    timed = [length for length in lengths(results) if length in _SUMMARY_LENGTHS] or lengths(results)
+    fronts = {length: pareto_front(results, length) for length in lengths(results)}
+    header = ["technique", "positions", "CER", "CER difference to full, points", "seeds"]
+    header += [*(f"speed-up, T = {length}" for length in timed), "Pareto front at T ="]
+    rows = []
+    for technique in scored(results):
+        scores = technique["scores"][corpus]
+        cells = [technique["title"], technique["positions"], rate(scores, "cer"), against_full(scores, "cer")]
+        cells.append(str(len(scores["seeds"])))
+        for length in timed:
+            spread = technique["latency"][length]["spread"]
+            cells.append(f"{speedup(results, technique, length):.2f}× ± {spread:.0%}")
+        front = [length for length, names in fronts.items() if technique["name"] in names]
+        cells.append("all" if len(front) == len(fronts) else ", ".join(front))
+        rows.append(cells)
+    return Table("Techniques by CER", header, rows)
+
+
+def error_tables(results: Results) -> list[Table]:
+    """CER and WER of every technique, one table for each corpus."""
+    tables = []
+    for corpus in results["corpora"]:
+        rows = _error_rows(results["techniques"], corpus, lambda technique: [technique["source"]])
+        if rows:
+            tables.append(Table(f"Error rates on {corpus}", [*_ERROR_HEADER, "source"], rows))
+    return tables
+
+
+def longer_table(results: Results) -> Table:
+    """Techniques trained by the longer recipe, beside their CER with the standard recipe."""
+    corpus, before = main_corpus(results), by_name(results)
+
+    def standard(technique: Mapping[str, Any]) -> list[str]:
+        return [rate(before[technique["name"]]["scores"].get(corpus), "cer")]
+
+    rows = _error_rows(results["longer"]["techniques"], corpus, standard)
+    return Table(f"Trained longer, error rates on {corpus}", [*_ERROR_HEADER, "CER, standard recipe"], rows)
+
+
+_ERROR_HEADER = ["technique", "seeds", "CER", "CER difference to full, points", "WER", "WER difference to full, points"]
+
+
+def _error_rows(
+    techniques: Sequence[Mapping[str, Any]], corpus: str, more: Callable[[Mapping[str, Any]], list[str]]
+) -> list[list[str]]:
+    rows = []
+    for technique in techniques:
+        if corpus in technique["scores"]:
+            scores = technique["scores"][corpus]
+            cells = [technique["title"], str(len(scores["seeds"]))]
+            for metric in ("cer", "wer"):
+                cells += [rate(scores, metric), against_full(scores, metric)]
+            rows.append(cells + more(technique))
+    return rows
+
+
+def cost_table(results: Results) -> Table:
+    """Parameters, FLOPs, peak memory and training steps: of full attention, and as ratios to it."""
+    full, rows = by_name(results)["full"], []
+    flops, memory, steps = ({**full.get(field, {})} for field in ("flops", "memory", "training_step"))
+    header = ["", "parameters", *(f"FLOPs, T = {length}" for length in flops)]
+    header += [f"peak memory, T = {length}" for length in memory]
+    header += [f"training step, {batch if batch == 'utterances' else f'T = {batch}'}" for batch in steps]
+    contestants = [(t["title"], t) for t in results["techniques"]] + list(results["references"].items())
+    for title, one in contestants:
+        cells = [title, _relative(one.get("parameters"), full["parameters"], one is full, _millions)]
+        cells += [
+            _relative(one.get("flops", {}).get(at), number, one is full, _gigaflops) for at, number in flops.items()
+        ]
+        cells += [
+            _relative(one.get("memory", {}).get(at), nbytes, one is full, _mebibytes) for at, nbytes in memory.items()
+        ]
+        for batch, base in steps.items():
+            step = one["training_step"][batch]
+            ratio = _relative(step["median"], base["median"], one is full, _time)
+            cells.append(f"{ratio} ± {step['spread']:.0%}")
+        rows.append(cells)
+    return Table("Other costs, as ratios to full attention", header, rows)
+
+
+def breakdown_tables(results: Results) -> list[Table]:
+    """Time of each part of the forward pass by length, and its share."""
+    tables = []
+    for group, title in (("contestants", "The whole encoder"), ("layer", "One layer")):
+        for name, measured in results["breakdown"][group].items():
+            timed = sorted(measured, key=int)
+            sums = {length: sum(measured[length].values()) for length in timed}
+            rows = [
+                [PARTS.get(part, part)]
+                + [f"{_time(measured[at][part])} ({measured[at][part] / sums[at]:.0%})" for at in timed]
+                for part in measured[timed[0]]
+                if any(measured[at][part] for at in timed)
+            ]
+            rows.append(["all parts", *(_time(sums[at]) for at in timed)])
+            tables.append(Table(f"{title}: {name}", ["part", *(f"T = {at}" for at in timed)], rows))
+    return tables
+
+
+def similarity_table(similarity: Mapping[str, Any]) -> Table:
+    """Similarity of each pair of layers."""
+    rows = [[str(layer), *(f"{value:.2f}" for value in row)] for layer, row in enumerate(similarity["layers"])]
+    return Table("Similarity of layers", ["layer", *map(str, range(len(rows)))], rows)
+
+
+def corpora_table(results: Results) -> Table:
+    """Size and origin of each corpus."""
+    header = ["corpus", "language", "test utterances", "test words", "minutes of training speech", "attribution"]
+    fields = ("language", "test_utterances", "test_words", "train_minutes", "attribution")
+    rows = [[name, *(str(one[field]) for field in fields)] for name, one in results["corpora"].items()]
+    return Table("Corpora", header, rows)
+
+
+def runs_table(results: Results) -> Table:
+    """All training runs, unfinished ones first."""
+    order = {"failed": 0, "not run": 1}
+    rows = []
+    for run in sorted(all_runs(results), key=lambda run: order.get(run["state"], 2)):
+        name = run["technique"] if len(run["technique"]) <= _MAX_NAME else f"{run['technique'][: _MAX_NAME - 1]}…"
+        cells = [name, run["corpus"], str(run["seed"])]
+        cells.append(f"failed: {run['error']}" if run["state"] == "failed" else run["state"])
+        if run["state"] == "finished":
+            cells += [str(run["steps"]), f"{run['seconds'] / 60:.1f}", run["commit"]]
+            cells.append(f"{run['processor']}, {run['instructions']}")
+        rows.append(cells + [""] * (8 - len(cells)))
+    return Table("Runs", ["technique", "corpus", "seed", "state", "steps", "minutes", "commit", "machine"], rows)
+
+
+def all_runs(results: Results) -> list[dict[str, Any]]:
+    """Every training run; those with the longer recipe last."""
+    return [*results["runs"], *results.get("longer", {}).get("runs", [])]
+
+
+def settings_table(title: str, settings: Mapping[str, Any]) -> Table:
+    """Settings, nested ones under names such as "recipe.steps"."""
+    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in _flat(settings)]
+    return Table(title, ["setting", "value"], rows)
+
+
+def quick_error_table(results: Results) -> Table:
+    """Error rates of the quick study before and after recovery, one row for each plan."""
+    original = results["baseline"]
+    header = ["plan", "reusing layers", "parameters", "WER by index", "WER aligned", "WER recovered", "CER recovered"]
+    rows = [
+        ["full (original)", "0", f"{original['parameters']:,}", "", "", rate(original, "wer"), rate(original, "cer")]
+    ]
+    for variant in results["variants"]:
+        saved = 1 - variant["parameters"] / original["parameters"]
+        cells = [variant["name"], str(variant["reusing_layers"]), f"{variant['parameters']:,} (−{saved:.0%})"]
+        cells += [rate(variant[stage], "wer") for stage in ("by_index", "aligned", "recovered")]
+        rows.append([*cells, rate(variant["recovered"], "cer")])
+    return Table("Error rates", header, rows)
+
+
+def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _relative(number: float | None, base: float, is_base: bool, show: Callable[[float], str]) -> str:
+    if number is None:
+        return MISSING
+    return show(number) if is_base else f"{number / base:.2f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:.2f} M"
+
+
+def _gigaflops(number: float) -> str:
+    return f"{number / 1e9:.3g} GFLOP"
+
+
+def _mebibytes(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB"
