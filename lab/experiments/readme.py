@@ -19,7 +19,9 @@ STUDY = ROOT / "lab/results/study"
 
 def main() -> int:
     full = read_results(STUDY / "full")
-    files = {STUDY / name / "report.md": report(read_results(STUDY / name)) for name in ("quick", "quick-avx2", "full")}
+    files = {
+        STUDY / name / "report.md": report(read_results(STUDY / name)) for name in ("quick", "quick-avx2", "full")
+    }
     files[ROOT / "docs/papers.md"] = papers_page(full)
     if differing := [*_differing_runs(full), *_differing_runs(full["longer"])]:
         print(f"lab/results/study/full/results.json differs from the error rates of its runs: {', '.join(differing)}")

@@ -68,7 +68,9 @@ def study(
     steps: Annotated[int | None, typer.Option(help="full: training steps of each run")] = None,
     workers: Annotated[int | None, typer.Option(help="full: number of training processes; default: 1")] = None,
     training_only: Annotated[bool, typer.Option("--training-only", help="full: only train, no timing")] = False,
-    out: Annotated[Path | None, typer.Option(help="directory of the report; default: lab/results/study/PRESET")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory of the report; default: lab/results/study/PRESET")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="directory of checkpoints; default: runs/PRESET")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:

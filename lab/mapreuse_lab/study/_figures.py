@@ -93,7 +93,9 @@ def breakdown_bars(entries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
         if any(shares):
             axis = [[f"T = {length}" for length, _ in places], [name for _, name in places]]
             figure.add_trace(Bar(x=axis, y=shares, name=title))
-    return figure.update_layout(barmode="stack", yaxis_title=f"time relative to {next(iter(entries))}", height=_HEIGHT)
+    return figure.update_layout(
+        barmode="stack", yaxis_title=f"time relative to {next(iter(entries))}", height=_HEIGHT
+    )
 
 
 def heat_maps(

@@ -139,7 +139,9 @@ def _against_others(results: Results) -> Claim:
     corpus, best = main_corpus(results), []
     last = lengths(results)[-1]
     for kind in ("reuse", "other"):
-        lossless = [t for t in results["techniques"] if t["kind"] == kind and _is_lossless(t["scores"].get(corpus, {}))]
+        lossless = [
+            t for t in results["techniques"] if t["kind"] == kind and _is_lossless(t["scores"].get(corpus, {}))
+        ]
         if lossless:
             fastest = max(lossless, key=lambda t: speedup(results, t, last))
             best.append(f"{fastest['title']} {_speedup(results, fastest, last)}")

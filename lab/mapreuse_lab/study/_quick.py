@@ -179,9 +179,7 @@ class _Quick:
 
         def measure(title: str, features: torch.Tensor) -> dict[str, Any]:
             variants = encoder_variants(encoder, plans, _OPTIMIZED)
-            return encoder_latency(
-                title, variants, features, repeats=self.config.repeats, device=self.config.device
-            )
+            return encoder_latency(title, variants, features, repeats=self.config.repeats, device=self.config.device)
 
         return self._timings(f"latency-{name}", inputs, measure)
 

@@ -63,7 +63,9 @@ def read_results(directory: Path) -> Results:
         raise ValueError(f"{file} is missing: run mapreuse-lab study first")
     results = json.loads(file.read_text(encoding="utf-8"))
     if results.get("schema") != 3:
-        raise ValueError(f"{file} has schema {results.get('schema')}; this version reads schema 3. Run the study again")
+        raise ValueError(
+            f"{file} has schema {results.get('schema')}; this version reads schema 3. Run the study again"
+        )
     return results
 
 
@@ -203,7 +205,9 @@ def _full_sections(results: Results) -> list[Section]:
     if "similarity" in results:
         sections.append(_similarity(results))
     if "phonemes" in results:
-        note = "Attention of frames of one phoneme (rows) to frames of another (columns), relative to uniform attention."
+        note = (
+            "Attention of frames of one phoneme (rows) to frames of another (columns), relative to uniform attention."
+        )
         sections.append(Section("Attention between phonemes", [note, phoneme_maps(results["phonemes"])]))
     if "maps" in results:
         heard = [f'{name}: "{one["hypothesis"]}"' for name, one in results["maps"]["techniques"].items()]

@@ -31,7 +31,9 @@ def by_name(results: Results) -> dict[str, dict[str, Any]]:
 def scored(results: Results) -> list[dict[str, Any]]:
     """Techniques with error rates on the main corpus, by CER; empty if full attention has none."""
     corpus = main_corpus(results)
-    found = sorted((t for t in results["techniques"] if corpus in t["scores"]), key=lambda t: t["scores"][corpus]["cer"])
+    found = sorted(
+        (t for t in results["techniques"] if corpus in t["scores"]), key=lambda t: t["scores"][corpus]["cer"]
+    )
     return found if any(t["name"] == "full" for t in found) else []
 
 
@@ -171,7 +173,14 @@ def longer_table(results: Results) -> Table:
     return Table(f"Trained longer, error rates on {corpus}", [*_ERROR_HEADER, "CER, standard recipe"], rows)
 
 
-_ERROR_HEADER = ["technique", "seeds", "CER", "CER difference to full, points", "WER", "WER difference to full, points"]
+_ERROR_HEADER = [
+    "technique",
+    "seeds",
+    "CER",
+    "CER difference to full, points",
+    "WER",
+    "WER difference to full, points",
+]
 
 
 def _error_rows(

@@ -210,7 +210,9 @@ def test_memory_that_cannot_be_measured_is_left_out(done, monkeypatch, capsys):
     monkeypatch.setattr(internals, "memory_in_fresh_process", killed)
     results = run_full(replace(CONFIG, memory_length=41), place / "out", place / "work")
     assert all("memory" not in technique for technique in results["techniques"])
-    assert "memory of full: not measured, its process was ended by SIGKILL" in capsys.readouterr().out.replace("\n", " ")
+    assert "memory of full: not measured, its process was ended by SIGKILL" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
 
 
 def test_only_prompts_have_longer_runs_by_default():

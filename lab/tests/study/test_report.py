@@ -6,14 +6,22 @@ import re
 from pathlib import Path
 
 import pytest
-from mapreuse_lab.study import FullConfig, QuickConfig, papers_page, read_results, report, summary_tables, write_report
+from mapreuse_lab.study import (
+    FullConfig,
+    QuickConfig,
+    papers_page,
+    read_results,
+    report,
+    summary_tables,
+    write_report,
+)
 from mapreuse_lab.study._figures import error_against_speed, map_viewer, phoneme_maps
 from mapreuse_lab.study._quick import quick_command
 from mapreuse_lab.study._report import report_sections
 from mapreuse_lab.study._results import full_command
+from mapreuse_lab.study._runs import Run
 from mapreuse_lab.study._step_cache import StepCache
 from mapreuse_lab.study._tables import pareto_front
-from mapreuse_lab.study._runs import Run
 
 from mapreuse.console import Table
 
@@ -86,7 +94,13 @@ def test_no_technique_on_the_front_is_dominated(full):
     assert front == ["layers-3", "diagonal", "heads-2"]
     figure = error_against_speed(full)
     visible = [trace for trace in figure.data if trace.visible]
-    assert [trace.name for trace in visible] == ["full", "reuse", "reuse with another technique", "other techniques", "Pareto front"]
+    assert [trace.name for trace in visible] == [
+        "full",
+        "reuse",
+        "reuse with another technique",
+        "other techniques",
+        "Pareto front",
+    ]
     assert sum(len(trace.x) for trace in visible[:-1]) == len(full["techniques"])
 
 

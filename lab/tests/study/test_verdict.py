@@ -7,9 +7,7 @@ def technique(name, kind, cer, seconds, against=None):
     scores = {"cer": cer}
     if against is not None:
         difference = sum(against) / 2
-        scores["against_full"] = {
-            "cer": {"difference": difference, "interval": against, "over_utterances": against}
-        }
+        scores["against_full"] = {"cer": {"difference": difference, "interval": against, "over_utterances": against}}
     return {
         "name": name,
         "title": f"the {name}",
