@@ -1,6 +1,7 @@
 """README and the documentation pages say what is so. `make docs` checks links and the API reference."""
 
 import ast
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -52,6 +53,17 @@ def test_code_on_a_page_is_python_and_uses_only_what_mapreuse_exports(page):
         ast.parse(block)
     unknown = set(re.findall(r"\bmr\.(\w+)", PAGES[page].read_text())) - set(mr.__all__) - {"measure"}
     assert not unknown
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_files_and_imports_that_a_page_names_exist(page):
+    text = PAGES[page].read_text()
+    named = re.findall(r"`([\w/.]*\w\.(?:py|c|h|toml|md))`", text)
+    files = [str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*.*")] + [path.name for path in ROOT.glob("*")]
+    assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)] == []
+    for module, names in re.findall(r"from (mapreuse[\w.]*) import ([\w, ]+)", text):
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.strip())
 
 
 def test_the_supported_versions_are_those_that_pip_requires():
