@@ -4,6 +4,8 @@ python examples/long_audio.py nvidia/parakeet-ctc-0.6b recording.wav
 """
 
 import argparse
+import resource
+import time
 from pathlib import Path
 
 import soundfile
@@ -29,9 +31,15 @@ def main(arguments: list[str] | None = None) -> str:
 
     samples, sampling_rate = soundfile.read(given.recording, dtype="float32", always_2d=True)
     inputs = processor(samples.mean(axis=1), sampling_rate=sampling_rate, return_tensors="pt")
+    start = time.perf_counter()
     with torch.inference_mode():
         logits = model(**inputs).logits
+    seconds = time.perf_counter() - start
     (text,) = processor.batch_decode(logits.argmax(dim=-1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts kilobytes
+    print(
+        f"{len(samples) / sampling_rate:.0f} s of audio in {seconds:.1f} s; peak memory of the process {peak:.1f} GB"
+    )
     print(text)
     return text
 

@@ -91,3 +91,10 @@ def test_trainer(tmp_path):
     loss = main_of("trainer")([str(directory), str(labelled), str(tmp_path / "out"), "--plan", "1x1,2x1"])
     assert 0 < loss < 1
     assert mr.plan_of(mr.load(tmp_path / "out")).reuses(2)
+
+
+@pytest.mark.usefixtures("regular_times")
+def test_search_budget(tmp_path):
+    model = main_of("search_budget")(["--error", "0.1", "--out", str(tmp_path / "out")])
+    assert not mr.plan_of(model).is_full
+    assert mr.plan_of(mr.load(tmp_path / "out")) == mr.plan_of(model)
