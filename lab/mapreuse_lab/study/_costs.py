@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ParakeetEncoder
 
 from mapreuse.console import progress_bar
 from mapreuse.maps import SharedMaps
-from mapreuse.measure import SUBSAMPLING, peak_memory, time_interleaved
+from mapreuse.measure import peak_memory, time_interleaved
 from mapreuse.models import ARGUMENT, apply, find_stack, optimize
 from mapreuse.plan import ReusePlan
+from mapreuse_lab.models import SUBSAMPLING
 from mapreuse_lab.study._runs import Recipe
 from mapreuse_lab.training import Corpus, FeatureConfig, features, waveform_of
 
@@ -111,12 +111,11 @@ def training_latency(
 def technique_flops(recipe: Recipe, technique: str, frames: int) -> int:
     """FLOPs of one forward pass of the encoder, as `torch.utils.flop_counter` counts them.
 
-    A multiplication with its addition counts two. Fused attention is replaced by the products that it consists of,
-    because the counter has no formula for it on a CPU.
+    A multiplication with its addition counts two.
     """
     encoder = _encoder(recipe, technique)
     inputs = torch.zeros(1, frames * SUBSAMPLING, encoder.config.num_mel_bins)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(input_features=inputs)
     return counter.get_total_flops()
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mapreuse.console import console, progress_bar
-from mapreuse.measure import BreakdownConfig, analyze, breakdown, encoders_to_compare, machine
-from mapreuse.models import optimize, plan_of
+from mapreuse.measure import analyze, breakdown, machine
+from mapreuse.models import plan_of
+from mapreuse_lab.models import speech_like_features
 from mapreuse_lab.study._config import FullConfig
 from mapreuse_lab.study._phoneme_attention import phoneme_attention, phoneme_attention_data
 from mapreuse_lab.study._runs import Run, RunDirectory
@@ -122,22 +123,27 @@ def _phonemes(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[st
 
 def _breakdown(config: FullConfig) -> dict[str, Any]:
     """Seconds of every part of a forward pass by length, with and without reuse, and of one layer of each kind."""
-    encoder = config.recipe.create("en", None, 0).model.encoder.eval()
+    encoder = config.recipe.create("en", None, 0).model.encoder.eval().to(config.device)
     _, reusing = config.shown
-    compared = encoders_to_compare(encoder, ("ours",), f"full,{reusing.removeprefix('reuse-')}")
-    compared = {name: optimize(encoder) for name, encoder in compared.items()}
-    settings = BreakdownConfig(lengths=config.lengths, device=config.device, repeats=config.repeats)
+    inputs = {length: speech_like_features(length, 1, encoder.config.num_mel_bins) for length in config.lengths}
     with progress_bar("breakdown") as progress:
-        found = breakdown(compared, settings, progress)
+        found = breakdown(
+            encoder,
+            {str(length): {"input_features": features.to(config.device)} for length, features in inputs.items()},
+            plans=("full", reusing.removeprefix("reuse-")),
+            kinds=("mapreuse+optimize",),
+            repeats=config.repeats,
+            progress=progress,
+        )
     contestants: dict[str, dict[str, dict[str, float]]] = {}
     layers: dict[str, dict[str, dict[str, float]]] = {}
     for one in found:
-        name = "full" if one.name.endswith("full") else reusing
-        contestants.setdefault(name, {})[str(one.frames)] = {p: cost.seconds for p, cost in one.parts.items()}
+        name = "full" if one.name == "mapreuse full+optimize" else reusing
+        contestants.setdefault(name, {})[one.batch] = {p: cost.seconds for p, cost in one.parts.items()}
         if name != "full":
             for layer in one.layers:
                 parts = {part: cost.seconds for part, cost in layer.parts.items()}
-                layers.setdefault(layer.kind, {})[str(one.frames)] = parts
+                layers.setdefault(layer.kind, {})[one.batch] = parts
     return {"contestants": contestants, "layer": layers}
 
 

@@ -1,84 +1,79 @@
-"""Which part of an encoder took the time of a forward pass?
+"""Time and FLOPs of each part of a forward pass.
 
-The pass is run once under PyTorch's profiler, with a named range around every module that is a part. Inside the core
-of an attention module, between the projections, the operators say which phase has begun:
+Hooks open a range for every module that is a part, such as a feed-forward module. Inside an attention module, between
+the projections, operators tell which phase begins:
 
     … → positional scores → content scores → softmax → map × values → …
 
-A phase lasts from the operator that opens it to the one that opens the next, or to the end of the core, so that all
-the time of a pass belongs to exactly one part: their sum is the time of the pass.
+A phase lasts from the operator that opens it to the operator that opens the next one. So every moment and every FLOP
+belongs to exactly one part, and the parts add up to the whole pass. Times come from PyTorch's profiler, FLOPs from its
+FLOP counter.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
-from jaxtyping import Float
+import torch
 from torch import Tensor, nn
 from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.hooks import RemovableHandle
-from transformers import ParakeetEncoder
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from mapreuse.maps import KERNEL_RANGE, recorded_phases
-from mapreuse.models import find_stack, plan_of
+from mapreuse.models import Layer, find_stack, plan_of
 
 _PREFIX = "mapreuse part "
 _PRODUCTS = {"aten::matmul": 0, "aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
-"""Matrix products, and which of their operands is the first factor."""
+"""Matrix products, and the position of their first factor among the operands."""
 
-_MODULES = {
-    "feed_forward1": "feed_forward",
-    "feed_forward2": "feed_forward",
-    "conv": "convolution",
-    "norm_feed_forward1": "norms",
-    "norm_self_att": "norms",
-    "norm_conv": "norms",
-    "norm_feed_forward2": "norms",
-    "norm_out": "norms",
-}
 _PROJECTIONS = {
-    "q_proj": "query",
-    "k_proj": "key",
-    "v_proj": "value",
-    "relative_k_proj": "positions",
-    "o_proj": "output",
+    "query": ("q_proj", "query", "q_lin", "linear_q", "q", "wq"),
+    "key": ("k_proj", "key", "k_lin", "linear_k", "k", "wk"),
+    "value": ("v_proj", "value", "v_lin", "linear_v", "v", "wv"),
+    "positions": ("relative_k_proj", "linear_pos", "pos_proj"),
+    "output": ("o_proj", "out_proj", "out_lin", "linear_out", "dense", "c_proj", "wo", "o"),
 }
+_PART_OF_PROJECTION = {name: part for part, names in _PROJECTIONS.items() for name in names}
 
-Spent = dict[tuple[int | None, str], float]
-"""Seconds by layer (None outside the layers) and part."""
+PartCosts: TypeAlias = dict[tuple[int | None, str], float]
+"""Seconds or FLOPs by layer (None outside the layers) and part."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """A stretch of time that belongs to a part.
+    """A part of the model.
 
     Attributes:
-        layer: index of the layer, None outside the layers.
-        part: the part; of an attention core, the one that its time belongs to until an operator opens another.
-        is_core: True for an attention module.
+        layer: index of the layer; None outside the layers.
+        part: the part. For an attention module, the part until an operator opens another one.
+        is_attention: whether it is an attention module.
     """
 
     layer: int | None
     part: str
-    is_core: bool = False
+    is_attention: bool = False
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the profiler saw: a range, by its index, or an operator.
+    """A range, or an operator, in a profile.
 
     Attributes:
         name: name of the operator; empty for a range.
         start: nanoseconds.
         end: nanoseconds.
         shapes: shapes of the operator's operands.
-        range: index of the range, None for an operator.
-        device_time: nanoseconds that kernels took on a GPU, launched by it and by no operator inside it.
+        range: index of the range; None for an operator.
+        device_time: nanoseconds of the GPU kernels that the operator itself launched.
     """
 
     name: str
@@ -89,182 +84,309 @@ class Event:
     device_time: int = 0
 
 
-class _Open:
-    """A range that has begun and not ended."""
+@dataclass
+class _OpenRange:
+    range: Range
+    end: int
+    part: str
 
-    def __init__(self, range: Range, end: int) -> None:
-        self.range, self.end, self.part = range, end, range.part
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that tell the matrix products of attention apart.
+
+    Attributes:
+        length: number of positions T of the hidden states.
+        head_dim: dimension of a head; None if unknown.
+    """
+
+    length: int
+    head_dim: int | None
 
 
 def attribute(
     events: Iterable[Event],
     ranges: Sequence[Range],
+    sizes: Sizes,
     *,
-    frames: int,
-    head_dim: int,
     on_device: bool = False,
-    cores: Iterable[dict[str, float]] = (),
-) -> Spent:
+    kernels: Iterable[dict[str, float]] = (),
+) -> PartCosts:
     """Seconds of each layer and part.
 
-    Every moment belongs to the innermost range that is open; inside a core, to the phase that was opened last. A core
-    in C is one event: it is divided among its phases as it measured them itself.
+    Each moment belongs to the innermost open range; inside attention, to the phase that was opened last. A kernel in
+    C is one event. Its time is divided in proportion to the times that the kernel measured for its phases.
 
     Args:
         events: ranges and operators of one thread, properly nested.
-        ranges: what the indices of the range events mean.
-        frames: encoder frames T.
-        head_dim: dimension d of a head.
-        on_device: add up the time of kernels on the GPU, instead of the time that passes here.
-        cores: seconds by phase of every core in C, in their order.
+        ranges: the ranges that range events refer to.
+        sizes: sizes of the pass.
+        on_device: sum the time of GPU kernels instead of the time of the CPU.
+        kernels: seconds by phase of each kernel in C, in order.
     """
-    measured = iter(cores)
-    spent: dict[tuple[int | None, str], int] = defaultdict(int)
-    open_ranges: list[_Open] = []
+    phases = iter(kernels)
+    costs: dict[tuple[int | None, str], int] = defaultdict(int)
+    open_ranges: list[_OpenRange] = []
     now = 0
 
-    def pass_time(until: int) -> None:
+    def advance(until: int) -> None:
         nonlocal now
         if open_ranges and not on_device:
-            spent[open_ranges[-1].range.layer, open_ranges[-1].part] += until - now
+            costs[open_ranges[-1].range.layer, open_ranges[-1].part] += until - now
         now = until
 
     def close(until: int) -> None:
         while open_ranges and open_ranges[-1].end <= until:
-            pass_time(open_ranges[-1].end)
+            advance(open_ranges[-1].end)
             open_ranges.pop()
 
     ordered = sorted(events, key=lambda event: (event.start, -event.end))
     for event in ordered:
         close(event.start)
         if event.range is not None:
-            pass_time(event.start)
-            open_ranges.append(_Open(ranges[event.range], event.end))
+            advance(event.start)
+            open_ranges.append(_OpenRange(ranges[event.range], event.end, ranges[event.range].part))
         elif event.name == KERNEL_RANGE and open_ranges:
-            pass_time(event.start)
-            innermost, shares = open_ranges[-1], next(measured)
+            advance(event.start)
+            innermost, shares = open_ranges[-1], next(phases)
             for part, seconds in shares.items():
                 share = seconds / sum(shares.values())
-                spent[innermost.range.layer, part] += round(share * (event.end - event.start))
+                costs[innermost.range.layer, part] += round(share * (event.end - event.start))
             now, innermost.part = event.end, "context"
         elif open_ranges:
             innermost = open_ranges[-1]
-            phase = _phase(event, innermost.part, frames, head_dim) if innermost.range.is_core else None
+            phase = (
+                phase_of(event.name, event.shapes, innermost.part, sizes) if innermost.range.is_attention else None
+            )
             if phase is not None:
-                pass_time(event.start)
+                advance(event.start)
                 innermost.part = phase
         if on_device and open_ranges:
-            spent[open_ranges[-1].range.layer, open_ranges[-1].part] += event.device_time
+            costs[open_ranges[-1].range.layer, open_ranges[-1].part] += event.device_time
     close(max((event.end for event in ordered), default=0))
-    return {key: time / 1e9 for key, time in spent.items()}
+    return {key: time / 1e9 for key, time in costs.items()}
 
 
-def _phase(event: Event, phase: str, frames: int, head_dim: int) -> str | None:
-    """The phase of an attention core that this operator opens, or None where it belongs to `phase`, which is open.
+def phase_of(name: str, shapes: Sequence[Sequence[int]], phase: str, sizes: Sizes) -> str | None:
+    """The phase of attention that an operator opens; None if it belongs to the current `phase`.
 
-    A product whose inner dimension is T applies a map. One whose inner dimension is d makes scores: of content if it
-    is T wide, of positions if it is wider, by 2·T − 1 distances or a block's window of T + rows − 1 of them. Where T
-    and d are equal, one that is T wide applies a map once there has been a softmax, and so does one wider than 2·T.
+    A product with inner dimension T applies a map. Other products make scores: content scores if they are at most T
+    wide, positional scores if they are wider (2·T − 1 distances, or T + rows − 1 for a block of rows). If T equals the
+    head dimension, the products before a softmax make scores, and those after it apply a map.
     """
-    if event.name in ("aten::softmax", "aten::_softmax"):
+    if name in ("aten::softmax", "aten::_softmax"):
         return "softmax"
-    if "scaled_dot_product" in event.name or ("::" in event.name and not event.name.startswith("aten::")):
+    if "scaled_dot_product" in name or ("::" in name and not name.startswith("aten::")):
         return "fused"
-    first = _PRODUCTS.get(event.name)
+    first = _PRODUCTS.get(name)
     if first is None:
         return None
-    *_, inner, width = event.shapes[first + 1]
-    if inner == frames:
-        by_phase = width <= frames and phase in ("softmax", "context")
-        if inner != head_dim or width >= 2 * frames or by_phase:
-            return "context"
-    if inner == head_dim:
-        return "scores" if width <= frames else "positional_scores"
-    return None
+    *_, inner, width = shapes[first + 1]
+    is_ambiguous = inner == sizes.head_dim and width < 2 * sizes.length
+    if inner == sizes.length and (not is_ambiguous or (phase in ("softmax", "context") and width <= sizes.length)):
+        return "context"
+    return "scores" if width <= sizes.length else "positional_scores"
 
 
-def profiled_pass(encoder: ParakeetEncoder, features: Float[Tensor, "batch inputs mels"]) -> Spent:
+def profiled_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> PartCosts:
     """Seconds of each layer and part of one forward pass.
 
-    On a GPU: of the kernels that each part launched, and outside the layers, in "rest", the time that the GPU waited
-    between two kernels.
+    On a GPU, it is the time of the GPU kernels that each part launched. The time between kernels belongs to "rest"
+    outside the layers.
     """
-    on_device = features.device.type == "cuda"
+    on_device = next(model.parameters()).device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     with (
-        _marked(encoder) as ranges,
+        _recorded_ranges(model) as ranges,
         profile(activities=activities, record_shapes=True) as profiler,
-        recorded_phases() as cores,
+        recorded_phases() as kernels,
         _RecordFunctionFast(f"{_PREFIX}0"),
     ):
-        encoder(input_features=features)
+        model(**batch)
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
     seen = results.events()
-    config = encoder.config
-    spent = attribute(
-        _events(seen),
-        ranges,
-        frames=features.shape[1] // config.subsampling_factor,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        on_device=on_device,
-        cores=cores,
-    )
+    costs = attribute(_events(seen), ranges, sizes, on_device=on_device, kernels=kernels)
     if on_device:
-        kernels = [event for event in seen if _is_kernel(event)]
-        span = max(kernel.end_ns() for kernel in kernels) - min(kernel.start_ns() for kernel in kernels)
-        busy = sum(spent.values())
-        spent[None, "rest"] = spent.get((None, "rest"), 0.0) + max(0.0, span / 1e9 - busy)
-    return spent
+        launched = [event for event in seen if _is_kernel(event)]
+        duration = max(kernel.end_ns() for kernel in launched) - min(kernel.start_ns() for kernel in launched)
+        idle = max(0.0, duration / 1e9 - sum(costs.values()))
+        costs[None, "rest"] = costs.get((None, "rest"), 0.0) + idle
+    return costs
+
+
+def counted_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> PartCosts:
+    """FLOPs of each layer and part of one forward pass. The kernels of `mapreuse` run as PyTorch operators."""
+    counting = _CountParts(sizes)
+    ranges = [Range(None, "rest"), *(found for _, found in part_ranges(model))]
+    counting.enter(ranges[0])
+    hooks = _hooks(model, lambda index: (lambda: counting.enter(ranges[index]), counting.leave))
+    with hooks, torch.no_grad(), counting.counter, counting:
+        model(**batch)
+    return dict(counting.costs)
+
+
+def sizes_of(model: nn.Module, batch: Mapping[str, Any]) -> Sizes:
+    """Number of positions of the first layer's hidden states, and the dimension of a head."""
+    layer = find_stack(model).layers[0]
+    lengths: list[int] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        lengths.append(hidden_states.shape[-2 if getattr(layer.attention, "batch_first", True) else 0])
+
+    handle = layer.layer.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.inference_mode():
+        model(**batch)
+    handle.remove()
+    attention: Any = layer.attention
+    return Sizes(lengths[0], getattr(attention, "head_dim", getattr(attention, "attention_head_size", None)))
+
+
+class _CountParts(TorchDispatchMode):
+    """Counts FLOPs by layer and part. Enter its `counter` first."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.counter = FlopCounterMode(display=False)
+        self.costs: PartCosts = defaultdict(float)
+        self._sizes = sizes
+        self._open: list[_OpenRange] = []
+
+    def enter(self, entered: Range) -> None:
+        self._open.append(_OpenRange(entered, 0, entered.part))
+
+    def leave(self) -> None:
+        self._open.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        innermost = self._open[-1]
+        if innermost.range.is_attention:
+            shapes = [tensor.shape for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
+            innermost.part = phase_of(func._schema.name, shapes, innermost.part, self._sizes) or innermost.part
+        flops = self.counter.get_total_flops() - before
+        if flops:
+            self.costs[innermost.range.layer, innermost.part] += flops
+        return result
 
 
 @contextmanager
-def _marked(encoder: ParakeetEncoder) -> Iterator[list[Range]]:
-    """While it lasts, every part opens a range of the profiler; the ranges, by the number in their names."""
-    ranges = [Range(None, "rest")]
-    handles: list[RemovableHandle] = []
+def _recorded_ranges(model: nn.Module) -> Iterator[list[Range]]:
+    """Record every part of the model as a range of the profiler; yields the ranges by the number in their names."""
+    # The fast variant has a tenth of the overhead of `torch.profiler.record_function`.
+    recorders = {
+        index: _RecordFunctionFast(f"{_PREFIX}{index}") for index in range(1, 1 + len(list(part_ranges(model))))
+    }
+
+    def callbacks(index: int) -> tuple[Callable[[], object], Callable[[], object]]:
+        return recorders[index].__enter__, lambda: recorders[index].__exit__(None, None, None)
+
+    with _hooks(model, callbacks):
+        yield [Range(None, "rest"), *(found for _, found in part_ranges(model))]
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, callbacks: Callable[[int], tuple[Callable[[], object], Callable[[], object]]]
+) -> Iterator[None]:
+    """Call a pair of functions before and after each part; `callbacks` makes them from its index, from 1."""
+    handles = []
     try:
-        for module, found in _ranges(encoder):
-            handles += _mark(module, f"{_PREFIX}{len(ranges)}")
-            ranges.append(found)
-        yield ranges
+        for index, (module, _) in enumerate(part_ranges(model), start=1):
+            enter, leave = callbacks(index)
+            handles.append(module.register_forward_pre_hook(_hook(enter)))
+            handles.append(module.register_forward_hook(_hook(leave)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _ranges(encoder: ParakeetEncoder) -> Iterator[tuple[nn.Module, Range]]:
-    yield encoder.subsampling, Range(None, "subsampling")
-    yield encoder.encode_positions, Range(None, "positions")
-    plan = plan_of(encoder)
-    for index, layer in enumerate(find_stack(encoder).layers):
-        yield layer.layer, Range(index, "rest")
-        computes = plan is None or plan.computes(index)
-        # Until a product begins, a computing layer adds its biases to the query; a reusing one arranges its values.
-        yield layer.attention, Range(index, "query" if computes else "context", is_core=True)
-        for owner, parts in ((layer.layer, _MODULES), (layer.attention, _PROJECTIONS)):
-            for name, part in parts.items():
-                module = owner._modules.get(name)
-                if module is not None:
-                    yield module, Range(index, part)
+def _hook(call: Callable[[], object]) -> Callable[..., None]:
+    def hook(*args: object) -> None:
+        call()
+
+    return hook
 
 
-def _mark(module: nn.Module, name: str) -> tuple[RemovableHandle, RemovableHandle]:
-    # A tenth of the cost of `torch.profiler.record_function`, which would be the largest part of the profiler's own.
-    opened = _RecordFunctionFast(name)
+def part_ranges(model: nn.Module) -> Iterator[tuple[nn.Module, Range]]:
+    """The modules that are parts of a model, outer ones first."""
+    layers = find_stack(model).layers
+    indices = {id(layer.layer): index for index, layer in enumerate(layers)}
+    plan = plan_of(model)
 
-    def enter(module: nn.Module, args: tuple) -> None:
-        opened.__enter__()
+    def outside(parent: nn.Module) -> Iterator[tuple[nn.Module, Range]]:
+        for child in parent.children():
+            if id(child) in indices:
+                index = indices[id(child)]
+                yield from _layer_ranges(layers[index], index, plan is None or plan.computes(index))
+            elif any(id(module) in indices for module in child.modules()):
+                yield from outside(child)
+            else:
+                yield child, Range(None, _outside_part(child))
 
-    def leave(module: nn.Module, args: tuple, output: object) -> None:
-        opened.__exit__(None, None, None)
+    yield from outside(model)
 
-    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+
+def _layer_ranges(layer: Layer, index: int, computes: bool) -> Iterator[tuple[nn.Module, Range]]:
+    def inside(parent: nn.Module, in_attention: bool) -> Iterator[tuple[nn.Module, Range]]:
+        # BERT and its relatives keep the output projection in a module beside the attention module.
+        is_beside = in_attention or (parent is not layer.layer and parent is layer.parent)
+        for name, child in parent.named_children():
+            if child is layer.attention:
+                # Until the first product, a computing layer prepares its queries, a reusing layer its values.
+                yield child, Range(index, "query" if computes else "context", is_attention=True)
+                yield from inside(child, True)
+            elif _is_norm(child):
+                yield child, Range(index, "norms")
+            elif is_beside and _is_linear(child):
+                yield child, Range(index, _PART_OF_PROJECTION.get(name, "projections"))
+            elif is_beside or _has(child, lambda module: module is layer.attention):
+                yield from inside(child, is_beside)
+            elif _has(child, _is_convolution):
+                yield child, Range(index, "convolution")
+            elif _has(child, _is_linear) and not _has(child, _is_norm):
+                yield child, Range(index, "feed_forward")
+            else:
+                yield from inside(child, False)
+
+    yield layer.layer, Range(index, "rest")
+    yield from inside(layer.layer, False)
+
+
+def _outside_part(module: nn.Module) -> str:
+    if _has(module, _is_convolution):
+        return "subsampling"
+    if _has(module, lambda one: isinstance(one, nn.Embedding)):
+        return "embeddings"
+    if "position" in type(module).__name__.lower():
+        return "positions"
+    return "norms" if _is_norm(module) else "rest"
+
+
+def _has(module: nn.Module, is_one: Callable[[nn.Module], bool]) -> bool:
+    return any(is_one(one) for one in module.modules())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _events(seen: list) -> Iterator[Event]:
-    """What the profiler saw on this thread, GPU kernels added to the operators that launched them."""
+    """Events of this thread. The times of GPU kernels are added to the operators that launched them."""
     device_time: dict[int, int] = defaultdict(int)
     for event in seen:
         if _is_kernel(event):

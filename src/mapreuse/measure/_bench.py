@@ -1,362 +1,377 @@
-"""`bench`: one encoder under every contestant, interleaved in one process, checked before it is timed."""
+"""`bench`: the latency of a model under every contestant, interleaved in one process and checked for agreement."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from mapreuse.maps import StorageChoice
-from mapreuse.measure._config import DTYPES, BenchConfig, Progress, threads_set
+from mapreuse.console import ProgressCallback
+from mapreuse.maps import STORAGES, StorageChoice
 from mapreuse.measure._contestants import (
+    ATTENTIONS,
+    SHARING,
+    Attention,
     Contestant,
-    build,
-    build_definition,
     contestants,
-    runner,
-    training_step,
+    default_plans,
+    plan_of_notation,
 )
-from mapreuse.measure._encoders import ENCODERS, Encoder
-from mapreuse.measure._latency import Latency, time_interleaved
+from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
 from mapreuse.measure._machine import machine
-from mapreuse.measure._memory import Killed, memory_in_fresh_process, peak_memory
+from mapreuse.measure._memory import Killed, peak_memory
+from mapreuse.models import check_batch, find_stack, not_padding, plan_of, recorded_states
+
+Batch = Mapping[str, Any]
 
 TOLERANCE = 1e-4
-"""Greatest max |output − definition| / max |definition| of a contestant that is timed in float32."""
-_ROUNDED = {"dense16": 1e-3, "dense8": 1e-2, "auto": 1e-2}
-"""What maps that are carried in few bits may differ by."""
-
-_CHECKED_LENGTH = 1000
-_WARM_LENGTH = 64
+"""Maximum of max |output − reference| / max |reference| for contestants in float32."""
+_STORAGE_TOLERANCE = {"dense16": 1e-3, "dense8": 1e-2, "auto": 1e-2}
+_PRECISION_FACTOR = 40
+"""In half precision, outputs may differ by this multiple of the type's precision."""
 
 
-def bench(config: BenchConfig, progress: Progress = lambda doing, done, total: None) -> dict[str, Any]:
-    """Time an encoder under every contestant, at every length; contestants take turns in one process, each turn a
-    call that settles the process's memory and one that is timed (`time_interleaved`).
+def bench(
+    model: nn.Module,
+    batches: Iterable[Batch] | Mapping[str, Batch],
+    *,
+    plans: Sequence[str] = (),
+    kinds: Sequence[str] = ("sdpa", "sdpa+optimize", "mapreuse", "mapreuse+optimize"),
+    storages: Sequence[str] = ("dense",),
+    attentions: Mapping[str, Attention] | None = None,
+    repeats: int = 7,
+    threads: int | None = None,
+    training: bool = False,
+    memory: Callable[[Contestant, str], int] | None = None,
+    progress: ProgressCallback = lambda doing, done, total: None,
+) -> dict[str, Any]:
+    """Measure the latency of a model as it is, with shared maps, and with other attention implementations.
 
-    Before it is timed, every contestant is compared with the definition (`transformers`' eager attention, maps shared
-    as the plan says) at 1000 frames or the greatest length, and at every length with the first contestant that has
-    its plan. In half precision it may be four times as far off as the definition is in that precision. In training,
-    gradients are compared, dropout off. A contestant that disagrees or fails is reported with the reason, and the
-    others go on.
+    Contestants take turns in one process (`time_interleaved`). Before a contestant is timed on a batch, its output is
+    compared with a reference, computed with PyTorch operators only, that has the same plan. In training, gradients are
+    compared, without dropout. If a contestant fails or disagrees, the result holds the reason, and the other
+    contestants are measured.
+
+    Args:
+        model: a model that `apply` accepts. It is not changed. Its device and dtype are those of the benchmark.
+        batches: keyword dictionaries for the model's forward. Each is timed by itself. A mapping gives them names.
+        plans: notations for `ReusePlan.parse`, or "full". By default: full, groups of 2 and 4, and two groups.
+        kinds: "eager" and "sdpa" (attention of `transformers`), a name in `attentions`, or "mapreuse"; each also with
+            `+optimize` (see `optimize`), `+compile` (`torch.compile`), or both.
+        storages: storages of shared maps, as for `apply`.
+        attentions: other attention implementations: functions that change the attention of a model in place.
+        repeats: number of timed calls for each contestant and batch.
+        threads: CPU threads; None for PyTorch's default.
+        training: time forward and backward in training mode instead of a forward pass.
+        memory: called with a contestant and the name of a batch to measure peak memory in bytes; see
+            `memory_in_fresh_process` and `contestant_memory`.
+        progress: called with the current step, the number of finished calls, and the number of all calls.
 
     Returns:
-        What JSON can hold: `machine`, `config`, `command`, `signal` (what the inputs are) and, in `lengths`, for each
-        length the `contestants` (`median`, `spread` and all `seconds`, `agreement`, `memory_bytes`, `graph_breaks`
-        of compiled ones, `carried` and `choice` where storage "auto" chose, and why; or `not_measured` with the
-        reason), the `front` end by itself, and `ratios`: how many times
-        as fast each of ours is as others, the median over rounds of the quotient of two times of the same round, with
-        its spread. `compiled_while_timed`, graphs compiled after the first runs, should be 0.
+        JSON-compatible results: `machine`, `model`, `config`, and for each name in `batches`: `contestants` (for each
+        one `median`, `spread` and `seconds`; `agreement`, its distance from the reference; `flops` of the operators of
+        the reference; `memory_bytes`; `graph_breaks` if compiled; `chosen_storage` and `choice` for storage "auto"; or
+        `not_measured`, the reason) and `ratios`: the speed-up of each contestant over those that share no maps,
+        the median over repeats of the quotient of two times, with its spread. `compiled_while_timed`, the number of graphs
+        that were compiled too late, should be 0.
+
+    Raises:
+        ValueError: if an argument is invalid, or the model already shares maps.
     """
-    # Every contestant compiles code of its own; past the default limit PyTorch would run the next ones uncompiled.
+    if plan_of(model) is not None:
+        raise ValueError("the model already shares attention maps; pass the original model and the plan")
+    if repeats < 1 or (threads is not None and threads < 1):
+        raise ValueError(f"repeats and threads must be at least 1, got {repeats} and {threads}")
+    for storage in storages:
+        if storage not in (*STORAGES, "auto"):
+            raise ValueError(f"storages must be some of {', '.join(STORAGES)}, auto; got {storage!r}")
+    num_layers = len(find_stack(model).layers)
+    plans = tuple(plans) or default_plans(num_layers)
+    for notation in plans:
+        plan_of_notation(notation, num_layers)
+    attentions = ATTENTIONS | dict(attentions or {})
+    entries = contestants(kinds, plans, storages, attentions)
+    named = named_batches(batches)
+    if not named or not entries or not storages:
+        raise ValueError("bench needs at least one batch, one contestant, one plan and one storage")
+    parameter = next(model.parameters())
+    settings = {
+        "plans": plans,
+        "kinds": tuple(kinds),
+        "storages": tuple(storages),
+        "repeats": repeats,
+        "threads": threads,
+        "training": training,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+    }
+    # Each contestant compiles its own code. Beyond the default limit, PyTorch would run the next ones uncompiled.
     limits: dict[str, Any] = {
         "recompile_limit": 1024,
         "accumulated_recompile_limit": 16384,
         "fail_on_recompile_limit_hit": True,
     }
-    with threads_set(config.threads), torch._dynamo.config.patch(limits):
-        return _Bench(config, progress).run()
+    with cpu_threads(threads), torch._dynamo.config.patch(limits):
+        run = _Bench(model, entries, attentions, repeats, training, memory, progress, len(named))
+        measured = {name: run.on(name, batch) for name, batch in named.items()}
+        return {
+            "schema": 2,
+            "machine": machine(),
+            "model": type(model).__name__,
+            "config": settings,
+            "batches": measured,
+        }
 
 
-def memory_of(config: dict[str, Any], contestant: dict[str, Any], length: int) -> int:
-    """Peak memory, in bytes, of one contestant over its weights and inputs; to be called in a fresh process.
-
-    The first call at this length counts; where it compiles code the second, since the first is spent on that.
-    """
-    entry = Contestant(**contestant)
-    arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
-    settings = BenchConfig(**arguments)
-    with threads_set(settings.threads), torch.inference_mode():
-        measured = _Bench(settings)
-        call, inputs = measured.call(entry, length)
-        warm, small = measured.call(entry.uncompiled, _WARM_LENGTH)
-        warm(small)
-        if entry.compiles:
-            call(inputs)
-        return peak_memory(partial(call, inputs), settings.device)
+def contestant_memory(
+    model: nn.Module, batch: Batch, contestant: Contestant, attentions: Mapping[str, Attention] | None = None
+) -> int:
+    """Peak memory, in bytes, of a forward pass in addition to weights and inputs; call it in a fresh process."""
+    call = _call(contestant.build(model, ATTENTIONS | dict(attentions or {})).eval(), contestant.compiled)
+    with torch.inference_mode():
+        if contestant.compiled or contestant.kind not in (*ATTENTIONS, SHARING):
+            call(batch)  # compiles
+        return peak_memory(partial(call, batch), next(model.parameters()).device.type)
 
 
-def paired_ratio(slower: Latency, faster: Latency) -> dict[str, float]:
-    """Median and relative spread, over rounds, of the quotient of two contestants' times in the same round."""
+def speed_up(slower: Latency, faster: Latency) -> dict[str, float]:
+    """Median and relative spread of the quotients of two contestants' times in the same turn."""
     quotients = Latency(tuple(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)))
     return {"median": quotients.median, "spread": quotients.spread}
 
 
-def described(latency: Latency) -> dict[str, Any]:
-    """A latency as JSON can hold it."""
+def latency_data(latency: Latency) -> dict[str, Any]:
+    """A latency for JSON."""
     return {"median": latency.median, "spread": latency.spread, "seconds": list(latency.seconds)}
 
 
 def disagreement(output: Tensor, reference: Tensor) -> float:
-    """max |output − reference| / max |reference|; infinite where the output is not finite."""
+    """max |output − reference| / max |reference|; infinite if the output is not finite."""
     difference = ((output.float() - reference.float()).abs().max() / reference.float().abs().max()).item()
     return math.inf if math.isnan(difference) else difference
 
 
 class _Bench:
-    def __init__(self, config: BenchConfig, progress: Progress = lambda doing, done, total: None) -> None:
-        self.config = config
-        self.spec = ENCODERS[config.encoder]
-        self.dtype = DTYPES[config.dtype]
-        self.longest = max(*config.lengths, _WARM_LENGTH)
-        self.entries = contestants(config.contestants, config.plans, config.storages)
-        self.encoders: dict[Contestant, Encoder] = {}
-        self.failures: dict[Contestant, str] = {}
-        self.agreement: dict[Contestant, float] = {}
-        self.graph_breaks: dict[Contestant, int] = {}
-        self.choices: dict[Contestant, StorageChoice] = {}
-        self.references: dict[str, Tensor] = {}
-        self.tolerance = TOLERANCE
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: list[Contestant],
+        attentions: Mapping[str, Attention],
+        repeats: int,
+        training: bool,
+        memory: Callable[[Contestant, str], int] | None,
+        progress: ProgressCallback,
+        num_batches: int,
+    ) -> None:
+        self.model, self.entries, self.attentions = model, entries, attentions
+        self.repeats, self.training, self.memory = repeats, training, memory
+        self.models: dict[Contestant, nn.Module] = {}
+        self.device = next(model.parameters()).device.type
         self._progress = progress
-        self._done = 0.0
+        self._done, self._total = 0, num_batches * len(entries) * (2 + repeats + (memory is not None))
 
-    def run(self) -> dict[str, Any]:
-        self._check(min(_CHECKED_LENGTH, max(self.config.lengths)))
-        lengths = {str(length): self._length(length) for length in self.config.lengths}
+    def on(self, name: str, batch: Batch) -> dict[str, Any]:
+        """Results on one batch."""
+        torch.compiler.reset()
+        cells = {entry: asdict(entry) for entry in self.entries}
+        if self.memory is not None:
+            for entry, cell in cells.items():
+                self._advance(f"memory of {entry.name}, {name}")
+                cell |= self._memory(entry, name)
+        calls = self._checked(name, batch, cells)
+        advance = partial(self._advance, f"timing, {name}")
+        graphs = _counter("stats", "unique_graphs")
+        timed = {entry.name: call for entry, call in calls.items()}
+        measured = time_interleaved(timed, repeats=self.repeats, device=self.device, advance=advance)
+        for entry in calls:
+            cells[entry] |= latency_data(measured[entry.name])
         return {
-            "schema": 1,
-            "command": self.config.command,
-            "machine": machine(),
-            "config": asdict(self.config),
-            "signal": self.spec.signal,
-            "unit": self.spec.unit,
-            "lengths": lengths,
+            "contestants": {entry.name: cell for entry, cell in cells.items()},
+            "ratios": _ratios(list(calls), measured),
+            "compiled_while_timed": _counter("stats", "unique_graphs") - graphs,
         }
 
-    def call(self, entry: Contestant, length: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """The call that is timed, and its inputs."""
-        encoder, part = self._encoder(entry), self.config.part
-        run = runner(encoder, part, compiled=entry.compiled)
-        if self.config.training:
-            run = training_step(encoder, run)
-        return run, self._inputs(length, self.config.batch, part)
-
-    def _encoder(self, entry: Contestant) -> Encoder:
-        entry = entry.uncompiled
-        if entry not in self.encoders:
-            encoder = build(entry, self.spec, self.longest).to(self.config.device, self.dtype)
-            for module in encoder.modules():
-                if isinstance(module, nn.BatchNorm1d):
-                    module.momentum = 0.0  # training steps must not drive the contestants' statistics apart
-            self.encoders[entry] = encoder.train(self.config.training)
-        return self.encoders[entry]
-
-    @cached_property
-    def _front(self) -> nn.Module:
-        return self.spec.build("sdpa", 1, self.longest).to(self.config.device, self.dtype).front
-
-    def _inputs(self, length: int, batch: int, part: str) -> Tensor:
-        """Inputs of one part; for the layers, what the front end makes of its own."""
-        with torch.inference_mode(False), torch.no_grad():
-            inputs = self.spec.inputs(length, batch).to(self.config.device)
-            inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
-            return inputs if part == "whole" else self._front(inputs)
-
-    @contextlib.contextmanager
-    def _reported(self, entry: Contestant) -> Iterator[None]:
-        """Whatever goes wrong with one contestant is kept, as the line that its cell shows; the others go on."""
+    def _memory(self, entry: Contestant, name: str) -> dict[str, Any]:
+        assert self.memory is not None
         try:
-            yield
-        except Exception as error:
-            line = (str(error).strip().splitlines() or [""])[0]
-            self.failures[entry] = f"{type(error).__name__}: {line}"[:200]
+            return {"memory_bytes": self.memory(entry, name)}
+        except Killed as error:
+            return {"not_measured": str(error), "memory_not_measured": str(error)}
+        except RuntimeError as error:
+            return {"memory_not_measured": str(error)}
 
-    def _running(self) -> list[Contestant]:
-        return [entry for entry in self.entries if entry not in self.failures]
-
-    def _check(self, length: int) -> None:
-        """Compare every uncompiled contestant with the definition."""
-        hidden = self._inputs(length, 1, "layers")
-        entries = dict.fromkeys(entry.uncompiled for entry in self.entries)
-        for plan in dict.fromkeys(entry.plan for entry in entries):
-            definition = build_definition(plan, self.spec, self.longest).to(self.config.device)
-            self.references[plan] = reference = self._probe(definition, definition.layers, hidden.float())
-            if self.dtype != torch.float32:
-                definition.to(self.dtype)
-                rounded = disagreement(self._probe(definition, definition.layers, hidden), reference)
-                self.tolerance = max(self.tolerance, 4 * rounded)
-            for entry in entries:
-                if entry.plan == plan:
-                    self._advance(f"checking {entry.name}", _rough_seconds(length))
-                    with self._reported(entry):
-                        encoder = self._encoder(entry)
-                        output = self._probe(encoder, encoder.layers, hidden)
-                        self._compare(entry, output, reference, f"the definition at length {length}")
-        for entry in self.entries:
-            if entry.uncompiled in self.failures:
-                self.failures[entry] = self.failures[entry.uncompiled]
-
-    def _probe(self, encoder: Encoder, layers: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """What is compared: the layers' output, or in training the gradient of their input; dropout off."""
-        encoder.eval()
-        try:
-            if not self.config.training:
-                with torch.inference_mode():
-                    return _hidden_states(layers(hidden))
-            with torch.inference_mode(False), torch.enable_grad():
-                hidden = hidden.clone().requires_grad_()
-                training_step(encoder, lambda inputs: _hidden_states(layers(inputs)))(hidden)
-            assert hidden.grad is not None
-            return hidden.grad
-        finally:
-            encoder.train(self.config.training)
-
-    def _compare(self, entry: Contestant, output: Tensor, reference: Tensor, name: str) -> None:
-        difference = disagreement(output, reference)
-        self.agreement[entry] = max(difference, self.agreement.get(entry, 0.0))
-        tolerance = max(self.tolerance, _ROUNDED.get(entry.storage, 0.0))
-        if difference > tolerance:
-            raise ValueError(f"it is {difference:.1e} away from {name}, more than {tolerance:.1e}")
-
-    def _length(self, length: int) -> dict[str, Any]:
-        torch.compiler.reset()
-        failures = dict(self.failures)
-        memory = self._memory(length) if self.config.memory else {}
-        calls = self._first_calls(length)
-        timed: dict[str, Callable[[], object]] = {entry.name: call for entry, call in calls.items()}
-        if timed and not self.config.training:
-            timed[self.spec.front] = partial(self._front, self._inputs(length, self.config.batch, "whole"))
-        advance = partial(self._advance, f"timing, length {length}", _rough_seconds(length))
-        graphs = _graphs()
-        device, repeats = self.config.device, self.config.repeats
-        measured = time_interleaved(timed, repeats=repeats, device=device, advance=advance)
-        cells = {entry.name: self._cell(entry, measured) | memory.get(entry, {}) for entry in self.entries}
-        result: dict[str, Any] = {"contestants": cells, "ratios": _ratios(list(calls), measured)}
-        result["compiled_while_timed"] = _graphs() - graphs
-        if self.spec.front in measured:
-            result["front"] = {"name": self.spec.front} | described(measured[self.spec.front])
-        self.failures = failures
-        return result
-
-    def _memory(self, length: int) -> dict[Contestant, dict[str, Any]]:
-        """Peak memory of every contestant. One whose process was killed is not run in this one."""
-        measured: dict[Contestant, dict[str, Any]] = {}
-        for entry in self._running():
-            self._advance(f"memory of {entry.name}, length {length}", _memory_seconds(entry, length))
-            request = {"config": asdict(self.config), "contestant": asdict(entry), "length": length}
-            try:
-                measured[entry] = {"memory_bytes": memory_in_fresh_process(memory_of, request)}
-            except RuntimeError as error:
-                measured[entry] = {"memory_not_measured": str(error)}
-                if isinstance(error, Killed):
-                    self.failures[entry] = str(error)
-        return measured
-
-    def _first_calls(self, length: int) -> dict[Contestant, Callable[[], object]]:
-        """Run, and compile, every contestant once at this length; those of one plan must agree with the first."""
+    def _checked(
+        self, name: str, batch: Batch, cells: dict[Contestant, dict[str, Any]]
+    ) -> dict[Contestant, Callable]:
+        """Run each contestant once, compile it, and compare it with the reference of its plan."""
         calls: dict[Contestant, Callable[[], object]] = {}
-        first: dict[str, tuple[Contestant, Tensor]] = {}
-        for entry in self._running():
-            self._advance(f"first run of {entry.name}, length {length}", _first_seconds(entry, length))
-            with self._reported(entry), torch.inference_mode():
-                breaks = _graph_breaks()
-                run, inputs = self.call(entry, length)
-                with _choices() as made:
-                    output = run(inputs)
-                if entry.storage == "auto" and made:
-                    self._check_choice(entry, made[-1])
-                self.graph_breaks[entry] = _graph_breaks() - breaks
-                if self.config.training:
-                    encoder = self._encoder(entry)
-                    layers = runner(encoder, "layers", compiled=entry.compiled)
-                    output = self._probe(encoder, layers, self._inputs(length, self.config.batch, "layers"))
-                twin, reference = first.setdefault(entry.plan, (entry, output))
-                self._compare(entry, output, reference, f"{twin.name} at length {length}")
-                calls[entry] = partial(run, inputs)
+        references: dict[str, tuple[Contestant, Tensor, int]] = {}
+        valid: Tensor | None = None
+        for entry, cell in cells.items():
+            self._advance(f"first run of {entry.name}, {name}")
+            if "not_measured" in cell:
+                continue
+            # A contestant may fail in code of other projects, in any way. Its row says how; the others go on.
+            try:
+                if entry.uncompiled not in self.models:
+                    self.models[entry.uncompiled] = self._build(entry)
+                model = self.models[entry.uncompiled]
+                if valid is None:
+                    valid = _valid(self.model, batch)
+                breaks = _total_graph_breaks()
+                call = _call(model, entry.compiled)
+                with _storage_choices() as choices:
+                    output = self._probe(model, call, batch, valid)
+                if entry.plan not in references:
+                    with FlopCounterMode(display=False) as counter:
+                        reference = self._probe(model, _call(model, compiled=False), batch, valid)
+                    references[entry.plan] = (entry, reference, counter.get_total_flops())
+                first, reference, num_flops = references[entry.plan]
+                cell |= {"agreement": disagreement(output, reference), "flops": num_flops}
+                if choices:
+                    cell |= {"chosen_storage": choices[-1].storage, "choice": str(choices[-1])}
+                if entry.compiled:
+                    cell["graph_breaks"] = _total_graph_breaks() - breaks
+                tolerance = self._tolerance(entry, first)
+                if cell["agreement"] > tolerance:
+                    raise ValueError(
+                        f"differs from {first.name} by {cell['agreement']:.1e}, more than {tolerance:.1e}"
+                    )
+                run = partial(_training_step, model, call) if self.training else call
+                calls[entry] = partial(run, batch)
+                if self.training:
+                    calls[entry]()  # compiles the backward pass in training mode
+            except Exception as error:
+                line = (str(error).strip().splitlines() or [""])[0]
+                cell["not_measured"] = f"{type(error).__name__}: {line}"[:200]
         return calls
 
-    def _check_choice(self, entry: Contestant, choice: StorageChoice) -> None:
-        """Compare with the definition the way in which "auto" carries maps here; it may be another than before."""
-        self.choices[entry] = choice
-        length = min(_CHECKED_LENGTH, max(self.config.lengths))
-        encoder = self._encoder(replace(entry, storage=choice.storage))
-        output = self._probe(encoder, encoder.layers, self._inputs(length, 1, "layers"))
-        self._compare(entry, output, self.references[entry.plan], f"the definition at length {length}")
+    def _build(self, entry: Contestant) -> nn.Module:
+        built = entry.build(self.model, self.attentions)
+        for module in built.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.momentum = 0.0  # the statistics of all contestants stay equal during training steps
+        return built.train(self.training)
 
-    def _cell(self, entry: Contestant, measured: dict[str, Latency]) -> dict[str, Any]:
-        if entry.name not in measured:
-            return asdict(entry) | {"not_measured": self.failures[entry]}
-        cell = asdict(entry) | described(measured[entry.name]) | {"agreement": self.agreement[entry]}
-        if entry in self.choices:
-            cell |= {"carried": self.choices[entry].storage, "choice": str(self.choices[entry])}
-        return cell | {"graph_breaks": self.graph_breaks[entry]} if entry.compiled else cell
+    def _tolerance(self, entry: Contestant, reference: Contestant) -> float:
+        precision = torch.finfo(next(self.model.parameters()).dtype).eps
+        storages = (_STORAGE_TOLERANCE.get(one.storage, 0.0) for one in (entry, reference))
+        return max(TOLERANCE, _PRECISION_FACTOR * precision, *storages)
 
-    def _advance(self, doing: str, seconds: float) -> None:
-        self._done += seconds
-        self._progress(doing, self._done, max(self._total(), self._done))
+    def _probe(self, model: nn.Module, call: Callable[[Batch], Tensor], batch: Batch, valid: Tensor) -> Tensor:
+        """The output without padding; in training, the gradients of the parameters that all plans keep."""
+        if not self.training:
+            with torch.inference_mode():
+                output = call(batch)
+            return output[valid] if output.shape[:2] == valid.shape else output
+        model.eval()
+        try:
+            gradients = _training_step(model, call, batch, keep=True)
+        finally:
+            model.train()
+        return gradients
 
-    def _total(self) -> float:
-        config, entries = self.config, self._running()
-        checked = _rough_seconds(min(_CHECKED_LENGTH, max(config.lengths)))
-        total = len({entry.uncompiled for entry in entries}) * checked
-        for length in config.lengths:
-            rounds = (1 + config.repeats) * (len(entries) + (not config.training))
-            total += rounds * _rough_seconds(length) + sum(_first_seconds(entry, length) for entry in entries)
-            total += config.memory * sum(_memory_seconds(entry, length) for entry in entries)
-        return total
+    def _advance(self, doing: str) -> None:
+        self._done += 1
+        self._progress(doing, min(self._done, self._total), self._total)
+
+
+def _call(model: nn.Module, compiled: bool) -> Callable[[Batch], Tensor]:
+    def call(batch: Batch) -> Tensor:
+        output = model(**batch)
+        return output if isinstance(output, Tensor) else output[0]
+
+    if not compiled:
+        return call
+    # The compiler caches by code object. With its own, no contestant suffers from the graph breaks of another.
+    own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    return torch.compile(own, dynamic=False)
+
+
+def _training_step(model: nn.Module, call: Callable[[Batch], Tensor], batch: Batch, keep: bool = False) -> Tensor:
+    """Forward and backward of the loss `mean(output · direction)`, for a fixed random direction.
+
+    The norm of the output would be a useless loss: a final layer norm keeps it constant.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        output = call(batch)
+        (output * _direction(output.shape, output.dtype, output.device)).mean().backward()
+    found = [weights.grad.flatten() for name, weights in model.named_parameters() if keep and _is_kept(name, weights)]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(found) if found else output.detach()
+
+
+@functools.cache
+def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+def _is_kept(name: str, weights: nn.Parameter) -> bool:
+    """Norms are in every contestant, in the same order; projections may be permuted, fused or absent."""
+    return weights.grad is not None and "norm" in name.lower()
+
+
+def _valid(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad(), recorded_states(model) as (states, masks):
+        model(**batch)
+    return not_padding(masks[0], states[-1])
+
+
+def named_batches(batches: Iterable[Batch] | Mapping[str, Batch]) -> dict[str, Batch]:
+    """Batches by name; if they have none, by the shape of their first tensor, such as "input_ids 8 × 128"."""
+    if isinstance(batches, Mapping):
+        return dict(batches)
+    named: dict[str, Batch] = {}
+    for batch in batches:
+        check_batch(batch)
+        name, tensor = next((name, value) for name, value in batch.items() if isinstance(value, Tensor))
+        named.setdefault(f"{name} {' × '.join(map(str, tensor.shape))}", batch)
+    return named
 
 
 @contextlib.contextmanager
-def _choices() -> Iterator[list[StorageChoice]]:
-    """What storage "auto" chose while it lasts, as the package's log has it."""
-    made: list[StorageChoice] = []
+def _storage_choices() -> Iterator[list[StorageChoice]]:
+    """The choices of storage "auto", from the log."""
+    choices: list[StorageChoice] = []
     logger = logging.getLogger("mapreuse")
     handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: made.extend(  # type: ignore[method-assign]
+    handler.emit = lambda record: choices.extend(  # type: ignore[method-assign]
         argument for argument in record.args or () if isinstance(argument, StorageChoice)
     )
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield made
+        yield choices
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
 
 
-def _graph_breaks() -> int:
-    """How often so far the compiler gave up a graph and left the code between two graphs to Python."""
+def _counter(group: str, name: str) -> int:
+    return torch._dynamo.utils.counters[group][name]
+
+
+def _total_graph_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def _graphs() -> int:
-    """How many graphs the compiler has made so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def _hidden_states(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.last_hidden_state
-
-
 def _ratios(timed: list[Contestant], measured: dict[str, Latency]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many times as fast each of ours is as every contestant that reuses nothing."""
-    others = [entry for entry in timed if entry.kind != "ours" or entry.plan == "full"]
+    others = [entry for entry in timed if entry.plan == "full"]
     return {
         entry.name: {
-            other.name: paired_ratio(measured[other.name], measured[entry.name]) for other in others if other != entry
+            other.name: speed_up(measured[other.name], measured[entry.name]) for other in others if other != entry
         }
         for entry in timed
-        if entry.kind == "ours"
     }
-
-
-def _rough_seconds(length: int) -> float:
-    """For the progress bar: how long a forward pass may take, beside that of another length."""
-    return (length / 1000) ** 2 + length / 2000
-
-
-def _first_seconds(entry: Contestant, length: int) -> float:
-    return _rough_seconds(length) + (60 if entry.compiles else 0)
-
-
-def _memory_seconds(entry: Contestant, length: int) -> float:
-    return 8 + 2 * _first_seconds(entry, length)

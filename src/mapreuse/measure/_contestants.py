@@ -1,103 +1,147 @@
-"""Who is timed: `transformers`' attentions, FlexAttention, and ours under each plan and storage."""
+"""Contestants of a benchmark: one model with different attention, plans, storages and optimizations."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
+from itertools import product
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedConfig
 
-from mapreuse.measure._definition import DEFINITION, follow
-from mapreuse.measure._encoders import Encoder, EncoderSpec
-from mapreuse.measure._flex import use_flex_attention
-from mapreuse.models import apply, optimize
+from mapreuse.models import apply, copy_with_same_weights, find_stack, optimize
 from mapreuse.plan import ReusePlan
 
-PARTS = ("layers", "whole")
-COMPILED = "+compile"
-_PLAN = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
+SHARING = "mapreuse"
+OPTIMIZE, COMPILE = "+optimize", "+compile"
+_GROUPS = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
+
+Attention = Callable[[nn.Module], object]
+"""Changes the attention of a model in place."""
+
+
+def _use(implementation: str) -> Attention:
+    def change(model: nn.Module) -> None:
+        configs = [
+            module.config
+            for module in model.modules()
+            if isinstance(getattr(module, "config", None), PreTrainedConfig)
+        ]
+        if not configs and implementation != "sdpa":
+            raise ValueError(f"{type(model).__name__} has no config that selects {implementation} attention")
+        for config in configs:
+            config._attn_implementation = implementation
+
+    return change
+
+
+ATTENTIONS: dict[str, Attention] = {"eager": _use("eager"), "sdpa": _use("sdpa")}
+"""The attention implementations of `transformers` that a model is compared with."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to run an encoder.
+    """One way to run a model.
 
     Attributes:
-        kind: "eager", "sdpa", "sdpa+optimize", "flex" or "ours".
-        plan: the plan's notation, or "full"; only ours reuse maps.
-        storage: how ours carry shared maps.
-        compiled: run under `torch.compile`.
+        kind: "eager", "sdpa", another attention implementation, or "mapreuse".
+        plan: notation of the plan, or "full". Only "mapreuse" shares maps.
+        storage: storage of shared maps.
+        optimized: `optimize` was called on the model.
+        compiled: the model runs under `torch.compile`.
     """
 
     kind: str
     plan: str = "full"
     storage: str = "dense"
+    optimized: bool = False
     compiled: bool = False
 
     @property
     def name(self) -> str:
-        """As shown in tables, such as "sdpa" or "ours 4x4 recompute+compile"."""
+        """Name in tables, such as "sdpa" or "mapreuse 4x4 recompute+optimize"."""
         words = [self.kind]
-        if self.kind == "ours":
+        if self.kind == SHARING:
             words += [self.plan] if self.storage == "dense" else [self.plan, self.storage]
-        return " ".join(words) + (COMPILED if self.compiled else "")
+        return " ".join(words) + OPTIMIZE * self.optimized + COMPILE * self.compiled
 
     @property
     def uncompiled(self) -> Contestant:
-        """The contestant whose model this one compiles; itself where it is not compiled."""
+        """The same without `torch.compile`."""
         return replace(self, compiled=False)
 
-    @property
-    def compiles(self) -> bool:
-        """True where the first call at a length compiles code for it."""
-        return self.compiled or self.kind == "flex"
+    def build(self, model: nn.Module, attentions: Mapping[str, Attention] = ATTENTIONS) -> nn.Module:
+        """A copy of `model` that runs as this contestant does, uncompiled. Weights are shared where possible."""
+        built = copy_with_same_weights(model)
+        if self.kind == SHARING:
+            apply(built, plan_of_notation(self.plan, len(find_stack(model).layers)), storage=self.storage)
+        else:
+            attentions[self.kind](built)
+        return optimize(built) if self.optimized else built
 
 
-_UNCOMPILED = ("eager", "sdpa", "sdpa+optimize", "flex", "ours")
-KINDS = tuple(kind + suffix for kind in _UNCOMPILED for suffix in ("", COMPILED))
-"""The contestants to choose from: `transformers`' attentions, also with the convolutions as ours have them,
-FlexAttention, and ours; each also compiled."""
+def contestants(
+    kinds: Sequence[str],
+    plans: Sequence[str],
+    storages: Sequence[str],
+    attentions: Collection[str] = tuple(ATTENTIONS),
+) -> list[Contestant]:
+    """One contestant for each kind; of "mapreuse", one for each plan and storage. Uncompiled contestants come first.
 
-
-def contestants(kinds: tuple[str, ...], plans: tuple[str, ...], storages: tuple[str, ...]) -> list[Contestant]:
-    """One contestant for each kind, and for ours one for each plan and storage, uncompiled ones first."""
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    allowed = [
+        f"{kind}{suffix}" for suffix in ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE) for kind in (*attentions, SHARING)
+    ]
     found: list[Contestant] = []
-    for kind in sorted(kinds, key=lambda kind: kind.endswith(COMPILED)):
-        name, compiled = kind.removesuffix(COMPILED), kind.endswith(COMPILED)
-        if name != "ours":
-            found.append(Contestant(name, compiled=compiled))
+    for name in kinds:
+        if name not in allowed:
+            raise ValueError(f"contestants must be some of {', '.join(allowed)}; got {name!r}")
+        kind, *suffixes = name.split("+")
+        options = {"optimized": "optimize" in suffixes, "compiled": "compile" in suffixes}
+        if kind != SHARING:
+            found.append(Contestant(kind, **options))
             continue
-        found += [
-            Contestant(name, plan, storage, compiled)
-            for plan in plans
-            for storage in (storages if plan != "full" else ("dense",))
+        pairs = [
+            (plan, storage) for plan, storage in product(plans, storages) if plan != "full" or storage == storages[0]
         ]
-    return list(dict.fromkeys(found))
+        found += [
+            Contestant(kind, plan, "dense" if plan == "full" else storage, **options) for plan, storage in pairs
+        ]
+    return sorted(dict.fromkeys(found), key=lambda one: one.compiled)
 
 
 def plan_of_notation(notation: str, num_layers: int) -> ReusePlan:
-    """The plan of `num_layers` layers that a notation means: "full", or what `ReusePlan.parse` takes."""
+    """The plan of `num_layers` layers for "full" or a notation of `ReusePlan.parse`."""
     if notation == "full":
         return ReusePlan.full(num_layers)
     plan = ReusePlan.parse(notation)
     if plan.num_layers != num_layers:
-        raise ValueError(f"plan {notation!r} speaks of {plan.num_layers} layers, but the encoder has {num_layers}")
+        raise ValueError(f"plan {notation!r} is for {plan.num_layers} layers, but the model has {num_layers}")
     return plan
 
 
-def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
-    """Several notations in one line, parted by commas, as a list.
+def default_plans(num_layers: int) -> tuple[str, ...]:
+    """No reuse, groups of 2 and 4, and two groups, if they divide the number of layers."""
+    sizes = [size for size in (2, 4, num_layers // 2) if size > 1 and num_layers % size == 0]
+    return ("full", *dict.fromkeys(f"{size}x{num_layers // size}" for size in sizes))
 
-    A notation may hold commas itself: groups belong to one plan until they make up all `num_layers` layers. JSON ends
-    where its brackets close.
+
+def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
+    """Several notations, separated by commas, as a list.
+
+    A notation may contain commas: groups belong to one plan until they make up all `num_layers` layers. A JSON plan
+    ends at its closing bracket.
 
     Example:
         >>> split_plans("full,1x4,4x3,8x2", 16)
         ('full', '1x4,4x3', '8x2')
+
+    Raises:
+        ValueError: if a plan cannot be read, or does not have `num_layers` layers.
     """
     plans: list[str] = []
     groups: list[str] = []
@@ -109,14 +153,14 @@ def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
         else:
             token, _, rest = rest.partition(",")
             token, rest = token.strip(), rest.strip()
-        group = _PLAN.fullmatch(token)
+        group = _GROUPS.fullmatch(token)
         if group is None and groups:
             break
         if group is None:
             plans.append(token)
             continue
         groups.append(token)
-        if sum(int(size) * int(count) for size, count in _PLAN.findall(",".join(groups))) >= num_layers:
+        if sum(int(size) * int(count) for size, count in _GROUPS.findall(",".join(groups))) >= num_layers:
             plans.append(",".join(groups))
             groups = []
     if groups:
@@ -124,84 +168,3 @@ def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
     for plan in plans:
         plan_of_notation(plan, num_layers)
     return tuple(plans)
-
-
-def build(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
-    """The encoder as this contestant runs it, weights the same for all; compilation is left to `runner`."""
-    return BUILDERS[contestant.kind](contestant, spec, longest)
-
-
-def build_definition(plan: str, spec: EncoderSpec, longest: int) -> Encoder:
-    """The encoder in `transformers`' eager attention, maps shared by the definition."""
-    encoder = spec.build(DEFINITION, spec.num_layers, longest)
-    follow(encoder.layers, plan_of_notation(plan, spec.num_layers))
-    return encoder
-
-
-def runner(encoder: Encoder, part: str, *, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """The call that is timed: inputs of `part` to last hidden states."""
-    module: nn.Module = encoder if part == "whole" else encoder.layers
-
-    def call(inputs: Tensor) -> Tensor:
-        output = module(inputs)
-        return output if isinstance(output, Tensor) else output.last_hidden_state
-
-    if not compiled:
-        return call
-    # The compiler keeps what it compiled, and what it gave up on, by code object. With one of its own no contestant
-    # suffers from another's graph breaks, although their layers share code.
-    own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-    # Shapes are fixed: one length is timed at a time, and a static graph is the fastest one.
-    return torch.compile(own, dynamic=False)
-
-
-def training_step(encoder: Encoder, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Forward and backward of the loss `mean(output · direction)`, for a random direction.
-
-    A direction, not a norm: the last layer normalises its output, so a norm would have no gradient to speak of.
-    """
-    directions: dict[torch.Size, Tensor] = {}
-
-    def step(inputs: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            output = run(inputs)
-            if output.shape not in directions:
-                directions[output.shape] = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-                directions[output.shape] = directions[output.shape].to(output)
-            (output * directions[output.shape]).mean().backward()
-            encoder.zero_grad(set_to_none=True)
-        return output.detach()
-
-    return step
-
-
-def _library(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
-    return spec.build(contestant.kind, spec.num_layers, longest)
-
-
-def _library_optimized(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
-    return optimize(spec.build("sdpa", spec.num_layers, longest))
-
-
-def _flex(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
-    if not spec.has_relative_positions:
-        return spec.build("flex_attention", spec.num_layers, longest)
-    encoder = spec.build("sdpa", spec.num_layers, longest)
-    use_flex_attention(encoder.layers)
-    return encoder
-
-
-def _ours(contestant: Contestant, spec: EncoderSpec, longest: int) -> Encoder:
-    encoder = spec.build("sdpa", spec.num_layers, longest)
-    apply(encoder.layers, plan_of_notation(contestant.plan, spec.num_layers), storage=contestant.storage)
-    return optimize(encoder)
-
-
-BUILDERS: dict[str, Callable[[Contestant, EncoderSpec, int], Encoder]] = {
-    "eager": _library,
-    "sdpa": _library,
-    "sdpa+optimize": _library_optimized,
-    "flex": _flex,
-    "ours": _ours,
-}
-"""How each kind is built."""

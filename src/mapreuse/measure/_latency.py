@@ -1,4 +1,4 @@
-"""What does a forward pass cost? Contestants take turns, so that no one of them has the quieter machine."""
+"""Latency, measured by turns: every contestant meets the same disturbances of the machine."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-_MOST = 4
-"""Times `repeats` rounds, at most, are timed for the sake of precision."""
+_MAX_FACTOR = 4
+"""For the sake of precision, up to this multiple of `repeats` is measured."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds that one call took, over interleaved repeats.
+    """Times of one contestant, over interleaved repeats.
 
     Attributes:
-        seconds: each repeat.
+        seconds: time of each repeat.
     """
 
     seconds: tuple[float, ...]
@@ -32,7 +33,7 @@ class Latency:
 
     @property
     def spread(self) -> float:
-        """Half the range between the quartiles, relative to the median."""
+        """Half the interquartile range, relative to the median."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -40,9 +41,9 @@ class Latency:
 
     @property
     def uncertainty(self) -> float:
-        """Standard error of the median, relative to it, as if the repeats were normally distributed.
+        """Standard error of the median, relative to it, for normally distributed repeats.
 
-        √(π/2) σ / √n, with σ = spread / 0.674 (the quartile of the normal distribution).
+        √(π/2) σ / √n, where σ = spread / 0.674 (the quartile of the normal distribution).
         """
         deviation = self.spread / statistics.NormalDist().inv_cdf(0.75)
         return math.sqrt(math.pi / 2 / len(self.seconds)) * deviation
@@ -57,27 +58,30 @@ def time_interleaved(
     device: str = "cpu",
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Latency]:
-    """Time the contestants in turn: each has one turn per round, for `warmup` + `repeats` rounds.
+    """Time contestants by turns: `warmup` + `repeats` times, each of them is called in order.
 
-    A turn that counts is two calls, of which the second is timed. The first, after another contestant's, also pays
-    for memory that the other gave back to the system; a model that is served call after call does not.
+    After the warm-up, a turn is two calls, of which the second is timed. The first one also pays for memory that
+    another contestant returned to the system, which does not happen to a model that runs alone.
 
     Args:
         contestants: calls to time, by name.
-        repeats: rounds that count.
-        warmup: rounds before them that do not.
-        precision: the rounds go on, to four times `repeats` at most, while a contestant's `uncertainty` exceeds this.
-        device: "cpu", timed by the clock, or "cuda", timed by events, synchronised.
-        advance: called after every timed call, to show progress.
+        repeats: number of timed turns.
+        warmup: number of turns before them.
+        precision: repeat until the `uncertainty` of each contestant is at most this, up to four times `repeats`.
+        device: "cpu", timed by the clock, or "cuda", timed by synchronised events.
+        advance: called after each turn, to show progress.
+
+    Returns:
+        The latency of each contestant.
     """
     timer = _cuda_seconds if device == "cuda" else _cpu_seconds
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     with torch.inference_mode():
-        for round_number in itertools.count():
-            if round_number >= warmup + repeats and _are_enough(seconds, repeats, precision):
+        for turn in itertools.count():
+            if turn >= warmup + repeats and _are_enough(seconds, repeats, precision):
                 break
             for name, call in contestants.items():
-                counts = round_number >= warmup
+                counts = turn >= warmup
                 if counts:
                     call()
                 taken = timer(call)
@@ -92,7 +96,7 @@ def _are_enough(seconds: Mapping[str, list[float]], repeats: int, precision: flo
     return (
         precision is None
         or all(one.uncertainty <= precision for one in measured)
-        or all(len(one.seconds) >= _MOST * repeats for one in measured)
+        or all(len(one.seconds) >= _MAX_FACTOR * repeats for one in measured)
     )
 
 
@@ -110,3 +114,14 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
     stop.record()
     torch.cuda.synchronize()
     return start.elapsed_time(stop) / 1000
+
+
+@contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Run with this number of CPU threads; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""On what was it measured?"""
+"""The machine and the versions that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, cores, memory, versions and commit: what a figure needs beside it to mean something."""
+    """Processor, cores, memory, versions and commit, to report with every measurement."""
     return {
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -40,7 +40,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout this package lies in, with "+" where it is changed; "unknown" outside one."""
+    """Commit of the checkout that holds this package, with "+" if files have changed; "unknown" outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = _git(here, "rev-parse", "--short=12", "HEAD")

@@ -1,4 +1,4 @@
-"""How much memory does a forward pass need beside the weights? Each contestant is asked in a process of its own."""
+"""Peak memory of a call, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ _PEAK, _NOW = "VmHWM", "VmRSS"
 
 
 class Killed(RuntimeError):
-    """The process was ended by a signal, as the system does where memory runs out."""
+    """A signal ended the process. The system does that when memory runs out."""
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Bytes by which `call` raises the peak of memory in use over what was in use before.
+    """Peak memory during a call, minus the memory in use before it, in bytes.
 
-    On CUDA, what PyTorch's allocator gave out; on the CPU, the resident set of the whole process, from `/proc`.
+    On CUDA, it is the memory of PyTorch's allocator; on the CPU, the resident set size of the process, from `/proc`.
+
+    Raises:
+        ValueError: if the system has no `/proc`.
     """
     gc.collect()
     if device == "cuda":
@@ -35,30 +38,32 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
-        raise ValueError("memory on the CPU is read from /proc, which this system does not have")
+        raise ValueError("peak memory on the CPU is read from /proc, which this system does not have")
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident(_NOW)
     call()
     return _resident(_PEAK) - before
 
 
 def memory_in_fresh_process(function: Callable[..., int], request: dict[str, Any]) -> int:
-    """What a function that measures peak memory, in bytes, returns in a new process.
+    """Result of a function that measures peak memory, called in a new process.
 
     Args:
-        function: one that can be imported by name.
-        request: its keyword arguments, as JSON can hold them.
+        function: a function that can be imported by name and returns bytes.
+        request: its keyword arguments; they must be JSON-compatible.
 
     Raises:
-        RuntimeError: with the last line that the process wrote, where it failed; `Killed` where a signal ended it.
+        RuntimeError: if the process fails, with its last line; `Killed` if a signal ended it.
     """
     module, name = function.__module__, function.__qualname__
     program = f"import json, sys; from {module} import {name}; print({name}(**json.load(sys.stdin)))"
     command = [sys.executable, "-c", program]
     ran = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if ran.returncode < 0:
-        raise Killed(f"its process was ended by {signal.Signals(-ran.returncode).name}; out of memory, most likely")
+        raise Killed(
+            f"its process was ended by {signal.Signals(-ran.returncode).name}, probably because memory ran out"
+        )
     if ran.returncode:
         raise RuntimeError((ran.stderr.strip().splitlines() or ["no message"])[-1])
     return int(ran.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""The strongest fused attention with relative positions that PyTorch offers: FlexAttention with a `score_mod`."""
+"""FlexAttention with a `score_mod`: PyTorch's fastest fused attention with relative positions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
+from transformers import PreTrainedConfig
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 
-def use_flex_attention(layers: nn.Module) -> None:
-    """Make every `ParakeetEncoderAttention` in `layers` run FlexAttention, in place."""
-    for module in layers.modules():
+def use_flex_attention(model: nn.Module) -> None:
+    """Make the attention of a model run FlexAttention, in place."""
+    for module in model.modules():
         if type(module) is ParakeetEncoderAttention:
             module.__class__ = _FlexParakeetAttention
             module.compiled_attention = _compiled_attention()  # type: ignore[assignment]
+        elif isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config._attn_implementation = "flex_attention"
 
 
 class _FlexParakeetAttention(ParakeetEncoderAttention):
@@ -43,7 +46,7 @@ class _FlexParakeetAttention(ParakeetEncoderAttention):
 
 @functools.cache
 def _compiled_attention() -> Callable[..., Tensor]:
-    # Uncompiled, FlexAttention falls back to a plain implementation. Made late, since the compiler is slow to import.
+    # Uncompiled, FlexAttention falls back to a plain implementation. The compiler is slow to import.
     return torch.compile(_attention, dynamic=False)
 
 
@@ -54,7 +57,7 @@ def _attention(
     positional: Float[Tensor, "batch heads frames distances"],
     scaling: float,
 ) -> Float[Tensor, "batch heads frames dim"]:
-    """Scores of distances are read where they lie: entry (i, j) of the shifted ones is entry (i, T − 1 − i + j)."""
+    """Reads positional scores without a shifted copy: the score of (i, j) is at (i, T − 1 − i + j)."""
     last = query.shape[2] - 1
 
     def add_position(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -1,0 +1,13 @@
+"""Benchmarks of encoders with random weights, and of single attention kernels."""
+
+from mapreuse_lab.benchmarks._encoders import ATTENTIONS, bench_encoder, encoder_memory, open_encoder
+from mapreuse_lab.benchmarks._kernels import bench_kernels, kernel_tables
+
+__all__ = [
+    "ATTENTIONS",
+    "bench_encoder",
+    "bench_kernels",
+    "encoder_memory",
+    "kernel_tables",
+    "open_encoder",
+]
