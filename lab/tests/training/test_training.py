@@ -100,7 +100,7 @@ def test_a_recording_that_is_not_finite_is_refused_by_name(make_tiny, few, tmp_p
 def test_a_recogniser_learns_a_few_recordings(make_tiny, few, tmp_path):
     still = {"noise_probability": 0.0, "mask_bands": 0, "mask_spans_per_second": 0.0, "speeds": (1.0,)}
     recogniser = make_tiny(dropout=0.0)
-    train(recogniser, replace(few, dev=CutSet.from_cuts([])), replace(SHORT, steps=250, **still), tmp_path)
+    train(recogniser, replace(few, dev=CutSet.from_cuts([])), replace(SHORT, steps=150, **still), tmp_path)
     assert evaluate(recogniser, few.train).cer < 0.3
 
 
