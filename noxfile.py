@@ -37,6 +37,6 @@ def wheel(session: nox.Session) -> None:
     python = str(fresh / "bin" / "python")
     pip = (python, "-m", "pip", "install", "--quiet", "-c", "constraints.txt")
     session.run(*pip, f"{repaired}[data,test]", env=without_compiler, external=True)
-    check = "import importlib.util as u; assert u.find_spec('mapreuse.maps._kernel'), 'the wheel has no compiled kernel'"
+    check = "import importlib.util as u; assert u.find_spec('mapreuse.maps._kernel'), 'no compiled kernel'"
     session.run(python, "-c", check, env=without_compiler, external=True)
     session.run(python, "-m", "pytest", "-q", "-m", "not full", "tests/maps", env=without_compiler, external=True)
