@@ -131,7 +131,7 @@ def bench(
     from mapreuse.models import find_stack
 
     check_writable_file(json_file)
-    opening = {"model": model, "stack": stack, "float32": float32, "device": device}
+    opening: dict[str, Any] = {"model": model, "stack": stack, "float32": float32, "device": device}
     opening |= {"calibration": calibration, "batch_size": batch_size, "max_batches": max_batches}
     part, batches = _timed(**opening)
 

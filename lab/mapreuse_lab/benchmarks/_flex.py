@@ -10,18 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import PreTrainedConfig
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
+
+from mapreuse.measure import use_attention
 
 
 def use_flex_attention(model: nn.Module) -> None:
     """Make the attention of a model run FlexAttention, in place."""
-    for module in model.modules():
-        if type(module) is ParakeetEncoderAttention:
-            module.__class__ = _FlexParakeetAttention
-            module.compiled_attention = _compiled_attention()  # type: ignore[assignment]
-        elif isinstance(getattr(module, "config", None), PreTrainedConfig):
-            module.config._attn_implementation = "flex_attention"
+    parakeet = [module for module in model.modules() if type(module) is ParakeetEncoderAttention]
+    for module in parakeet:
+        module.__class__ = _FlexParakeetAttention
+        module.compiled_attention = _compiled_attention()  # type: ignore[assignment]
+    if not parakeet:
+        use_attention(model, "flex_attention")
 
 
 class _FlexParakeetAttention(ParakeetEncoderAttention):

@@ -71,6 +71,7 @@ def test_maps_are_peaked_enough_that_a_wrong_map_changes_the_output(shallow):
         assert disagreement(apply(model, ReusePlan.parse("4x1"))(**batch)[0], original) > 1e-2
 
 
+@pytest.mark.full
 def test_flex_and_compiled_contestants_agree_with_the_others():
     # In a process of its own: the compiler cannot trace through the shape checks of the test run.
     program = f"""
@@ -94,6 +95,7 @@ print(json.dumps(results["batches"]["{LENGTH}"]))
     assert measured["compiled_while_timed"] == 0
 
 
+@pytest.mark.full
 def test_memory_is_measured_in_a_process_of_its_own():
     request = {"name": "conformer-m", "length": 200, "threads": 1, "contestant": {"kind": "eager"}}
 

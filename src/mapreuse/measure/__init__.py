@@ -7,7 +7,7 @@ from mapreuse.measure._bench_tables import bench_tables, latency_text, ratio_tex
 from mapreuse.measure._breakdown import PARTS, Breakdown, LayerBreakdown, PartCost, breakdown
 from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
 from mapreuse.measure._concentration import Concentration, concentration
-from mapreuse.measure._contestants import Contestant, split_plans
+from mapreuse.measure._contestants import Contestant, split_plans, use_attention
 from mapreuse.measure._diagonality import Diagonality, diagonality
 from mapreuse.measure._entropy import Entropy, entropy
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
@@ -57,6 +57,7 @@ __all__ = [
     "speed_up",
     "split_plans",
     "time_interleaved",
+    "use_attention",
     "write_analysis",
     "write_page",
 ]

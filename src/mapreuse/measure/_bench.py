@@ -222,7 +222,6 @@ class _Bench:
             self._advance(f"first run of {entry.name}, {name}")
             if "not_measured" in cell:
                 continue
-            # A contestant may fail in code of other projects, in any way. Its row says how; the others go on.
             try:
                 if entry.uncompiled not in self.models:
                     self.models[entry.uncompiled] = self._build(entry)
@@ -252,7 +251,7 @@ class _Bench:
                 calls[entry] = partial(run, batch)
                 if self.training:
                     calls[entry]()  # compiles the backward pass in training mode
-            except Exception as error:
+            except (RuntimeError, ValueError, ImportError) as error:  # the compiler raises all of them
                 line = (str(error).strip().splitlines() or [""])[0]
                 cell["not_measured"] = f"{type(error).__name__}: {line}"[:200]
         return calls
@@ -270,7 +269,7 @@ class _Bench:
         return max(TOLERANCE, _PRECISION_FACTOR * precision, *storages)
 
     def _probe(self, model: nn.Module, call: Callable[[Batch], Tensor], batch: Batch, valid: Tensor) -> Tensor:
-        """The output without padding; in training, the gradients of the parameters that all plans keep."""
+        """The output without padding; in training, gradients without dropout."""
         if not self.training:
             with torch.inference_mode():
                 output = call(batch)
@@ -307,19 +306,19 @@ def _training_step(model: nn.Module, call: Callable[[Batch], Tensor], batch: Bat
     with torch.inference_mode(False), torch.enable_grad():
         output = call(batch)
         (output * _direction(output.shape, output.dtype, output.device)).mean().backward()
-    found = [weights.grad.flatten() for name, weights in model.named_parameters() if keep and _is_kept(name, weights)]
+    # Norms are in every contestant, in the same order; projections may be permuted, fused or absent.
+    gradients = [
+        weights.grad.flatten()
+        for name, weights in model.named_parameters()
+        if keep and weights.grad is not None and "norm" in name.lower()
+    ]
     model.zero_grad(set_to_none=True)
-    return torch.cat(found) if found else output.detach()
+    return torch.cat(gradients) if gradients else output.detach()
 
 
 @functools.cache
 def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-
-
-def _is_kept(name: str, weights: nn.Parameter) -> bool:
-    """Norms are in every contestant, in the same order; projections may be permuted, fused or absent."""
-    return weights.grad is not None and "norm" in name.lower()
 
 
 def _valid(model: nn.Module, batch: Batch) -> Tensor:

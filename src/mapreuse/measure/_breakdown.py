@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from mapreuse.console import ProgressCallback
-from mapreuse.measure._attribution import PartCosts, counted_pass, profiled_pass, sizes_of
+from mapreuse.measure._attribution import PartCosts, Sizes, counted_pass, profiled_pass, sizes_of
 from mapreuse.measure._bench import Batch, named_batches
 from mapreuse.measure._contestants import contestants, default_plans
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved

@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -22,22 +24,18 @@ Attention = Callable[[nn.Module], object]
 """Changes the attention of a model in place."""
 
 
-def _use(implementation: str) -> Attention:
-    def change(model: nn.Module) -> None:
-        configs = [
-            module.config
-            for module in model.modules()
-            if isinstance(getattr(module, "config", None), PreTrainedConfig)
-        ]
-        if not configs and implementation != "sdpa":
-            raise ValueError(f"{type(model).__name__} has no config that selects {implementation} attention")
-        for config in configs:
-            config._attn_implementation = implementation
-
-    return change
+def use_attention(model: nn.Module, implementation: str) -> None:
+    """Select an attention implementation of `transformers` in all configs of a model, in place."""
+    configs: list[Any] = [
+        module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)
+    ]
+    if not configs and implementation != "sdpa":
+        raise ValueError(f"{type(model).__name__} has no config that selects {implementation} attention")
+    for config in configs:
+        config._attn_implementation = implementation
 
 
-ATTENTIONS: dict[str, Attention] = {"eager": _use("eager"), "sdpa": _use("sdpa")}
+ATTENTIONS: dict[str, Attention] = {name: partial(use_attention, implementation=name) for name in ("eager", "sdpa")}
 """The attention implementations of `transformers` that a model is compared with."""
 
 
@@ -93,24 +91,17 @@ def contestants(
     Raises:
         ValueError: if there is no such kind.
     """
-    allowed = [
-        f"{kind}{suffix}" for suffix in ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE) for kind in (*attentions, SHARING)
-    ]
+    suffixes = ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE)
+    allowed = [kind + suffix for suffix in suffixes for kind in (*attentions, SHARING)]
     found: list[Contestant] = []
     for name in kinds:
         if name not in allowed:
             raise ValueError(f"contestants must be some of {', '.join(allowed)}; got {name!r}")
-        kind, *suffixes = name.split("+")
-        options = {"optimized": "optimize" in suffixes, "compiled": "compile" in suffixes}
-        if kind != SHARING:
-            found.append(Contestant(kind, **options))
-            continue
-        pairs = [
-            (plan, storage) for plan, storage in product(plans, storages) if plan != "full" or storage == storages[0]
-        ]
-        found += [
-            Contestant(kind, plan, "dense" if plan == "full" else storage, **options) for plan, storage in pairs
-        ]
+        kind = name.partition("+")[0]
+        pairs = [("full", "dense")]
+        if kind == SHARING:  # storage makes no difference to a plan without sharing
+            pairs = [(plan, "dense" if plan == "full" else storage) for plan, storage in product(plans, storages)]
+        found += [Contestant(kind, *pair, optimized=OPTIMIZE in name, compiled=COMPILE in name) for pair in pairs]
     return sorted(dict.fromkeys(found), key=lambda one: one.compiled)
 
 
