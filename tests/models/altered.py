@@ -150,7 +150,7 @@ ALTERATIONS = {
     "values of a grid": (
         "input_shape = hidden_states.shape[:-1]",
         "batch, height, width, _ = hidden_states.shape\n    input_shape = hidden_states.shape[:-1]",
-        r"its hidden states have 4 dimensions, not \(batch, positions, width\)",
+        r"its hidden states have 4 dimensions, expected 3: \(batch, positions, width\)",
     ),
     "an interface that other names do not reach": (
         "ALL_ATTENTION_FUNCTIONS.get_interface(\n        self",

@@ -222,8 +222,6 @@ def assert_refused(path, problem):
     with pytest.raises(ValueError, match=problem) as error:
         mr.load(path)
     assert "\n" not in str(error.value)
-    assert error.value.__cause__ is None
-    assert error.value.__suppress_context__ or error.value.__context__ is None
 
 
 def test_a_truncated_file_is_refused(saved):
@@ -271,10 +269,10 @@ def test_a_foreign_directory_is_refused(tmp_path):
     assert_refused(tmp_path, "was not written by mapreuse.save")
 
 
-@pytest.mark.parametrize("version", [3, "2", -1])
+@pytest.mark.parametrize("version", [4, "2", -1])
 def test_another_version_is_refused(saved, version):
     edit(saved, version=version)
-    assert_refused(saved, f"format version {version!r} is not supported, only 1 and 2")
+    assert_refused(saved, f"format version {version!r} is not supported; this mapreuse reads versions 1 to 3")
 
 
 def test_the_first_version_is_read_where_heads_are_in_the_same_order(tmp_path):
@@ -283,7 +281,7 @@ def test_the_first_version_is_read_where_heads_are_in_the_same_order(tmp_path):
         edit(tmp_path / name, version=1)
     mr.load(tmp_path / "whole")
     assert_refused(
-        tmp_path / "by heads", "heads were in another order in format version 1; convert the original again"
+        tmp_path / "by heads", "format version 1 stored the heads of this plan in another order; convert the original"
     )
 
 
@@ -293,16 +291,16 @@ def test_the_first_version_is_read_where_heads_are_in_the_same_order(tmp_path):
         ({"class": "NoSuchModel"}, "has no model class 'NoSuchModel'"),
         ({"class": "BertConfig"}, "has no model class 'BertConfig'"),
         ({"class": "torch"}, "has no model class 'torch'"),
-        ({"module": "os", "class": "system"}, "os.system is not a model that transformers defines"),
+        ({"module": "os", "class": "system"}, "os.system is not a model class that transformers defines"),
         ({"module": "transformers.models.nothing"}, "has no model class"),
-        ({"class": 3}, "'class' is 3, not a str"),
-        ({"class": None}, "lacks 'class'"),
-        ({"dtype": None}, "lacks 'dtype'"),
+        ({"class": 3}, "'class' must be a str, got 3"),
+        ({"class": None}, "'class' is missing"),
+        ({"dtype": None}, "'dtype' is missing"),
         ({"dtype": "nn"}, "'nn' is not a floating-point type"),
         ({"dtypes": {"embeddings.word_embeddings.weight": "float"}}, None),
-        ({"dtypes": {"embeddings.word_embeddings.weight": 3}}, "config.json does not describe a BertModel"),
+        ({"dtypes": {"embeddings.word_embeddings.weight": 3}}, "config.json: 3 is not a floating-point type"),
         ({"sha256": "0"}, "truncated or damaged"),
-        ({"config": []}, r"'config' is \[\], not a dict"),
+        ({"config": []}, r"'config' must be a dict, got \[\]"),
         ({"config": {"model_type": "bert", "num_attention_heads": 5}}, "config.json does not describe a BertModel"),
         ({"config": {"model_type": "bert", "hidden_size": "wide"}}, "config.json does not describe a BertModel"),
         ({"weights": "../other.safetensors"}, "'weights' must name a file in the same directory"),
@@ -321,13 +319,14 @@ def test_a_config_that_makes_no_sense_is_refused(saved, changes, problem):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"plan": json.loads(mr.ReusePlan.grouped(5, 2).to_json())}, "plan speaks of 5 layers"),
+        ({"plan": json.loads(mr.ReusePlan.grouped(5, 2).to_json())}, "the plan has 5 layers, but BertEncoder has 4"),
         ({"plan": {"format": "other"}}, "not a plan"),
         ({"plan": None}, "not a plan"),
         ({"stack": "decoder"}, "its plan does not fit BertModel: .*decoder"),
         ({"stack": 3}, "its plan does not fit BertModel"),
         ({"storage": "sparse"}, "storage must be one of"),
-        ({"storage": 3}, "storage must be one of"),
+        ({"storage": 3}, "storage 3 or memory_budget None is of a wrong type"),
+        ({"memory_budget": "1 GB"}, "memory_budget '1 GB' is of a wrong type"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(saved, changes, problem):
@@ -345,7 +344,7 @@ def test_a_plan_of_another_kind_is_refused(saved, reuse):
 def test_weights_of_another_plan_are_refused(saved):
     edit(saved, reuse=[])
     assert_refused(
-        saved, "does not hold the weights of this BertModel: encoder.layer.1.attention.self.key.bias and 7"
+        saved, "does not hold the weights of this BertModel: encoder.layer.1.attention.self.key.bias is missing and 7"
     )
 
 
@@ -359,9 +358,9 @@ def test_weights_of_other_names_or_shapes_are_refused(saved):
     tensors = safetensors.torch.load_file(weights_of(saved))
     name = "pooler.dense.weight"
     put(saved, tensors | {"extra": torch.zeros(2)})
-    assert_refused(saved, "does not hold the weights of this BertModel: extra and 0 others")
+    assert_refused(saved, "does not hold the weights of this BertModel: extra is not part of it")
     put(saved, {key: tensor for key, tensor in tensors.items() if key != name})
-    assert_refused(saved, f"does not hold the weights of this BertModel: {name} and 0 others")
+    assert_refused(saved, f"does not hold the weights of this BertModel: {name} is missing")
     put(saved, tensors | {name: torch.zeros(3, 2)})
     assert_refused(saved, rf"{name} is \(3, 2\), not \(32, 32\)")
 
@@ -376,7 +375,9 @@ def test_only_models_that_transformers_defines_are_saved(tmp_path):
     class Own(tf.BertModel):
         pass
 
-    with pytest.raises(ValueError, match="only a whole model that transformers defines can be saved, got Own"):
+    with pytest.raises(
+        ValueError, match="only a whole model of a class that transformers defines can be saved, got Own"
+    ):
         mr.save(Own(build("bert")[0].config), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -405,7 +406,7 @@ def test_a_model_without_its_pooler_is_saved_without_it(tmp_path, change):
 
 def test_a_module_that_is_said_to_be_absent_from_a_model_that_lacks_it_is_refused(saved):
     edit(saved, absent=["encoder.pooler"])
-    assert_refused(saved, "says that 'encoder.pooler' is absent, which BertModel lacks")
+    assert_refused(saved, "lists 'encoder.pooler' as absent, but BertModel has no such module")
 
 
 def with_a_buffer(model):
@@ -442,7 +443,9 @@ DIFFERENT = {
 def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path, difference):
     change, problem = DIFFERENT[difference]
     model = change(build("bert")[0])
-    with pytest.raises(ValueError, match=f"cannot be saved: it is not the one that its .*{problem}") as error:
+    with pytest.raises(
+        ValueError, match=f"cannot be saved, because it is not the model that its .*{problem}"
+    ) as error:
         mr.save(model, tmp_path / "new")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
@@ -504,7 +507,7 @@ def test_a_model_that_reuses_maps_is_not_saved_in_transformers_way(tmp_path, loa
 @pytest.mark.parametrize("dtype", [torch.int8, "float16", 16])
 def test_weights_are_stored_as_floating_point_numbers(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside tests
-    with pytest.raises(ValueError, match=re.escape(f"not as {dtype!r}")) as error:
+    with pytest.raises(ValueError, match=re.escape(f"got {dtype!r}")) as error:
         mr.save(build("bert")[0], tmp_path / "new", dtype=dtype)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()

@@ -55,7 +55,7 @@ def test_values_keep_the_order_of_the_original_heads():
 def test_a_model_under_a_plan_is_refused_where_the_original_is_wanted():
     model, _ = build("bert")
     apply(model, PLANS["groups"])
-    with pytest.raises(ValueError, match="the model reuses attention maps already"):
+    with pytest.raises(ValueError, match="the model shares attention maps already"):
         MapRecorder(model)
 
 
@@ -80,7 +80,7 @@ def test_padding_is_told_from_positions_wherever_it_is(family, implementation):
 def test_a_mask_that_says_nothing_of_padding_is_refused():
     """As `flex_attention`'s."""
     mask = create_block_mask(lambda batch, head, query, key: query >= key, None, None, 8, 8, device="cpu")
-    with pytest.raises(ValueError, match="from a BlockMask; load the model with attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match="of type BlockMask; load the model with attn_implementation='sdpa'"):
         not_padding(mask, torch.zeros(1, 8, 4))
 
 

@@ -17,7 +17,7 @@ from transformers import ParakeetEncoder
 from mapreuse.console import progress_bar
 from mapreuse.maps import SharedMaps
 from mapreuse.measure import peak_memory, time_interleaved
-from mapreuse.models import ARGUMENT, apply, find_stack, optimize
+from mapreuse.models import MAPS_ARGUMENT, apply, find_stack, optimize
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.models import SUBSAMPLING
 from mapreuse_lab.study._runs import Recipe
@@ -70,11 +70,11 @@ def attention_latency(
     computing, reusing = (layer.attention for layer in find_stack(sharing).layers[:2])
     published = SharedMaps(retain=True)
     with torch.inference_mode():
-        computing(**arguments, **{ARGUMENT: published})
+        computing(**arguments, **{MAPS_ARGUMENT: published})
     contestants = {
         "transformers": lambda: original(**arguments),
-        "computing": lambda: computing(**arguments, **{ARGUMENT: SharedMaps()}),
-        "reusing": lambda: reusing(**arguments, **{ARGUMENT: published}),
+        "computing": lambda: computing(**arguments, **{MAPS_ARGUMENT: SharedMaps()}),
+        "reusing": lambda: reusing(**arguments, **{MAPS_ARGUMENT: published}),
     }
     return _timed(title, contestants, repeats, device)
 

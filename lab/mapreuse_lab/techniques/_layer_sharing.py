@@ -14,7 +14,7 @@ from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.maps import SharedMaps
-from mapreuse.models import ARGUMENT
+from mapreuse.models import MAPS_ARGUMENT
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.techniques._compressed_attention import RelativeAttention
 from mapreuse_lab.techniques._notation import layer_sources
@@ -42,7 +42,7 @@ class SharingAttention(RelativeAttention):
         """
         if not self.is_shared:
             return compute()
-        maps: SharedMaps | None = kwargs.get(ARGUMENT)
+        maps: SharedMaps | None = kwargs.get(MAPS_ARGUMENT)
         if maps is None:
             raise ValueError(
                 f"layer {self.layer} shares with other layers and was called outside its encoder; call that whole"
@@ -73,8 +73,8 @@ def open_shared_maps(encoder: ParakeetEncoder) -> None:
 
 def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     has_gradients = torch.is_grad_enabled()
-    return args, kwargs | {ARGUMENT: SharedMaps(retain=has_gradients, differentiable=has_gradients)}
+    return args, kwargs | {MAPS_ARGUMENT: SharedMaps(retain=has_gradients, differentiable=has_gradients)}
 
 
 def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    kwargs[ARGUMENT].close(output)
+    kwargs[MAPS_ARGUMENT].close(output)

@@ -1,40 +1,47 @@
-"""`apply`: one call that makes a model's layers share attention maps."""
+"""`apply`: make the layers of a model share attention maps."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from mapreuse.maps import STORAGES, MapCounts, SharedMaps
-from mapreuse.models._checks import check
-from mapreuse.models._conversion import convert, unchanged_on_failure
-from mapreuse.models._copying import copy_with_same_weights
+from mapreuse.models._conversion import convert_attention
 from mapreuse.models._map_injection import inject_maps
-from mapreuse.models._packed import unpacked
-from mapreuse.models._sharing import ARGUMENT, refuse_cache
+from mapreuse.models._plan_conversions import plan_conversions
+from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_cache
+from mapreuse.models._snapshots import Model, copy_with_same_weights, unchanged_on_failure
 from mapreuse.models._source import Unsupported, parameter_names
 from mapreuse.models._stack import ENCODER_STATES, cross_attends_beside, find_stack, maps_travel_by_keyword
+from mapreuse.models._torch_encoder import unpacked
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
-Model = TypeVar("Model", bound=nn.Module)
-
 
 @dataclass(frozen=True)
-class Applied:
-    """What `apply` leaves on the module that holds the stack."""
+class AppliedPlan:
+    """A plan in force, stored on the module that runs the layers.
+
+    Attributes:
+        plan: the plan.
+        storage: how shared maps are stored.
+        memory_budget: maximum size in bytes of the shared maps alive at once, or None.
+        counts: numbers of maps in a forward pass.
+        parameter_names: the parameters of the module's forward.
+        cross_attends: the module may be given encoder states, as only its cross-attention uses them.
+    """
 
     plan: ReusePlan
     storage: str
     memory_budget: int | None
-    demand: MapCounts
+    counts: MapCounts
     parameter_names: tuple[str, ...]
     cross_attends: bool
 
@@ -42,45 +49,59 @@ class Applied:
 def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budget: int | None = None) -> Model:
     """Make the layers of `model` share attention maps as `plan` says, in place; returns the model.
 
-    A reusing layer loses its query, key and positional-key projections. Heads are put in the order in which their
-    maps are handed on and applied, by permuting the rows of their projections and the columns of the output's.
-    `mapreuse.save` saves the model; its `save_pretrained` refuses to.
+        context = M[source layer][source head] @ V
+
+    Reusing layers lose their query, key and positional-key projections. Heads are reordered such that maps can be
+    applied without copies: the rows of the projections and the columns of the output projection are permuted. Nothing
+    else changes; `optimize` makes the rest of the model faster. Save the model by `mapreuse.save`.
 
     Args:
         model: a `transformers` model with one stack of layers, or the part of a larger model that holds one
-            (`model.encoder`, `model.vision_model`). What is outside the stack is left as it is.
+            (`model.encoder`, `model.vision_model`).
         plan: whose map each layer applies.
-        storage: how a shared map is carried: "dense" stores its weights (fastest, T×T memory); "dense16" and
-            "dense8" compress them to 16 or 8 bits, with a scale for every row (inference; a compressed map has no
-            gradient, so training stores weights as they are); "recompute" keeps the source layer's queries and keys
-            and computes the map anew (memory grows with T). "auto" takes, for every pass, the fastest by
-            measurement on its device of those that fit the memory, and logs why (logger "mapreuse", level INFO).
-        memory_budget: bytes that the shared maps alive at once may take. A pass whose maps would take more is
-            refused before its first map, with the budget that would do. None for no limit; under "auto", for a
-            quarter of the device's memory.
+        storage: how shared maps are stored. "dense" stores their weights (fastest; T×T memory). "dense16" and
+            "dense8" compress them to 16 or 8 bits with a scale for each row; with gradients they store plain weights.
+            "recompute" stores the queries and keys of the source layer and computes the map again (memory linear in
+            T). "auto" chooses, for each forward pass, the fastest one by a short benchmark that fits the memory, and
+            logs the reason (logger "mapreuse", level INFO).
+        memory_budget: maximum size in bytes of the shared maps alive at once. A forward pass that needs more raises
+            an error before its first map; the message names a sufficient budget. None means no limit, or for "auto"
+            a quarter of the device's memory.
 
     Raises:
-        ValueError: naming the class, the layer and the reason, where the plan does not fit the model or the model
-            cannot be served. The model is then unchanged.
+        ValueError: if the plan does not fit the model, or the model cannot share maps (`Unsupported`). The message
+            names the class, the layer and the reason. The model is unchanged.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.BertConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=4)
+        >>> model = apply(transformers.BertModel(config), ReusePlan.parse("2x2"))
+        >>> plan_of(model) == ReusePlan.parse("2x2")
+        True
     """
     if not isinstance(plan, ReusePlan):
-        raise ValueError(f"apply takes a ReusePlan, such as ReusePlan.parse('4x4'), got {plan!r}")
-    if applied_to(model):
-        raise ValueError("the model reuses attention maps already; apply a plan to the original model instead")
+        raise ValueError(f"plan must be a ReusePlan, such as ReusePlan.parse('4x4'), got {plan!r}")
+    if applied_plans(model):
+        raise ValueError("the model shares attention maps already; apply the plan to the original model instead")
     if storage not in (*STORAGES, "auto"):
         raise ValueError(f"storage must be one of {', '.join(STORAGES)} and auto, got {storage!r}")
     if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
-        raise ValueError(f"memory_budget must be a positive whole number of bytes, got {memory_budget!r}")
+        raise ValueError(f"memory_budget must be a positive integer (bytes) or None, got {memory_budget!r}")
     before = sum(parameter.numel() for parameter in model.parameters())
     with unpacked(find_stack(model)) as stack:
-        conversions = check(model, stack, plan)
-        names, crossing = parameter_names(type(stack.module)), cross_attends_beside(stack)
+        conversions = plan_conversions(model, stack, plan)
         by_keyword = maps_travel_by_keyword(stack) and all(c.adapter.form.takes_maps for c in conversions)
-        demand = _demand(plan, [conversion.layout.published for conversion in conversions])
-        applied = Applied(plan, storage, memory_budget, demand, names, crossing)
+        applied = AppliedPlan(
+            plan,
+            storage,
+            memory_budget,
+            _map_counts(plan, [conversion.layout.published for conversion in conversions]),
+            parameter_names(type(stack.module)),
+            cross_attends_beside(stack),
+        )
         with unchanged_on_failure(model):
             for conversion in conversions:
-                convert(conversion)
+                convert_attention(conversion)
             refuse_save_pretrained(model)
             stack.module._map_reuse = applied  # type: ignore[assignment]
             if not by_keyword:
@@ -97,45 +118,52 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
 
 
 def refuse_save_pretrained(model: nn.Module) -> None:
-    """Have every `transformers` model in this one refuse `save_pretrained`: what it wrote would open without a word,
-    the projections that were removed filled with random numbers."""
+    """Disable `save_pretrained` of all `transformers` models inside this one.
+
+    `from_pretrained` would open its files without an error, and fill the removed projections with random numbers.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.save_pretrained = _no_save_pretrained
 
 
 def _no_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
-    raise ValueError("a model that reuses attention maps is saved by mapreuse.save(model, directory)")
+    raise ValueError("save_pretrained cannot save a model that shares attention maps; use mapreuse.save(model, path)")
 
 
 def plan_of(model: nn.Module) -> ReusePlan | None:
-    """The plan in force in `model`, or None. Raises `ValueError` where several of its stacks have one each."""
-    applied = applied_to(model)
+    """The plan in force in `model`, or None.
+
+    Raises:
+        ValueError: if several stacks of the model have a plan each.
+    """
+    applied = applied_plans(model)
     if len(applied) > 1:
         paths = ", ".join(map(repr, applied))
-        raise ValueError(f"{type(model).__name__} holds several plans, at {paths}; ask the module that holds one")
+        raise ValueError(
+            f"{type(model).__name__} holds several plans, at {paths}; call plan_of on the module that holds one"
+        )
     return next((one.plan for one in applied.values()), None)
 
 
-def applied_to(model: nn.Module) -> dict[str, Applied]:
-    """What was applied to the stacks in `model`, by the path of the module that holds the stack."""
+def applied_plans(model: nn.Module) -> dict[str, AppliedPlan]:
+    """The plans in force in `model`, by the path of the module that runs the layers."""
     found = {path: module.__dict__.get("_map_reuse") for path, module in model.named_modules()}
     return {path: applied for path, applied in found.items() if applied is not None}
 
 
 def with_projections(model: nn.Module) -> nn.Module:
-    """The model; where its projections are no modules of their own, a copy that computes the same by such modules,
-    of the same weights.
+    """The model itself, if its projections are modules. Otherwise a copy with the same weights whose projections are.
 
-    They are none in a `torch.nn.TransformerEncoder` without a plan.
+    They are not modules in a `torch.nn.TransformerEncoder` without a plan.
     """
     stack = find_stack(model)
-    if type(stack.module) is not nn.TransformerEncoder or applied_to(model):
+    if type(stack.module) is not nn.TransformerEncoder or applied_plans(model):
         return model
     return apply(copy_with_same_weights(model), ReusePlan.full(len(stack.layers)))
 
 
-def _demand(plan: ReusePlan, published: Sequence[int]) -> MapCounts:
+def _map_counts(plan: ReusePlan, published: Sequence[int]) -> MapCounts:
     spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
     heads = {layer: published[layer] for layer in spans}
     alive = [
@@ -146,35 +174,37 @@ def _demand(plan: ReusePlan, published: Sequence[int]) -> MapCounts:
 
 
 def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook of the stack: every pass carries maps of its own."""
-    applied: Applied = module._map_reuse  # type: ignore[assignment]
+    """Forward pre-hook of the stack: make the `SharedMaps` of this pass."""
+    applied: AppliedPlan = module._map_reuse  # type: ignore[assignment]
     given = dict(zip(applied.parameter_names, args, strict=False)) | kwargs
     refuse_cache(module, given, allowed=ENCODER_STATES if applied.cross_attends else None)
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):
-        raise Unsupported(f"{type(module).__name__} makes masks for {implementation!r}; use 'sdpa' or 'eager'")
+        raise Unsupported(
+            f"{type(module).__name__} makes masks for {implementation!r}; call set_attn_implementation('sdpa')"
+        )
     kwargs = dict(kwargs)
     if "use_cache" in applied.parameter_names:
         if given.get("use_cache"):
             raise ValueError(
-                f"{type(module).__name__} reuses attention maps and keeps no cache: "
-                "call it with use_cache=False, without generate()"
+                f"{type(module).__name__} shares attention maps and keeps no cache; call it with use_cache=False, "
+                "and without generate()"
             )
         if given.get("use_cache") is None:
-            kwargs["use_cache"] = False  # a decoder would make a cache of its own accord
+            kwargs["use_cache"] = False  # otherwise a decoder would make a cache
     maps = SharedMaps(
         storage=applied.storage,
-        counts=applied.demand,
+        counts=applied.counts,
         budget=applied.memory_budget,
         retain=torch.is_grad_enabled(),
         differentiable=torch.is_grad_enabled(),
         output_attentions=bool(given.get("output_attentions", getattr(config, "output_attentions", False))),
     )
-    return args, kwargs | {ARGUMENT: maps}
+    return args, kwargs | {MAPS_ARGUMENT: maps}
 
 
 def _close_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of the stack: maps live as long as what the pass gave."""
+    """Forward hook of the stack: the maps live as long as the output of the pass."""
     if not torch.compiler.is_compiling():
-        kwargs[ARGUMENT].close(output)
+        kwargs[MAPS_ARGUMENT].close(output)

@@ -1,10 +1,8 @@
-"""The change of one attention module: projections cut down and reordered, and its forward replaced."""
+"""The conversion of one attention module: fewer and reordered projections, and another forward."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,39 +17,31 @@ from mapreuse.models._linear import (
     take_inputs,
     take_outputs,
 )
-from mapreuse.models._sharing import SharingAttention, dispatch_here, sharing_class
+from mapreuse.models._projections import HeadCounts
+from mapreuse.models._sharing_classes import SharingAttention, sharing_class, use_shared_attention
 from mapreuse.models._stack import Layer
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Geometry of one attention module."""
-
-    num_heads: int
-    num_value_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
 class Conversion:
-    """All that is needed to convert one attention module, checked.
+    """What the conversion of one attention module needs; `plan_conversions` has checked it.
 
     Attributes:
         layer: the layer and its attention module.
         adapter: how modules of its class are converted.
-        heads: its geometry.
+        heads: its numbers of heads.
         layout: its part of the plan.
-        output: the projection that its context passes through, whose columns follow the order of the heads.
+        output: the output projection; its columns follow the order of the heads.
     """
 
     layer: Layer
     adapter: Adapter
-    heads: Heads
+    heads: HeadCounts
     layout: LayerLayout
     output: nn.Module | None
 
 
-def convert(conversion: Conversion) -> None:
+def convert_attention(conversion: Conversion) -> None:
     """Make one attention module follow its layout, in place."""
     attention, adapter, layout = conversion.layer.attention, conversion.adapter, conversion.layout
     form, dim = adapter.form, conversion.heads.head_dim
@@ -79,13 +69,13 @@ def convert(conversion: Conversion) -> None:
     if isinstance(attention, SharingAttention):
         return
     if mixin is None:
-        dispatch_here(attention)
+        use_shared_attention(attention)
     else:
         attention.__class__ = sharing_class(mixin, type(attention))  # type: ignore[arg-type]
 
 
 def _take_fused(conversion: Conversion, own: Sequence[int]) -> None:
-    """Of queries, keys and values made by one projection, keep those of the heads that compute, and all values."""
+    """Of a fused projection, keep the queries and keys of the heads that compute, and all values."""
     layout, dim = conversion.layout, conversion.heads.head_dim
     width = conversion.heads.num_heads * dim
     own_rows = head_rows(own, dim)
@@ -121,23 +111,3 @@ def _keep_heads(conversion: Conversion, own: Sequence[int]) -> None:
                 optimized = isinstance(module, OptimizedLinear)
                 subset = OptimizedHeadSubsetLinear if optimized else HeadSubsetLinear
                 setattr(attention, attribute, subset(module, rows))
-
-
-@contextmanager
-def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put every module of a model back as it was, hooks included, if changing one of them fails."""
-    saved = []
-    for module in model.modules():
-        contents = [(held, dict(held)) for held in vars(module).values() if type(held) in (dict, OrderedDict)]
-        saved.append((module, module.__class__, dict(vars(module)), contents))
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, contents in saved:
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for held, content in contents:  # in place: whoever removes a hook looks into the same dictionary
-                held.clear()
-                held.update(content)
-        raise

@@ -1,4 +1,4 @@
-"""Models that reuse maps, on disk: safetensors and JSON, never pickle."""
+"""Save and load models with shared maps: safetensors and JSON, no pickle."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mapreuse.models._apply import applied_to, apply, refuse_save_pretrained
+from mapreuse.models._apply import applied_plans, apply, refuse_save_pretrained
 from mapreuse.plan import ReusePlan
 
 _FORMAT = "mapreuse"
-_VERSIONS = (1, 2)
-"""What can be read; the last is written. The first had the heads of plans that speak of heads in another order."""
+_VERSIONS = (1, 2, 3)
+"""Versions of the format that `load` reads. `save` writes the last one.
+
+Version 1 ordered the heads of plans with head assignments differently. Versions 1 and 2 called the storage "strategy".
+"""
 _CONFIG = "config.json"
 _WEIGHTS = "mapreuse.safetensors"
 _MODELS = "transformers.models."
@@ -42,31 +45,34 @@ _OPTIONAL = {
 
 
 def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a model, its plans included, to the directory `path`: `config.json` and `mapreuse-….safetensors`.
+    """Write a model and its plans to the directory `path`, as `config.json` and `mapreuse-….safetensors`.
 
-    The names keep a plain `from_pretrained` from opening the directory: it finds no weights that it knows, rather
-    than fill the projections that were removed with random numbers. For the same reason a directory that holds
-    `transformers`' own weights is refused. A directory that is there already keeps its other
-    files (a tokenizer, say), and its old model until the new one is complete: the weights are named by their
-    checksum, and replacing `config.json`, which names them, is the one step that makes them the directory's model.
+    Under these names, `from_pretrained` finds no weights and raises an error. Under its own names, it would fill the
+    removed projections with random numbers. For the same reason, a directory with weights of `transformers` is
+    refused. Other files in the directory, such as a tokenizer, are kept. An interrupted save leaves the previous
+    model intact: the weights are named by their checksum, and `config.json`, which names them, is replaced last.
 
     Args:
-        model: a `transformers` model, with or without a plan in force.
-        path: the directory.
-        dtype: floating-point type on disk (`torch.float16` halves the file); the model's own if None.
-            `load` restores the model's own type.
+        model: a `transformers` model, with or without a plan.
+        path: the directory. It is created if it does not exist.
+        dtype: floating-point type of the stored weights, such as `torch.float16`; None to keep those of the model.
+            `load` converts the weights back to the types of the model.
 
     Raises:
-        ValueError: where the model, its directory or the type cannot be served; nothing is written then.
+        ValueError: if the model cannot be saved, the type is not a floating-point type, or the directory holds other
+            weights. Nothing is written.
     """
     cls = type(model)
     if not isinstance(model, PreTrainedModel) or not cls.__module__.startswith(_MODELS):
-        raise ValueError(f"only a whole model that transformers defines can be saved, got {cls.__name__}")
+        raise ValueError(
+            f"only a whole model of a class that transformers defines can be saved, got {cls.__name__}; save the "
+            "transformers model inside it"
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"weights are stored as floating-point numbers, such as torch.float16, not as {dtype!r}")
+        raise ValueError(f"dtype must be a floating-point type, such as torch.float16, or None, got {dtype!r}")
     path = Path(path)
     if foreign := sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern)):
-        raise ValueError(f"{path} holds another model's weights ({foreign[0]}); save to a directory of its own")
+        raise ValueError(f"{path} holds another model's weights ({foreign[0]}); save to another directory")
     stored, description = dict(_stored_tensors(model)), _describe(path, model)
     _check_rebuilt(path, stored, description)
     path.mkdir(parents=True, exist_ok=True)
@@ -85,12 +91,13 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
 
 
 def load(path: str | Path) -> PreTrainedModel:
-    """The model that `save` wrote to `path`, bit for bit, in evaluation mode.
+    """Open the model that `save` wrote to `path`, in evaluation mode. Its weights are the same bit for bit.
 
-    Of a sentence-transformers directory it is the transformer, its first module.
+    Args:
+        path: the directory. In a sentence-transformers directory, this opens the transformer, its first module.
 
     Raises:
-        ValueError: in one line, where the directory is not such a model, or is damaged.
+        ValueError: if the directory is not a saved model, or is damaged.
     """
     path = transformer_directory(path)
     config = _read_config(path)
@@ -104,82 +111,126 @@ def load(path: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrainedModel:
-    """The model that `config` describes, its plans applied, with meaningless weights."""
-    model = _build(path, config, device)
-    for reuse in config.get("reuse", []):
-        try:
-            plan = ReusePlan.from_json(json.dumps(reuse["plan"]))
-            budget = reuse.get("memory_budget")
-            stack = model.get_submodule(reuse["stack"])
-            apply(stack, plan, storage=str(reuse["storage"]), memory_budget=None if budget is None else int(budget))
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its plan does not fit {config['class']}: {_one_line(error)}") from None
-        if config["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
-            raise ValueError(f"{path}: heads were in another order in format version 1; convert the original again")
-    for name in config.get("absent", []):
-        parent, _, last = str(name).rpartition(".")
-        try:
-            model.get_submodule(name)
-            setattr(model.get_submodule(parent), last, None)
-        except AttributeError:
-            raise ValueError(
-                f"{path}: {_CONFIG} says that {name!r} is absent, which {config['class']} lacks"
-            ) from None
-    if applied_to(model):
-        refuse_save_pretrained(model)
-    return model
-
-
 def transformer_directory(path: str | Path) -> Path:
-    """Where in a sentence-transformers directory its transformer lies; any other directory as it is.
+    """The directory of the transformer in a sentence-transformers directory; any other directory as it is.
 
-    Raises `ValueError` where `modules.json` does not say so.
+    Raises:
+        ValueError: if `modules.json` does not name it.
     """
     path = Path(path)
     modules = path / "modules.json"
     if not modules.is_file():
         return path
     try:
-        return path / str(json.loads(modules.read_text(encoding="utf-8"))[0]["path"])
-    except (LookupError, TypeError, ValueError):
-        raise ValueError(f"{modules.name} does not say where its modules lie") from None
+        listed = json.loads(modules.read_text(encoding="utf-8"))
+    except ValueError:
+        listed = None
+    first = listed[0] if isinstance(listed, list) and listed else None
+    if not (isinstance(first, dict) and isinstance(first.get("path"), str)):
+        raise ValueError(f"{modules} does not name the directories of its modules; download the model again")
+    return path / first["path"]
+
+
+def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrainedModel:
+    """The model that `config` describes, with its plans applied and arbitrary weights."""
+    model = _build(path, config, device)
+    modules = dict(model.named_modules())
+    for reuse in config.get("reuse", []):
+        problem = f"{path}: its plan does not fit {config['class']}"
+        entry = reuse if isinstance(reuse, dict) else {}
+        stack, budget = entry.get("stack"), entry.get("memory_budget")
+        storage = entry.get("storage", entry.get("strategy"))
+        if not (isinstance(stack, str) and stack in modules):
+            raise ValueError(f"{problem}: it has no module {stack!r}")
+        if not (isinstance(storage, str) and isinstance(budget, int | None)):
+            raise ValueError(f"{problem}: storage {storage!r} or memory_budget {budget!r} is of a wrong type")
+        try:
+            plan = ReusePlan.from_json(json.dumps(entry.get("plan")))
+            apply(modules[stack], plan, storage=storage, memory_budget=budget)
+        except ValueError as error:
+            raise ValueError(f"{problem}: {_one_line(error)}") from None
+        if config["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
+            raise ValueError(
+                f"{path}: format version 1 stored the heads of this plan in another order; convert the original again"
+            )
+    for name in config.get("absent", []):
+        if not (isinstance(name, str) and name in modules):
+            raise ValueError(f"{path}: {_CONFIG} lists {name!r} as absent, but {config['class']} has no such module")
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, None)
+    if applied_plans(model):
+        refuse_save_pretrained(model)
+    return model
+
+
+def _build(path: Path, config: dict[str, Any], device: str) -> PreTrainedModel:
+    """The model without plans, with the right types and arbitrary weights."""
+    name, module = config["class"], config.get("module", "transformers")
+    if module != "transformers" and not module.startswith(_MODELS):
+        raise ValueError(f"{path}: {module}.{name} is not a model class that transformers defines")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {name!r}")
+    cls: Any = found
+    try:
+        settings = cls.config_class.from_dict(dict(config["config"]))
+        settings._attn_implementation = config.get("attn_implementation", "sdpa")
+        with no_init_weights(), torch.device(device):
+            model = cls(settings)
+        if "generation_config" in config:
+            model.generation_config = GenerationConfig.from_dict(config["generation_config"])
+    except Exception as error:  # transformers raises various exceptions for invalid settings
+        raise ValueError(f"{path}: {_CONFIG} does not describe a {name}: {_one_line(error)}") from error
+    types = {name: _dtype(path, value) for name, value in config.get("dtypes", {}).items()}
+    usual = _dtype(path, config["dtype"])
+    for name, tensor in _floating_tensors(model):
+        tensor.data = tensor.data.to(types.get(name, usual))
+    return model
 
 
 def _check_rebuilt(path: Path, stored: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Raises `ValueError` where `load` could not fill the model that it makes of `description` with these tensors."""
+    """Raise `ValueError` if `load` could not fill the model that `description` describes with these tensors."""
     name = description["class"]
     if empty := [key for key, tensor in stored.items() if tensor.is_meta]:
-        raise ValueError(f"{empty[0]} of this {name} is on the meta device and holds no numbers; load weights first")
-    wanted = _places(_rebuilt(path, description, "meta"), stored)
-    shapes = [
-        f"{key} is {tuple(stored[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in stored.keys() & wanted.keys()
-        if stored[key].shape != wanted[key].shape
-    ]
-    lacking = [f"{key} is missing" for key in wanted.keys() - stored.keys()]
-    added = [f"{key} is not part of it" for key in stored.keys() - wanted.keys()]
-    if differences := [*sorted(lacking), *sorted(added), *sorted(shapes)]:
+        raise ValueError(f"{empty[0]} of this {name} is on the meta device and has no data; load its weights first")
+    expected = _destinations(_rebuilt(path, description, "meta"), stored)
+    if differences := _differences(stored, expected):
         more = f" and {len(differences) - 3} others" if len(differences) > 3 else ""
         raise ValueError(
-            f"this {name} cannot be saved: it is not the one that its configuration describes, and load would refuse "
-            f"it: {'; '.join(differences[:3])}{more}"
+            f"this {name} cannot be saved, because it is not the model that its configuration describes, and load "
+            f"would refuse it: {'; '.join(differences[:3])}{more}"
         )
 
 
-def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """What `config.json` says beside the name and the checksum of the weights, as it will be read.
+def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """How stored tensors differ from the expected ones, in names and shapes."""
+    missing = [f"{key} is missing" for key in expected.keys() - stored.keys()]
+    extra = [f"{key} is not part of it" for key in stored.keys() - expected.keys()]
+    shapes = [
+        f"{key} is {tuple(stored[key].shape)}, not {tuple(expected[key].shape)}"
+        for key in stored.keys() & expected.keys()
+        if stored[key].shape != expected[key].shape
+    ]
+    return [*sorted(missing), *sorted(extra), *sorted(shapes)]
 
-    Raises `ValueError` where that cannot be written as JSON, or describes no model.
+
+def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """The contents of `config.json`, without name and checksum of the weights.
+
+    Raises:
+        ValueError: if the configuration cannot be written as JSON, or describes no model.
     """
     reuse = [
         {
-            "stack": path,
+            "stack": stack,
             "storage": applied.storage,
             "memory_budget": applied.memory_budget,
             "plan": json.loads(applied.plan.to_json()),
         }
-        for path, applied in applied_to(model).items()
+        for stack, applied in applied_plans(model).items()
     ]
     config = {
         "model_type": _FORMAT,
@@ -196,16 +247,17 @@ def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
     if (generation := getattr(model, "generation_config", None)) is not None:
         config["generation_config"] = generation.to_dict()
     try:
-        config = json.loads(json.dumps(config))
+        text = json.dumps(config)
     except TypeError as error:
         name = config["class"]
         raise ValueError(f"the configuration of this {name} cannot be written as JSON: {_one_line(error)}") from None
+    config = json.loads(text)
     absent = list(_absent(model, _rebuilt(path, config, "meta")))
     return config | {"absent": absent} if absent else config
 
 
 def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
-    """Modules that a model is described with and has None for, such as the pooler after `add_pooling_layer=False`."""
+    """Modules of `described` that are None in the model, such as the pooler under `add_pooling_layer=False`."""
     modules = dict(model.named_modules())
     for name in sorted(dict(described.named_modules()).keys() - modules.keys()):
         parent, _, last = name.rpartition(".")
@@ -213,65 +265,33 @@ def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _build(path: Path, config: dict[str, Any], device: str) -> PreTrainedModel:
-    """The model before any plan, in the right types, with meaningless weights."""
-    name, module = config["class"], config.get("module", "transformers")
-    if module != "transformers" and not module.startswith(_MODELS):
-        raise ValueError(f"{path}: {module}.{name} is not a model that transformers defines")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        found = None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {name!r}")
-    cls: Any = found
-    try:
-        settings = cls.config_class.from_dict(dict(config["config"]))
-        settings._attn_implementation = config.get("attn_implementation", "sdpa")
-        with no_init_weights(), torch.device(device):
-            model = cls(settings)
-        if "generation_config" in config:
-            model.generation_config = GenerationConfig.from_dict(config["generation_config"])
-        types = {name: _dtype(value) for name, value in config.get("dtypes", {}).items()}
-        usual = _dtype(config["dtype"])
-    except Exception as error:
-        # What a model's constructor raises on settings that do not make sense is not documented anywhere.
-        raise ValueError(f"{path}: {_CONFIG} does not describe a {name}: {_one_line(error)}") from None
-    for name, tensor in _floating_tensors(model):
-        tensor.data = tensor.data.to(types.get(name, usual))
-    return model
-
-
 def _fill(model: PreTrainedModel, weights: Path) -> None:
-    """Give a model the weights of a file that holds these and no others."""
-    name = type(model).__name__
+    """Copy the weights of a file to a model. The file must hold exactly the weights of the model."""
     try:
         stored = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a safetensors file: {_one_line(error)}") from None
-    wanted = _places(model, stored)
-    if stored.keys() != wanted.keys():
-        odd = sorted(stored.keys() ^ wanted.keys())
-        raise ValueError(f"{weights} does not hold the weights of this {name}: {odd[0]} and {len(odd) - 1} others")
-    for key, tensor in wanted.items():
-        if tensor.shape != stored[key].shape:
-            shapes = f"{tuple(stored[key].shape)}, not {tuple(tensor.shape)}"
-            raise ValueError(f"{weights} does not hold the weights of this {name}: {key} is {shapes}")
-    for key, tensor in wanted.items():
-        tensor.data = stored[key].to(tensor.dtype, copy=True)  # the file's own pages would change with the file
+    destinations = _destinations(model, stored)
+    if differences := _differences(stored, destinations):
+        more = f" and {len(differences) - 1} others" if len(differences) > 1 else ""
+        raise ValueError(
+            f"{weights} does not hold the weights of this {type(model).__name__}: {differences[0]}{more}"
+        )
+    for key, tensor in destinations.items():
+        tensor.data = stored[key].to(tensor.dtype, copy=True)  # without a copy, the model would change with the file
 
 
-def _places(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are to be filled with those stored, by name; what was tied is tied again."""
-    wanted = dict(_stored_tensors(model))
-    if stored.keys() != wanted.keys():
-        model.tie_weights()  # a model that is built without initialisation has nothing tied yet
-        wanted = dict(_stored_tensors(model))
-    return wanted
+def _destinations(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model that stored ones belong to, by name. Tied tensors are tied first."""
+    tensors = dict(_stored_tensors(model))
+    if stored.keys() != tensors.keys():
+        model.tie_weights()  # a model built without initialisation has no tied tensors yet
+        tensors = dict(_stored_tensors(model))
+    return tensors
 
 
 def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers; one that several modules share comes once, under its first name."""
+    """Parameters and persistent buffers. One that several modules share appears once, under its first name."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -280,7 +300,7 @@ def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _floating_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and all buffers that hold floating-point numbers."""
+    """Parameters and all buffers of floating-point types."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():
             yield name, tensor
@@ -304,13 +324,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("model_type") != _FORMAT:
         raise ValueError(f"{path} was not written by mapreuse.save; open it with transformers' from_pretrained")
     if config.get("version") not in _VERSIONS:
-        known = " and ".join(map(str, _VERSIONS))
-        raise ValueError(f"{path}: format version {config.get('version')!r} is not supported, only {known}")
+        raise ValueError(
+            f"{path}: format version {config.get('version')!r} is not supported; this mapreuse reads versions "
+            f"{_VERSIONS[0]} to {_VERSIONS[-1]}"
+        )
     for name, kind in (_FIELDS | _OPTIONAL).items():
         if name in _FIELDS and name not in config:
-            raise ValueError(f"{file} lacks {name!r}")
+            raise ValueError(f"{file}: {name!r} is missing")
         if name in config and not isinstance(config[name], kind):
-            raise ValueError(f"{file}: {name!r} is {config[name]!r}, not a {kind.__name__}")
+            raise ValueError(f"{file}: {name!r} must be a {kind.__name__}, got {config[name]!r}")
     weights = config.get("weights", _WEIGHTS)
     if Path(weights).name != weights:
         raise ValueError(f"{file}: 'weights' must name a file in the same directory, got {weights!r}")
@@ -321,10 +343,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
+def _dtype(path: Path, name: object) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{name!r} is not a floating-point type")
+        raise ValueError(f"{path / _CONFIG}: {name!r} is not a floating-point type")
     return dtype
 
 

@@ -1,4 +1,4 @@
-"""Attentions that make queries, keys and values with one projection: ModernBERT and GPT-2."""
+"""ModernBERT and GPT-2: one projection makes queries, keys and values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 from mapreuse.maps import Scores
 from mapreuse.models._adapters import Adapter, register_attention
 from mapreuse.models._reading import AttentionForm
-from mapreuse.models._sharing import ComputingAttention, make_scores
+from mapreuse.models._runtime import make_scores
+from mapreuse.models._sharing_classes import ComputingAttention
 from mapreuse.models._source import Unsupported
 
 
 class FusedComputing(ComputingAttention):
-    """Queries, keys and values from one projection, `_form.value`, as three blocks in this order."""
+    """The projection `_form.value` makes queries, keys and values, as three blocks in this order."""
 
     def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys of the heads that compute, values of all."""
+        """Queries and keys of the heads that compute, and values of all heads."""
         fused = getattr(self, self._form.value)(hidden_states)
         own = self._layout.computing * self.head_dim
         query, key, values = fused.split([own, own, fused.shape[-1] - 2 * own], dim=-1)
@@ -63,6 +64,6 @@ def _modernbert(module: nn.Module) -> Adapter:
 @register_attention("GPT2Attention", "2c4ecea331d8", "08ea3ecc8853")
 def _gpt2(module: nn.Module) -> Adapter:
     if module.reorder_and_upcast_attn:
-        raise Unsupported("GPT2Attention: reorder_and_upcast_attn=True takes a path of its own")
+        raise Unsupported("GPT2Attention: reorder_and_upcast_attn=True is not supported; load the model with False")
     form = AttentionForm((), (), "c_attn", ("c_proj", "resid_dropout"), "attn_dropout.p")
     return Adapter(form, _GPT2Computing, fused="c_attn")

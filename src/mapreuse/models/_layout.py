@@ -1,4 +1,4 @@
-"""A layer's part of a plan, worked out once: the order of its heads and the products that make its context."""
+"""A layer's part of a plan: the order of its heads and the products that make its context."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from mapreuse.plan import ReusePlan
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """How one attention module makes its context under a plan.
+    """How an attention module makes its context under a plan.
 
-    The heads of a planned layer are put in the order in which their context is computed: first the heads that
-    compute, those that later layers apply before the others, so that only their part of the map is handed on; then
-    those that reuse, by source layer and source head, so that heads that share a source head lie side by side and one
-    wider product serves them. The order is folded into the weights: heads of values and contexts are permuted nowhere
-    at run time, and heads of a map only where products for all heads at once are faster, which short maps are.
+    A layer orders its heads as their contexts are computed. First come the heads that compute: those whose maps later
+    layers apply, then the others, so that the layer publishes a contiguous part of its map. Then come the heads that
+    reuse, by source layer and source head, so that heads with the same source head are neighbours and share one wider
+    product. The weights are permuted accordingly, once. At run time, no values or contexts are permuted, and maps
+    only if one product for all heads is faster, as for short maps.
 
     Attributes:
         layer: index of the layer in its stack.
-        num_heads: heads of the layer.
+        num_heads: number of heads of the layer.
         order: for each slot of the context, the original head.
-        computing: how many of the first slots compute their own map.
-        keys: for each computing slot, the key head it meets, numbered among those that the layer keeps.
+        computing: number of slots that compute their own map; they come first.
+        keys: for each computing slot, the index of its key head among those that the layer keeps.
         key_heads: the original key heads that the layer keeps.
-        own_values: for each computing slot, the head of the values it meets.
-        value_order: for each head of the values, the original head (grouped-query values keep theirs).
+        own_values: for each computing slot, the index of its head of the values.
+        value_order: for each head of the values, the original head (grouped-query values keep their order).
         parts: for each source layer, the pairs (head of the source's map, head of the values) of its slots.
-        published: how many of the first slots have a map that later layers apply.
-        releases: the layers whose maps this layer is the last to read.
+        published: number of slots whose maps later layers apply; they come first.
+        releases: the source layers whose last reader is this layer.
     """
 
     layer: int
@@ -47,23 +47,28 @@ class LayerLayout:
 
     @property
     def reorders(self) -> bool:
-        """True where the heads of the context are in another order than the original."""
+        """True if the heads of the context are not in their original order."""
         return self.order != tuple(range(self.num_heads))
 
 
 def lay_out(
     plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, separable: Sequence[bool]
 ) -> LayerLayout:
-    """The layout of `layer` under `plan`, for queries of `num_heads` and keys and values of `num_value_heads`.
+    """The layout of `layer` under `plan`.
 
-    `separable` tells of every layer whether its heads can compute in any order; one that can't and computes all of
-    its heads keeps theirs, and hands on the whole map where one of them is applied.
+    Args:
+        plan: the plan.
+        layer: index of the layer.
+        num_heads: number of heads of the queries.
+        num_value_heads: number of heads of the keys and values.
+        separable: for each layer, whether its heads can compute in any order. A layer that is not separable and
+            computes all its heads keeps their order, and publishes its whole map if any head of it is applied.
     """
     heads = plan.heads(layer, num_heads)
     own, published = _computing(plan, layer, num_heads, separable[layer])
-    reusing = sorted(
+    reusing = sorted(  # by source layer, source head and own number
         (source, head) for head, source in enumerate(heads) if source is not None
-    )  # by source layer, source head, then own number
+    )
     order = (*own, *(head for _, head in reusing))
     group = num_heads // num_value_heads
     grouped = group > 1
@@ -90,7 +95,7 @@ def lay_out(
 
 
 def _computing(plan: ReusePlan, layer: int, num_heads: int, separable: bool) -> tuple[tuple[int, ...], int]:
-    """The heads that compute, in their order, and how many of the first are handed on."""
+    """The heads that compute, in their order, and how many of them are published; those come first."""
     own = [head for head, source in enumerate(plan.heads(layer, num_heads)) if source is None]
     applied = {
         source_head

@@ -1,4 +1,4 @@
-"""How maps travel through modules that pass no keyword arguments on: borne by copies made for one call."""
+"""Passes maps through modules that do not pass keyword arguments on: copies made for one call hold them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mapreuse.maps import SharedMaps
-from mapreuse.models._sharing import BORNE, sharing_class
+from mapreuse.models._runtime import INJECTED_MAPS
+from mapreuse.models._sharing_classes import sharing_class
 from mapreuse.models._source import Unsupported
 
 _Paths = dict[str, Any]
@@ -17,13 +18,12 @@ _Paths = dict[str, Any]
 
 
 class MapInjection(nn.Module):
-    """Mixed into the class of a stack whose modules have no way of handing maps on.
+    """A mixin for the class of a stack whose modules cannot pass maps on.
 
-    The forward of every call runs on copies of the modules from the stack down to each attention, which share all
-    but the dictionary of their children with the originals: the copies of the attention modules hold the maps. So
-    the original forwards run as they are written, parameters and hooks are the model's own, and nothing is left on
-    it that two threads could confuse. `torch.compile` leaves the stack as it is, and refuses where it is to compile
-    whole (`fullgraph=True`); `torch.export` is refused.
+    Each call runs on shallow copies of the modules from the stack down to the attention modules. Only their
+    dictionaries of children are their own. The copies of the attention modules hold the maps. The original forwards
+    run unchanged on the model's own parameters and hooks, and as nothing is stored on the model, threads do not
+    interfere. `torch.compile` skips such a stack and refuses it under `fullgraph=True`; `torch.export` refuses it.
     """
 
     _paths: _Paths
@@ -31,15 +31,15 @@ class MapInjection(nn.Module):
     def forward(self, *args: Any, attention_maps: SharedMaps | None = None, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise Unsupported(
-                f"{type(self).__name__}: its modules pass no keyword arguments on, so maps are handed to them in a "
-                "way that torch.compile and torch.export cannot follow; run it as it is"
+                f"{type(self).__name__}: its modules pass no keyword arguments on, and torch.compile and torch.export "
+                "cannot follow how they receive attention maps; run it without compilation"
             )
-        bearer: Any = _bearer(self, self._paths, attention_maps)
-        return super(MapInjection, bearer).forward(*args, **kwargs)
+        copied: Any = _copy_with_maps(self, self._paths, attention_maps)
+        return super(MapInjection, copied).forward(*args, **kwargs)
 
 
 def inject_maps(stack: Any, paths: Iterable[str]) -> None:
-    """Make a stack bear maps to the attention modules at these paths inside it."""
+    """Make a stack pass maps to the attention modules at these paths."""
     tree: _Paths = {}
     for path in paths:
         branch = tree
@@ -49,12 +49,12 @@ def inject_maps(stack: Any, paths: Iterable[str]) -> None:
     stack.__class__ = sharing_class(MapInjection, type(stack))  # type: ignore[arg-type]
 
 
-def _bearer(module: nn.Module, paths: _Paths, maps: SharedMaps | None) -> nn.Module:
-    bearer = object.__new__(type(module))
-    bearer.__dict__.update(module.__dict__)
+def _copy_with_maps(module: nn.Module, paths: _Paths, maps: SharedMaps | None) -> nn.Module:
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
     if paths:
-        borne = {name: _bearer(module.get_submodule(name), inner, maps) for name, inner in paths.items()}
-        bearer.__dict__["_modules"] = module._modules | borne
+        children = {name: _copy_with_maps(module.get_submodule(name), rest, maps) for name, rest in paths.items()}
+        copied.__dict__["_modules"] = module._modules | children
     else:
-        bearer.__dict__[BORNE] = maps
-    return bearer
+        copied.__dict__[INJECTED_MAPS] = maps
+    return copied

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, channels_last, compiler, float32, is_grad_enabled, nn
 from torch.nn import functional
 
 from mapreuse.models._linear import OPTIMIZED, linear
-
-Model = TypeVar("Model", bound=nn.Module)
+from mapreuse.models._snapshots import Model
 
 _CONFORMER = ("pointwise_conv1", "depthwise_conv", "pointwise_conv2")
 

@@ -1,4 +1,4 @@
-"""Parakeet's FastConformer attention: relative positions, without the T×T positional bias."""
+"""Parakeet (FastConformer): relative positions without a T×T positional bias."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mapreuse.maps import RelativePositions, Scores
 from mapreuse.models._adapters import Adapter, register_attention
 from mapreuse.models._reading import AttentionForm
-from mapreuse.models._sharing import ComputingAttention
+from mapreuse.models._sharing_classes import ComputingAttention
 from mapreuse.models._source import Unsupported
 
 
@@ -25,7 +25,7 @@ class _ParakeetComputing(ComputingAttention):
         query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
         assert position_embeddings is not None
         if self.config.dropout_positions == 0.0 or not self.training:
-            position_embeddings = position_embeddings[:1]  # one for the whole batch, unless dropout made them differ
+            position_embeddings = position_embeddings[:1]  # the same for all items, except under dropout
         scores = Scores(
             query=query + self.bias_u[:, None],
             key=key,
@@ -42,7 +42,7 @@ class _ParakeetComputing(ComputingAttention):
 @register_attention("ParakeetEncoderAttention", "332d3b922a29", "94b7e854896c")
 def _parakeet(module: nn.Module) -> Adapter:
     if module.num_key_value_groups != 1:
-        raise Unsupported("ParakeetEncoderAttention: grouped keys and values (num_key_value_heads) are not served")
+        raise Unsupported("ParakeetEncoderAttention: grouped keys and values (num_key_value_heads) are not supported")
     form = AttentionForm(
         query=("q_proj", "bias_u", "bias_v"),
         key=("k_proj", "relative_k_proj"),

@@ -1,8 +1,9 @@
-"""The values of a layer, planned or not: the part of a projection that makes them, head by head."""
+"""The value and output projections of a layer, head by head, with or without a plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,22 +11,62 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.models._adapters import adapter_of
-from mapreuse.models._checks import heads_of
-from mapreuse.models._reading import HEAD_DIM
-from mapreuse.models._stack import Layer
+from mapreuse.models._adapters import Adapter, adapter_of
+from mapreuse.models._linear import is_plain_linear
+from mapreuse.models._reading import HEAD_DIM, AttentionForm
+from mapreuse.models._source import Unsupported
+from mapreuse.models._stack import Layer, feeds_output
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """Numbers of heads of an attention module, and their width."""
+
+    num_heads: int
+    num_value_heads: int
+    head_dim: int
+
+
+def count_heads(name: str, attention: nn.Module, adapter: Adapter) -> HeadCounts:
+    """The head counts of an attention module without a plan, from the shapes of its projections.
+
+    Raises:
+        Unsupported: if the shapes do not determine them. The message starts with `name`.
+    """
+    named = (getattr(attention, name, None) for name in HEAD_DIM)
+    head_dim = adapter.head_dim or next((dim for dim in named if isinstance(dim, int)), None)
+    if head_dim is None:
+        raise Unsupported(f"{name} names no head dimension (expected one of {', '.join(HEAD_DIM)})")
+    value = _num_outputs(attention.get_submodule(adapter.form.value))
+    if adapter.fused is not None:
+        return HeadCounts(value // 3 // head_dim, value // 3 // head_dim, head_dim)
+    projections = [attention._modules.get(attribute) for attribute in adapter.form.query]
+    queries = [_num_outputs(module) for module in projections if isinstance(module, nn.Linear | Conv1D)]
+    if not queries:
+        raise Unsupported(f"{name}: no query projection was found in {adapter.form.query}")
+    num_heads, remainder = divmod(queries[0], head_dim)
+    num_value_heads, value_remainder = divmod(value, head_dim)
+    if remainder or value_remainder or num_heads % num_value_heads:
+        raise Unsupported(
+            f"{name}: queries of width {queries[0]} and values of width {value} do not make heads of {head_dim}"
+        )
+    return HeadCounts(num_heads, num_value_heads, head_dim)
+
+
+def _num_outputs(projection: nn.Module) -> int:
+    return projection.nf if isinstance(projection, Conv1D) else projection.out_features  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class ValueProjection:
-    """The last `num_heads · head_dim` outputs of a projection: the values of a layer.
+    """The values of a layer: the last `num_heads · head_dim` outputs of a projection.
 
         values[h] = x W[h]ᵀ + b[h]
 
     Attributes:
-        module: the projection; queries and keys may come before values among its outputs.
-        num_heads: heads of the values, fewer than those of the maps where heads share them.
-        head_dim: width of one head.
+        module: the projection. Queries and keys may come before the values.
+        num_heads: heads of the values; fewer than those of the maps under grouped-query attention.
+        head_dim: width of a head.
     """
 
     module: nn.Linear | Conv1D
@@ -35,7 +76,7 @@ class ValueProjection:
     def __call__(
         self, hidden_states: Float[Tensor, "batch positions width"]
     ) -> Float[Tensor, "batch heads positions head_dim"]:
-        """Values of the inputs of an attention module."""
+        """The values for inputs of the attention module."""
         values = functional.linear(hidden_states, self._rows(), self._row_bias())
         return values.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
@@ -46,13 +87,13 @@ class ValueProjection:
 
     @property
     def bias(self) -> Float[Tensor, "heads head_dim"] | None:
-        """b, detached, or None where there is none."""
+        """b, detached, or None."""
         bias = self._row_bias()
         return None if bias is None else bias.detach().unflatten(0, (self.num_heads, self.head_dim))
 
     @torch.no_grad()
     def assign(self, weight: Float[Tensor, "heads head_dim width"]) -> None:
-        """Replaces W in place."""
+        """Replace W in place."""
         self._rows().copy_(weight.flatten(0, 1))
 
     def _rows(self) -> Float[Tensor, "outputs width"]:
@@ -64,16 +105,43 @@ class ValueProjection:
 
 
 def value_projection(layer: Layer) -> ValueProjection:
-    """The value projection of a layer. Raises `Unsupported` where its attention is not understood."""
-    attention = layer.attention
-    form = vars(attention).get("_form")
-    if form is None:
-        adapter = adapter_of(attention)
-        heads = heads_of(type(attention).__name__, attention, adapter)
-        return ValueProjection(
-            attention.get_submodule(adapter.form.value),
-            heads.num_value_heads,
-            heads.head_dim,
-        )
-    head_dim = next(getattr(attention, name) for name in HEAD_DIM if isinstance(getattr(attention, name, None), int))
-    return ValueProjection(attention.get_submodule(form.value), attention._num_value_heads, head_dim)  # type: ignore[arg-type]
+    """The value projection of a layer, with or without a plan.
+
+    Raises:
+        Unsupported: if the class of its attention cannot share maps.
+    """
+    attention: Any = layer.attention
+    if (form := vars(attention).get("_form")) is not None:
+        dims = (getattr(attention, name, None) for name in HEAD_DIM)
+        head_dim = next(dim for dim in dims if isinstance(dim, int))
+        return ValueProjection(attention.get_submodule(form.value), attention._num_value_heads, head_dim)
+    adapter = adapter_of(attention)
+    counts = count_heads(type(attention).__name__, attention, adapter)
+    return ValueProjection(attention.get_submodule(adapter.form.value), counts.num_value_heads, counts.head_dim)
+
+
+def output_projection(layer: Layer) -> nn.Linear | Conv1D:
+    """The projection that the context of a layer passes through, inside its attention or next to it (BERT).
+
+    Raises:
+        Unsupported: if no plain projection follows directly after the context.
+    """
+    form = vars(layer.attention).get("_form") or adapter_of(layer.attention).form
+    projection = find_output_projection(layer, form)
+    if projection is None:
+        raise Unsupported(f"{type(layer.attention).__name__}: no plain output projection directly after its context")
+    return projection
+
+
+def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Conv1D | None:
+    """The same, or None if there is no such projection."""
+    for attribute in form.output:
+        module = layer.attention.get_submodule(attribute)
+        if isinstance(module, nn.Linear | Conv1D):
+            return module
+        if not isinstance(module, nn.Dropout | nn.Identity):
+            return None
+    if form.output or not feeds_output(layer):
+        return None
+    beside = layer.parent.get_submodule("output.dense")
+    return beside if isinstance(beside, nn.Linear | Conv1D) and is_plain_linear(beside) else None

@@ -1,8 +1,8 @@
-"""Reads the forward of an attention class: which projections make queries, keys, values and output.
+"""Reads the forward of an attention class: which projections make queries, keys, values and outputs.
 
-`transformers` writes almost every attention module to one pattern: project, call `attention_interface`, project out.
-Reading the pattern from the source, rather than trusting attribute names, serves every class that follows it and
-refuses, with the reason, every class that does not, one whose forward has changed included.
+Almost all attention modules of `transformers` follow one pattern: project, call `attention_interface`, project out.
+This reads the pattern from the source code and does not rely on attribute names. It supports every class that follows
+the pattern and refuses all others with the reason, including classes whose forward has changed.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from torch import nn
 
-from mapreuse.models._source import Unsupported, calls_with_kwargs, forward_of, self_attributes
+from mapreuse.models._source import Unsupported, calls_with_kwargs, definition_of, forward_of, self_attributes
 
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-"""Names under which attention modules keep the width of one head."""
+"""Names under which attention modules store the width of a head."""
 
 _CALL = "attention_interface"
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -44,25 +43,25 @@ CACHES = (
     "key_value_states",
     "encoder_hidden_states",
 )
-"""Arguments that hold keys and values of another call or of another model; a planned layer refuses them."""
+"""Arguments with keys and values from another call or another model. Layers that share maps refuse them."""
 
 ABSENT = (*CACHES, "is_cross_attention")
-"""Arguments that no planned layer is called with."""
+"""Arguments that are None or False in every call of a layer that shares maps."""
 
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Attribute names of an attention module, by the part they play.
+    """Attribute names of an attention module, by role.
 
     Attributes:
-        query: attributes that make queries, and not values: the projection, norms, biases.
-        key: attributes that make keys, positional keys and biases of the scores, and neither values nor queries.
+        query: attributes that make queries but not values: projection, norms, biases.
+        key: attributes that make keys, positional keys and score biases, but neither values nor queries.
         value: the module that projects values.
         output: the modules that the context passes through, in order.
-        dropout: path of the attribute that holds the dropout probability of the weights, or None.
-        bias: those among `key` that enter the mask or the bias of the scores, for all heads at once.
-        output_dropout: attribute that holds the probability with which the output is dropped at the end, or None.
-        takes_maps: True where the forward hands its keyword arguments to the attention function, maps among them.
+        dropout: path of the attribute with the dropout probability of the attention weights, or None.
+        bias: the attributes in `key` that contribute to the mask or the score bias, for all heads at once.
+        output_dropout: attribute with the dropout probability of the output, or None.
+        takes_maps: True if the forward passes its keyword arguments, including the maps, to the attention function.
     """
 
     query: tuple[str, ...]
@@ -77,20 +76,28 @@ class AttentionForm:
 
 @dataclass(frozen=True)
 class _Step:
-    """One statement of a forward; `certain` unless it stands under a condition that is not known beforehand."""
+    """A statement of a forward. It is `certain` unless it depends on a condition that is unknown beforehand."""
 
     statement: ast.stmt
     certain: bool
 
+    @property
+    def first_line(self) -> str:
+        return ast.unparse(self.statement).splitlines()[0]
+
 
 def read_attention(cls: type[nn.Module]) -> AttentionForm:
-    """The form of an attention class. Raises `Unsupported` where its forward does not follow the pattern."""
+    """The form of an attention class.
+
+    Raises:
+        Unsupported: if its forward does not follow the pattern.
+    """
     return _form(cls, cls.forward)  # type: ignore[arg-type]  # classes are hashable
 
 
 @cache
 def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
-    """Read once for a class and the forward it has: every layer of a model, and every copy, asks again."""
+    """The form of a class with this forward. It is read once; every layer of every copy of a model needs it."""
     function = forward_of(cls)
     before, call, after = _split_at_call(cls, list(_straight_line(function.body, certain=True)))
     arguments = _call_arguments(cls, call)
@@ -100,12 +107,12 @@ def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
     value = _value_projection(cls, values, hidden_states)
     output, output_dropout = _output(cls, call, after)
     kept = self_attributes(values) | set(output)
-    made_from = {name: _with_methods(cls, _made_from(before, argument)) for name, argument in arguments.items()}
-    if value in made_from["query"] | made_from["key"]:
+    origins = {name: _with_methods(cls, _origins(before, argument)) for name, argument in arguments.items()}
+    if value in origins["query"] | origins["key"]:
         raise Unsupported(f"{cls.__name__}: {value} projects queries or keys together with values")
-    query = made_from["query"] - kept
-    bias = (made_from.get("attention_mask", set()) | made_from.get("position_bias", set())) - kept - query
-    key = made_from["key"] - kept - query | bias
+    query = origins["query"] - kept
+    bias = (origins.get("attention_mask", set()) | origins.get("position_bias", set())) - kept - query
+    key = origins["key"] - kept - query | bias
     return AttentionForm(
         query=tuple(sorted(query)),
         key=tuple(sorted(key)),
@@ -132,7 +139,7 @@ def _straight_line(body: Iterable[ast.stmt], *, certain: bool) -> Iterator[_Step
 
 
 def _truth(test: ast.expr) -> bool | None:
-    """The value of a condition where every name in `ABSENT` is None or False; None where that does not decide it."""
+    """The value of a condition if all names in `ABSENT` are None or False; None if that does not determine it."""
     if isinstance(test, ast.Name) and test.id in ABSENT:
         return False
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -155,7 +162,7 @@ def _truth(test: ast.expr) -> bool | None:
 
 
 def _split_at_call(cls: type, steps: list[_Step]) -> tuple[list[_Step], ast.Assign, list[_Step]]:
-    """The steps before the attention, the attention, and the steps after it."""
+    """The steps before the call of the attention function, the call, and the steps after it."""
     calls = [
         index
         for index, step in enumerate(steps)
@@ -166,15 +173,12 @@ def _split_at_call(cls: type, steps: list[_Step]) -> tuple[list[_Step], ast.Assi
     if len(calls) > 1:
         raise Unsupported(f"{cls.__name__}: its forward calls {_CALL} {len(calls)} times, expected once")
     index = calls[0]
-    call = steps[index].statement
+    call, before = steps[index].statement, steps[:index]
     if not (steps[index].certain and isinstance(call, ast.Assign) and isinstance(call.value, ast.Call)):
-        raise Unsupported(f"{cls.__name__}: it does not always call {_CALL}, or not as a step of its own")
-    before = steps[:index]
-    for step in before:
-        if isinstance(step.statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr | ast.Raise | ast.Assert):
-            continue
-        line = ast.unparse(step.statement).splitlines()[0]
-        raise Unsupported(f"{cls.__name__}: unexpected step before attention: {line}")
+        raise Unsupported(f"{cls.__name__}: it does not always call {_CALL}, or not in a statement of its own")
+    expected = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr | ast.Raise | ast.Assert
+    if unexpected := [step.first_line for step in before if not isinstance(step.statement, expected)]:
+        raise Unsupported(f"{cls.__name__}: unexpected step before attention: {unexpected[0]}")
     chosen = " ".join(ast.unparse(value) for names, value in map(_assignment, before) if _CALL in names and value)
     if not re.search(rf"{_REGISTRY}(\.get_interface\(|\[)self\.config\._attn_implementation", chosen):
         raise Unsupported(
@@ -187,17 +191,15 @@ def _call_arguments(cls: type, call: ast.Assign) -> dict[str, ast.expr]:
     assert isinstance(call.value, ast.Call)
     arguments = dict(zip(_ARGUMENTS, call.value.args, strict=False))
     arguments |= {keyword.arg: keyword.value for keyword in call.value.keywords if keyword.arg is not None}
-    unknown = sorted(set(arguments) - _UNDERSTOOD)
-    if unknown:
+    if unknown := sorted(set(arguments) - _UNDERSTOOD):
         raise Unsupported(f"{cls.__name__}: its attention takes {', '.join(unknown)}, which may change the map")
-    missing = [name for name in ("query", "key", "value") if name not in arguments]
-    if missing:
+    if missing := [name for name in ("query", "key", "value") if name not in arguments]:
         raise Unsupported(f"{cls.__name__}: {_CALL} is called without {', '.join(missing)}")
     return arguments
 
 
 def _assignment(step: _Step) -> tuple[set[str], ast.expr | None]:
-    """The names that a step gives a value, and that value; a method called on a name may change it in place."""
+    """The names that a step assigns, and their value. A method call on a name counts, as it may work in place."""
     statement = step.statement
     if isinstance(statement, ast.Assign):
         return set().union(*map(_names, statement.targets)), statement.value
@@ -212,9 +214,9 @@ def _names(expression: ast.expr) -> set[str]:
     return {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)} - {"self"}
 
 
-def _made_from(before: list[_Step], wanted: ast.expr) -> set[str]:
-    """Every attribute of the module that the wanted expression may be made from, backwards through the steps."""
-    expressions, names = [wanted], _names(wanted)
+def _origins(before: list[_Step], expression: ast.expr) -> set[str]:
+    """All attributes of the module that may contribute to an expression, found backwards through the steps."""
+    expressions, names = [expression], _names(expression)
     for step in reversed(before):
         targets, value = _assignment(step)
         if value is None or not targets & names:
@@ -223,7 +225,7 @@ def _made_from(before: list[_Step], wanted: ast.expr) -> set[str]:
         statement = step.statement
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
             if isinstance(value, ast.Call) and "rotary" in ast.unparse(value.func):
-                # Rotary embedding turns queries and keys side by side: each output comes from its own argument.
+                # Rotary embedding rotates queries and keys separately: each output depends on its own argument.
                 elements = statement.targets[0].elts
                 made_from = [arg for arg, t in zip(value.args, elements, strict=False) if _names(t) & names]
         elif step.certain and isinstance(statement, ast.Assign | ast.AnnAssign):
@@ -234,17 +236,13 @@ def _made_from(before: list[_Step], wanted: ast.expr) -> set[str]:
 
 
 def _with_methods(cls: type, names: set[str]) -> set[str]:
-    """These attributes, and those that methods among them mention."""
-    found = set(names)
-    for name in names:
-        method = getattr(cls, name, None)
-        if inspect.isfunction(method):
-            found |= self_attributes(ast.parse(textwrap.dedent(inspect.getsource(method))))
-    return found
+    """These attributes, and those that the methods among them mention."""
+    methods = [getattr(cls, name, None) for name in names]
+    return names.union(*(self_attributes(definition_of(method)) for method in methods if inspect.isfunction(method)))
 
 
 class _Substitute(ast.NodeTransformer):
-    """Puts what each name stands for in its place."""
+    """Replaces names by the expressions that they stand for."""
 
     def __init__(self, known: dict[str, ast.expr]) -> None:
         self.known = known
@@ -259,8 +257,8 @@ class _Substitute(ast.NodeTransformer):
         return self.visit(node.body if holds else node.orelse)
 
 
-def _resolve(wanted: ast.expr, before: list[_Step]) -> ast.expr:
-    """The wanted expression in terms of the forward's arguments; what is uncertain becomes a name in angle brackets.
+def _resolve(expression: ast.expr, before: list[_Step]) -> ast.expr:
+    """An expression in terms of the forward's arguments. Uncertain parts become names in angle brackets.
 
     For example `values.transpose(1, 2)` becomes `self.v_proj(hidden_states).view(*shape, -1, 8).transpose(1, 2)`.
     """
@@ -268,13 +266,13 @@ def _resolve(wanted: ast.expr, before: list[_Step]) -> ast.expr:
     for step in before:
         statement = step.statement
         names, value = _assignment(step)
-        certain = step.certain and value is not None and isinstance(statement, ast.Assign | ast.AnnAssign)
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-        if certain and isinstance(target, ast.Name) and value is not None:
+        plain = isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name)
+        if step.certain and plain and value is not None:
             known[target.id] = _Substitute(known).visit(_copied(value))
             continue
-        known |= {name: ast.Name(f"<{name}, after {ast.unparse(statement).splitlines()[0]}>") for name in names}
-    return _Substitute(known).visit(_copied(wanted))
+        known |= {name: ast.Name(f"<{name}, after {step.first_line}>") for name in names}
+    return _Substitute(known).visit(_copied(expression))
 
 
 def _copied(expression: ast.expr) -> ast.expr:
@@ -282,30 +280,31 @@ def _copied(expression: ast.expr) -> ast.expr:
 
 
 def _check_dimensions(cls: type, before: list[_Step], hidden_states: str) -> None:
-    """Hidden states must be (batch, positions, width), not a grid."""
+    """Hidden states must have the shape (batch, positions, width), not that of a grid."""
     for step in before:
         targets, value = getattr(step.statement, "targets", []), getattr(step.statement, "value", None)
-        if value is not None and ast.unparse(value) in (f"{hidden_states}.shape", f"{hidden_states}.size()"):
-            for target in targets:
-                if isinstance(target, ast.Tuple) and len(target.elts) != 3:
-                    raise Unsupported(
-                        f"{cls.__name__}: its hidden states have {len(target.elts)} dimensions, not "
-                        "(batch, positions, width)"
-                    )
+        if value is None or ast.unparse(value) not in (f"{hidden_states}.shape", f"{hidden_states}.size()"):
+            continue
+        for target in targets:
+            if isinstance(target, ast.Tuple) and len(target.elts) != 3:
+                raise Unsupported(
+                    f"{cls.__name__}: its hidden states have {len(target.elts)} dimensions, expected 3: "
+                    "(batch, positions, width)"
+                )
 
 
 def _inlined(cls: type, expression: ast.expr) -> ast.expr:
-    """A call of a method that only returns an expression, as that expression."""
+    """The body of a method, if the expression calls one that only returns an expression."""
     if not (isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute)):
         return expression
     method = getattr(cls, expression.func.attr, None)
     if ast.unparse(expression.func.value) != "self" or not inspect.isfunction(method) or expression.keywords:
         return expression
-    function = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
+    function = definition_of(method)
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) != len(expression.args) + 1:
         return expression
-    (statement,) = function.body if len(function.body) == 1 else (None,)
-    if not isinstance(statement, ast.Return) or statement.value is None:
+    statement = function.body[0]
+    if len(function.body) != 1 or not isinstance(statement, ast.Return) or statement.value is None:
         return expression
     names = [argument.arg for argument in function.args.args[1:]]
     return _Substitute(dict(zip(names, expression.args, strict=True))).visit(_copied(statement.value))
@@ -313,28 +312,28 @@ def _inlined(cls: type, expression: ast.expr) -> ast.expr:
 
 def _value_projection(cls: type, values: ast.expr, hidden_states: str) -> str:
     """The module `v` of `self.v(hidden_states).view(batch, positions, heads, head_dim).transpose(1, 2)`."""
-    refusal = Unsupported(
+    expression = values
+    shapes: dict[str, list[ast.expr]] = {}
+    order: list[str] = []
+    while isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
+        owner, name = expression.func.value, expression.func.attr.replace("reshape", "view")
+        if isinstance(owner, ast.Name) and owner.id == "self":
+            if (
+                [ast.unparse(argument) for argument in expression.args] == [hidden_states]
+                and not expression.keywords
+                and [step for step in order if step != "contiguous"] == ["transpose", "view"]
+                and [ast.unparse(argument) for argument in shapes["transpose"]] == ["1", "2"]
+                and _splits_heads(shapes["view"])
+            ):
+                return expression.func.attr
+            break
+        order.append(name)
+        shapes[name] = expression.args
+        expression = owner
+    raise Unsupported(
         f"{cls.__name__}: values are computed as {ast.unparse(values)}, not as one projection of {hidden_states}, "
         "reshaped into heads"
     )
-    expression = values
-    steps: list[tuple[str, list[ast.expr]]] = []
-    while isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
-        owner, name = expression.func.value, expression.func.attr
-        if isinstance(owner, ast.Name) and owner.id == "self":
-            if len(expression.args) != 1 or expression.keywords or ast.unparse(expression.args[0]) != hidden_states:
-                raise refusal
-            if [step for step, _ in steps if step != "contiguous"] != ["transpose", "view"]:
-                raise refusal
-            shapes = {step: arguments for step, arguments in steps}
-            if [ast.unparse(argument) for argument in shapes["transpose"]] != ["1", "2"]:
-                raise refusal
-            if not _splits_heads(shapes["view"]):
-                raise refusal
-            return name
-        steps.append((name.replace("reshape", "view"), expression.args))
-        expression = owner
-    raise refusal
 
 
 def _splits_heads(shape: list[ast.expr]) -> bool:
@@ -350,7 +349,7 @@ def _splits_heads(shape: list[ast.expr]) -> bool:
 
 
 def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[tuple[str, ...], str | None]:
-    """The modules between the context and the return, which must be `(output, weights)`, and a dropout at its end."""
+    """The modules between the context and the return of `(output, weights)`, and a dropout at their end."""
     target = call.targets[0]
     if not (isinstance(target, ast.Tuple) and len(target.elts) == 2):
         raise Unsupported(f"{cls.__name__}: {_CALL} is not unpacked into context and weights")
@@ -359,33 +358,33 @@ def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[tuple[str,
     dropout: str | None = None
     for step in after:
         statement = step.statement
-        text = ast.unparse(statement).splitlines()[0]
         if not step.certain:
-            raise Unsupported(f"{cls.__name__}: a step after attention is conditional: {text}")
+            raise Unsupported(f"{cls.__name__}: a step after attention is conditional: {step.first_line}")
         name = statement.targets[0] if isinstance(statement, ast.Assign) else None
         if isinstance(statement, ast.Assign) and isinstance(name, ast.Name) and name.id != weights:
             if name.id != context and _is_shape(statement.value, context):
                 continue
             found = None if dropout else _functional_dropout(statement.value, context)
             chain = [] if found else _chain(cls, statement.value, context)
-            if dropout and chain:
-                raise Unsupported(f"{cls.__name__}: unexpected step after dropout of the output: {text}")
-            modules, dropout, context = modules + chain, dropout or found, name.id
         elif isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
             elements = statement.value.elts
             if len(elements) != 2 or ast.unparse(elements[1]) not in (weights, "None"):
                 raise Unsupported(f"{cls.__name__}: it returns {ast.unparse(statement.value)}")
-            chain = _chain(cls, elements[0], context)
-            if dropout and chain:
-                raise Unsupported(f"{cls.__name__}: unexpected step after dropout of the output: {text}")
-            return (*modules, *chain), dropout
+            found, chain = None, _chain(cls, elements[0], context)
         else:
-            raise Unsupported(f"{cls.__name__}: unexpected step after attention: {text}")
+            raise Unsupported(f"{cls.__name__}: unexpected step after attention: {step.first_line}")
+        if dropout and chain:
+            raise Unsupported(f"{cls.__name__}: unexpected step after dropout of the output: {step.first_line}")
+        modules, dropout = modules + chain, dropout or found
+        if isinstance(name, ast.Name):
+            context = name.id
+        else:
+            return tuple(modules), dropout
     raise Unsupported(f"{cls.__name__}: it returns nothing after attention")
 
 
 def _is_shape(expression: ast.expr, context: str) -> bool:
-    """True for an expression that takes nothing from the context but its shape, and calls nothing else."""
+    """True if the expression uses only the shape of the context and calls nothing else."""
     shapes = (f"{context}.size()", f"{context}.shape")
     text = ast.unparse(expression)
     if not any(shape in text for shape in shapes):
@@ -404,7 +403,7 @@ def _functional_dropout(expression: ast.expr, context: str) -> str | None:
 
 
 def _chain(cls: type, expression: ast.expr, context: str) -> list[str]:
-    """`self.b(self.a(context))` as [a, b]; reshaping is skipped."""
+    """[a, b] for `self.b(self.a(context))`, without reshaping."""
     if isinstance(expression, ast.Name) and expression.id == context:
         return []
     if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute) and not expression.keywords:
@@ -417,7 +416,7 @@ def _chain(cls: type, expression: ast.expr, context: str) -> list[str]:
 
 
 def _dropout(expression: ast.expr | None) -> str | None:
-    """`0.0 if not self.training else self.dropout.p` as "dropout.p"."""
+    """`"dropout.p"` for `0.0 if not self.training else self.dropout.p`."""
     if expression is None:
         return None
     paths = [

@@ -1,4 +1,4 @@
-"""What a model makes of a batch, layer by layer: attention maps, the values they meet, hidden states, padding."""
+"""Records what a model computes for a batch, layer by layer: attention maps, values, hidden states, padding."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mapreuse.maps import SharedMaps
-from mapreuse.models._apply import applied_to, apply
-from mapreuse.models._copying import copy_with_same_weights
+from mapreuse.models._apply import applied_plans, apply
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._optimize import optimize
 from mapreuse.models._projections import value_projection
-from mapreuse.models._sharing import ARGUMENT
+from mapreuse.models._runtime import MAPS_ARGUMENT
+from mapreuse.models._snapshots import copy_with_same_weights
 from mapreuse.models._stack import Layer, find_stack
 from mapreuse.plan import ReusePlan
 
 
 class Recording(NamedTuple):
-    """One batch, as a model's attention sees it.
+    """The attention of a model for one batch.
 
     Attributes:
-        maps: the map of every layer.
-        valid: which positions are not padding: those that may attend themselves.
-        values: the values of every layer.
+        maps: the map of each layer.
+        valid: True for positions that are not padding, i.e. that may attend to themselves.
+        values: the values of each layer.
     """
 
     maps: list[Float[Tensor, "batch heads positions positions"]]
@@ -38,24 +38,24 @@ class Recording(NamedTuple):
 
 
 class MapRecorder:
-    """Runs a copy of a model and returns the attention map, and the values, of every layer of its stack.
+    """Runs an optimized copy of a model, and returns the attention map and the values of each layer of its stack.
 
     Args:
-        model: a model that `apply` accepts; it is copied, but for its weights, and left as it is.
-        under_plan: take a model to which a plan was applied as well. A reusing layer then shows the maps it applies,
-            and heads come in the order that they have without the plan.
+        model: a model that `apply` supports. It is unchanged; the copy shares its weights.
+        under_plan: allow a model with a plan in force. Reusing layers then show the maps that they apply, and the
+            heads are in their original order.
 
     Raises:
-        ValueError: where `apply` would, or a plan is in force and `under_plan` does not allow for it.
+        ValueError: if the model cannot share maps, or has a plan and `under_plan` is False.
     """
 
     def __init__(self, model: nn.Module, *, under_plan: bool = False) -> None:
         self._model = optimize(copy_with_same_weights(model)).eval()
         self.num_layers = len(find_stack(self._model).layers)
-        if not (under_plan and applied_to(self._model)):
+        if not (under_plan and applied_plans(self._model)):
             apply(self._model, ReusePlan.full(self.num_layers))
-        stack = find_stack(self._model)  # its attention modules may be others now
-        # What hooks refer to must not refer to the model, or only a cycle's collection would free the copy.
+        stack = find_stack(self._model)  # `apply` may have replaced its attention modules
+        # Hooks must not refer to the model. Otherwise only the garbage collector would free the copy.
         self._values: dict[int, Tensor] = {}
         self._maps: list[SharedMaps] = []
         self._layouts: list[LayerLayout] = []
@@ -64,12 +64,12 @@ class MapRecorder:
             layout: LayerLayout = attention._layout
             attention._layout = replace(layout, published=layout.computing, releases=())
             self._layouts.append(attention._layout)
-            attention.register_forward_pre_hook(_project(self._values, index, layer), with_kwargs=True)
-        stack.module.register_forward_hook(_keep(self._maps), with_kwargs=True)
+            attention.register_forward_pre_hook(_record_values(self._values, index, layer), with_kwargs=True)
+        stack.module.register_forward_hook(_record_maps(self._maps), with_kwargs=True)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Recording:
-        """What the model's attention makes of a batch."""
+        """Run the model on a batch of its arguments."""
         with recorded_states(self._model) as (states, masks):
             self._model(**batch)
         maps = [self._map(layer) for layer in range(self.num_layers)]
@@ -80,7 +80,7 @@ class MapRecorder:
         return Recording(maps, not_padding(masks[0], states[-1]), values)
 
     def _map(self, layer: int) -> Tensor:
-        """The map in effect in a layer: of heads that compute, then of those that reuse, put back in order."""
+        """The map in effect in a layer, heads in their original order."""
         layout = self._layouts[layer]
         weights = [self._dense(layer)] if layout.computing else []
         for source, pairs in layout.parts:
@@ -88,43 +88,44 @@ class MapRecorder:
         return _in_order(weights[0] if len(weights) == 1 else torch.cat(weights, 1), layout.order)
 
     def _dense(self, layer: int) -> Tensor:
-        attention_map = self._maps[0].read(layer)
-        assert attention_map is not None
-        return attention_map.dense()
+        return self._maps[0].read(layer).dense()
 
 
-def _keep(maps: list[SharedMaps]) -> Callable:
+def _record_maps(maps: list[SharedMaps]) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
-        maps[:] = [kwargs[ARGUMENT]]
+        maps[:] = [kwargs[MAPS_ARGUMENT]]
 
     return hook
 
 
-def _project(values: dict[int, Tensor], index: int, layer: Layer) -> Callable:
+def _record_values(values: dict[int, Tensor], index: int, layer: Layer) -> Callable:
     projection = value_projection(layer)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        batch_first = getattr(module, "batch_first", True)  # of torch's own attention
-        values[index] = projection(hidden_states if batch_first else hidden_states.transpose(0, 1))
+        values[index] = projection(_batch_first(module, args[0] if args else kwargs["hidden_states"]))
 
     return hook
 
 
+def _batch_first(attention: nn.Module, states: Tensor) -> Tensor:
+    """States as (batch, positions, width). Torch's own attention may have the positions first."""
+    return states if getattr(attention, "batch_first", True) else states.transpose(0, 1)
+
+
 def check_batch(batch: object) -> None:
-    """Raises `ValueError` for what is no batch, such as one of its tensors."""
+    """Raise `ValueError` for anything but a mapping, such as one of the tensors of a batch."""
     if not isinstance(batch, Mapping):
         raise ValueError(
-            "batches are dictionaries of a model's arguments, such as [{'input_ids': …}]: got one that is a "
-            f"{type(batch).__name__}"
+            "a batch must be a dictionary of the model's arguments, such as {'input_ids': …}, got a "
+            f"{type(batch).__name__}; batches are a list of such dictionaries"
         )
 
 
 @contextmanager
 def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[object]]]:
-    """Hidden states after every layer of a pass, and the attention mask that the first was given.
+    """Record the hidden states after each layer of a forward pass, and the attention mask of the first layer.
 
-    Of a `torch.nn.TransformerEncoder`, the mask is the one of its keys, as it reaches the layers: of numbers.
+    For a `torch.nn.TransformerEncoder`, the mask is the additive mask of its keys.
     """
     states: list[Tensor] = []
     masks: list[object] = []
@@ -135,11 +136,9 @@ def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[objec
         masks.append(given.get("attention_mask", given.get("src_key_padding_mask")))
 
     stack = find_stack(model)
-    batch_first = getattr(stack.layers[0].attention, "batch_first", True)  # of torch's own attention
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
-        found = output[0] if isinstance(output, tuple) else output
-        states.append(found if batch_first else found.transpose(0, 1))
+        states.append(_batch_first(stack.layers[0].attention, output[0] if isinstance(output, tuple) else output))
 
     layers = [layer.layer for layer in stack.layers]
     handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
@@ -152,16 +151,17 @@ def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[objec
 
 
 def not_padding(mask: object, states: Float[Tensor, "batch positions width"]) -> Bool[Tensor, "batch positions"]:
-    """Positions that may attend themselves; all of them where there is no mask.
+    """True for positions that may attend to themselves; all positions if there is no mask.
 
-    Raises `ValueError` for a mask that is no tensor.
+    Raises:
+        ValueError: if the mask is not a tensor.
     """
     batch, positions, _ = states.shape
     if mask is None:
         return torch.ones(batch, positions, dtype=torch.bool, device=states.device)
     if not isinstance(mask, Tensor):
         raise ValueError(
-            f"which positions are padding cannot be read from a {type(mask).__name__}; load the model with "
+            f"padding cannot be read from an attention mask of type {type(mask).__name__}; load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
     if mask.dim() == 4:
@@ -171,5 +171,5 @@ def not_padding(mask: object, states: Float[Tensor, "batch positions width"]) ->
 
 
 def _in_order(heads: Tensor, order: tuple[int, ...]) -> Tensor:
-    """(batch, heads, …) in the order of their numbers."""
+    """(batch, heads, …) sorted by the numbers of the heads."""
     return heads if order == tuple(sorted(order)) else heads[:, [order.index(head) for head in sorted(order)]]

@@ -1,4 +1,4 @@
-"""The source of a class's forward, as a syntax tree."""
+"""The source code of a class's forward, as a syntax tree."""
 
 from __future__ import annotations
 
@@ -11,29 +11,38 @@ from torch import nn
 
 
 class Unsupported(ValueError):
-    """This model cannot reuse maps; the message names the class and the reason."""
+    """The model cannot share attention maps. The message names the class and the reason."""
 
 
 def forward_of(cls: type[nn.Module]) -> ast.FunctionDef:
-    """The definition of a class's forward, decorators left aside. Raises `Unsupported` where there is no source."""
+    """The definition of a class's forward, without what its decorators add.
+
+    Raises:
+        Unsupported: if Python cannot find the source code.
+    """
+    forward = inspect.unwrap(cls.forward)
     try:
-        source = inspect.getsource(inspect.unwrap(cls.forward))
-    except (OSError, TypeError):
-        raise Unsupported(f"{cls.__name__}: the source of its forward cannot be read") from None
-    function = ast.parse(textwrap.dedent(source)).body[0]
+        function = definition_of(forward) if inspect.isfunction(forward) else None
+    except OSError:
+        raise Unsupported(f"{cls.__name__}: the source code of its forward cannot be read") from None
     if not isinstance(function, ast.FunctionDef):
         raise Unsupported(f"{cls.__name__}: its forward is not a plain method")
     return function
 
 
+def definition_of(function: object) -> ast.stmt:
+    """The statement that defines a function."""
+    return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]  # type: ignore[arg-type]
+
+
 def fingerprint_of(cls: type[nn.Module]) -> str:
-    """Twelve hexadecimal digits that change when the code of a class's forward changes (comments do not count)."""
+    """Twelve hexadecimal digits that identify the code of a class's forward, without comments and docstring."""
     function = _without_docstring(forward_of(cls))
     return hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:12]
 
 
 def body_of(cls: type[nn.Module]) -> str:
-    """The statements of a class's forward, comments and layout left aside."""
+    """The statements of a class's forward, without comments and docstring, in a uniform layout."""
     return "\n".join(map(ast.unparse, _without_docstring(forward_of(cls)).body))
 
 
@@ -53,7 +62,7 @@ def self_attributes(tree: ast.AST) -> set[str]:
 
 
 def calls_with_kwargs(tree: ast.AST, function: ast.FunctionDef) -> list[str]:
-    """What is called inside `tree` with the function's own keyword arguments: `layer` in `layer(x, **kwargs)`."""
+    """The callables in `tree` that receive the `**kwargs` of `function`: `layer` for `layer(x, **kwargs)`."""
     kwarg = function.args.kwarg
     return [
         ast.unparse(node.func)
@@ -64,14 +73,12 @@ def calls_with_kwargs(tree: ast.AST, function: ast.FunctionDef) -> list[str]:
     ]
 
 
-def calls_of(cls: type[nn.Module], called: str) -> int:
-    """In how many places a class's forward calls `self.attention`, say; where nowhere, how many in its methods."""
-    functions = [forward_of(cls)]
+def count_calls(cls: type[nn.Module], called: str) -> int:
+    """How many calls of, say, `self.attention` a class's forward contains; if none, how many its methods contain."""
     methods = [method for name, method in vars(cls).items() if inspect.isfunction(method) and name != "forward"]
-    functions += [ast.parse(textwrap.dedent(inspect.getsource(method))).body[0] for method in methods]  # type: ignore[misc]
     counts = [
         sum(isinstance(node, ast.Call) and ast.unparse(node.func) == called for node in ast.walk(function))
-        for function in functions
+        for function in (forward_of(cls), *map(definition_of, methods))
     ]
     return counts[0] or sum(counts[1:])
 

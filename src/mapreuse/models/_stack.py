@@ -1,10 +1,9 @@
-"""Finds the stack of layers that a plan speaks of, and each layer's self-attention."""
+"""Finds the stack of layers that a plan applies to, and the self-attention of each layer."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,15 +11,16 @@ from torch import nn
 
 from mapreuse.models._source import (
     Unsupported,
-    calls_of,
     calls_with_kwargs,
+    count_calls,
+    definition_of,
     forward_of,
     parameter_names,
     self_attributes,
 )
 
 ENCODER_STATES = "encoder_hidden_states"
-"""The argument in which a decoder is given what its cross-attention attends."""
+"""The argument of a decoder that its cross-attention attends to."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Stack:
     Attributes:
         path: path of that module inside the model ("" for the model itself).
         module: the module.
-        list_name: name under which the module keeps the layers.
+        list_name: name of its attribute with the layers ("" if it is itself an `nn.Sequential` of layers).
         layers: its layers, in order.
     """
 
@@ -61,56 +61,59 @@ class Stack:
 
     @property
     def attention_paths(self) -> list[str]:
-        """Where the attention of each layer is, inside the module that runs the layers."""
+        """Paths of the attention modules inside the module that runs the layers."""
         names = self.module.get_submodule(self.list_name)._modules
         parts = ((self.list_name, name, layer.path) for name, layer in zip(names, self.layers, strict=True))
         return [".".join(filter(None, one)) for one in parts]
 
 
 def find_stack(model: nn.Module) -> Stack:
-    """The one stack of attention layers in `model`. Raises `Unsupported` where there is none, or more than one."""
+    """The only stack of attention layers in `model`.
+
+    Raises:
+        Unsupported: if there is none, if there are several, or if a layer has more than one self-attention.
+    """
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if _is_list(module) and all(map(_attentions, _elements(module)))
     ]
-    # A list inside a layer of another list is a stack; the outer one is its stages.
+    # A list inside a layer of another list is a stack; the outer list holds its stages.
     innermost = [(name, layers) for name, layers in lists if not any(n.startswith(f"{name}.") for n, _ in lists)]
-    if len(innermost) != 1:
+    cls_name = type(model).__name__
+    if not innermost:
+        raise Unsupported(f"{cls_name} holds no list of layers with attention in every layer")
+    if len(innermost) > 1:
         paths = ", ".join(repr(name.rpartition(".")[0] or "the model itself") for name, _ in innermost)
-        name = type(model).__name__
-        if not innermost:
-            raise Unsupported(f"{name} holds no list of layers with attention in every layer")
         raise Unsupported(
-            f"{name} holds several stacks of layers: {paths}; pass the module that holds one of them "
-            "(to the command: --stack)"
+            f"{cls_name} holds several stacks of layers: {paths}; pass the module that holds one of them "
+            "(on the command line: --stack)"
         )
     name, layers = innermost[0]
-    # A sequence runs its layers itself; a list is run by the module that holds it.
-    path, _, list_name = (name, "", "") if isinstance(layers, nn.Sequential) else name.rpartition(".")
-    stages = [outer for outer, _ in lists if name.startswith(f"{outer}.")]
-    if stages:
+    if stages := [outer for outer, _ in lists if name.startswith(f"{outer}.")]:
         raise Unsupported(
-            f"{type(model).__name__} runs the layers of {name!r} as a stage of {stages[0]!r}, perhaps more than once"
+            f"{cls_name} runs the layers of {name!r} as a stage of {stages[0]!r}, perhaps more than once"
         )
+    # A sequence runs its layers itself. The layers of a list are run by the module that holds the list.
+    path, _, list_name = (name, "", "") if isinstance(layers, nn.Sequential) else name.rpartition(".")
     found = tuple(_layer(layer, index) for index, layer in enumerate(_elements(layers)))
     return Stack(path, model.get_submodule(path), list_name, found)
 
 
 def _is_list(module: nn.Module) -> bool:
-    """A list of layers, or a sequence of several of one class."""
+    """True for a list of layers, and for a sequence of two or more layers of one class."""
     if type(module) is nn.Sequential or (isinstance(module, nn.Sequential) and "_map_reuse" in vars(module)):
         return len(module) > 1 and len({type(layer) for layer in module}) == 1
     return isinstance(module, nn.ModuleList) and len(module) > 0
 
 
 def _elements(layers: nn.Module) -> list[nn.Module]:
-    """What a list holds, a module that it holds twice as often."""
+    """The elements of a list. A module that the list holds twice appears twice."""
     return [layer for layer in layers._modules.values() if layer is not None]
 
 
 def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Innermost modules of a layer that are attention by name, cross-attention left out."""
+    """The innermost modules of a layer whose class is named attention, without cross-attention."""
     named = [
         (path, module)
         for path, module in layer.named_modules()
@@ -134,25 +137,25 @@ def _layer(layer: nn.Module, index: int) -> Layer:
     if len(found) != 1:
         paths = ", ".join(path for path, _ in found)
         raise Unsupported(
-            f"layer {index} ({type(layer).__name__}) holds {len(found)} self-attentions ({paths}), not one"
+            f"layer {index} ({type(layer).__name__}) holds {len(found)} self-attentions ({paths}), expected one"
         )
     return Layer(layer, *found[0])
 
 
 def maps_travel_by_keyword(stack: Stack) -> bool:
-    """True where every module from the stack down to an attention passes its keyword arguments on.
+    """True if every module from the stack down to an attention module passes its keyword arguments on.
 
-    Where one does not, maps can be borne (see `MapInjection`) if each calls the next in one place.
+    Otherwise `MapInjection` can pass the maps, provided that each module calls the next one in only one place.
 
-    Raises `Unsupported`, naming the class that does neither, or that runs its layers in another way than once, in
-    order.
+    Raises:
+        Unsupported: if neither is possible, or if the stack does not run its layers once each, in order.
     """
     by_keyword = type(stack.module) is not nn.Sequential and _loop_passes_keywords(stack)
-    for owner, called in dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside(layer)):
+    for owner, called in _calls_inside(stack):
         function = forward_of(owner)
         if f"self.{called}" in calls_with_kwargs(function, function):
             continue
-        calls = calls_of(owner, f"self.{called}")
+        calls = count_calls(owner, f"self.{called}")
         if calls != 1:
             raise Unsupported(
                 f"{owner.__name__}: its forward does not pass **kwargs to {called}, and calls it in {calls} places, "
@@ -168,7 +171,7 @@ def _loop_passes_keywords(stack: Stack) -> bool:
     loops = [
         node
         for node in ast.walk(function)
-        if isinstance(node, ast.For) and _runs_over(node.iter) == f"self.{stack.list_name}"
+        if isinstance(node, ast.For) and _iterated(node.iter) == f"self.{stack.list_name}"
     ]
     if (
         len(loops) != 1
@@ -186,25 +189,24 @@ def _loop_passes_keywords(stack: Stack) -> bool:
 
 
 def cross_attends_beside(stack: Stack) -> bool:
-    """True where encoder states that are given to the stack cannot reach its self-attentions.
+    """True if the encoder states passed to the stack cannot reach its self-attentions.
 
-    They may be compared with None, and handed to modules other than those on the way to a self-attention.
+    The modules on the way to a self-attention may compare them with None, and may pass them to other modules.
     """
     cls = type(stack.module)
     if ENCODER_STATES not in parameter_names(cls):
         return False
-    pairs = dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside(layer))
-    loop_hands_on = any(
+    passed_in_loop = any(
         ENCODER_STATES in ast.unparse(node) for node in forward_of(cls).body if isinstance(node, ast.For)
     )
-    takers = {type(layer.layer) for layer in stack.layers}
-    if loop_hands_on and not all(ENCODER_STATES in parameter_names(taker) for taker in takers):
+    layer_classes = {type(layer.layer) for layer in stack.layers}
+    if passed_in_loop and not all(ENCODER_STATES in parameter_names(one) for one in layer_classes):
         return False
-    return not any(_hands_states_to(owner, f"self.{called}") for owner, called in pairs)
+    return not any(_passes_states_to(owner, f"self.{called}") for owner, called in _calls_inside(stack))
 
 
-def _hands_states_to(owner: type[nn.Module], attention: str) -> bool:
-    """True unless every mention of the encoder states in a forward is harmless."""
+def _passes_states_to(owner: type[nn.Module], attention: str) -> bool:
+    """True unless every use of the encoder states in a forward is harmless."""
     function = forward_of(owner)
     parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(function):
@@ -221,8 +223,12 @@ def _hands_states_to(owner: type[nn.Module], attention: str) -> bool:
     return False
 
 
-def _calls_inside(layer: Layer) -> Iterator[tuple[type[nn.Module], str]]:
-    """From a layer down to its attention: each class, and the attribute that it calls."""
+def _calls_inside(stack: Stack) -> list[tuple[type[nn.Module], str]]:
+    """The classes from the layers down to their attention, each with the attribute that it calls."""
+    return list(dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside_layer(layer)))
+
+
+def _calls_inside_layer(layer: Layer) -> Iterator[tuple[type[nn.Module], str]]:
     module, owner, called = layer.layer, type(layer.layer), ""
     for child in filter(None, layer.path.split(".")):
         if isinstance(module, nn.ModuleList):
@@ -234,24 +240,23 @@ def _calls_inside(layer: Layer) -> Iterator[tuple[type[nn.Module], str]]:
             yield owner, called
 
 
-def _runs_over(iterated: ast.expr) -> str:
-    """`self.layers` for a loop over it, over its enumeration, or over its first so many."""
-    if isinstance(iterated, ast.Call) and ast.unparse(iterated.func) == "enumerate" and len(iterated.args) == 1:
-        return _runs_over(iterated.args[0])
-    part = iterated.slice if isinstance(iterated, ast.Subscript) else None
-    if isinstance(iterated, ast.Subscript) and isinstance(part, ast.Slice) and part.lower is part.step is None:
-        return _runs_over(iterated.value)
-    return ast.unparse(iterated)
+def _iterated(expression: ast.expr) -> str:
+    """`self.layers` for a loop over it, over its enumeration, or over its first elements."""
+    if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "enumerate" and len(expression.args) == 1:
+        return _iterated(expression.args[0])
+    part = expression.slice if isinstance(expression, ast.Subscript) else None
+    if isinstance(expression, ast.Subscript) and isinstance(part, ast.Slice) and part.lower is part.step is None:
+        return _iterated(expression.value)
+    return ast.unparse(expression)
 
 
 def _runs_elsewhere(cls: type[nn.Module], function: ast.FunctionDef, loop: ast.For, list_name: str) -> bool:
-    """True where the forward, or a method that it calls, takes layers of the list outside the loop, too."""
+    """True if the forward, or a method that it calls, also uses the list of layers outside the loop."""
     if cls is nn.TransformerEncoder:
-        return False  # it looks at its first layer, no more; its fingerprint is known
+        return False  # it only inspects its first layer, and its fingerprint is checked
     methods = [vars(cls).get(name) for name in self_attributes(function)]
-    sources = [inspect.getsource(method) for method in methods if inspect.isfunction(method)]
     within = set(ast.walk(loop.iter))
-    for tree in (function, *(ast.parse(textwrap.dedent(source)) for source in sources)):
+    for tree in (function, *(definition_of(method) for method in methods if inspect.isfunction(method))):
         counted = {
             id(node.args[0])
             for node in ast.walk(tree)
@@ -273,7 +278,7 @@ def _is_repeated(function: ast.FunctionDef, loop: ast.For) -> bool:
 
 
 def feeds_output(layer: Layer) -> bool:
-    """True where the layer hands the context on to `output.dense`, beside its attention, as BERT's layers do.
+    """True if the layer passes the context to `output.dense`, next to its attention, as BERT's layers do.
 
     attention, … = self.self(…)
     … = self.output(attention, …)        and, in `output`:        … = self.dense(attention)

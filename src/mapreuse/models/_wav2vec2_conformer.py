@@ -1,4 +1,4 @@
-"""Wav2Vec2-Conformer's attention: relative positions without the T×T positional bias; rotary and none as they are."""
+"""Wav2Vec2-Conformer: relative positions without a T×T positional bias; other positions by the original forward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mapreuse.maps import RelativePositions, Scores
 from mapreuse.models._adapters import Adapter, register_attention
 from mapreuse.models._reading import AttentionForm
-from mapreuse.models._sharing import ComputingAttention, mask_and_bias
+from mapreuse.models._runtime import mask_and_bias
+from mapreuse.models._sharing_classes import ComputingAttention
 
 
 class _RelativeComputing(ComputingAttention):

@@ -1,21 +1,20 @@
-"""Does a plan fit a model? Everything that `apply` refuses is refused here, before anything is changed."""
+"""Checks a plan against a model, and plans the conversion of each layer. Nothing is changed here."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from mapreuse.models._adapters import Adapter, adapter_of, find_output_projection
-from mapreuse.models._conversion import Conversion, Heads
-from mapreuse.models._copying import copy_with_same_weights
+from mapreuse.models._adapters import Adapter, adapter_of
+from mapreuse.models._conversion import Conversion
 from mapreuse.models._layout import lay_out
 from mapreuse.models._linear import is_plain_linear
-from mapreuse.models._packed import unpacked
-from mapreuse.models._reading import HEAD_DIM
+from mapreuse.models._projections import HeadCounts, count_heads, find_output_projection
+from mapreuse.models._snapshots import copy_with_same_weights
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, Stack, find_stack
+from mapreuse.models._torch_encoder import unpacked
 from mapreuse.plan import ReusePlan
 
 _KIND = (
@@ -29,54 +28,60 @@ _KIND = (
     "window_size",
     "shift_size",
 )
-"""Attributes that say which mask and which positions a layer's map is computed with."""
+"""Attributes that determine the mask and the positions of a layer's map."""
 
 _PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
 
 
-def check(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
-    """How each layer is to be converted. Raises `ValueError` where the plan or the model rules it out."""
+def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
+    """The conversion of each layer of a stack.
+
+    Raises:
+        ValueError: if the plan does not fit the model, or the model cannot share maps (`Unsupported`).
+    """
     adapters = []
     for index, layer in enumerate(stack.layers):
         adapters.append(adapter_of(layer.attention))
         _check_projections(f"layer {index}", layer, adapters[index])
     if plan.num_layers != len(stack.layers):
         raise ValueError(
-            f"the plan speaks of {plan.num_layers} layers, but {type(stack.module).__name__} has {len(stack.layers)}"
+            f"the plan has {plan.num_layers} layers, but {type(stack.module).__name__} has {len(stack.layers)}; make "
+            f"a plan for {len(stack.layers)} layers"
         )
-    shaped = []
+    measured = []
     for index, (layer, adapter) in enumerate(zip(stack.layers, adapters, strict=True)):
         name = f"layer {index} ({type(layer.attention).__name__})"
         if adapter.interface:
             _check_implementation(name, layer.attention)
-        heads = heads_of(name, layer.attention, adapter)
+        heads = count_heads(name, layer.attention, adapter)
         _check_heads(name, plan, index, heads)
         output = find_output_projection(layer, adapter.form)
-        shaped.append((name, layer, adapter, heads, output, _inseparable(layer.attention, adapter, heads)))
+        measured.append((name, layer, adapter, heads, output, _inseparable(layer.attention, adapter, heads)))
     owners = _owners(model)
     separable = [
         reason is None and output is not None and all(len(owners[id(p)]) == 1 for p in output.parameters())
-        for *_, output, reason in shaped
+        for *_, output, reason in measured
     ]
     conversions = []
-    for index, (name, layer, adapter, heads, output, reason) in enumerate(shaped):
+    for index, (name, layer, adapter, heads, output, reason) in enumerate(measured):
         layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable)
         if 0 < layout.computing < layout.num_heads and reason is not None:
-            raise Unsupported(f"{name}: {reason}")
+            raise Unsupported(f"{name}: {reason}; let all of its heads reuse maps, or none")
         if output is None and layout.reorders:
             raise Unsupported(
                 f"{name}: no plain output projection directly after its context, so its heads cannot be reordered"
             )
         conversions.append(Conversion(layer, adapter, heads, layout, output))
-    for index, conversion in enumerate(conversions):
+    for index in range(plan.num_layers):
         for source in plan.sources(index):
-            _check_alike(stack, index, conversion, source, conversions[source])
+            if difference := _difference(stack, conversions, index, source):
+                raise ValueError(difference)
     _check_untied(owners, conversions)
     return conversions
 
 
 def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
-    """Projections must be plain: a wrapper (LoRA) or another storage (quantised) would be cut apart wrongly."""
+    """Projections must be plain. Wrapped ones (LoRA) and other formats (quantised) cannot be split by heads."""
     form, attention = adapter.form, layer.attention
     for attribute in dict.fromkeys((*form.query, *form.key, form.value, *form.output)):
         parameter, module = attention._parameters.get(attribute), attention._modules.get(attribute)
@@ -91,16 +96,19 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
             if not plain or "forward" in vars(module):
                 raise Unsupported(
                     f"{name}: {attribute} is a {cls.__module__}.{cls.__name__}, not a plain projection; merge "
-                    "adapters (merge_and_unload), load the model unquantised and on one device before reusing maps"
+                    "adapters (merge_and_unload), and load the model unquantised and on one device"
                 )
             if is_plain_linear(module) and module._parameters.get("weight") is None:
-                raise Unsupported(f"{name}: the weight of {attribute} is not a parameter, but made from others")
+                raise Unsupported(
+                    f"{name}: the weight of {attribute} is computed from other parameters; remove the "
+                    "parametrisation first"
+                )
             stored = list(module.parameters())
         for one in stored:
             if type(one) is not nn.Parameter:
                 raise Unsupported(
-                    f"{name}: {attribute} is stored as {type(one).__name__}; "
-                    "load the model unquantised and unsharded before reusing maps"
+                    f"{name}: {attribute} is stored as {type(one).__name__}, expected a plain Parameter; load the "
+                    "model unquantised and unsharded"
                 )
 
 
@@ -113,50 +121,21 @@ def _check_implementation(name: str, attention: nn.Module) -> None:
         )
 
 
-def heads_of(name: str, attention: nn.Module, adapter: Adapter) -> Heads:
-    """The geometry of an attention module that is not planned yet. Raises `Unsupported` where it shows none."""
-    named = (getattr(attention, name, None) for name in HEAD_DIM)
-    head_dim = adapter.head_dim or next((dim for dim in named if isinstance(dim, int)), None)
-    if head_dim is None:
-        raise Unsupported(f"{name} names no head dimension ({', '.join(HEAD_DIM)})")
-    value = _outputs_of(attention.get_submodule(adapter.form.value))
-    if adapter.fused is not None:
-        return Heads(value // 3 // head_dim, value // 3 // head_dim, head_dim)
-    projections = [attention._modules.get(attribute) for attribute in adapter.form.query]
-    queries = [_outputs_of(module) for module in projections if isinstance(module, nn.Linear | Conv1D)]
-    if not queries:
-        raise Unsupported(f"{name}: no query projection was found in {adapter.form.query}")
-    num_heads, num_value_heads = queries[0] // head_dim, value // head_dim
-    if num_heads * head_dim != queries[0] or num_value_heads * head_dim != value or num_heads % num_value_heads:
-        raise Unsupported(f"{name}: {queries[0]} queries and {value} values do not make heads of {head_dim}")
-    return Heads(num_heads, num_value_heads, head_dim)
-
-
-def _outputs_of(projection: nn.Module) -> int:
-    return projection.nf if isinstance(projection, Conv1D) else projection.out_features  # type: ignore[return-value]
-
-
-def _check_heads(name: str, plan: ReusePlan, index: int, heads: Heads) -> None:
+def _check_heads(name: str, plan: ReusePlan, index: int, heads: HeadCounts) -> None:
     source = plan.layers[index]
-    if not isinstance(source, tuple):
-        return
-    if len(source) != heads.num_heads:
-        raise ValueError(f"{name}: the plan speaks of {len(source)} heads, but the layer has {heads.num_heads}")
+    if isinstance(source, tuple) and len(source) != heads.num_heads:
+        raise ValueError(f"{name} has {heads.num_heads} heads, but the plan assigns {len(source)}")
 
 
-def _inseparable(attention: nn.Module, adapter: Adapter, heads: Heads) -> str | None:
-    """Why some of its heads cannot compute without the others, or in another order; None where they can."""
+def _inseparable(attention: nn.Module, adapter: Adapter, heads: HeadCounts) -> str | None:
+    """Why some heads cannot compute without the others, or in another order; None if they can."""
     if adapter.fused is not None or adapter.computing is not None:
         return None
     form = adapter.form
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         parameters = {a: attention._parameters[a] for a in attributes if a in attention._parameters}
-        linear = [
-            attribute
-            for attribute, module in modules.items()
-            if isinstance(module, nn.Linear) and is_plain_linear(module)
-        ]
+        linear = [a for a, module in modules.items() if isinstance(module, nn.Linear) and is_plain_linear(module)]
         if len(linear) != 1:
             return "partial reuse needs one plain projection each of queries and keys"
         for attribute, module in modules.items():
@@ -170,31 +149,35 @@ def _inseparable(attention: nn.Module, adapter: Adapter, heads: Heads) -> str | 
     return None
 
 
-def _check_alike(stack: Stack, index: int, conversion: Conversion, source: int, of_source: Conversion) -> None:
-    here, there = conversion.layer, of_source.layer
-    if type(here.attention) is not type(there.attention) or conversion.heads != of_source.heads:
-        raise ValueError(
-            f"layer {index} cannot reuse layer {source}'s map: {type(here.attention).__name__} with "
-            f"{conversion.heads.num_heads} heads, {type(there.attention).__name__} with {of_source.heads.num_heads}"
+def _difference(stack: Stack, conversions: list[Conversion], index: int, source: int) -> str | None:
+    """Why a layer cannot reuse the map of another layer; None if it can."""
+    own, other = conversions[index], conversions[source]
+    here, there = own.layer, other.layer
+    cannot = f"cannot reuse the map of layer {source}"
+    if type(here.attention) is not type(there.attention) or own.heads != other.heads:
+        return (
+            f"layer {index} {cannot}: {type(here.attention).__name__} with {own.heads.num_heads} heads, "
+            f"{type(there.attention).__name__} with {other.heads.num_heads}"
         )
     kinds: list[tuple[str, Any, Any]] = [
-        (name, getattr(one, name, None), getattr(other, name, None))
-        for one, other in ((here.attention, there.attention), (here.layer, there.layer))
+        (name, getattr(one, name, None), getattr(two, name, None))
+        for one, two in ((here.attention, there.attention), (here.layer, there.layer))
         for name in _KIND
     ]
     types = getattr(getattr(stack.module, "config", None), "layer_types", None)
     if types is not None and len(types) == len(stack.layers):
         kinds.append(("layer_types", types[index], types[source]))
-    for name, mine, other in kinds:
-        if mine != other:
-            raise ValueError(
-                f"layer {index} ({name}={mine!r}) cannot reuse the map of layer {source} ({name}={other!r}): "
-                "their masks or positions differ"
+    for name, of_layer, of_source in kinds:
+        if of_layer != of_source:
+            return (
+                f"layer {index} ({name}={of_layer!r}) {cannot} ({name}={of_source!r}): their masks or positions "
+                "differ; choose a source with the same value"
             )
+    return None
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:
-    """By the identity of a parameter, the names it has: several where it is tied."""
+    """The names of each parameter, by its identity. A tied parameter has several."""
     owners: dict[int, set[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(path)
@@ -211,25 +194,22 @@ def _check_untied(owners: dict[int, set[str]], conversions: list[Conversion]) ->
                 paths = sorted(owners[id(parameter)])
                 if len(paths) > 1:
                     raise Unsupported(
-                        f"layer {index}: {name} is tied ({', '.join(paths)}); untie it before reusing maps"
+                        f"layer {index}: {name} is tied ({', '.join(paths)}); untie it before sharing maps"
                     )
 
 
 def possible_sources(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    """For every layer of `model`, the earlier layers whose maps it could apply: those of its kind.
+    """For each layer of `model`, the earlier layers whose maps it can apply: those with the same mask and positions.
 
-    Raises `ValueError`, as `apply` would, where the model cannot be served at all.
+    Raises:
+        ValueError: if the model cannot share maps at all, as `apply` would.
     """
     if type(find_stack(model).module) is nn.TransformerEncoder:
-        model = copy_with_same_weights(model)  # its attention is unpacked where it stands
+        model = copy_with_same_weights(model)  # its attention is unpacked in place
     with unpacked(find_stack(model)) as stack:
-        conversions = check(model, stack, ReusePlan.full(len(stack.layers)))
+        conversions = plan_conversions(model, stack, ReusePlan.full(len(stack.layers)))
 
-    def fits(layer: int, source: int) -> bool:
-        try:
-            _check_alike(stack, layer, conversions[layer], source, conversions[source])
-        except ValueError:
-            return False
-        return True
-
-    return {layer: tuple(s for s in range(layer) if fits(layer, s)) for layer in range(len(conversions))}
+    return {
+        layer: tuple(source for source in range(layer) if _difference(stack, conversions, layer, source) is None)
+        for layer in range(len(conversions))
+    }

@@ -1,0 +1,298 @@
+"""What an attention module does in a forward pass: compute maps, publish them, apply those of other layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, as_index, attend, compute
+from mapreuse.models._layout import LayerLayout
+from mapreuse.models._reading import CACHES
+
+_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
+
+MAPS_ARGUMENT = "attention_maps"
+"""The keyword argument that passes the `SharedMaps` of a forward pass from layer to layer."""
+
+INJECTED_MAPS = "_injected_maps"
+"""The attribute that holds the `SharedMaps` if no keyword argument can; see `MapInjection`."""
+
+_OBSERVER = "_observer"
+"""The attribute of an attention module that holds its `_Observer`, inside `observing_inputs`."""
+
+IMPLEMENTATION = "mapreuse"
+"""The name of `_attention_function` in the attention interface of `transformers`."""
+
+_INERT = {
+    MAPS_ARGUMENT,
+    "is_causal",  # either part of the mask, or a parameter of the attention function
+    "sliding_window",  # already part of the mask
+    "deterministic",
+    "position_ids",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_cache",
+    "cache_position",
+    "output_attention_mask",
+    "token_type_ids",
+    "num_items_in_batch",  # for the loss
+}
+"""Keyword arguments that do not change a map."""
+
+
+def share(
+    module: nn.Module,
+    maps: SharedMaps | None,
+    values: Float[Tensor, "batch value_heads key value_dim"],
+    scores: Scores | None,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
+    """The context of a layer, from its own scores and the maps of its source layers.
+
+        context[h] = softmax(scores[h]) @ values[h]      if head h computes
+        context[h] = M[source layer][source head] @ values[h]     if head h reuses
+
+    Args:
+        module: the attention module. Its `_layout` assigns a role to each head.
+        maps: the maps of this forward pass.
+        values: the values of this layer.
+        scores: the scores of the heads that compute, or None if no head computes.
+        dropout_p: attention dropout. Each layer draws its own.
+
+    Returns:
+        The context, and the map of all heads in their original order if the caller asked for maps, else None.
+    """
+    layout: LayerLayout = module._layout  # type: ignore[assignment]
+    maps = maps or vars(module).get(INJECTED_MAPS)
+    if maps is None:
+        raise ValueError(
+            f"layer {layout.layer} of a model that shares attention maps was called by itself; call the whole model"
+        )
+    observer: _Observer | None = vars(module).get(_OBSERVER)
+    if observer is not None:
+        values = observer.inputs_as_values(values.shape[1])
+    contexts: list[Tensor] = []
+    weights: list[Tensor] = []
+    if scores is not None:
+        scores = scores.to(values.dtype)  # under autocast, sums and rotations have another type than projections
+        computed, own = _compute(layout, maps, values, scores, dropout_p)
+        contexts += computed
+        if maps.output_attentions:
+            weights += [attention_map.dense() for attention_map in own]
+    for source, pairs in layout.parts:
+        source_map = maps.read(source)
+        if source_map is None:
+            contexts.append(_context_without_source(module, layout, source, values, pairs))
+        else:
+            contexts.append(source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p))
+            if maps.output_attentions:
+                weights.append(source_map.dense()[:, [pair[0] for pair in pairs]])
+    for source in layout.releases:
+        maps.release(source)
+    # Contexts have the memory order (batch, query, heads, dim); concatenating in this order needs one copy.
+    context = (
+        contexts[0].transpose(1, 2) if len(contexts) == 1 else torch.cat([c.transpose(1, 2) for c in contexts], 2)
+    )
+    in_order = None
+    if maps.output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
+        slots = [layout.order.index(head) for head in range(layout.num_heads)]
+        in_order = torch.cat(weights, 1)[:, slots]
+    if observer is not None:
+        observer.found(context)
+    return context, in_order
+
+
+def _compute(
+    layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
+) -> tuple[list[Tensor], list[AttentionMap]]:
+    """Contexts and maps of the heads that compute: first of those that are published, then of the others."""
+    own_values = values[:, as_index(layout.own_values)]
+    contexts: list[Tensor] = []
+    own: list[AttentionMap] = []
+    published, others = slice(layout.published), slice(layout.published, layout.computing)
+    if layout.published:
+        some, some_values = (
+            (scores, own_values)
+            if layout.published == layout.computing
+            else (scores.of_heads(published), own_values[:, published])
+        )
+        storage = maps.storage(some, some_values)
+        if storage == "recompute" and some is not scores:
+            some = scores.of_heads(list(range(layout.published)))  # a slice would keep all heads in memory
+        context, attention_map = compute(some, some_values, storage, dropout_p=dropout_p, buffer=maps.buffer(some))
+        maps.publish(layout.layer, attention_map)
+        contexts.append(context)
+        own.append(attention_map)
+    if layout.published < layout.computing:
+        rest = scores.of_heads(others) if layout.published else scores
+        contexts.append(attend(rest, own_values[:, others], keep=False, dropout_p=dropout_p)[0])
+        own.append(RecomputedMap(rest))
+    return contexts, own
+
+
+def _unless_one_to_one(pairs: HeadPairs, values: Tensor, source_map: AttentionMap) -> HeadPairs | None:
+    heads = source_map.num_heads
+    one_to_one = len(pairs) == values.shape[1] == heads and all(pair == (i, i) for i, pair in enumerate(pairs))
+    return None if one_to_one else pairs
+
+
+def _context_without_source(
+    module: nn.Module, layout: LayerLayout, source: int, values: Tensor, pairs: HeadPairs
+) -> Tensor:
+    """Zeros, if LayerDrop skipped the source layer in this training step."""
+    if not module.training:
+        raise RuntimeError(f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run")
+    batch, _, num_queries, dim = values.shape
+    return values.new_zeros(batch, len(pairs), num_queries, dim)
+
+
+class _Observer:
+    """Applies the maps of an attention module to its inputs instead of its values."""
+
+    def __init__(self, found: Callable[[Tensor], None]) -> None:
+        self.found = found
+        self._inputs = torch.empty(0)
+
+    def on_call(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs["hidden_states"]
+        self._inputs = inputs if getattr(attention, "batch_first", True) else inputs.transpose(0, 1)
+
+    def inputs_as_values(self, num_heads: int) -> Tensor:
+        return self._inputs[:, None].expand(-1, num_heads, -1, -1)
+
+
+@contextmanager
+def observing_inputs(
+    attention: nn.Module, found: Callable[[Float[Tensor, "batch query heads width"]], None]
+) -> Iterator[None]:
+    """Apply the maps of an attention module to its whole input X, and pass the result to `found`.
+
+        found(A[h] @ X for each head h)
+
+    The heads are in the order of the module's layout. The rest of the module cannot process this result, so `found`
+    must stop the forward pass by an exception.
+    """
+    observer = _Observer(found)
+    handle = attention.register_forward_pre_hook(observer.on_call, with_kwargs=True)
+    setattr(attention, _OBSERVER, observer)
+    try:
+        yield
+    finally:
+        handle.remove()
+        delattr(attention, _OBSERVER)
+
+
+def refuse_cache(module: nn.Module, arguments: dict[str, Any], allowed: str | None = None) -> None:
+    """Raise `ValueError` if arguments hold keys and values of another call or another model."""
+    for name in CACHES:
+        if name != allowed and arguments.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} shares attention maps and cannot take {name}: it keeps no cache and "
+                "attends only to its own inputs. Call it without this argument, and with use_cache=False"
+            )
+
+
+def refuse_unknown(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` for arguments that may change the map."""
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in _INERT)
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} was given {', '.join(unknown)}, which may change its attention map; call a "
+            "model that shares maps without"
+        )
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch key_heads key dim"],
+    value: Float[Tensor, "batch value_heads key value_dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    attention_maps: SharedMaps | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
+    """The attention function that the original forward of a computing module calls."""
+    refuse_unknown(module, kwargs)
+    layout: LayerLayout = module._layout  # type: ignore[assignment]
+    scores = make_scores(
+        module,
+        query[:, : layout.computing],
+        key[:, as_index(layout.keys)],
+        attention_mask,
+        scaling,
+        is_causal,
+        position_bias,
+    )
+    return share(module, attention_maps, value, scores, dropout_p=dropout)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention_function)
+# Without a mask function of this name, `transformers` would make no mask, and padding would be attended to.
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def make_scores(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+) -> Scores:
+    """Scores from the arguments of an attention function of `transformers`.
+
+    Masks have the meaning that they have for `sdpa` and `eager`: boolean (True attends) or additive. Without a mask,
+    attention is causal if `is_causal`, or else the module's attribute of that name, is True.
+    """
+    mask, bias = mask_and_bias(module, attention_mask, position_bias)
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    return Scores(
+        query=query,
+        key=key,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal and attention_mask is None and query.shape[-2] > 1,
+    )
+
+
+def mask_and_bias(
+    module: nn.Module, attention_mask: Tensor | None, position_bias: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """A boolean mask (True attends) and an additive bias for the heads that compute, from a mask of either kind."""
+    layout: LayerLayout = module._layout  # type: ignore[assignment]
+    own = layout.order[: layout.computing]
+    position_bias = _of_heads(position_bias, own)
+    if attention_mask is None:
+        return None, position_bias
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            f"{type(module).__name__}: expected a mask of shape (batch, 1, query, key), got "
+            f"{tuple(attention_mask.shape)}; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    attention_mask = _of_heads(attention_mask, own)
+    if attention_mask.dtype == torch.bool:
+        return attention_mask, position_bias
+    # The softmax of a row of −∞ is undefined. The lowest finite number gives the same result in all other rows.
+    bias = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
+    return None, bias if position_bias is None else bias + position_bias
+
+
+def _of_heads(tensor: _OptionalTensor, heads: tuple[int, ...]) -> _OptionalTensor:
+    """The part of some heads; the whole tensor if it is the same for all heads."""
+    return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, as_index(heads)]

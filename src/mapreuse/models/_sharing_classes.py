@@ -1,0 +1,114 @@
+"""The classes of attention modules under a plan, made from the classes that the modules have in `transformers`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mapreuse.maps import Scores
+from mapreuse.models._layout import LayerLayout
+from mapreuse.models._reading import AttentionForm
+from mapreuse.models._runtime import IMPLEMENTATION, MAPS_ARGUMENT, refuse_cache, refuse_unknown, share
+from mapreuse.models._source import parameter_names
+
+
+class SharingAttention(nn.Module):
+    """A mixin for the class of an attention module: what a plan changes.
+
+    `sharing_class` makes the combined class. It has the name of the original class and derives from it, so that
+    `transformers` still recognises its modules. `copy.deepcopy` and `pickle` can rebuild it.
+    """
+
+    _parameter_names: tuple[str, ...]
+    _layout: LayerLayout
+    _num_value_heads: int
+    _form: AttentionForm
+
+    if TYPE_CHECKING:  # the attributes of the original class
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def _values(self, hidden_states: Tensor) -> Tensor:
+        """(batch, positions, width) to (batch, value heads, positions, value_dim)."""
+        values = getattr(self, self._form.value)(hidden_states)
+        return values.unflatten(-1, (self._num_value_heads, -1)).transpose(1, 2)
+
+    def _dropout_p(self) -> float:
+        if not self.training or self._form.dropout is None:
+            return 0.0
+        return functools.reduce(getattr, self._form.dropout.split("."), self)  # type: ignore[return-value]
+
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, by the names that they have in the original forward."""
+        arguments = dict(zip(self._parameter_names[1:], args, strict=False)) | kwargs
+        refuse_cache(self, arguments)
+        return arguments
+
+    def _share(
+        self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = share(self, arguments.get(MAPS_ARGUMENT), values, scores, dropout_p=self._dropout_p())
+        context = context.flatten(2)
+        for name in self._form.output:
+            context = getattr(self, name)(context)
+        if self._form.output_dropout is not None:
+            context = functional.dropout(context, getattr(self, self._form.output_dropout), self.training)
+        return context, weights
+
+
+class ComputingAttention(SharingAttention):
+    """An attention module whose heads compute their maps by `_project`, not by the original forward."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        arguments = self._arguments(args, kwargs)
+        refuse_unknown(self, {name: arguments[name] for name in arguments.keys() - self._parameter_names})
+        scores, values = self._project(hidden_states, **arguments)
+        return self._share(values, scores, arguments)
+
+    def _project(self, hidden_states: Tensor, **arguments: Any) -> tuple[Scores, Tensor]:
+        """The scores of the heads that compute, and the values of all heads."""
+        raise NotImplementedError
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(batch, positions, width) to (batch, computing heads, positions, dim)."""
+        return projected.unflatten(-1, (self._layout.computing, -1)).transpose(1, 2)
+
+
+class ReusingAttention(SharingAttention):
+    """An attention module that projects only values, and applies the maps of earlier layers."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        arguments = self._arguments(args, kwargs)
+        return self._share(self._values(hidden_states), None, arguments)
+
+
+def use_shared_attention(module: nn.Module) -> None:
+    """Make the original forward of one module call mapreuse's attention function, by a configuration of its own."""
+    config: Any = copy.copy(module.config)
+    config._attn_implementation_internal = IMPLEMENTATION  # the public setter would change other modules as well
+    module.config = config
+
+
+@functools.cache
+def sharing_class(mixin: type[Any], base: type[Any]) -> type:
+    """A class of the name of `base` with the methods of `mixin` before its own."""
+
+    def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (mixin, base), self.__getstate__()
+
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__reduce_ex__": reduce_ex,
+        "_parameter_names": parameter_names(base),
+    }
+    return type(base.__name__, (mixin, base), names)
+
+
+def _rebuild(mixin: type[Any], base: type[Any]) -> nn.Module:
+    cls: Any = sharing_class(mixin, base)  # type: ignore[arg-type]
+    return cls.__new__(cls)

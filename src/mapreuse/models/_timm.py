@@ -1,0 +1,123 @@
+"""Attention in timm's style, which many vision models have copied: one projection makes queries, keys and values."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mapreuse.maps import Scores
+from mapreuse.models._adapters import Adapter, register_style
+from mapreuse.models._fused import FusedComputing
+from mapreuse.models._reading import AttentionForm
+from mapreuse.models._runtime import make_scores
+from mapreuse.models._sharing_classes import ReusingAttention
+from mapreuse.models._source import Unsupported, body_of
+
+
+class _OneTensor:
+    """A mixin before a sharing class, for attention whose forward returns its output without weights."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states, *args, **kwargs)[0]  # type: ignore[misc]
+
+
+class _TimmComputing(_OneTensor, FusedComputing):  # type: ignore[misc]  # it returns one tensor, they return two
+    def _project(
+        self,
+        hidden_states: Float[Tensor, "batch tokens width"],
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Scores, Tensor]:
+        query, key, values = self._split(hidden_states)
+        if "q_norm" in self._modules:
+            query, key = self.q_norm(query), self.k_norm(key)
+        mask = attn_mask
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+        return make_scores(self, query, key, mask, self.scale, is_causal), values
+
+
+class _TimmReusing(_OneTensor, ReusingAttention):  # type: ignore[misc]
+    pass
+
+
+_FORWARD = re.compile(
+    r"""(?P<B>\w+),\ (?P<N>\w+),\ (?P<C>\w+)\ =\ (?P<x>\w+)\.shape\n
+    qkv\ =\ self\.qkv\((?P=x)\)\.reshape\((?P=B),\ (?P=N),\ 3,\ self\.num_heads,
+        \ (self\.head_dim|(?P=C)\ //\ self\.num_heads)\)\.permute\(2,\ 0,\ 3,\ 1,\ 4\)\n
+    (q,\ k,\ v\ =\ qkv\.unbind\(0\)|q,\ k,\ v\ =\ \(qkv\[0\],\ qkv\[1\],\ qkv\[2\]\))\n
+    (?P<normed>q,\ k\ =\ \(self\.q_norm\(q\),\ self\.k_norm\(k\)\)\n)?
+    (?P<fused>if\ self\.fused_attn:\n
+    \ {4}(?P=x)\ =\ (F|functional|nn\.functional|torch\.nn\.functional)\.scaled_dot_product_attention\(q,\ k,\ v
+        (,\ attn_mask=attn_mask)?,\ dropout_p=self\.attn_drop\.p\ if\ self\.training\ else\ 0\.0
+        (,\ is_causal=is_causal)?\)\nelse:\n)?
+    ((\ {4})?q\ =\ q\ \*\ self\.scale\n(\ {4})?attn\ =\ q\ @\ k\.transpose\(-2,\ -1\)\n
+        |(\ {4})?attn\ =\ q\ @\ k\.transpose\(-2,\ -1\)\ \*\ self\.scale\n
+        |(\ {4})?attn\ =\ \(q\ @\ k\.transpose\(-2,\ -1\)\)\ \*\ self\.scale\n
+        |(\ {4})?attn\ =\ q\ \*\ self\.scale\ @\ k\.transpose\(-2,\ -1\)\n)
+    ((\ {4})?attn_bias\ =\ resolve_self_attn_mask\((?P=N),\ attn,\ attn_mask,\ is_causal\)\n)?
+    ((\ {4})?attn\ =\ maybe_add_mask\(attn,\ (attn_mask|attn_bias)\)\n)?
+    (\ {4})?attn\ =\ attn\.softmax\(dim=-1\)\n
+    (\ {4})?attn\ =\ self\.attn_drop\(attn\)\n
+    ((\ {4})?(?P=x)\ =\ attn\ @\ v\n
+        (?P=x)\ =\ (?P=x)\.transpose\(1,\ 2\)\.reshape\((?P=B),\ (?P=N),\ ((?P=C)|self\.attn_dim)\)\n
+        |(?P=x)\ =\ \(attn\ @\ v\)\.transpose\(1,\ 2\)\.reshape\((?P=B),\ (?P=N),\ ((?P=C)|self\.attn_dim)\)\n)
+    (?P<scaled>(?P=x)\ =\ self\.norm\((?P=x)\)\n)?
+    (?P=x)\ =\ self\.proj\((?P=x)\)\n
+    (?P=x)\ =\ self\.proj_drop\((?P=x)\)\n
+    return\ (?P=x)""",
+    re.VERBOSE,
+)
+"""The statements of the `forward` of timm's `Attention`, in its current and earlier versions."""
+
+
+@register_style
+def _timm(module: nn.Module) -> Adapter | None:
+    if not {"qkv", "proj", "proj_drop", "attn_drop"} <= module._modules.keys():
+        return None
+    cls = type(module)
+    body = body_of(cls)
+    match = _FORWARD.fullmatch(body)
+    if match is None:
+        raise Unsupported(f"{cls.__name__}: its modules resemble those of timm's Attention, but its forward differs")
+    _check_mask_functions(cls, body)
+    attention: Any = module
+    head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+    if match["fused"] and abs(attention.scale - head_dim**-0.5) > 1e-9:
+        raise Unsupported(
+            f"{cls.__name__}: its scale is {attention.scale}, but its fused attention uses {head_dim**-0.5}"
+        )
+    norms = ("q_norm",), ("k_norm",)
+    query, key = norms if match["normed"] else ((), ())
+    output = ("norm", "proj", "proj_drop") if match["scaled"] else ("proj", "proj_drop")
+    form = AttentionForm(query, key, "qkv", output, "attn_drop.p", takes_maps=False)
+    return Adapter(form, _TimmComputing, _TimmReusing, fused="qkv", interface=False, head_dim=head_dim)
+
+
+def _check_mask_functions(cls: Any, body: str) -> None:
+    """Call timm's two mask functions, if the class uses them, and compare their results with those of timm."""
+    names = cls.forward.__globals__
+    scores = torch.zeros(1, 1, 2, 2)
+    mask = torch.tensor([[0.0, -1.0], [-2.0, 0.0]])
+    allowed = torch.tensor([[True, False], [True, True]])
+    lowest = torch.tensor([[0.0, float("-inf")], [0.0, 0.0]])
+    right = True
+    if "maybe_add_mask" in body:
+        add = names["maybe_add_mask"]
+        right = torch.equal(add(scores, mask), scores + mask) and torch.equal(add(scores, None), scores)
+    if "resolve_self_attn_mask" in body:
+        resolve = names["resolve_self_attn_mask"]
+        right = (
+            right
+            and resolve(2, scores, None, False) is None
+            and torch.equal(resolve(2, scores, mask, False), mask)
+            and torch.equal(resolve(2, scores, allowed, False), lowest)
+            and torch.equal(resolve(2, scores, None, True), lowest)
+        )
+    if not right:
+        raise Unsupported(f"{cls.__name__}: its functions on masks are not those of timm")
