@@ -153,11 +153,10 @@ def _difference(stack: Stack, conversions: list[Conversion], index: int, source:
     """Why a layer cannot reuse the map of another layer; None if it can."""
     own, other = conversions[index], conversions[source]
     here, there = own.layer, other.layer
-    cannot = f"cannot reuse the map of layer {source}"
     if type(here.attention) is not type(there.attention) or own.heads != other.heads:
         return (
-            f"layer {index} {cannot}: {type(here.attention).__name__} with {own.heads.num_heads} heads, "
-            f"{type(there.attention).__name__} with {other.heads.num_heads}"
+            f"layer {index} cannot reuse the map of layer {source}: {type(here.attention).__name__} with "
+            f"{own.heads.num_heads} heads, {type(there.attention).__name__} with {other.heads.num_heads}"
         )
     kinds: list[tuple[str, Any, Any]] = [
         (name, getattr(one, name, None), getattr(two, name, None))
@@ -170,8 +169,8 @@ def _difference(stack: Stack, conversions: list[Conversion], index: int, source:
     for name, of_layer, of_source in kinds:
         if of_layer != of_source:
             return (
-                f"layer {index} ({name}={of_layer!r}) {cannot} ({name}={of_source!r}): their masks or positions "
-                "differ; choose a source with the same value"
+                f"layer {index} ({name}={of_layer!r}) cannot reuse the map of layer {source} ({name}={of_source!r}): "
+                "their masks or positions differ; choose a source with the same value"
             )
     return None
 
