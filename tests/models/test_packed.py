@@ -508,7 +508,9 @@ class TestBorneMaps:
     def test_saving_is_refused_in_one_line(self, kind, tmp_path):
         make, _ = MODELS[kind]
         model = mr.apply(make(), PLANS["groups of 2"])
-        with pytest.raises(ValueError, match="only a whole model of a class that transformers defines can be saved") as error:
+        with pytest.raises(
+            ValueError, match="only a whole model of a class that transformers defines can be saved"
+        ) as error:
             mr.save(model, tmp_path)
         assert "\n" not in str(error.value)
         assert not list(tmp_path.iterdir())

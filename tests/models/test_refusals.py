@@ -173,7 +173,10 @@ def test_a_layer_with_two_self_attentions_is_refused():
     [
         (mr.ReusePlan.grouped(5, 2), "the plan has 5 layers, but BertEncoder has 4"),
         (mr.ReusePlan.grouped(3, 2), "the plan has 3 layers, but BertEncoder has 4"),
-        (mr.ReusePlan.from_sources([0, 0, 2, 2], {3: [1, 0]}), r"layer 3 \(BertSelfAttention\) has 4 heads, but the plan assigns 2"),
+        (
+            mr.ReusePlan.from_sources([0, 0, 2, 2], {3: [1, 0]}),
+            r"layer 3 \(BertSelfAttention\) has 4 heads, but the plan assigns 2",
+        ),
     ],
 )
 def test_a_plan_of_another_size_is_refused(plan, problem):
