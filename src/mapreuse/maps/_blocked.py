@@ -70,53 +70,33 @@ def keeping(scores: Scores, weights: Float[Tensor, "batch heads query key"]) -> 
 
 
 class Block:
-    """A block of one item: some heads, at least one per thread, and some rows of each."""
+    """A block of one item: some heads, at least one per thread, and some rows of each.
+
+    Attributes:
+        number: position in the order of blocks.
+        item, heads, rows, keys: index of the item, slices of heads and rows, and number of keys.
+        place: index of the block in a tensor of shape (batch, heads, query, …).
+        shape: (heads, rows, keys).
+        query, key, values: its part of the tensors; queries include the scaling of the scores.
+        distances: indices of the distances between its rows and keys, from row stop − 1 and key 0 downwards.
+        relative: queries for relative positions, times the scaling, and keys of these distances; or None.
+    """
 
     def __init__(self, number: int, item: _Item, heads: slice, rows: slice, memory: tuple[Tensor, Tensor]) -> None:
         self.number = number
-        self.item = item.index
-        self.heads = heads
-        self.rows = rows
+        self.item, self.heads, self.rows = self.place = item.index, heads, rows
         self.keys = min(item.key.shape[1], rows.stop) if item.is_causal else item.key.shape[1]
+        self.shape = heads.stop - heads.start, rows.stop - rows.start, self.keys
+        self.query = item.query[heads, rows]
+        self.key = item.key[heads, : self.keys]
+        self.values = item.values[heads, : self.keys]
+        first = item.num_keys - rows.stop
+        self.distances = slice(first, first + self.keys + self.shape[1] - 1)
+        self.relative: tuple[Tensor, Tensor] | None = None
+        if item.relative is not None:
+            self.relative = item.relative[0][heads, rows], item.relative[1][heads, self.distances]
         self._item = item
         self._memory = memory
-
-    @property
-    def place(self) -> tuple[int, slice, slice]:
-        """Index of the block in a tensor of shape (batch, heads, query, …)."""
-        return self.item, self.heads, self.rows
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(heads, rows, keys)."""
-        return self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, self.keys
-
-    @property
-    def query(self) -> Float[Tensor, "heads rows dim"]:
-        """Queries times the scaling of the scores."""
-        return self._item.query[self.heads, self.rows]
-
-    @property
-    def key(self) -> Float[Tensor, "heads keys dim"]:
-        return self._item.key[self.heads, : self.keys]
-
-    @property
-    def values(self) -> Float[Tensor, "heads keys value_dim"]:
-        return self._item.values[self.heads, : self.keys]
-
-    @property
-    def distances(self) -> slice:
-        """Indices of the distances between the block's rows and keys, from row stop − 1 and key 0 downwards."""
-        first = self._item.num_keys - self.rows.stop
-        return slice(first, first + self.keys + self.shape[1] - 1)
-
-    @property
-    def relative(self) -> tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads distances dim"]] | None:
-        """Queries for relative positions, times the scaling, and keys of the block's distances."""
-        if self._item.relative is None:
-            return None
-        query, key = self._item.relative
-        return query[self.heads, self.rows], key[self.heads, self.distances]
 
     def positional(self) -> tuple[Float[Tensor, "heads rows distances"], Float[Tensor, "heads rows keys"]]:
         """Memory for the scores of each row at each distance, and the slanted view of it by key."""

@@ -54,8 +54,12 @@ def recorded_phases() -> Iterator[list[dict[str, float]]]:
         _recorded.reset(before)
 
 
+def _integers(*names: str) -> tuple[tuple[str, type[c_int64]], ...]:
+    return tuple((name, c_int64) for name in names)
+
+
 class _Matrices(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("head", c_int64), ("row", c_int64))
+    _fields_ = (("data", c_void_p), *_integers("head", "row"))
 
     @classmethod
     def of(cls, tensor: Tensor | None) -> _Matrices:
@@ -68,12 +72,9 @@ class _Matrices(ctypes.Structure):
 class _Map(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
-        ("head", c_int64),
-        ("row", c_int64),
-        ("type", c_int64),
+        *_integers("head", "row", "type"),
         ("scales", c_void_p),
-        ("scales_head", c_int64),
-        ("scales_row", c_int64),
+        *_integers("scales_head", "scales_row"),
     )
 
     @classmethod
@@ -86,45 +87,28 @@ class _Map(ctypes.Structure):
 
 class _ComputeArguments(ctypes.Structure):
     _fields_ = (
-        ("heads", c_int64),
-        ("rows", c_int64),
-        ("keys", c_int64),
-        ("dim", c_int64),
-        ("value_dim", c_int64),
+        *_integers("heads", "rows", "keys", "dim", "value_dim"),
         ("scaling", c_float),
         ("is_causal", c_int64),
-        ("query", _Matrices),
-        ("key", _Matrices),
-        ("values", _Matrices),
-        ("relative_query", _Matrices),
-        ("relative_key", _Matrices),
+        *((name, _Matrices) for name in ("query", "key", "values", "relative_query", "relative_key")),
         ("num_keys", c_int64),
-        ("bias", _Matrices),
-        ("allowed", _Matrices),
-        ("context", _Matrices),
+        *((name, _Matrices) for name in ("bias", "allowed", "context")),
         ("weights", _Map),
-        ("width", c_int64),
-        ("rows_at_a_time", c_int64),
-        ("threads", c_int64),
-        ("max_isa", c_int64),
+        *_integers("width", "rows_at_a_time", "threads", "max_isa"),
         ("seconds", c_void_p),
     )
 
 
 class _ApplyArguments(ctypes.Structure):
     _fields_ = (
-        ("map_heads", c_int64),
-        ("rows", c_int64),
-        ("keys", c_int64),
-        ("value_dim", c_int64),
+        *_integers("map_heads", "rows", "keys", "value_dim"),
         ("weights", _Map),
         ("values", _Matrices),
         ("contexts", c_int64),
         ("map_of", c_void_p),
         ("values_of", c_void_p),
         ("context", _Matrices),
-        ("threads", c_int64),
-        ("max_isa", c_int64),
+        *_integers("threads", "max_isa"),
     )
 
 
