@@ -106,7 +106,7 @@ def minilm_table() -> list[str]:
 
 def memory_table() -> list[str]:
     """Guide to long audio: time and peak memory of each storage beside `transformers`."""
-    ((length, measured),) = _read("speed/memory.json")["lengths"].items()
+    ((length, measured),) = _read("speed/memory.json")["batches"].items()
     lines = [f"| T = {length} | time | peak memory |", "|---|---|---|"]
     for name, found in measured["contestants"].items():
         lines.append(f"| {name} | {found['median']:.2f} s | {found['memory_bytes'] / 1e6:,.0f} MB |")
@@ -115,17 +115,17 @@ def memory_table() -> list[str]:
 
 def long_table() -> list[str]:
     """Guide to long audio: one pass over recordings of 20 minutes and of an hour."""
-    lines = ["| recording | T | storage | time | peak memory | command |", "|---|---|---|---|---|---|"]
-    for name, recording in (("long", "20 minutes"), ("hour", "1 hour")):
+    lines = ["| recording | plan | storage that auto chose | time | peak memory | command |", "|---|---|---|---|---|---|"]
+    for name, recording in (("long", "20 minutes, T = 30,000"), ("hour", "1 hour, T = 90,000")):
         if not (RESULTS / f"speed/{name}.json").exists():
+            lines.append(f"| {recording} | | | not measured yet | | `make speed-{name}` |")
             continue
-        results = _read(f"speed/{name}.json")
-        for length, measured in results["lengths"].items():
-            lines += [
-                f"| {recording} | {int(length):,} | {found['carried']} | {found['median']:.0f} s | "
-                f"{found['memory_bytes'] / 1e9:.1f} GB | `{results['command'].partition(' --json')[0]}` |"
-                for found in measured["contestants"].values()
-            ]
+        (measured,) = _read(f"speed/{name}.json")["batches"].values()
+        lines += [
+            f"| {recording} | {found['plan']} | {found.get('chosen_storage', '')} | {found['median']:.0f} s | "
+            f"{found['memory_bytes'] / 1e9:.1f} GB | `make speed-{name}` |"
+            for found in measured["contestants"].values()
+        ]
     return lines
 
 

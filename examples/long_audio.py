@@ -20,13 +20,11 @@ def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="name or directory of a CTC recogniser with relative positions")
     parser.add_argument("recording", type=Path, help="wav or flac file at the model's sampling rate")
-    parser.add_argument("--plan", help="share maps as well; the model must have been converted and trained for it")
     given = parser.parse_args(arguments)
 
     processor = AutoProcessor.from_pretrained(given.model)
     model = AutoModelForCTC.from_pretrained(given.model).eval()
-    plan = mr.ReusePlan.full(len(find_stack(model).layers)) if given.plan is None else mr.ReusePlan.parse(given.plan)
-    mr.apply(model, plan, storage="auto")
+    mr.apply(model, mr.ReusePlan.full(len(find_stack(model).layers)))  # each layer computes its own map
     mr.optimize(model)
 
     samples, sampling_rate = soundfile.read(given.recording, dtype="float32", always_2d=True)
