@@ -115,7 +115,10 @@ def memory_table() -> list[str]:
 
 def long_table() -> list[str]:
     """Guide to long audio: one pass over recordings of 20 minutes and of an hour."""
-    lines = ["| recording | plan | storage that auto chose | time | peak memory | command |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| recording | plan | storage that auto chose | time | peak memory | command |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, recording in (("long", "20 minutes, T = 30,000"), ("hour", "1 hour, T = 90,000")):
         if not (RESULTS / f"speed/{name}.json").exists():
             lines.append(f"| {recording} | | | not measured yet | | `make speed-{name}` |")
