@@ -1,5 +1,6 @@
 """The full study with tiny recognisers and a few utterances."""
 
+import functools
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -51,6 +52,7 @@ def in_this_process(function, request):
     return MEMORY[name]
 
 
+@functools.cache
 def small_corpus(name):
     corpus = open_corpus(name)
     splits = {"train": 64, "dev": 8, "test": 6}
@@ -171,6 +173,7 @@ def test_results_and_report_are_written(done):
 def test_a_second_call_repeats_nothing(done, monkeypatch):
     results, place = done
     monkeypatch.setattr(runs_internals, "perform_all", refused)
+    monkeypatch.setattr(internals, "write_report", lambda *results: None)
     for name in ("search", "technique_latency", "training_latency", "memory_in_fresh_process"):
         monkeypatch.setattr(internals, name, refused)
     for name in ("analyze", "breakdown", "phoneme_attention"):
@@ -205,6 +208,7 @@ def test_memory_that_cannot_be_measured_is_left_out(done, monkeypatch, capsys):
     def killed(function, request):
         raise RuntimeError("its process was ended by SIGKILL")
 
+    monkeypatch.setattr(internals, "write_report", lambda *results: None)
     for name in ("search", "technique_latency", "training_latency"):
         monkeypatch.setattr(internals, name, refused)
     monkeypatch.setattr(internals, "memory_in_fresh_process", killed)

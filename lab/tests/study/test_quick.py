@@ -25,16 +25,19 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture
-def small_corpus(monkeypatch):
+def small(monkeypatch):
+    """A few utterances, and a narrow encoder in place of Conformer-M."""
     corpus = open_corpus("prompts:en")
     splits = {"train": 16, "dev": 4, "test": 6}
-    small = replace(corpus, **{name: getattr(corpus, name).subset(first=number) for name, number in splits.items()})
-    monkeypatch.setattr(internals, "open_corpus", lambda name: small)
+    few = replace(corpus, **{name: getattr(corpus, name).subset(first=number) for name, number in splits.items()})
+    monkeypatch.setattr(internals, "open_corpus", lambda name: few)
+    narrow = Recipe(num_layers=16, hidden_size=16, intermediate_size=32, subsampling_channels=8)
+    monkeypatch.setattr(internals, "conformer_m", lambda num_mels: narrow.create("en", None, 0).model.encoder.eval())
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Titles of what was timed, without the time that it takes."""
+    """Titles of what was timed; neither timing nor report take time."""
     done = []
 
     def encoder(title, encoders, features, **settings):
@@ -48,6 +51,7 @@ def timed(monkeypatch):
     monkeypatch.setattr(internals, "encoder_variants", lambda encoder, plans, optimized: {"transformers": 0, **plans})
     monkeypatch.setattr(internals, "encoder_latency", encoder)
     monkeypatch.setattr(internals, "attention_latency", attention)
+    monkeypatch.setattr(internals, "write_report", lambda *results: None)
     return done
 
 
@@ -55,7 +59,7 @@ def run(config, directory):
     return run_quick(config, directory / "out", directory / "work")
 
 
-def test_the_study_writes_all_results_and_a_report(config, small_corpus, tmp_path):
+def test_the_study_writes_all_results_and_a_report(config, small, tmp_path):
     results = run(config, tmp_path)
     names = ["groups of 2", "groups of 4", "all from one", "most alike"]
     assert [variant["name"] for variant in results["variants"]] == names
@@ -82,7 +86,7 @@ def test_the_study_writes_all_results_and_a_report(config, small_corpus, tmp_pat
 
 
 def test_a_second_call_repeats_nothing_and_another_machine_repeats_the_timing(
-    config, small_corpus, tmp_path, monkeypatch, timed, capsys
+    config, small, tmp_path, monkeypatch, timed, capsys
 ):
     config = replace(config, lengths=(20,))
     results = run(config, tmp_path)
