@@ -89,31 +89,13 @@ def test_fused_attention_has_the_flops_of_its_products(measured):
     assert sum(fused.values()) == sum(eager.values())
 
 
-def test_a_reusing_layer_has_the_flops_of_its_values_context_and_output_alone(measured):
-    found = next(one for one in measured if one.name == "mapreuse 2x1")
-    _, reusing = found.layers
-    of_attention = {
-        part: cost.flops
-        for part, cost in reusing.parts.items()
-        if part not in ("feed_forward", "convolution") and cost.flops
-    }
-
-    assert of_attention == {
-        "value": 2 * FRAMES * 32 * 32,
-        "context": 2 * FRAMES * FRAMES * 32,
-        "output": 2 * FRAMES * 32 * 32,
-    }
-
-
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("bert", {"query", "key", "value", "output", "feed_forward", "norms", "embeddings"}),
-        ("gpt2", {"projections", "output", "feed_forward", "norms", "embeddings"}),
-        pytest.param(
-            "wav2vec2", {"query", "key", "value", "output", "feed_forward", "norms"}, marks=pytest.mark.full
-        ),
-        pytest.param("vit", {"query", "key", "value", "output", "feed_forward", "norms"}, marks=pytest.mark.full),
+        ("bert", {"query", "key", "value", "embeddings"}),
+        ("gpt2", {"projections", "embeddings"}),
+        pytest.param("wav2vec2", {"query", "key", "value"}, marks=pytest.mark.full),
+        pytest.param("vit", {"query", "key", "value"}, marks=pytest.mark.full),
     ],
 )
 def test_other_families_have_the_same_parts(family, expected):
@@ -121,7 +103,7 @@ def test_other_families_have_the_same_parts(family, expected):
     (original, shared) = breakdown(model, [batch], plans=("4x1",), repeats=1)
     parts = {part for part, cost in original.parts.items() if cost.seconds}
 
-    assert expected <= parts
+    assert expected | {"output", "feed_forward", "norms"} <= parts
     assert sum(part.flops for part in original.parts.values()) > sum(part.flops for part in shared.parts.values())
     _, reusing = shared.layers
     assert reusing.parts["value"].seconds + reusing.parts["projections"].seconds > 0
@@ -214,12 +196,6 @@ def test_operators_inside_operators_count_once():
     assert nanoseconds(events) == {(None, "rest"): 10, (3, "query"): 5, (3, "positional_scores"): 35}
 
 
-def test_a_product_for_several_heads_at_once_applies_a_map_however_wide_it_is():
-    found = nanoseconds(attention_events(("aten::mm", [[100, 100], [100, 128]], 7)))
-
-    assert found[3, "context"] == 7
-
-
 def test_scores_and_context_differ_if_there_are_as_many_frames_as_dimensions():
     scores = ("aten::bmm", [[4, 8, 8], [4, 8, 8]], 3)
     steps = [("aten::bmm", [[4, 8, 8], [4, 8, 15]], 2), scores, ("aten::softmax", [[4, 8, 8]], 4), scores]
@@ -261,60 +237,37 @@ def slow(function):
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("self_attn.q_proj", "query"),
-        ("self_attn.k_proj", "key"),
-        ("self_attn.v_proj", "value"),
-        ("self_attn.relative_k_proj", "positions"),
-        ("self_attn.o_proj", "output"),
-        ("feed_forward2", "feed_forward"),
-        ("conv", "convolution"),
-        ("norm_out", "norms"),
+        ("layers.0.self_attn.q_proj", "query"),
+        ("layers.0.feed_forward2", "feed_forward"),
+        ("subsampling", "subsampling"),
+        ("layers.0", "rest"),
+        *(
+            pytest.param(f"layers.0.{path}", part, marks=pytest.mark.full)
+            for path, part in (
+                ("self_attn.k_proj", "key"),
+                ("self_attn.v_proj", "value"),
+                ("self_attn.relative_k_proj", "positions"),
+                ("self_attn.o_proj", "output"),
+                ("conv", "convolution"),
+                ("norm_out", "norms"),
+            )
+        ),
     ],
 )
-def test_a_slow_module_is_found(path, part):
+def test_a_slow_module_is_found_within_ten_tries(path, part):
+    """Other processes may take the processor in any pass."""
     model = encoder()
-    for layer in model.layers:
-        module = layer.get_submodule(path)
-        module.forward = slow(module.forward)
-    assert_slowest(model, part, LAYERS * SLEEP)
-
-
-def test_slow_subsampling_is_found():
-    model = encoder()
-    model.subsampling.forward = slow(model.subsampling.forward)
-    assert_slowest(model, "subsampling", SLEEP)
-
-
-def test_a_slow_softmax_is_found(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "softmax", slow(torch.nn.functional.softmax))
-    assert_slowest(encoder("eager"), "softmax", LAYERS * SLEEP)
-
-
-def test_a_slow_shift_is_found():
-    model = encoder("eager")
-    for layer in model.layers:
-        layer.self_attn._rel_shift = slow(layer.self_attn._rel_shift)
-    assert_slowest(model, "positional_scores", LAYERS * SLEEP)
-
-
-def test_what_no_part_claims_is_the_rest():
-    model = encoder()
-    for layer in model.layers:
-        layer.forward = slow(layer.forward)
-    assert_slowest(model, "rest", LAYERS * SLEEP)
-
-
-def assert_slowest(model, part, seconds):
-    """Within ten tries: other processes may take the processor in any pass."""
+    module = model.get_submodule(path)
+    module.forward = slow(module.forward)
     for _ in range(10):
-        (found,) = breakdown(model, [features()], kinds=("eager" if part == "softmax" else "sdpa",), repeats=1)
-        if all(cost.seconds < seconds for name, cost in found.parts.items() if name != part):
+        (found,) = breakdown(model, [features()], kinds=("sdpa",), repeats=1)
+        others = [cost.seconds for name, cost in found.parts.items() if name != part]
+        if max(others) < SLEEP:
             break
-    assert all(cost.seconds < seconds for name, cost in found.parts.items() if name != part), found.parts
-    assert found.parts[part].seconds >= seconds
+    assert max(others) < SLEEP <= found.parts[part].seconds, found.parts
 
 
-def test_reusing_layers_take_no_time_for_scores_softmax_queries_and_keys(measured):
+def test_a_reusing_layer_costs_values_context_and_output_alone(measured):
     found = next(one for one in measured if one.name == "mapreuse 2x1")
     computing, reusing = found.layers
 
@@ -323,6 +276,8 @@ def test_reusing_layers_take_no_time_for_scores_softmax_queries_and_keys(measure
         assert (reusing.parts[part].seconds, reusing.parts[part].flops) == (0, 0)
         assert computing.parts[part].seconds > 0
     assert all(reusing.parts[part].seconds > 0 for part in ("value", "context", "output", "feed_forward"))
+    assert reusing.parts["value"].flops == reusing.parts["output"].flops == 2 * FRAMES * 32 * 32
+    assert reusing.parts["context"].flops == 2 * FRAMES * FRAMES * 32
 
 
 def test_a_layer_with_heads_of_both_kinds_is_partly_reusing():

@@ -10,7 +10,7 @@ import torch
 from mapreuse.measure import Latency, _latency, machine, time_interleaved
 
 
-def test_contestants_take_turns_and_warm_up_rounds_do_not_count():
+def test_contestants_take_turns_and_the_warm_up_does_not_count():
     calls = []
     contestants = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     measured = time_interleaved(contestants, repeats=3, warmup=2)
@@ -22,7 +22,7 @@ def test_contestants_take_turns_and_warm_up_rounds_do_not_count():
 def test_the_second_call_of_a_turn_is_timed():
     def contestant():
         calls.append(None)
-        time.sleep(0.1 if len(calls) % 2 == 0 else 0)  # after one call to warm up, the first of every turn is slow
+        time.sleep(0.1 if len(calls) % 2 == 0 else 0)  # after one warm-up call, the first of each turn is slow
 
     calls = []
     measured = time_interleaved({"a": contestant}, repeats=3)
@@ -50,11 +50,11 @@ def test_the_uncertainty_is_the_standard_deviation_of_medians():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "rounds"),
+    ("seconds", "repeats"),
     [([1.0], 8), ([1.0, 1.2], 32), ([1.0, 1.2] * 4 + [1.1], 16)],
     ids=["steady", "wild", "calmer"],
 )
-def test_rounds_go_on_until_times_are_precise_or_for_four_times_as_long(monkeypatch, seconds, rounds):
+def test_timing_goes_on_until_it_is_precise_or_four_times_as_long(monkeypatch, seconds, repeats):
     def taken(call):
         call()
         return next(clock)
@@ -63,8 +63,8 @@ def test_rounds_go_on_until_times_are_precise_or_for_four_times_as_long(monkeypa
     monkeypatch.setattr(_latency, "_cpu_seconds", taken)
     measured = time_interleaved({"a": lambda: None}, repeats=8, warmup=0, precision=0.02)
 
-    assert len(measured["a"].seconds) == rounds
-    assert rounds == 32 or measured["a"].uncertainty <= 0.02
+    assert len(measured["a"].seconds) == repeats
+    assert repeats == 32 or measured["a"].uncertainty <= 0.02
 
 
 def test_contestants_run_without_gradients():
@@ -74,7 +74,7 @@ def test_contestants_run_without_gradients():
     assert modes == [True, True]
 
 
-def test_progress_advances_once_for_every_call():
+def test_progress_advances_once_for_each_turn():
     advanced = []
     time_interleaved({"a": lambda: None, "b": lambda: None}, repeats=2, warmup=1, advance=lambda: advanced.append(1))
 
