@@ -157,7 +157,7 @@ class SharedMaps:
             self._free = attention_map.weights
 
     def buffer(self, scores: Scores) -> Tensor | None:
-        """Memory of a released map if it fits the map of these scores, else None. It is handed out once."""
+        """Memory of a released map if it fits the map of these scores, else None. It is returned once."""
         free, self._free = self._free, None
         if free is None or free.shape != scores.shape or free.device != scores.query.device:
             return None
