@@ -252,7 +252,7 @@ def test_a_conversion_within_a_budget_of_error_keeps_to_it(tmp_path, monkeypatch
     original.save_pretrained(directory)
     words, draw = sorted({word for sentence in SENTENCES for word in sentence.split()}), random.Random(0)
     sentences = tmp_path / "sentences.txt"
-    sentences.write_text("\n".join(" ".join(draw.choices(words, k=7)) for _ in range(80)))
+    sentences.write_text("\n".join(" ".join(draw.choices(words, k=7)) for _ in range(24)))
     tokens = AutoTokenizer.from_pretrained(directory)("maps are alike", return_tensors="pt")
     with torch.inference_mode():
         target = original.eval()(**tokens)[0]

@@ -67,8 +67,8 @@ def test_grouping_by_similarity_finds_the_best_of_all_partitions(seed, num_group
     assert sum(not found.reuses(layer) for layer in range(6)) == num_groups
 
 
-def test_a_layer_whose_heads_are_its_sources_in_another_order_is_converted_without_loss_by_alignment():
-    """Layer 2 is made to compute layer 1's map, heads shuffled, and nothing lies between them."""
+def test_a_layer_with_its_sources_heads_in_another_order_is_aligned_without_error():
+    """Layer 2 computes the maps of layer 1 with its heads shuffled, on the same input."""
     model, batch = build("bert")
     plan = ReusePlan.from_sources([0, 1, 1, 3])
     shuffle = [2, 0, 3, 1]
@@ -93,7 +93,7 @@ def test_a_layer_whose_heads_are_its_sources_in_another_order_is_converted_witho
     assert [pair[1] for pair in mr.plan_of(aligned).heads(2, 4)] == shuffle
 
 
-def test_shuffled_heads_are_found_again():
+def test_alignment_finds_shuffled_heads():
     measured = random_similarity(1, layers=2, heads=4)
     shuffle = [2, 0, 3, 1]
     heads = measured.heads.clone()
@@ -115,8 +115,8 @@ def test_align_measures_and_assigns_in_one_call_and_is_deterministic():
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "parakeet"])
-def test_the_error_of_an_assignment_is_what_one_exchanged_map_does_to_its_layers_output(family):
-    """The definition, from recorded maps and values, one head at a time; grouped and fused values included."""
+def test_the_error_of_an_assignment_is_the_change_of_the_layers_output(family):
+    """By definition, from recorded maps and values, head by head; also with grouped and fused values."""
     model, batch = build(family)
     errors = output_errors(model, {1: (0,)}, [batch, batch])[1]
     maps, valid, values = MapRecorder(model)(batch)
@@ -144,7 +144,7 @@ def test_the_error_of_an_assignment_is_what_one_exchanged_map_does_to_its_layers
             )
 
 
-def test_align_takes_the_head_of_least_error_by_default():
+def test_align_takes_the_head_with_the_least_error_by_default():
     model, batch = build("bert")
     plan = mr.align(model, mr.ReusePlan.grouped(4, 2), [batch])
     for layer in (1, 3):
@@ -170,7 +170,7 @@ def test_align_refuses_a_plan_of_another_depth(mode, depth):
 
 
 @pytest.mark.parametrize("mode", ["error", "best", "one-to-one"])
-def test_a_converted_model_and_batches_of_nothing_are_refused(mode):
+def test_a_converted_model_and_empty_batches_are_refused(mode):
     model, batch = build("bert")
     plan = mr.ReusePlan.grouped(4, 2)
     with pytest.raises(ValueError, match="the model shares attention maps already"):

@@ -1,4 +1,4 @@
-"""Distillation: closer to the original on batches it has not seen, never further, resumable to the bit."""
+"""Distillation: closer to the original on unseen batches, never further; resumed runs give the same bits."""
 
 import copy
 import dataclasses
@@ -28,14 +28,14 @@ def original():
 
 
 def make_original():
-    """Of BERT's usual initial weights: its maps are alike, so that all that is lost can be learned back."""
+    """With BERT's usual initial weights maps are similar, so that distillation can recover everything."""
     config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
     torch.manual_seed(0)
     return BertModel(BertConfig(**config)).eval()
 
 
 def converted(original):
-    """With groups of 2, and values spoilt by noise."""
+    """Groups of 2, with noise on the values."""
     model = mr.convert(original, mr.ReusePlan.grouped(4, 2))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def converted(original):
 
 @torch.no_grad()
 def distance(model, original, batches):
-    """Of the last hidden states, by the oracle's idea of padding."""
+    """Relative error of the last hidden states, with the oracle's definition of padding."""
     wrong = size = 0.0
     for batch in batches:
         theirs = original(**batch)
@@ -57,8 +57,8 @@ def distance(model, original, batches):
     return (wrong / size).sqrt().item()
 
 
-@pytest.mark.parametrize("length", [11, 12])
-def test_a_classifier_learns_from_sentences_of_as_many_tokens_as_it_has_labels(length):
+@pytest.mark.parametrize("length", [pytest.param(11, marks=pytest.mark.full), 12])
+def test_a_classifier_with_as_many_labels_as_tokens_in_a_sentence_learns(length):
     torch.manual_seed(0)
     config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
     model = BertForSequenceClassification(BertConfig(**config, num_labels=12)).eval()
@@ -67,7 +67,7 @@ def test_a_classifier_learns_from_sentences_of_as_many_tokens_as_it_has_labels(l
     assert report.after <= report.before
 
 
-def test_what_cannot_be_learned_from_is_refused_before_anything_is_changed(original):
+def test_unusable_batches_and_models_are_refused_before_anything_changes(original):
     batches, config = random_batches(8), DistillConfig(steps=2)
     padding = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches]
     half = original.__class__(original.config).bfloat16()
@@ -86,14 +86,14 @@ def test_what_cannot_be_learned_from_is_refused_before_anything_is_changed(origi
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_both_models_are_on_their_device_again_afterwards(original):
+def test_both_models_return_to_their_device(original):
     model = converted(original)
     mr.distill(model, original, random_batches(8), DistillConfig(steps=2))
     for one in (model, original):
         assert {parameter.device.type for parameter in one.parameters()} == {"cpu"}
 
 
-def test_the_model_comes_closer_to_the_original_on_batches_it_has_not_seen(original):
+def test_distillation_reduces_the_error_on_unseen_batches(original):
     model, unseen = converted(original), random_batches(5, seed=1)
     before = distance(model, original, unseen)
     kept = copy.deepcopy(original.state_dict())
@@ -105,7 +105,7 @@ def test_the_model_comes_closer_to_the_original_on_batches_it_has_not_seen(origi
     assert all(torch.equal(kept[name], tensor) for name, tensor in original.state_dict().items())
 
 
-def test_what_comes_before_the_first_map_that_is_shared_stays(original):
+def test_layers_before_the_first_shared_map_keep_their_weights(original):
     model = mr.convert(original, mr.ReusePlan.from_sources([0, 1, 1, 3]))
     model.encoder.layer[3].output.dense.bias.requires_grad_(False)
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_what_comes_before_the_first_map_that_is_shared_stays(original):
 
 
 @pytest.mark.parametrize(("seconds", "chosen"), [(0.5, True), (0.9, False)])
-def test_products_are_in_bfloat16_where_that_is_measured_to_be_much_faster(original, monkeypatch, seconds, chosen):
+def test_bfloat16_is_chosen_if_it_is_measured_to_be_much_faster(original, monkeypatch, seconds, chosen):
     seen = []
 
     def timed(calls, **options):
@@ -148,13 +148,13 @@ def test_products_are_in_bfloat16_where_that_is_measured_to_be_much_faster(origi
     assert report.bfloat16 is chosen
     assert (torch.bfloat16 in seen) is chosen
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert report.before == pytest.approx(expected, rel=1e-4), "judged in float32"
+    assert report.before == pytest.approx(expected, rel=1e-4), "evaluated in float32"
     assert report.after == pytest.approx(distance(model, original, unseen), rel=1e-4)
     assert report.after < 0.8 * report.before
 
 
 @pytest.mark.parametrize("chosen", [True, False])
-def test_products_are_of_the_type_that_is_asked_for_and_nothing_is_timed(original, monkeypatch, chosen):
+def test_a_given_precision_is_used_without_timing(original, monkeypatch, chosen):
     monkeypatch.delattr(_distill, "time_interleaved")
     model, seen = converted(original), set()
     model.encoder.layer[2].attention.self.value.register_forward_hook(
@@ -162,17 +162,19 @@ def test_products_are_of_the_type_that_is_asked_for_and_nothing_is_timed(origina
     )
     config = DistillConfig(steps=2, bfloat16=chosen)
     assert mr.distill(model, original, random_batches(8), config).bfloat16 is chosen
-    assert seen == {torch.bfloat16 if chosen else torch.float32}, "of the passes that teach"
+    assert seen == {torch.bfloat16 if chosen else torch.float32}, "in training passes"
 
 
-def test_every_eighth_batch_judges_where_no_others_are_given(original):
+def test_every_eighth_batch_is_held_out_by_default(original):
     batches = random_batches(16)
     report = mr.distill(converted(original), original, batches, CONFIG)
     assert report.before == pytest.approx(distance(converted(original), original, batches[7::8]), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["parakeet", "gpt2", "vit", "distilbert"])
-def test_families_with_other_masks_and_outputs_are_judged_without_their_padding(family):
+@pytest.mark.parametrize(
+    "family", ["parakeet", "gpt2", *(pytest.param(one, marks=pytest.mark.full) for one in ("vit", "distilbert"))]
+)
+def test_padding_is_left_out_in_families_with_other_masks_and_outputs(family):
     model, batch = build(family)
     ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
     batches = [batch] * 8
@@ -195,14 +197,14 @@ def test_families_with_other_masks_and_outputs_are_judged_without_their_padding(
     assert report.before == pytest.approx(off.sqrt().item(), rel=1e-3)
 
 
-def test_training_that_does_not_help_leaves_the_weights_as_they_were(original):
+def test_training_that_does_not_help_keeps_the_weights(original):
     model = converted(original)
     before = copy.deepcopy(model.state_dict())
     wild = DistillConfig(steps=20, learning_rate=3.0, evaluate_every=5, patience=2)
     report = mr.distill(model, original, random_batches(16), wild)
     assert report.best_step == 0
     assert report.after == report.before
-    assert report.step == 10, "two measurements without a better one"
+    assert report.step == 10, "two evaluations without improvement"
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -211,7 +213,7 @@ class Interrupted(Exception):
 
 
 class Breaking:
-    """Batches that break off after so many were read."""
+    """Batches that raise after `after` of them were read."""
 
     def __init__(self, batches, after):
         self.batches, self.left = batches, after
@@ -224,7 +226,7 @@ class Breaking:
             yield batch
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path):
+def test_an_interrupted_run_continues_with_the_same_bits(original, tmp_path):
     batches, unseen = random_batches(7), random_batches(3, seed=1)
     whole = converted(original)
     expected = mr.distill(whole, original, batches, CONFIG, held_out=unseen)
@@ -242,11 +244,12 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(original, tmp_path):
     )
     again = converted(original)
     once_more = mr.distill(again, original, Breaking(batches, 1), CONFIG, held_out=unseen, out_dir=tmp_path)
-    assert once_more.errors == expected.errors, "a run that had ended is not run again"
+    assert once_more.errors == expected.errors, "a finished run is not repeated"
     assert torch.equal(next(again.parameters()), next(whole.parameters()))
 
 
-def test_the_same_call_again_goes_on_with_the_model_that_the_run_left(original, tmp_path):
+@pytest.mark.full
+def test_the_same_call_continues_with_the_model_that_the_run_left(original, tmp_path):
     batches, unseen = random_batches(7), random_batches(3, seed=1)
     expected = mr.distill(converted(original), original, batches, CONFIG, held_out=unseen)
     model = converted(original)
@@ -302,7 +305,8 @@ torch.save((report.errors, model.state_dict()), {out!r} + str(accelerate.Partial
 """
 
 
-def test_two_processes_learn_one_model(tmp_path, original):
+@pytest.mark.full
+def test_two_processes_train_one_model(tmp_path, original):
     tests = Path(__file__).parent
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(paths=[str(tests), str(tests.parent)], out=str(tmp_path / "rank")))
@@ -319,7 +323,7 @@ def test_two_processes_learn_one_model(tmp_path, original):
     assert sorted(errors) == [0, 10, 20, 30]
 
 
-def test_a_run_of_another_model_or_of_other_batches_is_not_gone_on_with(original, tmp_path):
+def test_a_run_with_another_model_or_other_batches_is_not_continued(original, tmp_path):
     config = DistillConfig(steps=2, evaluate_every=1)
     mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
     other = converted(original)
@@ -343,7 +347,7 @@ def test_a_run_of_another_model_or_of_other_batches_is_not_gone_on_with(original
         mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
 
 
-def test_what_only_looks_like_a_checkpoint_is_left_alone(original, tmp_path):
+def test_other_folders_named_like_checkpoints_are_not_touched(original, tmp_path):
     (tmp_path / "checkpoint-old").mkdir()
     config = DistillConfig(steps=2, evaluate_every=1)
     for _ in range(2):
@@ -365,18 +369,18 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(original, tmp_path):
         ({"hidden": 0.0, "logits": 0.0}, "weigh the loss"),
     ],
 )
-def test_settings_by_which_nothing_could_be_learned_are_refused(wrong, message):
+def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DistillConfig(**{"steps": 1} | wrong)
 
 
 @pytest.mark.parametrize("step", [mr.refit, lambda *given: mr.distill(*given, DistillConfig(steps=1))])
-def test_another_model_is_refused_as_the_original(original, step):
+def test_an_original_that_does_not_match_is_refused(original, step):
     config = original.config.to_dict()
     for other, message in (
-        (BertModel(BertConfig(**config | {"num_hidden_layers": 6})), "what should be its original 6 of 32"),
-        (BertModel(BertConfig(**config | {"hidden_size": 64})), "what should be its original 4 of 64"),
-        (converted(original), "the original reuses attention maps itself"),
+        (BertModel(BertConfig(**config | {"num_hidden_layers": 6})), "but its original has 6 of width 32"),
+        (BertModel(BertConfig(**config | {"hidden_size": 64})), "but its original has 4 of width 64"),
+        (converted(original), "the original shares attention maps itself"),
         (copy.deepcopy(original).bfloat16(), "in bfloat16 on the CPU"),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
@@ -385,7 +389,7 @@ def test_another_model_is_refused_as_the_original(original, step):
 
 
 @pytest.mark.parametrize("step", [mr.refit, lambda *given: mr.distill(*given, DistillConfig(steps=1))])
-def test_every_module_is_in_the_mode_that_it_was_in(original, step):
+def test_modules_keep_their_training_mode(original, step):
     ours, theirs = converted(original).train(), copy.deepcopy(original).train()
     for model in (ours, theirs):
         model.embeddings.eval()
@@ -395,7 +399,7 @@ def test_every_module_is_in_the_mode_that_it_was_in(original, step):
         assert in_training == {"", "encoder", "pooler"}
 
 
-def test_gradients_that_are_there_already_have_no_part_in_it(original):
+def test_earlier_gradients_are_ignored(original):
     fresh, used = converted(original), converted(original)
     for parameter in used.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -406,7 +410,7 @@ def test_gradients_that_are_there_already_have_no_part_in_it(original):
     assert all(parameter.grad is None for name, parameter in used.named_parameters() if "encoder" in name)
 
 
-def test_a_run_that_is_stopped_within_a_step_leaves_no_gradients(original, monkeypatch):
+def test_a_run_stopped_within_a_step_leaves_no_gradients(original, monkeypatch):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -417,7 +421,7 @@ def test_a_run_that_is_stopped_within_a_step_leaves_no_gradients(original, monke
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_checkpoints_that_cannot_be_written_are_said_before_anything_is_learned(original, tmp_path):
+def test_an_unwritable_checkpoint_directory_is_refused_before_training(original, tmp_path):
     (tmp_path / "file").write_text("mine")
     model = converted(original)
     before = copy.deepcopy(model.state_dict())
@@ -427,7 +431,7 @@ def test_checkpoints_that_cannot_be_written_are_said_before_anything_is_learned(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_run_that_is_stopped_leaves_the_best_weights_it_had(original):
+def test_a_stopped_run_leaves_the_best_weights_so_far(original):
     model, unseen, batches = converted(original), random_batches(5, seed=1), random_batches(24)
     before = distance(model, original, unseen)
     with pytest.raises(Interrupted):
@@ -438,7 +442,7 @@ def test_a_run_that_is_stopped_leaves_the_best_weights_it_had(original):
     assert min(errors[at] for at in (0, 10, 20)) == pytest.approx(distance(model, original, unseen), rel=1e-4)
 
 
-def test_batches_that_come_in_another_order_each_time_need_others_to_judge_by(original):
+def test_shuffled_batches_need_held_out_batches(original):
     class Shuffled:
         seed = 0
 
@@ -453,7 +457,7 @@ def test_batches_that_come_in_another_order_each_time_need_others_to_judge_by(or
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors", "best.safetensors"])
-def test_a_checkpoint_that_is_cut_short_is_refused_in_one_line(original, tmp_path, name):
+def test_a_truncated_checkpoint_is_refused_in_one_line(original, tmp_path, name):
     config = DistillConfig(steps=2)
     mr.distill(converted(original), original, random_batches(9), config, out_dir=tmp_path)
     file = tmp_path / "checkpoint-2" / name

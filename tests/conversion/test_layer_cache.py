@@ -1,4 +1,4 @@
-"""LayerCache that skip what is known, against whole cache."""
+"""Cached layer outputs, against complete forward passes."""
 
 import functools
 
@@ -39,7 +39,7 @@ def by_batch(model, states):
 
 
 def run_by(model, call):
-    """The layers whose attention runs meanwhile."""
+    """The layers whose attention runs during a call."""
     found = []
     stack = find_stack(model)
     for index, layer in enumerate(stack.layers):
@@ -50,8 +50,8 @@ def run_by(model, call):
     return found
 
 
-def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(made):
-    """Also where earlier layers are skipped; the layer is the last to read a map, which it needs again and again."""
+def test_outputs_after_weight_changes_equal_those_of_complete_passes(made):
+    """Also with cached earlier layers; the layer is the last to apply a map, which must not be released."""
     model, batch = made
     mr.apply(model, PLAN)
     layer = find_stack(model).layers[2]
@@ -77,7 +77,7 @@ def test_what_a_layer_puts_out_after_some_changes_is_that_of_whole_passes(made):
     assert layer.attention._layout.releases == (0,)
 
 
-def test_what_reaches_a_layers_projection_is_that_of_whole_passes(made):
+def test_contexts_equal_those_of_complete_passes(made):
     model, batch = made
     mr.apply(model, PLAN)
     cache, layer = LayerCache(model, [batch], PLAN), find_stack(model).layers[3]
@@ -99,8 +99,8 @@ def test_what_reaches_a_layers_projection_is_that_of_whole_passes(made):
 @pytest.mark.parametrize(
     ("index", "runs"), [(1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3])], ids=["once", "a chain", "a longer chain"]
 )
-def test_layers_run_again_where_maps_of_theirs_are_applied(index, runs):
-    """Of a chain, also those whose maps the sources apply in turn."""
+def test_cached_layers_run_again_if_their_maps_are_applied(index, runs):
+    """In a chain of sources, all of them."""
     model, batch = build("bert")
     mr.apply(model, CHAIN)
     cache = LayerCache(model, [batch], CHAIN)
@@ -111,7 +111,7 @@ def test_layers_run_again_where_maps_of_theirs_are_applied(index, runs):
 @pytest.mark.parametrize(
     ("plan", "runs"), [(None, [3]), (PLAN, [1, 3]), (mr.ReusePlan.from_sources([0, 0, 2, 2]), [2, 3])]
 )
-def test_layers_whose_maps_are_not_applied_do_not_run_again(plan, runs):
+def test_cached_layers_do_not_run_again_if_their_maps_are_not_applied(plan, runs):
     model, batch = build("bert")
     if plan is not None:
         mr.apply(model, plan)
@@ -125,8 +125,8 @@ def test_layers_whose_maps_are_not_applied_do_not_run_again(plan, runs):
             assert found == (runs if again else [0, 1, 2, 3])
 
 
-def test_a_layer_that_is_met_for_the_first_time_has_the_maps_that_it_applies():
-    """Layer 2 is not known, since the pass before ended with it; it applies a map of layer 0, which is."""
+def test_a_layer_that_is_not_cached_yet_gets_the_maps_that_it_applies():
+    """The first pass ended with layer 2, so it is not cached; layer 0, whose map it applies, is."""
     model, batch = build("bert")
     mr.apply(model, PLAN)
     cache = LayerCache(model, [batch], PLAN)
@@ -135,7 +135,7 @@ def test_a_layer_that_is_met_for_the_first_time_has_the_maps_that_it_applies():
     assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
 
 
-def test_of_a_layer_that_runs_again_for_its_map_what_comes_after_it_does_not():
+def test_a_layer_that_runs_again_for_its_map_stops_there():
     model, batch = build("bert")
     mr.apply(model, PLAN)
     cache, runs = LayerCache(model, [batch], PLAN), []
@@ -155,8 +155,8 @@ PAIRS = mr.ReusePlan.from_sources([0, 0, 2, 2])
     ("plan", "index", "runs"),
     [(PLAN, 2, [0, 2]), (CHAIN, 2, [0, 1, 2]), (PAIRS, 2, [0, 1, 2]), (PAIRS, 3, [0, 1, 2, 3])],
 )
-def test_layers_before_the_first_that_reuses_put_out_what_the_originals_do(plan, index, runs):
-    """So they need not run; in `CHAIN` and `PAIRS` layer 1 is the first that reuses, and is not the original's."""
+def test_layers_before_the_first_reusing_layer_are_taken_from_the_originals_cache(plan, index, runs):
+    """In `CHAIN` and `PAIRS` layer 1 is the first that reuses, so it has to run."""
     original, batch = build("bert")
     model = mr.convert(original, plan)
     of_original = LayerCache(original, [batch])
@@ -167,8 +167,8 @@ def test_layers_before_the_first_that_reuses_put_out_what_the_originals_do(plan,
 
 
 @pytest.mark.parametrize(("max_bytes", "number_kept"), [(0, 0), (2_000, 0), (3 * 4 * 7 * 32 * 4, 3), (2**20, 6)])
-def test_only_so_many_bytes_are_kept(max_bytes, number_kept):
-    """A layer of a batch puts out 4 · 7 · 32 floats of four bytes."""
+def test_the_cache_keeps_to_its_size(max_bytes, number_kept):
+    """The output of a layer has 4 · 7 · 32 floats of four bytes."""
     model, _ = build("bert")
     batches = [{"input_ids": torch.randint(5, 40, (4, 7))} for _ in range(2)]
     cache = LayerCache(model, batches, max_bytes=max_bytes)
@@ -182,7 +182,7 @@ def test_only_so_many_bytes_are_kept(max_bytes, number_kept):
 
 @pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "a plan"])
 @pytest.mark.parametrize("with_hooks", [False, True])
-def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(with_hooks, plan):
+def test_layers_that_change_their_inputs_in_place_give_the_same_outputs(with_hooks, plan):
     """In place, or by hooks of their own: what is skipped, what hands on its map alone, and what runs twice, is given
     what it would be."""
     model, batch = build("bert")
@@ -210,7 +210,7 @@ def test_layers_that_change_their_inputs_put_out_what_they_do_in_whole_passes(wi
 
 
 @pytest.mark.parametrize("call", ["context", "outputs"])
-def test_a_pass_that_is_stopped_leaves_the_model_as_it_was(call):
+def test_a_stopped_pass_leaves_the_model_unchanged(call):
     model, batch = build("bert")
     mr.apply(model, PLAN)
     cache, layers = LayerCache(model, [batch], PLAN), find_stack(model).layers
@@ -227,14 +227,14 @@ def test_a_pass_that_is_stopped_leaves_the_model_as_it_was(call):
     assert layers[3].attention._layout.releases == (1,)
 
 
-def test_a_fit_runs_the_first_layer_once_for_each_batch():
-    """Of a plan that applies none of its maps; later layers need what it puts out again and again."""
+def test_a_refit_runs_the_first_layer_once_for_each_batch():
+    """Under a plan that applies none of its maps."""
     original, plan = build("bert")[0], mr.ReusePlan.from_sources([0, 1, 1, 1])
     model = mr.convert(original, plan)
     assert run_by(model, lambda: mr.refit(model, original, random_batches(8))).count(0) == 8
 
 
-def test_plans_that_are_judged_have_the_originals_first_layers_in_common():
+def test_evaluated_plans_share_the_cache_of_the_original():
     judged, runs = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5), []
     judged._targets.cache.layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(0))
     for last in (1, 2):
@@ -242,6 +242,6 @@ def test_plans_that_are_judged_have_the_originals_first_layers_in_common():
         assert len(runs) == 8
 
 
-def test_which_positions_are_padding():
+def test_valid_positions_are_those_of_the_attention_mask():
     model, (batch,) = build("bert")[0], random_batches(1)
     assert torch.equal(LayerCache(model, [batch]).valid(0), batch["attention_mask"].bool())

@@ -75,7 +75,7 @@ def test_a_conversion_stopped_in_distillation_continues_with_its_plan_and_weight
     bert, tmp_path, regular_times, monkeypatch
 ):
     """Even if linear layers use another library afterwards, in which products round differently."""
-    batches, given = random_batches(24), {"budget": {"error": 0.5}, "distill_seconds": 1.0, "out": tmp_path / "out"}
+    batches, given = random_batches(11), {"budget": {"error": 0.05}, "distill_seconds": 1.0, "out": tmp_path / "out"}
     with monkeypatch.context() as patch:
         patch.setattr(_pipeline, "distill", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -100,13 +100,13 @@ def test_a_conversion_stopped_in_distillation_continues_with_its_plan_and_weight
 
 
 def test_a_plan_from_a_search_is_not_refitted_and_timed_again(bert, tmp_path, regular_times, monkeypatch):
-    batches = random_batches(12)
-    (*_, fastest) = mr.search(bert, batches, error=0.3)
+    batches = random_batches(8)
+    (*_, fastest) = mr.search(bert, batches, error=0.1)
     by_hand = mr.apply(copy.deepcopy(bert), fastest.plan)
     mr.refit(by_hand, bert, split_batches(batches)[0])
     for name in ("align", "refit", "relative_latencies"):
         monkeypatch.setattr(_pipeline, name, None)
-    model, report = converted(bert, batches, tmp_path / "out", budget={"error": 0.3})
+    model, report = converted(bert, batches, tmp_path / "out", budget={"error": 0.1})
 
     assert report.plan == fastest.plan == mr.plan_of(model)
     assert not report.plan.is_full
@@ -142,7 +142,7 @@ def test_work_that_is_damaged_or_of_another_conversion_is_not_used(bert, tmp_pat
 def test_a_plan_without_reuse_is_not_distilled(bert, tmp_path, regular_times, monkeypatch):
     monkeypatch.setattr(_pipeline, "distill", None)
     options = {"plan": mr.ReusePlan.full(4), "distill_seconds": 1.0}
-    model, report = converted(bert, random_batches(24), tmp_path / "out", **options)
+    model, report = converted(bert, random_batches(11), tmp_path / "out", **options)
     assert mr.plan_of(model).is_full
     assert "distilled" not in report.errors
     assert any("nothing to distil" in line for line in report.lines())

@@ -43,11 +43,11 @@ def outputs(weights, inputs):
 
 
 FEW, MANY = 11, 200
-"""Rows: no more than inputs and a one, so that they are kept as they are; and more, so that all are summed."""
+"""Numbers of rows: few enough to be stored as they are, and enough for normal equations."""
 
 
 def summed(weights, inputs, targets, drift, dtype=torch.float32):
-    """In this precision, which is that of a model; it holds random numbers as they are."""
+    """Rows added in the precision of a model."""
     sums = LeastSquares(weights)
     for rows in torch.arange(len(inputs)).split(4):
         sums.add(*(one[rows].to(dtype) for one in (inputs, targets, drift)))
@@ -58,8 +58,8 @@ def summed(weights, inputs, targets, drift, dtype=torch.float32):
 @pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("share", "block"), [(0.0, 512), (1.0, 512), (1.0, 4)])
-def test_the_output_solved_from_streamed_sums_is_ridge_regression(rows, with_bias, share, block, monkeypatch):
-    """Ridge towards given weights is least squares with the penalty as extra rows."""
+def test_the_solved_output_projection_is_that_of_ridge_regression(rows, with_bias, share, block, monkeypatch):
+    """A ridge penalty equals extra rows in ordinary least squares."""
     monkeypatch.setattr(_least_squares, "_BLOCK", block)
     torch.manual_seed(0)
     start = random_weights(2, 5, 3, 4, with_bias=with_bias)
@@ -84,7 +84,7 @@ def test_the_output_solved_from_streamed_sums_is_ridge_regression(rows, with_bia
 
 @pytest.mark.parametrize("rows", [7, MANY])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_error_summed_over_contexts_is_that_of_the_outputs(rows, with_bias):
+def test_the_error_on_contexts_is_the_error_of_the_outputs(rows, with_bias):
     torch.manual_seed(3)
     weights = random_weights(2, 5, 3, 4, with_bias=with_bias)
     inputs, targets, drift = torch.randn(rows, 10), torch.randn(rows, 4).double(), torch.randn(rows, 4).double()
@@ -97,7 +97,7 @@ def test_the_error_summed_over_contexts_is_that_of_the_outputs(rows, with_bias):
 @pytest.mark.parametrize("rows", [FEW, MANY])
 @pytest.mark.parametrize("maps", [(0, 1), (0, 1, 1)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_no_small_change_of_the_last_solved_values_lowers_their_penalised_error(rows, with_bias, maps):
+def test_no_small_change_of_solved_values_lowers_the_penalised_error(rows, with_bias, maps):
     torch.manual_seed(1)
     start = random_weights(len(maps), 5, 3, 4, with_bias=with_bias, maps=maps)
     inputs, targets, drift = (
@@ -137,7 +137,7 @@ def test_the_error_from_sums_is_the_error_of_the_outputs(rows, share):
     assert found == pytest.approx((wrong.square().sum() / targets.square().sum()).sqrt().item())
 
 
-def test_a_refit_brings_the_converted_model_closer_on_batches_it_has_not_seen():
+def test_a_refit_reduces_the_error_on_unseen_batches():
     model, _ = build("bert")
     plan = mr.ReusePlan.grouped(4, 2)
     converted = mr.convert(model, plan)
@@ -157,8 +157,8 @@ def test_a_refit_brings_the_converted_model_closer_on_batches_it_has_not_seen():
 
 
 @pytest.mark.parametrize("second", [0, ((0, 2), (0, 0), (0, 2), (0, 2)), ((0, 2), None, None, (0, 2))])
-def test_values_that_were_lost_are_found_again(second):
-    """Where every head applies a map of its own, where several apply the same, and where some compute theirs."""
+def test_a_refit_recovers_lost_values(second):
+    """If every head applies a different map, several apply the same one, or some compute their own."""
     model, _ = build("bert")
     converted = mr.convert(model, mr.ReusePlan((None, second, None, None)))
     torch.manual_seed(0)
@@ -175,7 +175,7 @@ def relative(ours, theirs):
 
 
 def refitted(model, batch, index, converted):
-    """The report of the one layer that reuses, whose errors are what hooks on both models give."""
+    """The report of the only reusing layer, after comparing its errors with those measured by hooks."""
     valid = valid_rows(model, batch, model(**batch))
     theirs = output_of_layer(model, index, batch)[valid]
     before = relative(output_of_layer(converted, index, batch)[valid], theirs)
@@ -186,14 +186,14 @@ def refitted(model, batch, index, converted):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "parakeet"])
-def test_the_reported_error_is_that_of_the_converted_models_layer(family):
-    """Of fused, grouped and relative attentions."""
+def test_the_reported_error_is_that_of_the_layers_output(family):
+    """For fused, grouped and relative attention."""
     model, batch = build(family)
     report = refitted(model, batch, 1, mr.convert(model, mr.ReusePlan.from_sources([0, 0, 2, 3])))
     assert report.after < 0.9 * report.before
 
 
-def test_a_model_whose_first_layers_are_not_the_originals_any_more_is_refitted_as_it_is():
+def test_a_model_whose_first_layers_have_changed_is_refitted_as_it_is():
     model, batch = build("bert")
     converted = mr.convert(model, mr.ReusePlan.from_sources([0, 1, 2, 2]))
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_model_whose_first_layers_are_not_the_originals_any_more_is_refitted_a
     refitted(model, batch, 3, converted)
 
 
-def test_a_layer_that_only_hands_on_its_map_may_have_a_projection_of_another_class():
+def test_a_source_layer_may_have_a_projection_of_another_class():
     class OtherLinear(nn.Linear):
         pass
 
@@ -217,7 +217,7 @@ def test_a_layer_that_only_hands_on_its_map_may_have_a_projection_of_another_cla
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_torchs_own_encoder_is_aligned_and_refitted(batch_first, norm_first):
+def test_a_torch_encoder_is_aligned_and_refitted(batch_first, norm_first):
     model = encoder(batch_first=batch_first, norm_first=norm_first)
     generator = torch.Generator().manual_seed(3)
     batches = [{"src": torch.randn(3, 9, 32, generator=generator)} for _ in range(8)]
@@ -243,8 +243,8 @@ def test_vision_blocks_in_timms_style_are_aligned_and_refitted():
 
 
 @pytest.mark.parametrize("family", ["olmo2", "llama", "bert"])
-def test_no_refitted_layer_is_worse_on_batches_that_were_held_out(family, monkeypatch):
-    """OLMo 2 has a norm between attention and sum, so that no drift can be undone there; BERT has one after it."""
+def test_no_refitted_layer_is_worse_on_held_out_batches(family, monkeypatch):
+    """OLMo 2 normalises before the residual sum, so drift cannot be corrected there; BERT normalises after it."""
     monkeypatch.setitem(FAMILIES, "olmo2", lambda: _text(transformers.Olmo2Config, transformers.Olmo2Model))
     original, _ = build(family)
     batches = random_batches(8)
@@ -264,7 +264,7 @@ def test_no_refitted_layer_is_worse_on_batches_that_were_held_out(family, monkey
     for report in reports:
         assert report.after <= report.before
         assert report.after == pytest.approx(error(refitted, report.layer), rel=1e-3), (
-            "with the layers below refitted"
+            "with earlier layers refitted"
         )
     assert error(refitted, 3) <= error(aligned, 3)
 
@@ -316,7 +316,7 @@ def test_a_layer_without_values_keeps_finite_weights():
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
-def test_a_fit_that_is_stopped_or_meets_a_candidate_of_no_use_leaves_the_weights_it_had(monkeypatch):
+def test_a_stopped_refit_and_useless_candidates_leave_the_weights_unchanged(monkeypatch):
     original = build("bert")[0]
     batches, write = random_batches(8), _refit.write
 
@@ -356,7 +356,7 @@ FIRST, ALIKE, REORDERED, OTHER = (
 
 @pytest.fixture
 def fitted(monkeypatch):
-    """The layers that were refitted from the start."""
+    """The layers that were refitted without the cache."""
 
     def fit_layer(index, *rest):
         indices.append(index)
@@ -369,13 +369,13 @@ def fitted(monkeypatch):
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize(("plan", "refitted"), [(ALIKE, [3]), (REORDERED, [1, 3]), (OTHER, [1, 3]), (FIRST, [])])
-def test_what_a_plan_takes_from_another_is_what_refitting_it_gives(family, plan, refitted, fitted):
+def test_cached_layers_equal_refitted_ones(family, plan, refitted, fitted):
     original, batches = build(family)[0], random_batches(8)
-    wanted, refits = Targets(original, batches), RefitCache(max_bytes=2**20)
-    refit_layers(mr.apply(build(family)[0], FIRST), wanted, refits)
+    targets, refits = Targets(original, batches), RefitCache(max_bytes=2**20)
+    refit_layers(mr.apply(build(family)[0], FIRST), targets, refits)
     fitted.clear()
     model, alone = (mr.apply(build(family)[0], plan) for _ in range(2))
-    reports = refit_layers(model, wanted, refits)
+    reports = refit_layers(model, targets, refits)
 
     assert fitted == refitted
     assert reports[0].ridge is not None
@@ -387,11 +387,11 @@ def test_what_a_plan_takes_from_another_is_what_refitting_it_gives(family, plan,
 
 
 @pytest.mark.parametrize(("max_bytes", "again"), [(0, [1, 2, 3]), (12_000, [1]), (2**20, [])])
-def test_only_so_many_bytes_are_kept_and_the_oldest_go_first(max_bytes, again, fitted):
-    """Output and values of a layer are 2 · 32 · 32 floats of four bytes: 8 KiB at most."""
+def test_the_refit_cache_keeps_to_its_size_and_drops_the_oldest(max_bytes, again, fitted):
+    """Output and values of a layer have 2 · 32 · 32 floats of four bytes: 8 KiB."""
     original, plan = build("bert")[0], mr.ReusePlan.grouped(4, 4)
-    wanted, refits = Targets(original, random_batches(8)), RefitCache(max_bytes)
-    refit_layers(mr.convert(original, plan), wanted, refits)
+    targets, refits = Targets(original, random_batches(8)), RefitCache(max_bytes)
+    refit_layers(mr.convert(original, plan), targets, refits)
     fitted.clear()
     known = [layer for layer in (1, 2, 3) if refits.restore(mr.convert(original, plan), plan, layer) is not None]
 
@@ -399,7 +399,7 @@ def test_only_so_many_bytes_are_kept_and_the_oldest_go_first(max_bytes, again, f
     assert sum(w.output.nbytes + w.values.nbytes for _, w in refits._layers.values()) <= max_bytes
 
 
-def test_what_was_asked_for_last_goes_last():
+def test_the_most_recently_used_layer_is_dropped_last():
     original, plan, refits = build("bert")[0], mr.ReusePlan.grouped(4, 4), RefitCache(max_bytes=12_000)
     model = mr.convert(original, plan)
     refit_layers(model, Targets(original, random_batches(8)), refits)
@@ -410,7 +410,7 @@ def test_what_was_asked_for_last_goes_last():
     assert [refits.restore(model, plan, layer) is not None for layer in (1, 2, 3)] == [True, True, False]
 
 
-def test_plans_that_are_judged_refit_what_they_have_in_common_once(fitted):
+def test_evaluated_plans_refit_common_layers_once(fitted):
     judged = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5)
     judged(FIRST)
     judged(ALIKE)
@@ -418,7 +418,7 @@ def test_plans_that_are_judged_refit_what_they_have_in_common_once(fitted):
     assert fitted == [1, 3, 3]
 
 
-def test_a_layer_that_kept_its_weights_keeps_them_again():
+def test_a_layer_that_kept_its_weights_keeps_them_when_restored():
     plan = FIRST
     model, other = (mr.apply(build("bert")[0], plan) for _ in range(2))
     refits = RefitCache(max_bytes=2**20)

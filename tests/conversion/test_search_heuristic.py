@@ -1,4 +1,4 @@
-"""What reusing heads should cost, against least squares on recorded maps and values."""
+"""Predicted errors of plans, against least squares on recorded maps and values."""
 
 import copy
 
@@ -15,7 +15,7 @@ from mapreuse.models import MapRecorder, find_stack, output_projection
 
 
 def least_squares(model, batches, layer, applied):
-    """What is left of a layer's output, by its best output projection, head by head."""
+    """Relative error of a layer's output with the best output projection."""
     recorder = MapRecorder(model)
     projection = output_projection(find_stack(model).layers[layer])
     weight = (projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T).detach().double()
@@ -28,14 +28,14 @@ def least_squares(model, batches, layer, applied):
         for contexts, which in ((own, 0), (given, 1)):
             found = [pair[which] @ repeated[:, head] for head, pair in enumerate(pairs)]
             contexts.append(torch.cat(found, -1)[valid].double())
-    wanted, given = torch.cat(own) @ weight, torch.cat(given)
+    targets, given = torch.cat(own) @ weight, torch.cat(given)
     given = torch.cat([given, torch.ones(len(given), 1)], 1)
-    left = wanted - given @ torch.linalg.lstsq(given, wanted, driver="gelsd").solution
-    return float(left.square().sum() / wanted.square().sum())
+    left = targets - given @ torch.linalg.lstsq(given, targets, driver="gelsd").solution
+    return float(left.square().sum() / targets.square().sum())
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
-def test_what_a_refitted_layer_loses_is_what_least_squares_leaves(family):
+def test_the_error_after_a_refit_is_that_of_least_squares(family):
     torch.manual_seed(0)
     model, batch = build(family)
     peaked(model)
@@ -50,7 +50,7 @@ def test_what_a_refitted_layer_loses_is_what_least_squares_leaves(family):
     assert refit_errors(2, [None] * 4) == 0
 
 
-def test_a_map_that_its_head_was_not_tried_by_counts_as_nothing():
+def test_a_map_that_was_not_tried_for_a_head_counts_as_zero():
     torch.manual_seed(0)
     model, batch = build("bert")
     sources = {3: (0, 1, 2)}
@@ -63,8 +63,8 @@ def test_a_map_that_its_head_was_not_tried_by_counts_as_nothing():
     assert RefitErrors(silent, errors, sources, [batch])(3, [last, None, None, None]) == pytest.approx(0, abs=1e-3)
 
 
-def test_heads_whose_maps_an_earlier_layer_has_cost_least():
-    """Some heads attend everywhere alike; the first of them has the only map that the others need."""
+def test_heads_whose_maps_exist_in_an_earlier_layer_have_the_least_error():
+    """Some heads have uniform maps, which the first of them computes for all."""
     torch.manual_seed(0)
     model = peaked(build("bert")[0])
     planted = {0: {2}, 1: {0}, 2: {1, 3}}
@@ -82,7 +82,7 @@ def test_heads_whose_maps_an_earlier_layer_has_cost_least():
         )
 
 
-def test_reusing_heads_are_joined_by_the_one_that_costs_least():
+def test_growing_adds_the_head_with_the_least_predicted_error():
     model, _ = build("bert")
     batches = random_batches(8)
     heuristic = SearchHeuristic(model, batches, PlanEvaluator(model, batches, hidden_state_error(model, batches)))
@@ -96,7 +96,7 @@ def test_reusing_heads_are_joined_by_the_one_that_costs_least():
     assert heuristic.grown(reusing, 100) == heuristic.all
 
 
-def test_a_head_without_a_source_that_computes_is_refused():
+def test_a_head_without_a_computing_source_is_refused():
     model, batch = build("bert")
     heuristic = SearchHeuristic(
         model, [batch] * 4, PlanEvaluator(model, [batch] * 4, hidden_state_error(model, [batch]))

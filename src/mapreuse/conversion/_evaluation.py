@@ -6,7 +6,6 @@ import copy
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,6 @@ _SAME_ERROR = 1e-2
 
 _MAX_BYTES = 2**27
 """Size of the cache of refitted layers."""
-
-_LINE_START = '{"search": '
-"""How every line of a cache file begins."""
 
 
 def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Callable[[nn.Module], float]:
@@ -84,7 +80,7 @@ class PlanEvaluator:
         original: a trained model that `apply` accepts; it is not changed.
         batches: calibration batches for `refit`.
         metric: the error of a converted model.
-        cache: a file of evaluated plans, one JSON object per line; new ones are appended.
+        cache: a file of evaluated plans, one JSON object per line; new ones are added.
         identity: of the model and the batches.
 
     Raises:
@@ -150,31 +146,22 @@ class PlanEvaluator:
 
     def _write(self, plan: ReusePlan) -> None:
         if self._path is not None:
-            entry = {"search": self._identity, "first": self._first, "plan": plan.to_json()}
-            with self._path.open("a") as file:
-                file.write(json.dumps(entry | {"error": self._errors[plan]}) + "\n")
+            entry = {"search": self._identity, "first": self._first, "plan": plan.to_json(), "error": self._errors[plan]}
+            self._entries.append(entry)
+            partial = self._path.with_name(f"{self._path.name}.partial")
+            partial.write_text("".join(json.dumps(one) + "\n" for one in self._entries))
+            partial.replace(self._path)
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a cache file, which need not exist; an incomplete last line is removed from the file."""
+    """The lines of a cache file, which need not exist yet."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be the cache of a search: {error}") from None
-    whole = text[: text.rfind("\n") + 1]
-    found, rest = [], text[len(whole) :]
-    for number, line in enumerate(whole.splitlines(), start=1):
-        if not line.startswith(_LINE_START):
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not the cache of a search ({error}); choose another file") from None
+    for number, entry in enumerate(found, start=1):
+        if not isinstance(entry, dict) or set(entry) != {"search", "first", "plan", "error"}:
             raise ValueError(f"{path}, line {number}: not an evaluated plan; choose another file as cache")
-        try:
-            entry = json.loads(line)
-            ReusePlan.from_json(entry["plan"])
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not an evaluated plan ({error}); delete the file") from None
-        found.append(entry)
-    if rest:
-        if not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
-            raise ValueError(f"{path}, line {len(found) + 1}: not an evaluated plan; choose another file as cache")
-        os.truncate(path, len(whole.encode()))
     return found

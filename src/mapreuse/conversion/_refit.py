@@ -11,20 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mapreuse.conversion._layer_cache import LayerCache, in_evaluation_mode
 from mapreuse.conversion._least_squares import DRIFT_SHARES, HeadProjections, LeastSquares
-from mapreuse.conversion._projections import Kept, maps_of, read, values_can_move, write
 from mapreuse.conversion._targets import Targets, is_held_out
 from mapreuse.conversion._validation import check_original
 from mapreuse.data import check_precision
-from mapreuse.models import find_stack, optimized, output_projection, plan_of
+from mapreuse.models import Layer, find_stack, optimized, output_projection, plan_of, value_projection
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidate penalties, relative to the mean square of the inputs."""
+
+_MAX_INPUTS = 12_288
+"""Maps times width up to which values are refitted; the normal equations take 8 · (maps · width)² bytes."""
 
 _SWEEPS = 3
 """Number of times that values and output are solved in turn."""
@@ -152,7 +155,8 @@ def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit
     layer = layers.layers[index]
     projection = output_projection(layer)
     maps = maps_of(layer)
-    moves_values = values_can_move(layer, maps)
+    inputs = len(set(maps)) * value_projection(layer).weight.shape[-1]
+    moves_values = value_projection(layer).num_heads == len(maps) and inputs <= _MAX_INPUTS
     start = read(layer, projection, maps if moves_values else None)
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -182,11 +186,11 @@ def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit
     for given, target, drift in observed(held_out=True):
         held_out.add(start.contexts(given), target, drift)
     errors = _OutputErrors(index, layers, targets)
-    kept = Kept(layer, projection)
+    restore = _restorer(layer, projection)
     candidates = [(share, *solved(share)) for share in DRIFT_SHARES]
     try:
         before, *after = errors(
-            [kept.restore, *(functools.partial(write, layer, projection, one[2]) for one in candidates)]
+            [restore, *(functools.partial(write, layer, projection, one[2]) for one in candidates)]
         )
         if not math.isfinite(before):
             raise ValueError(f"layer {index}: its output is not finite; check the calibration batches")
@@ -198,7 +202,7 @@ def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit
             if error < best:
                 best, moved, projections = error, True, candidate
     finally:
-        kept.restore()  # also after an error or an interrupt: the model holds a candidate
+        restore()  # also after an error or an interrupt: the model holds a candidate
     if best >= before:
         return LayerRefit(index, before, before, None, False)
     write(layer, projection, projections, moved=moved)
@@ -224,3 +228,49 @@ class _OutputErrors:
             sums += torch.stack([(one[rows] - output).double().square().sum() for one in found]).cpu()
         errors = [(one / (self._size or 1.0)) ** 0.5 for one in sums.tolist()]
         return [error if math.isfinite(error) else math.inf for error in errors]
+
+
+def maps_of(layer: Layer) -> tuple[int, ...]:
+    """For each head in the order of the layer's context, the number of the map that it applies."""
+    layout: Any = layer.attention._layout
+    applied = [(layout.layer, slot) for slot in range(layout.computing)]
+    applied += [(source, head) for source, pairs in layout.parts for head, _ in pairs]
+    numbers = {one: number for number, one in enumerate(dict.fromkeys(applied))}
+    return tuple(numbers[one] for one in applied)
+
+
+def read(layer: Layer, projection: nn.Linear | Conv1D, maps: tuple[int, ...] | None) -> HeadProjections:
+    """The projections of a layer that applies these maps, or its output projection alone if None."""
+    weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
+    layout: Any = layer.attention._layout
+    output = weight.detach().double().unflatten(0, (layout.num_heads, -1))
+    bias = None if projection.bias is None else projection.bias.detach().double()
+    if maps is None:
+        return HeadProjections.of_contexts(output, bias)
+    values = value_projection(layer)
+    value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
+    return HeadProjections(maps, values.weight.double().mT, value_bias, output, bias)
+
+
+@torch.no_grad()
+def write(layer: Layer, projection: nn.Linear | Conv1D, weights: HeadProjections, *, moved: bool = False) -> None:
+    """Write the output projection, and the values if they `moved`, into a layer."""
+    output = weights.output.flatten(0, 1)
+    projection.weight.copy_(output if isinstance(projection, Conv1D) else output.mT)
+    if weights.bias is not None:
+        projection.bias.copy_(weights.bias)
+    if moved:
+        value_projection(layer).assign(weights.values.mT)
+
+
+def _restorer(layer: Layer, projection: nn.Linear | Conv1D) -> Callable[[], None]:
+    """A function that restores the projections of a layer as they are now."""
+    parameters = [*projection.parameters(), *value_projection(layer).module.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+
+    return restore
