@@ -263,9 +263,7 @@ def test_no_refitted_layer_is_worse_on_held_out_batches(family, monkeypatch):
 
     for report in reports:
         assert report.after <= report.before
-        assert report.after == pytest.approx(error(refitted, report.layer), rel=1e-3), (
-            "with earlier layers refitted"
-        )
+        assert report.after == pytest.approx(error(refitted, report.layer), rel=1e-3), "with earlier layers refitted"
     assert error(refitted, 3) <= error(aligned, 3)
 
 

@@ -238,7 +238,9 @@ def test_a_latency_budget_that_the_cost_model_barely_misses_is_measured(bert, mo
 
 
 @pytest.mark.parametrize(("more", "said"), [(0.05, False), (0.15, True)])
-def test_a_latency_that_deviates_from_the_prediction_by_more_than_10_percent_is_logged(bert, monkeypatch, caplog, more, said):
+def test_a_latency_that_deviates_from_the_prediction_by_more_than_10_percent_is_logged(
+    bert, monkeypatch, caplog, more, said
+):
     def times(models, batch, **options):
         """5 % less for each reusing layer; candidates take more than that."""
         found = {}

@@ -24,7 +24,9 @@ def made_loop(config=CONFIG, *, num_batches=3, stop_at=None, seen=None, **option
     def batches(epoch, progress):
         if seen is not None:
             seen.append((epoch, progress))
-        return [torch.randn(5, 4, generator=torch.Generator().manual_seed(10 * epoch + n)) for n in range(num_batches)]
+        return [
+            torch.randn(5, 4, generator=torch.Generator().manual_seed(10 * epoch + n)) for n in range(num_batches)
+        ]
 
     def loss(batch, step):
         if step == stop_at:
@@ -80,7 +82,9 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run():
 
 def test_without_metrics_the_latest_weights_are_kept():
     evaluations = []
-    _, loop = made_loop(evaluate=None, on_evaluation=lambda state, improved: evaluations.append((state.step, improved)))
+    _, loop = made_loop(
+        evaluate=None, on_evaluation=lambda state, improved: evaluations.append((state.step, improved))
+    )
     assert loop.run().best_step == 8
     assert evaluations == [(3, True), (6, True), (8, True)]
 

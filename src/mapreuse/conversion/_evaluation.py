@@ -146,7 +146,12 @@ class PlanEvaluator:
 
     def _write(self, plan: ReusePlan) -> None:
         if self._path is not None:
-            entry = {"search": self._identity, "first": self._first, "plan": plan.to_json(), "error": self._errors[plan]}
+            entry = {
+                "search": self._identity,
+                "first": self._first,
+                "plan": plan.to_json(),
+                "error": self._errors[plan],
+            }
             self._entries.append(entry)
             partial = self._path.with_name(f"{self._path.name}.partial")
             partial.write_text("".join(json.dumps(one) + "\n" for one in self._entries))
