@@ -66,12 +66,13 @@ def _attribute_public_names() -> None:
             if not isinstance(statement, ast.ImportFrom) or statement.module is None:
                 continue
             for name in {alias.name for alias in statement.names} & set(module.__all__):
-                value = getattr(module, name)
+                value, defining = getattr(module, name), ModuleAnalyzer.for_module(statement.module)
+                defining.analyze()
+                analyzer.tagorder |= defining.tagorder  # methods in the order of the source
                 if inspect.isclass(value) or inspect.isfunction(value):
                     value.__module__ = room
                 else:
-                    docs = ModuleAnalyzer.for_module(statement.module).find_attr_docs()
-                    analyzer.attr_docs["", name] = docs.get(("", name), [])
+                    analyzer.attr_docs["", name] = defining.attr_docs.get(("", name), [])
 
 
 def _check_every_public_name_is_documented(app: Sphinx, env: BuildEnvironment) -> None:
@@ -102,11 +103,11 @@ def _formulas_as_literals(lines: list[str]) -> list[str]:
     result: list[str] = []
     in_section = in_literal = False
     for number, line in enumerate(lines):
-        indented = line.startswith("    ")
+        indented, before = line.startswith("    "), lines[number - 1] if number else ""
         if line and not indented:
             in_section, in_literal = bool(SECTION.match(line)), False
-        elif indented and not in_section and not in_literal and number and not lines[number - 1]:
-            result += ["::", ""]
+        elif indented and not in_section and not in_literal and (not before or before.endswith(":")):
+            result += ["", "::", ""]
             in_literal = True
         is_plain = not in_literal and "`" not in line and ">>>" not in line
         result.append(line.replace("|", r"\|") if is_plain else line)  # |x| would be a substitution
