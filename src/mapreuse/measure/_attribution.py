@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.maps import KERNEL_RANGE, recorded_phases
+from mapreuse.measure._flops import flop_counter
 from mapreuse.models import Layer, find_stack, plan_of
 
 _PREFIX = "mapreuse part "
@@ -218,12 +219,13 @@ def profiled_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> P
 
 def counted_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> PartCosts:
     """FLOPs of each layer and part of one forward pass. The kernels of `mapreuse` run as PyTorch operators."""
-    counting = _CountParts(sizes)
     ranges = [Range(None, "rest"), *(found for _, found in part_ranges(model))]
-    counting.enter(ranges[0])
-    hooks = _hooks(model, lambda index: (lambda: counting.enter(ranges[index]), counting.leave))
-    with hooks, torch.no_grad(), counting.counter, counting:
-        model(**batch)
+    with flop_counter(model) as counter:
+        counting = _CountParts(counter, sizes)
+        counting.enter(ranges[0])
+        hooks = _hooks(model, lambda index: (lambda: counting.enter(ranges[index]), counting.leave))
+        with hooks, torch.no_grad(), counting:
+            model(**batch)
     return dict(counting.costs)
 
 
@@ -245,13 +247,12 @@ def sizes_of(model: nn.Module, batch: Mapping[str, Any]) -> Sizes:
 
 
 class _CountParts(TorchDispatchMode):
-    """Counts FLOPs by layer and part. Enter its `counter` first."""
+    """Counts FLOPs by layer and part, inside a FLOP counter."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, counter: FlopCounterMode, sizes: Sizes) -> None:
         super().__init__()
-        self.counter = FlopCounterMode(display=False)
         self.costs: PartCosts = defaultdict(float)
-        self._sizes = sizes
+        self._counter, self._sizes = counter, sizes
         self._open: list[_OpenRange] = []
 
     def enter(self, entered: Range) -> None:
@@ -263,13 +264,13 @@ class _CountParts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = self.counter.get_total_flops()
+        before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         innermost = self._open[-1]
         if innermost.range.is_attention:
             shapes = [tensor.shape for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
             innermost.part = phase_of(func._schema.name, shapes, innermost.part, self._sizes) or innermost.part
-        flops = self.counter.get_total_flops() - before
+        flops = self._counter.get_total_flops() - before
         if flops:
             self.costs[innermost.range.layer, innermost.part] += flops
         return result

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mapreuse.console import ProgressCallback
 from mapreuse.maps import STORAGES, StorageChoice
@@ -28,6 +27,7 @@ from mapreuse.measure._contestants import (
     default_plans,
     plan_of_notation,
 )
+from mapreuse.measure._flops import flop_counter
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import Killed, peak_memory
@@ -260,7 +260,7 @@ class _Bench:
         """The output computed with PyTorch operators only, and their FLOPs; for very long inputs, `output` itself."""
         if valid.shape[1] > _MAX_REFERENCE_LENGTH:
             return output, None
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter(model) as counter:
             reference = self._probe(model, _call(model, compiled=False), batch, valid)
         return reference, counter.get_total_flops()
 
