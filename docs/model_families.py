@@ -1,7 +1,7 @@
-"""Write docs/models.md: which model types of `transformers` reuse maps exactly, and why others are refused.
+"""Write docs/models.md: which model types of `transformers` share maps exactly, and why others are refused.
 
-Every type is built tiny and random and measured against the definition (tests/sweep.py). With --check, fail when a
-fresh run finds anything else than the page says. Arguments are types to look at alone: their results are printed.
+Builds each type tiny and random, and compares it with the definition (tests/sweep.py). With --check, it fails if the
+page differs from a new run. Given names of types, it prints their results only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -24,53 +23,54 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from sweep import FULL_TOLERANCE, REUSE_TOLERANCE, Result, sweep  # noqa: E402  a module of the tests
 
+from mapreuse.console import progress_bar  # noqa: E402
+
 PAGE = ROOT / "docs/models.md"
 
 JUSTIFICATIONS = {
-    "no list of layers with attention": "There is nothing to share: convolutions, state spaces or Fourier "
-    "transforms mix the positions, attention stands in some layers only, between layers of another kind, or all "
-    "layers are one and the same module, run again and again (ALBERT).",
-    "does not go through transformers' attention interface": "The class computes its softmax itself, each in its own "
-    "way; there is no place at which its map could be taken or given without rewriting its attention.",
-    "calls attention_interface": "It attends in several places: images or windows packed into one sequence are cut "
-    "apart and attended one by one, or two maps are subtracted. No single map belongs to the layer.",
-    "may change the map": "Its attention function is given more than queries, keys and a mask (a cap on the scores, "
-    "sinks, chosen keys); a map without them would be another map.",
-    "values are computed as": "Its values are not one projection of the hidden states, split into heads: they come "
-    "from a latent or from a projection shared with queries and keys, are normed, clamped, convolved or padded. A "
-    "reusing layer makes values alone. (A projection shared by all three can be cut apart where an adapter says how "
-    "it is laid out, as for GPT-2 and ModernBERT; these have no adapter.)",
-    "projects queries or keys together with values": "A reusing layer makes values alone, and here they come with "
+    "no list of layers with attention": "There is nothing to share. The positions are mixed by convolutions, state "
+    "spaces or Fourier transforms; only some layers have attention; or all layers are one module that runs several "
+    "times (ALBERT).",
+    "does not go through transformers' attention interface": "The class computes its softmax itself, in its own way. "
+    "A map could only be shared by rewriting its attention.",
+    "calls attention_interface": "It attends in several places. It splits packed images or windows and attends to them "
+    "one by one, or subtracts two maps. No single map belongs to the layer.",
+    "may change the map": "Its attention function takes more than queries, keys and a mask, such as a cap on the "
+    "scores, sinks, or selected keys. Without them, the map would be different.",
+    "values are computed as": "Its values are not one projection of the hidden states, split into heads. They come "
+    "from a latent or from a projection shared with queries and keys, or they are normalised, clamped, convolved or "
+    "padded. A reusing layer computes only values. (An adapter can split a projection shared by all three, as for "
+    "GPT-2 and ModernBERT; these types have none.)",
+    "projects queries or keys together with values": "A reusing layer computes only values, and here they come with "
     "queries or keys.",
-    "unexpected step": "The context is gated or normed, or reshaped in another order, by what the layer computes; a "
-    "reusing layer would have to guess it.",
-    "a step after attention is conditional": "What happens to the context depends on a setting that the reader does "
-    "not follow.",
-    "it returns": "The layer hands on more than its output and weights, or less (position biases made in the first "
-    "layer): what later layers receive would be lost.",
-    "one after the other, once each": "Layers are skipped, repeated or reordered, so a map might not be there.",
-    "perhaps more than once": "The same layers run several times in a forward; a map belongs to one run.",
-    "several stacks": "A plan speaks of one stack; these share one list or one module and cannot be told apart.",
-    "self-attentions": "A layer attends itself twice or more; a plan has one map for each layer.",
-    "dimensions": "Positions lie on a grid that the layer flattens itself, often in windows that differ by layer.",
+    "unexpected step": "The layer gates, normalises or reshapes the context by values that a reusing layer does not "
+    "have.",
+    "a step after attention is conditional": "The path of the context depends on a setting that is not evaluated.",
+    "it returns": "The layer returns more or less than its output and weights, such as position biases for later "
+    "layers. They would be lost.",
+    "one after the other, once each": "Layers are skipped, repeated or reordered, so a map might be missing.",
+    "perhaps more than once": "The same layers run several times in a forward pass. A map belongs to one run.",
+    "several stacks": "A plan belongs to one stack. These stacks share one list or one module and cannot be separated.",
+    "self-attentions": "A layer has several self-attentions. A plan has one map for each layer.",
+    "dimensions": "The positions form a grid that the layer flattens itself, often into windows that differ by layer.",
     "cannot reuse the map": "No two layers are alike: their masks, windows or positions differ.",
-    "do not make heads": "Queries and values have heads of different widths.",
+    "do not make heads": "Heads of queries and values have different widths.",
     "no map can travel": "A module on the way calls its attention in several places and passes no arguments on.",
-    "is not chosen by": "The attention function is looked up in a way that knows `transformers`' own names only.",
-    "no query projection": "Queries are not made by a projection in the attention module.",
-    "is tied": "Layers share parameters, so changing one would change another.",
-    "not always call": "Under a setting, attention takes another path.",
-    "is not a module": "Values are made by a method, not by a module whose outputs are heads.",
-    "not a plain projection": "The projection is a class of the family's own (experts, low rank, a norm inside), "
-    "which cannot be cut apart by heads.",
-    "names no head dimension": "The width of a head is not written on the module.",
-    "runs attention as": "The attention of the model is fixed to an implementation without a map.",
-    "keeps no cache": "The stack is handed keys and values of another: a cache, or encoder states for its own "
+    "is not chosen by": "The class selects the attention function in a way that only knows those of `transformers`.",
+    "no query projection": "The attention module has no projection that makes queries.",
+    "is tied": "Layers share parameters, so a change of one would change the others.",
+    "not always call": "Under some setting, attention is computed in another way.",
+    "is not a module": "A method computes the values, not a module whose outputs are heads.",
+    "not a plain projection": "The projection is a special class (experts, low rank, a norm inside) that cannot be "
+    "split by heads.",
+    "names no head dimension": "The module does not store the width of a head.",
+    "runs attention as": "The model always uses an attention implementation without a map.",
+    "keeps no cache": "The stack receives keys and values of another model: a cache, or encoder states for its own "
     "attention.",
-    "its forward": "Its forward takes another shape than a stack of layers.",
-    "holds no": "Not every layer has attention, or none is found by name.",
+    "its forward": "Its forward does not have the form of a stack of layers.",
+    "holds no": "Some layers have no attention, or none is found by name.",
 }
-"""Why a refusal is right, by a piece of its message; the first that fits counts."""
+"""Why a refusal is right, by a part of its message. The first one that matches counts."""
 
 
 def main() -> int:
@@ -92,19 +92,22 @@ def main() -> int:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(text)
     elif not PAGE.is_file() or PAGE.read_text() != text:
-        print("docs/models.md does not say what a fresh run finds; run scripts/models.py")
+        print("docs/models.md differs from a new run; run python docs/model_families.py")
         return 1
     return 0
 
 
 def _swept(model_types: list[str]) -> dict[str, list[Result]]:
-    """Results by type, in order; one process for each core."""
+    """Results by type, in order, with one process per core."""
     if len(model_types) == 1:
         return {model_types[0]: sweep(model_types[0])}
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
-    with pool:
-        found = pool.map(sweep, model_types)
-        return dict(zip(model_types, tqdm(found, total=len(model_types), unit="type"), strict=True))
+    results = {}
+    with pool, progress_bar("Building models") as progress:
+        for model_type, found in zip(model_types, pool.map(sweep, model_types), strict=True):
+            results[model_type] = found
+            progress(model_type, len(results), len(model_types))
+    return results
 
 
 def page(results: dict[str, list[Result]]) -> str:
@@ -116,34 +119,35 @@ def page(results: dict[str, list[Result]]) -> str:
     lines = [
         "# Models",
         "",
-        "Written by `python scripts/models.py`, which builds every model type that `transformers` "
-        f"{transformers.__version__} knows, tiny and random, on the CPU, and measures every stack of layers in it; "
-        "`--check` fails when a fresh run finds anything else.",
+        "Written by `python docs/model_families.py`. It builds every model type of `transformers` "
+        f"{transformers.__version__}, tiny and random, on the CPU, and tests every stack of layers in it. With "
+        "`--check`, it fails if this page differs from a new run.",
         "",
-        f"- **{len(exact)} model types reuse maps exactly**, in {len(stacks)} stacks, with "
+        f"- **{len(exact)} model types share maps exactly**, in {len(stacks)} stacks, with "
         f"{len({one.attention for one in stacks})} different attention classes.",
-        f"- {len(refused)} types are refused, by a message that names the class and the reason.",
-        f"- {len(rest)} of the {len(results)} types were not built, or no input could be made for them.",
+        f"- {len(refused)} types are refused. The message names the class and the reason.",
+        f"- {len(rest)} of the {len(results)} types could not be built, or have no input that the test can make.",
         "",
-        f"*Exact* means: a plan that reuses nothing agrees with the untouched model within {FULL_TOLERANCE:.0e}, and "
-        f"a plan that reuses agrees within {REUSE_TOLERANCE:.0e} with the original model in which the softmax of "
-        "every reusing layer was replaced by that of its source. Weights are scaled until maps are peaked; a dagger "
-        "marks stacks whose output reuse still moves by less than a tenth. Text models get a batch with padding, "
-        "decoders encoder states where they take them. Beside these, `torch.nn.TransformerEncoder` and attention in "
-        "timm's style are served (tests/models/test_packed.py).",
+        f"*Exact* means: with a plan that reuses nothing, outputs differ from those of the original by at most "
+        f"{FULL_TOLERANCE:.0e}. With a plan that reuses maps, they differ by at most {REUSE_TOLERANCE:.0e} from those "
+        "of the original with the softmax of each reusing layer replaced by that of its source. Weights are scaled "
+        "until maps are peaked. A dagger marks stacks whose output changes by less than a tenth under reuse even so. "
+        "Text models get a batch with padding, decoders get encoder states if they take them. "
+        "`torch.nn.TransformerEncoder` and attention in timm's style are supported as well "
+        "(tests/models/test_packed.py).",
         "",
         "## Exact",
         "",
-        "Stacks are given by the path of the module to pass to `apply`; `(itself)` is the model.",
+        "Each stack is listed by the path of the module to pass to `apply`; `(itself)` is the model.",
         "",
-        "| type | stacks | refused or not run in it |",
+        "| type | stacks | stacks refused or not run |",
         "|---|---|---|",
     ]
     for name, found in exact.items():
         good = ", ".join(_path(one) + ("†" if one.moved < 0.1 else "") for one in _stacks(found, "exact"))
         other = ", ".join(_path(one) for one in found if one.status != "exact")
         lines.append(f"| {name} | {good} | {other} |")
-    lines += ["", "## Refused", "", "By reason; a type may stand in several places.", ""]
+    lines += ["", "## Refused", "", "By reason. A type can appear under several reasons.", ""]
     lines += _by_reason({**exact, **refused})
     lines += ["", "## Not built", "", "| type | why |", "|---|---|"]
     lines += [
@@ -170,7 +174,7 @@ def _reason(one: Result) -> str:
     for reason in JUSTIFICATIONS:
         if reason in one.reason:
             return reason
-    raise ValueError(f"no justification in scripts/models.py for: {one.reason}")
+    raise ValueError(f"no justification in docs/model_families.py for: {one.reason}")
 
 
 def _stacks(found: list[Result], status: str) -> list[Result]:

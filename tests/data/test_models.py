@@ -50,7 +50,7 @@ def test_a_saved_model_opens_with_its_plan(tmp_path):
         (lambda there: write(there, "config.json", "[]"), "not a JSON object"),
         (lambda there: write(there, "config.json", "{"), "Expecting property name"),
         (lambda there: write(there, "config.json", '{"model_type": "abacus"}'), "abacus"),
-        (lambda there: write(there, "modules.json", "[]"), "modules.json does not say"),
+        (lambda there: write(there, "modules.json", "[]"), "modules.json does not name"),
         (lambda there: without(save_bert(there), "*.safetensors"), "model.safetensors"),
         (lambda there: write(save_bert(there), "model.safetensors", b"no tensors"), "header"),
         (lambda there: save_bert(there, dtype=torch.bfloat16), "bfloat16 on the CPU"),

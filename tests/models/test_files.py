@@ -17,7 +17,7 @@ from families import FAMILIES, build
 from torch import nn
 
 import mapreuse as mr
-from mapreuse.models import _files
+from mapreuse.models import _files, applied_plans
 
 GROUPS = PLANS["groups of 2"]
 
@@ -273,6 +273,20 @@ def test_a_foreign_directory_is_refused(tmp_path):
 def test_another_version_is_refused(saved, version):
     edit(saved, version=version)
     assert_refused(saved, f"format version {version!r} is not supported; this mapreuse reads versions 1 to 3")
+
+
+def test_a_directory_that_mapreuse_0_1_0_saved_still_opens(tmp_path):
+    model = mr.load(Path(__file__).parent / "saved_by_0_1_0")
+    assert mr.plan_of(model) == mr.ReusePlan.from_sources([0, 0, 2], {1: [1, 0]})
+    (applied,) = applied_plans(model).values()
+    assert (applied.storage, applied.memory_budget) == ("recompute", 10**6)
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([[1, 2, 3, 4]])).last_hidden_state[0, :, 0]
+    torch.testing.assert_close(states, torch.tensor([-1.5749, 0.0597, 0.1603, -0.3018]), atol=1e-4, rtol=0)
+    mr.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["version"], config["reuse"][0]["storage"]) == (3, "recompute")
+    assert_same_model(mr.load(tmp_path), model)
 
 
 def test_the_first_version_is_read_where_heads_are_in_the_same_order(tmp_path):
