@@ -43,8 +43,11 @@ from mapreuse_lab.study._tables import (
 from mapreuse_lab.study._verdict import verdict
 from mapreuse_lab.training import write_whole
 
-_ENCODERS = {"recogniser": "The recogniser", "conformer-m": "Conformer-M (16 layers × 256 × 4 heads, random weights)"}
-"""Titles of the encoders that the quick study times."""
+_ENCODERS = {
+    "recogniser": "Recogniser: speed-up over transformers",
+    "conformer-m": "Conformer-M (16 layers × 256 × 4 heads, random weights): speed-up over transformers",
+}
+"""Titles of the latency tables of the quick study."""
 
 _TITLES = {
     "quick": "Quick study: attention map reuse in a trained speech recogniser",
@@ -121,7 +124,7 @@ def _quick_sections(results: Results) -> list[Section]:
     original, latency = results["baseline"], results["latency"]
     similarity, config = results["similarity"], results["config"]
     errors, *speedups = summary_tables(results)
-    figures = [speedup_by_length(latency[name], "transformers") for name in _ENCODERS]
+    figures = [speedup_by_length(latency[n], "transformers").update_layout(title=t) for n, t in _ENCODERS.items()]
     attention = speedup_table("One layer's attention in Conformer-M", results["attention"], "transformers")
     layers = "computing layer", "reusing layer"
     return [

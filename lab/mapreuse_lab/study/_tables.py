@@ -283,12 +283,11 @@ def quick_error_table(results: Results) -> Table:
     """Error rates of the quick study before and after recovery, one row for each plan."""
     original = results["baseline"]
     header = ["plan", "reusing layers", "parameters", "WER by index", "WER aligned", "WER recovered", "CER recovered"]
-    rows = [
-        ["full (original)", "0", f"{original['parameters']:,}", "", "", rate(original, "wer"), rate(original, "cer")]
-    ]
+    parameters = _millions(original["parameters"])
+    rows = [["full (original)", "0", parameters, "", "", rate(original, "wer"), rate(original, "cer")]]
     for variant in results["variants"]:
         saved = 1 - variant["parameters"] / original["parameters"]
-        cells = [variant["name"], str(variant["reusing_layers"]), f"{variant['parameters']:,} (−{saved:.0%})"]
+        cells = [variant["name"], str(variant["reusing_layers"]), f"{_millions(variant['parameters'])} (−{saved:.0%})"]
         cells += [rate(variant[stage], "wer") for stage in ("by_index", "aligned", "recovered")]
         rows.append([*cells, rate(variant["recovered"], "cer")])
     return Table("Error rates", header, rows)
