@@ -287,7 +287,11 @@ def quick_error_table(results: Results) -> Table:
     rows = [["full (original)", "0", parameters, "", "", rate(original, "wer"), rate(original, "cer")]]
     for variant in results["variants"]:
         saved = 1 - variant["parameters"] / original["parameters"]
-        cells = [variant["name"], str(variant["reusing_layers"]), f"{_millions(variant['parameters'])} (−{saved:.0%})"]
+        cells = [
+            variant["name"],
+            str(variant["reusing_layers"]),
+            f"{_millions(variant['parameters'])} (−{saved:.0%})",
+        ]
         cells += [rate(variant[stage], "wer") for stage in ("by_index", "aligned", "recovered")]
         rows.append([*cells, rate(variant["recovered"], "cer")])
     return Table("Error rates", header, rows)
