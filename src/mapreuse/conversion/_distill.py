@@ -36,10 +36,11 @@ _MAX_BFLOAT16_TIME = 0.8
 
 @dataclass(frozen=True)
 class DistillConfig(LoopConfig):
-    """How `distill` trains.
+    """How `distill` trains; budget, learning rate and evaluation are as in `LoopConfig`.
 
     Attributes:
-        hidden, logits: weights of the two parts of the loss.
+        hidden: weight of the hidden states in the loss.
+        logits: weight of the logits in the loss.
         bfloat16: whether matrix products are taken in bfloat16 (autocast). None: if a forward pass is measured to be
             much faster so, which may come out differently on another day.
     """

@@ -34,7 +34,8 @@ class LoopConfig:
     (Loshchilov and Hutter, "SGDR", ICLR 2017).
 
     Attributes:
-        steps, seconds: the budget; give exactly one of the two.
+        steps: budget in steps. Give exactly one of `steps` and `seconds`.
+        seconds: budget in seconds.
         learning_rate: peak learning rate.
         warmup: fraction of the budget, from 0 to less than 1.
         weight_decay: of AdamW.
