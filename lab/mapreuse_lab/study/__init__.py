@@ -3,7 +3,6 @@
 from mapreuse_lab.study._config import FullConfig
 from mapreuse_lab.study._full import run_full
 from mapreuse_lab.study._papers import papers_page
-from mapreuse_lab.study._phoneme_attention import PhonemeAttention, phoneme_attention
 from mapreuse_lab.study._quick import QuickConfig, run_quick
 from mapreuse_lab.study._report import read_results, report, summary_tables, write_report
 from mapreuse_lab.study._runs import LongRecipe, Recipe
@@ -14,11 +13,9 @@ __all__ = [
     "Errors",
     "FullConfig",
     "LongRecipe",
-    "PhonemeAttention",
     "QuickConfig",
     "Recipe",
     "papers_page",
-    "phoneme_attention",
     "read_results",
     "report",
     "run_full",

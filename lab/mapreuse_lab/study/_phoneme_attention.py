@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 
 from mapreuse.measure import maps_by_sequence
 from mapreuse.models import MapRecorder
-
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -70,47 +67,29 @@ def phoneme_attention(
         num_classes: number of classes.
 
     Raises:
-        ValueError: if there are no batches, no frame has a class, the labels do not match the batches in number and
-            shape, a label is out of range, or a map is not finite.
+        ValueError: if there are more batches than labels or the reverse, or a map is not finite.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     recorder = MapRecorder(model, under_plan=True)
     total: _Sums | None = None
-    for number, (batch, classes) in enumerate(zip_longest(batches, labels)):
-        if batch is None or classes is None:
-            more, fewer = ("batches", "labels") if classes is None else ("labels", "batches")
-            raise ValueError(f"there are more {more} than {fewer}, of which there are {number}: give as many of each")
-        recording = recorder(batch)
-        _check(classes, recording.valid, number)
-        for item, rows, maps in maps_by_sequence(recording):
-            sums = _Sums.of(maps, _classes(classes[item].to(maps.device)[rows], num_classes, number), num_classes)
+    for batch, classes in zip(batches, labels, strict=True):
+        for item, rows, maps in maps_by_sequence(recorder(batch)):
+            sums = _Sums.of(maps, classes[item].to(maps.device)[rows].long(), num_classes)
             total = sums if total is None else total.plus(sums)
-    if total is None:
-        raise ValueError("no calibration batches: give at least one, such as [{'input_features': …}]")
-    if not bool(total.num_frames.any()):
-        raise ValueError("no frame has a class: all labels are −1, or those of padding")
+    assert total is not None, "no batches"
     return total.relative()
 
 
 def phoneme_attention_data(found: Mapping[str, PhonemeAttention], phonemes: Sequence[str]) -> dict[str, Any]:
     """Phoneme attention of several models with the same classes, for JSON: 4 decimals, None for nan.
 
-        {"phonemes": [name, …], "frames": [number of frames, …],
-         "matrices": {model: [per layer: [[class × class, mean over heads]]]},
-         "same_phoneme": {model: [[per head] per layer]},
-         "same_phoneme_or_own": likewise, "same_phoneme_beyond_position": likewise}
-
-    Raises:
-        ValueError: if the number of names is not the number of classes.
+    {"phonemes": [name, …], "frames": [number of frames, …],
+     "matrices": {model: [per layer: [[class × class, mean over heads]]]},
+     "same_phoneme": {model: [[per head] per layer]},
+     "same_phoneme_or_own": likewise, "same_phoneme_beyond_position": likewise}
     """
-    for name, one in found.items():
-        if len(phonemes) != len(one.num_frames):
-            raise ValueError(f"{len(phonemes)} phonemes are named, but {name} has {len(one.num_frames)} classes")
-    frames = [one.num_frames for one in found.values()]
     return {
         "phonemes": list(phonemes),
-        "frames": frames[0].tolist() if frames else [],
+        "frames": next(iter(found.values())).num_frames.tolist(),
         "matrices": {name: _numbers(one.matrices.mean(1)) for name, one in found.items()},
         "same_phoneme": {name: _numbers(one.same) for name, one in found.items()},
         "same_phoneme_or_own": {name: _numbers(one.same_or_own) for name, one in found.items()},
@@ -179,25 +158,6 @@ def _by_position(
     mass = at_distances(weights * pairs)
     num_pairs, num_chosen = at_distances(torch.stack([pairs, chosen]).double())
     return (mass * (num_chosen / num_pairs.clamp(min=1))).sum(-1)
-
-
-def _check(labels: Tensor, valid: Bool[Tensor, "batch frames"], number: int) -> None:
-    if labels.dtype not in _INTEGERS:
-        raise ValueError(f"the labels of batch {number} must be integers, got {labels.dtype}")
-    if labels.shape != valid.shape:
-        raise ValueError(
-            f"the labels of batch {number} are of shape {tuple(labels.shape)}, its maps of {tuple(valid.shape)} "
-            "(batch, frames): give one label for every frame that attends, not for every frame of features"
-        )
-
-
-def _classes(labels: Tensor, num_classes: int, number: int) -> Int[Tensor, " frames"]:
-    wrong = labels[(labels < -1) | (labels >= num_classes)]
-    if len(wrong):
-        raise ValueError(
-            f"batch {number} has the label {int(wrong[0])}: a class is one of 0 to {num_classes - 1}, none is −1"
-        )
-    return labels.long()
 
 
 def _numbers(values: Tensor) -> Any:
