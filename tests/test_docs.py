@@ -81,6 +81,11 @@ def test_the_readme_is_one_screen_and_a_half():
     assert len(PAGES["README.md"].read_text().splitlines()) <= 110
 
 
+def test_the_readme_counts_the_model_types_that_are_listed():
+    counted = re.search(r"\[(\d+) model types\]", PAGES["README.md"].read_text())
+    assert f"**{counted[1]} model types" in PAGES["docs/models.md"].read_text()
+
+
 @pytest.mark.parametrize("page", [name for name in WRITTEN if not name.startswith("docs/")])
 def test_a_link_outside_the_site_leads_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page].read_text())
