@@ -80,8 +80,8 @@ def _grouping(results: Results) -> Claim:
         _ICLR,
         '"noticeably improved" WER on LibriSpeech dev-other and test-other (abstract)',
         f"WER: {rates}" if len(rows) > 1 else "",
-        "minutes of training on a quarter of an hour of speech here, LibriSpeech there. Most differences here are "
-        "within the 95 % intervals.",
+        "minutes of training on a quarter of an hour of speech here, LibriSpeech there. No difference here is "
+        "significant.",
     )
 
 
@@ -94,7 +94,7 @@ def _halves(results: Results) -> Claim:
     scores = {where: techniques.get(name, {}).get("scores", {}).get(corpus) for where, name in names.items()}
     rates = [f"{where} half shares one map: CER {one['cer']:.1%}" for where, one in scores.items() if one]
     return Claim(
-        "Maps can be shared within the lower layers, which localise phonemes, and within the upper layers",
+        "Lower layers localise phonemes, upper layers language; maps can be shared within each",
         _ICLR,
         "no figure in the abstract",
         "; ".join(rates) if len(rates) == 2 else "",
