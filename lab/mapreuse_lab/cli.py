@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import os
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mapreuse.cli import (
+    Device,
+    Epsilon,
+    JsonFile,
+    Memory,
+    Plans,
+    ProfiledCalls,
+    ProfiledContestants,
+    Storage,
+    Threads,
+    Training,
+)
 from mapreuse.console import (
     check_writable_directory,
     check_writable_file,
     comma_separated,
     comma_separated_integers,
+    command_app,
+    command_line,
     console,
     progress_bar,
     run_command,
     show_tables,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -29,15 +39,11 @@ if TYPE_CHECKING:
 
     from mapreuse_lab.training import Recogniser
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
-
 _CORPORA = "prompts:en (or fr, es, it, ru), synthetic:en, librispeech:DIRECTORY, kaldi:DIRECTORY or cuts:FILE"
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="The study behind mapreuse: train speech recognisers, convert them to share attention maps, and compare "
+app = command_app(
+    "mapreuse-lab",
+    "The study behind mapreuse: train speech recognisers, convert them to share attention maps, and compare "
     "attention map reuse with other techniques.",
 )
 
@@ -50,35 +56,12 @@ MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of 
 
 Encoder = Annotated[str, typer.Option(help="conformer-m, plain-conformer-m (no relative positions) or bert-base")]
 Lengths = Annotated[str, typer.Option(help="encoder frames or tokens, such as 1000,2000; default: the encoder's own")]
-Plans = Annotated[
-    str,
-    typer.Option(
-        help="reuse plans, group size × number of groups, such as full,4x4,1x4,4x3; default: full, groups of 2 and 4, "
-        "and two groups"
-    ),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="file for all results as JSON")]
+BatchSize = Annotated[int, typer.Option("--batch", help="sequences per batch")]
 
 
 def main() -> None:
     """Entry point of the `mapreuse-lab` command."""
     run_command(app, "mapreuse-lab", resumable=("study", "train", "convert"))
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(f"mapreuse-lab {importlib.metadata.version('mapreuse-lab')}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -94,7 +77,7 @@ def study(
         Path | None, typer.Option(help="directory of the report; default: lab/results/study/PRESET")
     ] = None,
     work: Annotated[Path | None, typer.Option(help="directory of checkpoints; default: runs/PRESET")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Run a study and write its report. Run the same command again to continue after a stop.
 
@@ -228,7 +211,7 @@ def analyze(
     corpus: Recordings,
     out: Annotated[Path, typer.Option(help="directory of the page, the tables and the heat maps")],
     max_batches: MaxBatches = 64,
-    epsilon: Annotated[float, typer.Option(help="attention weight that the concentration may leave out")] = 0.02,
+    epsilon: Epsilon = 0.02,
 ) -> None:
     """Measure a recogniser's attention maps on recordings, or on the dev part of a corpus.
 
@@ -242,7 +225,7 @@ def analyze(
     check_writable_directory("--out", out)
     with progress_bar("Analyzing") as progress:
         found = measure.analyze(recogniser.model, batches, epsilon=epsilon, progress=progress)
-    measure.write_analysis(found, out, model=model, calibration=corpus, command=_command_line())
+    measure.write_analysis(found, out, model=model, calibration=corpus, command=command_line("mapreuse-lab"))
     show_tables(measure.analysis_tables(found))
     console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
 
@@ -257,9 +240,10 @@ def convert(
     distill_seconds: Annotated[float | None, typer.Option(help="distil from the original for this long")] = None,
     max_batches: MaxBatches = 64,
 ) -> None:
-    """Convert a recogniser to share attention maps, with recordings or the train part of a corpus as calibration data.
+    """Convert a recogniser to share attention maps.
 
-    Give either --budget or --plan. Run the same command again to continue after a stop.
+    The calibration data are recordings, or the train part of a corpus. Give either --budget or --plan. Run the same
+    command again to continue after a stop.
     """
     from mapreuse import ReusePlan
     from mapreuse.conversion import (
@@ -304,19 +288,17 @@ def bench(
             "also with +optimize, +compile or both"
         ),
     ] = "sdpa,sdpa+optimize,mapreuse,mapreuse+optimize",
-    storage: Annotated[
-        str, typer.Option(help="how shared maps are stored: some of dense, dense16, dense8, recompute, auto")
-    ] = "dense",
-    batch: Annotated[int, typer.Option(help="sequences per batch")] = 1,
+    storage: Storage = "dense",
+    batch_size: BatchSize = 1,
     threads: Threads = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Device = "cpu",
     repeats: Annotated[
         int | None, typer.Option(help="number of timed calls; default: 7, or 15 for --kernels")
     ] = None,
     part: Annotated[str, typer.Option(help="layers, or whole for the encoder with its front end")] = "layers",
-    memory: Annotated[bool, typer.Option("--memory", help="measure peak memory too, in separate processes")] = False,
-    training: Annotated[bool, typer.Option("--training", help="time a training step: forward and backward")] = False,
+    memory: Memory = False,
+    training: Training = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="time single attention kernels instead")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -332,13 +314,11 @@ def bench(
     chosen = comma_separated_integers("--lengths", lengths)
     with progress_bar("Preparing") as progress:
         if kernels:
-            if (encoder, batch, part, memory or training, plans, storage) != (
-                "conformer-m",
-                1,
-                "layers",
-                False,
-                "",
-                "dense",
+            if (
+                plans
+                or memory
+                or training
+                or (encoder, batch_size, part, storage) != ("conformer-m", 1, "layers", "dense")
             ):
                 raise ValueError("--kernels takes --lengths, --threads, --dtype, --device, --repeats and --json only")
             options |= {"lengths": chosen} if chosen else {}
@@ -352,7 +332,7 @@ def bench(
                 plans=measure.split_plans(plans, len(find_stack(model).layers)),
                 kinds=comma_separated(contestants),
                 storages=comma_separated(storage),
-                batch_size=batch,
+                batch_size=batch_size,
                 part=part,
                 memory=memory,
                 training=training,
@@ -360,9 +340,7 @@ def bench(
                 **options,
             )
             tables = measure.bench_tables(results)
-    results["command"] = _command_line()
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(json_file, results | {"command": command_line("mapreuse-lab")})
     show_tables(tables)
     console.print(f"Inputs: {results['signal']}.", highlight=False)
 
@@ -372,13 +350,11 @@ def breakdown(
     encoder: Encoder = "conformer-m",
     lengths: Lengths = "",
     plans: Plans = "",
-    contestants: Annotated[
-        str, typer.Option(help="what to measure: some of eager, sdpa, mapreuse, each also with +optimize")
-    ] = "sdpa,mapreuse+optimize",
-    batch: Annotated[int, typer.Option(help="sequences per batch")] = 1,
+    contestants: ProfiledContestants = "sdpa,mapreuse+optimize",
+    batch_size: BatchSize = 1,
     threads: Threads = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="number of profiled calls")] = 5,
+    device: Device = "cpu",
+    repeats: ProfiledCalls = 5,
     json_file: JsonFile = None,
 ) -> None:
     """Show which parts of an encoder with random weights take the time and the FLOPs, by length."""
@@ -388,7 +364,7 @@ def breakdown(
 
     check_writable_file(json_file)
     chosen = comma_separated_integers("--lengths", lengths)
-    model, batches = open_encoder(encoder, chosen, part="whole", batch_size=batch, device=device)
+    model, batches = open_encoder(encoder, chosen, part="whole", batch_size=batch_size, device=device)
     with progress_bar("Preparing") as progress:
         found = measure.breakdown(
             model,
@@ -399,14 +375,9 @@ def breakdown(
             threads=threads,
             progress=progress,
         )
-    if json_file is not None:
-        results = measure.breakdown_data(found) | {"command": _command_line(), "model": encoder}
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    made_by = {"command": command_line("mapreuse-lab"), "model": encoder}
+    write_json(json_file, measure.breakdown_data(found) | made_by)
     show_tables(measure.breakdown_tables(found))
-
-
-def _command_line() -> str:
-    return shlex.join(["mapreuse-lab", *sys.argv[1:]])
 
 
 def _load(model: str) -> Recogniser:

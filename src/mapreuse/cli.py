@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,10 +12,13 @@ from mapreuse.console import (
     check_writable_directory,
     check_writable_file,
     comma_separated,
+    command_app,
+    command_line,
     console,
     progress_bar,
     run_command,
     show_tables,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -29,15 +27,11 @@ if TYPE_CHECKING:
 
     from mapreuse.data import OpenedModel
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
-
 _MIN_BATCHES = 16  # batches are made smaller than 8 samples rather than fewer than this
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Make Transformers faster by sharing attention maps between layers: convert a trained model, and measure its "
+app = command_app(
+    "mapreuse",
+    "Make Transformers faster by sharing attention maps between layers: convert a trained model, and measure its "
     "speed and its attention maps. MODEL is a directory that save_pretrained wrote.",
 )
 
@@ -47,8 +41,8 @@ ModelName = Annotated[
 CalibrationData = Annotated[
     str,
     typer.Option(
-        help="data like the model's inputs in use: a text file with one sentence per line, a folder of wav, flac, png or "
-        "jpg files, or a datasets directory"
+        help="data like the model's inputs in use: a text file with one sentence per line, a folder of wav, flac, "
+        "png or jpg files, or a datasets directory"
     ),
 ]
 Stack = Annotated[
@@ -67,33 +61,28 @@ BatchSize = Annotated[int, typer.Option(help="sequences per batch")]
 Plans = Annotated[
     str,
     typer.Option(
-        help="reuse plans, group size × number of groups, such as full,2x3,1x2,2x2; full is the model without sharing. "
-        "Default: full, groups of 2 and 4, and two groups"
+        help="reuse plans, group size × number of groups, such as full,2x3,1x2,2x2; full is the model without "
+        "sharing. Default: full, groups of 2 and 4, and two groups"
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="file for all results as JSON")]
+Storage = Annotated[
+    str, typer.Option(help="how shared maps are stored: some of dense, dense16, dense8, recompute, auto")
+]
+Memory = Annotated[bool, typer.Option("--memory", help="measure peak memory too, in separate processes")]
+Training = Annotated[bool, typer.Option("--training", help="time a training step: forward and backward")]
+ProfiledContestants = Annotated[
+    str, typer.Option(help="what to measure: some of eager, sdpa, mapreuse, each also with +optimize")
+]
+ProfiledCalls = Annotated[int, typer.Option("--repeats", help="number of profiled calls")]
+Epsilon = Annotated[float, typer.Option(help="share of each row's attention that concentration may drop")]
 
 
 def main() -> None:
     """Entry point of the `mapreuse` command."""
     run_command(app, "mapreuse", resumable=("convert",))
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(f"mapreuse {importlib.metadata.version('mapreuse')}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -108,9 +97,7 @@ def bench(
             "+optimize (faster convolutions and linear layers), +compile (torch.compile) or both"
         ),
     ] = "sdpa,sdpa+optimize,mapreuse,mapreuse+optimize",
-    storage: Annotated[
-        str, typer.Option(help="how shared maps are stored: some of dense, dense16, dense8, recompute, auto")
-    ] = "dense",
+    storage: Storage = "dense",
     stack: Stack = "",
     float32: Float32 = False,
     batch_size: BatchSize = 8,
@@ -118,8 +105,8 @@ def bench(
     threads: Threads = None,
     device: Device = "cpu",
     repeats: Annotated[int, typer.Option(help="number of timed calls")] = 7,
-    memory: Annotated[bool, typer.Option("--memory", help="measure peak memory too, in separate processes")] = False,
-    training: Annotated[bool, typer.Option("--training", help="time a training step: forward and backward")] = False,
+    memory: Memory = False,
+    training: Training = False,
     json_file: JsonFile = None,
 ) -> None:
     """Measure how much faster a model becomes with shared attention maps, on your data.
@@ -153,9 +140,8 @@ def bench(
             memory=measured if memory else None,
             progress=progress,
         )
-    results |= {"command": _command_line(), "model": model, "calibration": calibration}
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    results |= {"command": command_line("mapreuse"), "model": model, "calibration": calibration}
+    write_json(json_file, results)
     show_tables(measure.bench_tables(results))
 
 
@@ -164,16 +150,14 @@ def breakdown(
     model: ModelName,
     calibration: CalibrationData,
     plans: Plans = "",
-    contestants: Annotated[
-        str, typer.Option(help="what to measure: some of eager, sdpa, mapreuse, each also with +optimize")
-    ] = "sdpa,mapreuse",
+    contestants: ProfiledContestants = "sdpa,mapreuse",
     stack: Stack = "",
     float32: Float32 = False,
     batch_size: BatchSize = 8,
     max_batches: TimedBatches = 1,
     threads: Threads = None,
     device: Device = "cpu",
-    repeats: Annotated[int, typer.Option(help="number of profiled calls")] = 5,
+    repeats: ProfiledCalls = 5,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of the parts' times")] = None,
 ) -> None:
@@ -194,9 +178,7 @@ def breakdown(
             threads=threads,
             progress=progress,
         )
-    if json_file is not None:
-        results = measure.breakdown_data(found) | {"command": _command_line(), "model": model}
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(json_file, measure.breakdown_data(found) | {"command": command_line("mapreuse"), "model": model})
     if plot is not None:
         measure.breakdown_plot(found).savefig(plot, dpi=110, format="png")
     show_tables(measure.breakdown_tables(found))
@@ -210,7 +192,7 @@ def analyze(
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
-    epsilon: Annotated[float, typer.Option(help="share of each row's attention that concentration may drop")] = 0.02,
+    epsilon: Epsilon = 0.02,
 ) -> None:
     """Measure a model's attention maps: similarity of layers, entropy, diagonality and concentration.
 
@@ -222,7 +204,7 @@ def analyze(
     check_writable_directory("--out", out)
     with progress_bar("Analyzing") as progress:
         found = measure.analyze(opened.part, batches, epsilon=epsilon, progress=progress)
-    measure.write_analysis(found, out, model=model, calibration=calibration, command=_command_line())
+    measure.write_analysis(found, out, model=model, calibration=calibration, command=command_line("mapreuse"))
     show_tables(measure.analysis_tables(found))
     console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
 
@@ -281,10 +263,6 @@ def convert(
     for line in report.lines():
         console.print(line, markup=False, highlight=False)
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
-
-
-def _command_line() -> str:
-    return shlex.join(["mapreuse", *sys.argv[1:]])
 
 
 def _timed(

@@ -1,14 +1,15 @@
 """Terminal output: tables, progress bars, and the error handling of commands."""
 
-from __future__ import annotations
-
 import contextlib
+import importlib.metadata
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import typer
 from rich import table
@@ -102,6 +103,36 @@ def progress_bar(description: str = "", *, disable: bool = False) -> Iterator[Pr
             _running.reset(before)
 
 
+def command_app(name: str, description: str) -> typer.Typer:
+    """A command-line program with the option `--version`, to which the caller adds commands.
+
+    Args:
+        name: name of the program and of its distribution.
+        description: first paragraph of its help.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a warning for each image processor without torchvision
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # two lines on standard error for each pass that is profiled
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=description)
+
+    def print_version(requested: bool) -> None:
+        if requested:
+            print(f"{name} {importlib.metadata.version(name)}")
+            raise typer.Exit
+
+    option = typer.Option("--version", callback=print_version, is_eager=True, help="print the version and exit")
+
+    @app.callback()
+    def root(version: Annotated[bool, option] = False) -> None:
+        pass
+
+    return app
+
+
+def command_line(name: str) -> str:
+    """The command of this process, as one would type it."""
+    return shlex.join([name, *sys.argv[1:]])
+
+
 def run_command(app: typer.Typer, name: str, *, resumable: Sequence[str] = ()) -> None:
     """Run a command-line program and exit.
 
@@ -157,6 +188,12 @@ def check_writable_directory(option: str, directory: Path) -> None:
     existing = next(one for one in (directory, *directory.absolute().parents) if one.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{option} {directory} cannot be written: {existing} is not a writable directory")
+
+
+def write_json(file: Path | None, data: dict[str, Any]) -> None:
+    """Write JSON to a file, if one is given."""
+    if file is not None:
+        file.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def comma_separated(text: str | None) -> tuple[str, ...]:
