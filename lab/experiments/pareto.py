@@ -144,7 +144,7 @@ def _page(results: dict[str, Any]) -> str:
         "same); the figures of 0.1.0 hold for this version.",
         "",
         "**Latency** is relative to the model without sharing, *searched 0*; all models of a table were timed in turns.",
-        "± is half the interquartile range: plans that are closer than that cannot be told apart. **In the search**: the",
+        "± is half the interquartile range: closer plans cannot be distinguished. **In the search**: the",
         "latency measured by the search itself, and the prediction of its cost model.",
         "",
     ]

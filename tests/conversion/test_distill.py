@@ -50,10 +50,10 @@ def distance(model, original, batches):
     """Relative error of the last hidden states, with the oracle's definition of padding."""
     wrong = size = 0.0
     for batch in batches:
-        theirs = original(**batch)
-        rows = valid_rows(original, batch, theirs)
-        wrong += (model(**batch).last_hidden_state - theirs.last_hidden_state)[rows].square().sum()
-        size += theirs.last_hidden_state[rows].square().sum()
+        target = original(**batch)
+        rows = valid_rows(original, batch, target)
+        wrong += (model(**batch).last_hidden_state - target.last_hidden_state)[rows].square().sum()
+        size += target.last_hidden_state[rows].square().sum()
     return (wrong / size).sqrt().item()
 
 
@@ -62,8 +62,8 @@ def test_a_classifier_with_as_many_labels_as_tokens_in_a_sentence_learns(length)
     torch.manual_seed(0)
     config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
     model = BertForSequenceClassification(BertConfig(**config, num_labels=12)).eval()
-    ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
-    report = mr.distill(ours, model, random_batches(8, length=length), DistillConfig(steps=2, evaluate_every=1))
+    shared = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+    report = mr.distill(shared, model, random_batches(8, length=length), DistillConfig(steps=2, evaluate_every=1))
     assert report.after <= report.before
 
 
@@ -76,11 +76,11 @@ def test_unusable_batches_and_models_are_refused_before_anything_changes(origina
         (original, padding, "the held-out batches hold no position but padding"),
         (half, batches, "in bfloat16 on the CPU"),
     ):
-        ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
-        before = copy.deepcopy(ours.state_dict())
+        shared = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+        before = copy.deepcopy(shared.state_dict())
         with pytest.raises(ValueError, match=message):
-            mr.distill(ours, model, given, config)
-        assert all(torch.equal(before[name], now) for name, now in ours.state_dict().items())
+            mr.distill(shared, model, given, config)
+        assert all(torch.equal(before[name], now) for name, now in shared.state_dict().items())
     with pytest.raises(ValueError, match="give a list, not a generator"):
         mr.distill(converted(original), original, batches, config, held_out=iter(batches))
 
@@ -176,9 +176,9 @@ def test_every_eighth_batch_is_held_out_by_default(original):
 )
 def test_padding_is_left_out_in_families_with_other_masks_and_outputs(family):
     model, batch = build(family)
-    ours = mr.convert(model, mr.ReusePlan.grouped(4, 2))
+    shared = mr.convert(model, mr.ReusePlan.grouped(4, 2))
     batches = [batch] * 8
-    report = mr.distill(copy.deepcopy(ours), model, batches, DistillConfig(steps=3, evaluate_every=3))
+    report = mr.distill(copy.deepcopy(shared), model, batches, DistillConfig(steps=3, evaluate_every=3))
     assert report.before > 0.05
     assert report.after <= report.before
     if "attention_mask" not in batch:
@@ -187,13 +187,13 @@ def test_padding_is_left_out_in_families_with_other_masks_and_outputs(family):
     assert not rows.all(), "the family's batch has padding"
     layers = [layer.layer for layer in find_stack(model).layers]
     seen = {}
-    for name, one in (("theirs", layers[-1]), ("ours", find_stack(ours).layers[-1].layer)):
+    for name, one in (("target", layers[-1]), ("shared", find_stack(shared).layers[-1].layer)):
         one.register_forward_hook(
             lambda m, a, out, name=name: seen.update({name: out[0] if isinstance(out, tuple) else out})
         )
     with torch.no_grad():
-        model(**batch), ours(**batch)
-    off = (seen["ours"] - seen["theirs"])[rows].square().sum() / seen["theirs"][rows].square().sum()
+        model(**batch), shared(**batch)
+    off = (seen["shared"] - seen["target"])[rows].square().sum() / seen["target"][rows].square().sum()
     assert report.before == pytest.approx(off.sqrt().item(), rel=1e-3)
 
 
@@ -390,11 +390,11 @@ def test_an_original_that_does_not_match_is_refused(original, step):
 
 @pytest.mark.parametrize("step", [mr.refit, lambda *given: mr.distill(*given, DistillConfig(steps=1))])
 def test_modules_keep_their_training_mode(original, step):
-    ours, theirs = converted(original).train(), copy.deepcopy(original).train()
-    for model in (ours, theirs):
+    shared, target = converted(original).train(), copy.deepcopy(original).train()
+    for model in (shared, target):
         model.embeddings.eval()
-    step(ours, theirs, random_batches(8))
-    for model in (ours, theirs):
+    step(shared, target, random_batches(8))
+    for model in (shared, target):
         in_training = {name.split(".")[0] for name, module in model.named_modules() if module.training}
         assert in_training == {"", "encoder", "pooler"}
 

@@ -183,8 +183,7 @@ def test_the_cache_keeps_to_its_size(max_bytes, number_kept):
 @pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "a plan"])
 @pytest.mark.parametrize("with_hooks", [False, True])
 def test_layers_that_change_their_inputs_in_place_give_the_same_outputs(with_hooks, plan):
-    """In place, or by hooks of their own: what is skipped, what hands on its map alone, and what runs twice, is given
-    what it would be."""
+    """Also by hooks, and in layers that are cached, run up to their map, or run twice."""
     model, batch = build("bert")
     if plan is not None:
         mr.apply(model, plan)
@@ -235,10 +234,10 @@ def test_a_refit_runs_the_first_layer_once_for_each_batch():
 
 
 def test_evaluated_plans_share_the_cache_of_the_original():
-    judged, runs = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5), []
-    judged._targets.cache.layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(0))
+    evaluate, runs = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5), []
+    evaluate._targets.cache.layers[0].attention.register_forward_pre_hook(lambda *_: runs.append(0))
     for last in (1, 2):
-        judged(mr.ReusePlan.from_sources([0, 1, 2, last]))
+        evaluate(mr.ReusePlan.from_sources([0, 1, 2, last]))
         assert len(runs) == 8
 
 

@@ -89,9 +89,9 @@ def test_the_error_on_contexts_is_the_error_of_the_outputs(rows, with_bias):
     weights = random_weights(2, 5, 3, 4, with_bias=with_bias)
     inputs, targets, drift = torch.randn(rows, 10), torch.randn(rows, 4).double(), torch.randn(rows, 4).double()
     on_contexts = HeadProjections.of_contexts(weights.output, weights.bias)
-    judged = summed(on_contexts, weights.contexts(inputs), targets, drift, torch.float64).error(on_contexts, 1.0)
+    found = summed(on_contexts, weights.contexts(inputs), targets, drift, torch.float64).error(on_contexts, 1.0)
     expected = (outputs(weights, inputs.double()) - targets - drift).norm() / targets.norm()
-    assert judged == pytest.approx(float(expected))
+    assert found == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
@@ -170,18 +170,18 @@ def test_a_refit_recovers_lost_values(second):
     assert report.after < 0.7 * report.before
 
 
-def relative(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
+def relative(actual, target):
+    return ((actual - target).norm() / target.norm()).item()
 
 
 def refitted(model, batch, index, converted):
     """The report of the only reusing layer, after comparing its errors with those measured by hooks."""
     valid = valid_rows(model, batch, model(**batch))
-    theirs = output_of_layer(model, index, batch)[valid]
-    before = relative(output_of_layer(converted, index, batch)[valid], theirs)
+    target = output_of_layer(model, index, batch)[valid]
+    before = relative(output_of_layer(converted, index, batch)[valid], target)
     (report,) = mr.refit(converted, model, [batch] * 4)
     assert report.before == pytest.approx(before, rel=1e-3)
-    assert report.after == pytest.approx(relative(output_of_layer(converted, index, batch)[valid], theirs), rel=1e-3)
+    assert report.after == pytest.approx(relative(output_of_layer(converted, index, batch)[valid], target), rel=1e-3)
     return report
 
 
@@ -226,8 +226,8 @@ def test_a_torch_encoder_is_aligned_and_refitted(batch_first, norm_first):
     converted = mr.convert(model, plan)
     (report,) = mr.refit(converted, model, [batches[0]] * 4)
     model.train()  # dropout is zero; in evaluation it would take its fast path, past the attention
-    theirs, ours = (output_of_layer(one, 1, batches[0]) for one in (model, converted))
-    assert report.after == pytest.approx(relative(ours, theirs), rel=1e-3)
+    target, actual = (output_of_layer(one, 1, batches[0]) for one in (model, converted))
+    assert report.after == pytest.approx(relative(actual, target), rel=1e-3)
     assert report.after < 0.9 * report.before
 
 
@@ -237,8 +237,8 @@ def test_vision_blocks_in_timms_style_are_aligned_and_refitted():
     batches = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(8)]
     converted = mr.convert(model, mr.align(model, mr.ReusePlan.from_sources([0, 0, 2, 3]), batches))
     (report,) = mr.refit(converted, model, [batches[0]] * 4)
-    theirs, ours = (output_of_layer(one, 1, batches[0]) for one in (model, converted))
-    assert report.after == pytest.approx(relative(ours, theirs), rel=1e-3)
+    target, actual = (output_of_layer(one, 1, batches[0]) for one in (model, converted))
+    assert report.after == pytest.approx(relative(actual, target), rel=1e-3)
     assert report.after < 0.9 * report.before
 
 
@@ -255,11 +255,11 @@ def test_no_refitted_layer_is_worse_on_held_out_batches(family, monkeypatch):
     assert [report.layer for report in reports] == [1, 2, 3]
 
     def error(model, index):
-        ours, theirs = (
+        actual, target = (
             torch.cat([output_of_layer(one, index, batch)[batch["attention_mask"].bool()] for batch in held_out])
             for one in (model, original)
         )
-        return relative(ours, theirs)
+        return relative(actual, target)
 
     for report in reports:
         assert report.after <= report.before
@@ -409,9 +409,9 @@ def test_the_most_recently_used_layer_is_dropped_last():
 
 
 def test_evaluated_plans_refit_common_layers_once(fitted):
-    judged = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5)
-    judged(FIRST)
-    judged(ALIKE)
+    evaluate = PlanEvaluator(build("bert")[0], random_batches(8), lambda model: 0.5)
+    evaluate(FIRST)
+    evaluate(ALIKE)
 
     assert fitted == [1, 3, 3]
 

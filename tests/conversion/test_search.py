@@ -42,8 +42,8 @@ def test_candidates_have_the_error_and_weights_of_a_conversion_by_hand(bert, tmp
         with torch.no_grad():
             for batch in batches[1::4]:
                 rows = batch["attention_mask"].bool()
-                ours, theirs = (m(**batch).last_hidden_state[rows] for m in (model, bert))
-                cosines.append(functional.cosine_similarity(ours, theirs, dim=-1))
+                actual, target = (m(**batch).last_hidden_state[rows] for m in (model, bert))
+                cosines.append(functional.cosine_similarity(actual, target, dim=-1))
         assert candidate.error == pytest.approx(1 - torch.cat(cosines).mean().item(), abs=1e-5)
         assert candidate.error <= 0.5
         assert candidate.latency == pytest.approx(candidate.predicted_latency)
@@ -61,24 +61,24 @@ def test_no_candidate_is_both_slower_and_worse_than_another(bert):
 
 
 def test_a_second_search_evaluates_no_plan_again(bert, tmp_path, regular_times):
-    judged = []
+    evaluated = []
     error = hidden_state_error(bert, random_batches(2, seed=1))
 
-    def judge(model):
-        judged.append(mr.plan_of(model))
+    def metric(model):
+        evaluated.append(mr.plan_of(model))
         return error(model)
 
     cache = tmp_path / "evaluated.jsonl"
-    first = mr.search(bert, random_batches(8), error=0.2, breadth=2, metric=judge, cache=cache)
+    first = mr.search(bert, random_batches(8), error=0.2, breadth=2, metric=metric, cache=cache)
     number = len(cache.read_text().splitlines())
-    assert len(judged) == number + 1  # and the original
+    assert len(evaluated) == number + 1  # and the original
     cache.write_text("".join(line + "\n" for line in cache.read_text().splitlines()[: number - 1]))
-    judged.clear()
-    second = mr.search(bert, random_batches(8), error=0.2, breadth=2, metric=judge, cache=cache)
+    evaluated.clear()
+    second = mr.search(bert, random_batches(8), error=0.2, breadth=2, metric=metric, cache=cache)
 
     assert second == first
-    assert len(judged) == 3  # the original, the first plan, by which the judge is known, and the one forgotten
-    other = mr.search(bert, random_batches(8, seed=5), error=0.2, breadth=2, metric=judge, cache=cache)
+    assert len(evaluated) == 3  # the original, the first plan, which identifies the metric, and the forgotten one
+    other = mr.search(bert, random_batches(8, seed=5), error=0.2, breadth=2, metric=metric, cache=cache)
     assert [c.error for c in other] != [c.error for c in first]
 
 
@@ -237,9 +237,9 @@ def test_a_latency_budget_that_the_cost_model_barely_misses_is_measured(bert, mo
     assert min(candidate.latency for candidate in found) == 0.89
 
 
-@pytest.mark.parametrize(("more", "said"), [(0.05, False), (0.15, True)])
+@pytest.mark.parametrize(("more", "logged"), [(0.05, False), (0.15, True)])
 def test_a_latency_that_deviates_from_the_prediction_by_more_than_10_percent_is_logged(
-    bert, monkeypatch, caplog, more, said
+    bert, monkeypatch, caplog, more, logged
 ):
     def times(models, batch, **options):
         """5 % less for each reusing layer; candidates take more than that."""
@@ -253,7 +253,7 @@ def test_a_latency_that_deviates_from_the_prediction_by_more_than_10_percent_is_
     monkeypatch.setattr(_search, "_times", times)
     with caplog.at_level("WARNING", logger="mapreuse"):
         mr.search(bert, random_batches(8), error=1.0, breadth=1)
-    assert ("predicted latency of a plan: 0.85 times the original's; measured: 0.98" in caplog.text) is said
+    assert ("predicted latency of a plan: 0.85 times the original's; measured: 0.98" in caplog.text) is logged
 
 
 def test_reported_latencies_are_precise(bert, monkeypatch):
@@ -287,8 +287,8 @@ def test_a_torch_encoder_is_searched_without_its_padding(regular_times):
         cosines = []
         changed = mr.apply(copy.deepcopy(model), plan)
         for batch in batches:
-            ours, theirs = changed(**batch), mr.apply(copy.deepcopy(model), mr.ReusePlan.full(LAYERS))(**batch)
-            cosines.append(functional.cosine_similarity(ours[~padding], theirs[~padding], dim=-1))
+            actual, target = changed(**batch), mr.apply(copy.deepcopy(model), mr.ReusePlan.full(LAYERS))(**batch)
+            cosines.append(functional.cosine_similarity(actual[~padding], target[~padding], dim=-1))
     expected = 1 - torch.cat(cosines).mean().item()
 
     assert hidden_state_error(model, batches)(changed) == pytest.approx(expected, abs=1e-5)
