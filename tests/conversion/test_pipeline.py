@@ -1,6 +1,7 @@
 """Conversions in memory and into a directory, which continue after an interrupt."""
 
 import copy
+import doctest
 import json
 
 import pytest
@@ -35,6 +36,12 @@ def converted(original, batches, out, save=mr.save, **options):
 
     report = convert_to_directory(original, batches, out, keep, **options)
     return saved[0], report
+
+
+def test_the_examples_run():
+    outcome = doctest.testmod(_pipeline)
+    assert outcome.attempted
+    assert not outcome.failed
 
 
 def test_convert_leaves_the_original_as_it_is():

@@ -105,6 +105,16 @@ def convert(
 
     Raises:
         ValueError: if `distillation` is given without batches, or one of the steps raises.
+
+    Examples:
+        >>> import torch, mapreuse as mr
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = dict(num_hidden_layers=4, hidden_size=32, num_attention_heads=4, intermediate_size=64)
+        >>> original = BertModel(BertConfig(**sizes, vocab_size=50))
+        >>> batches = [{"input_ids": torch.randint(0, 50, (2, 8))} for _ in range(4)]
+        >>> model = mr.convert(original, mr.ReusePlan.parse("2x2"), batches)
+        >>> mr.plan_of(model).reuses(1)
+        True
     """
     check_plan(plan)
     if distillation is not None and batches is None:
@@ -121,7 +131,11 @@ def convert(
 
 
 def parse_budget(text: str) -> dict[str, float]:
-    """`{"latency": 0.7}` from "latency<=0.7", `{"error": 0.02}` from "error<=0.02"."""
+    """The budget that a text describes, for `convert_to_directory`.
+
+    >>> parse_budget("latency<=0.7"), parse_budget("error <= 0.02")
+    ({'latency': 0.7}, {'error': 0.02})
+    """
     match = _BUDGET.fullmatch(text)
     if match is None:
         raise ValueError(f"budget {text!r}: expected latency<=0.7 (relative to the original's) or error<=0.02")
