@@ -196,7 +196,7 @@ def analyze(
 ) -> None:
     """Measure a model's attention maps: similarity of layers, entropy, diagonality and concentration.
 
-    Layers with similar maps can share one. The heat maps need pip install 'mapreuse[plots]'.
+    Layers with similar maps can share one. The heat maps need the extra plots of mapreuse.
     """
     from mapreuse import measure
 
@@ -313,3 +313,7 @@ def _calibrated(
         opened, calibration, max_batches=max_batches, min_batches=_MIN_BATCHES, min_samples=min_samples
     )
     return opened, batches
+
+
+if __name__ == "__main__":
+    main()
