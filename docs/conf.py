@@ -24,7 +24,7 @@ logger = getLogger(__name__)
 
 project = "mapreuse"
 copyright = "the mapreuse contributors"
-version = release = getattr(mapreuse, "__version__", "0.2.0")
+version = release = mapreuse.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
