@@ -1,53 +1,59 @@
 """Convert a sentence-transformers model to share attention maps, and compare its embeddings with the original's.
 
-python examples/embeddings.py sentence-transformers/all-MiniLM-L6-v2 sentences.txt faster --plan 1x2,2x2
+python examples/embeddings.py sentence-transformers/all-MiniLM-L6-v2 sentences.txt --plan 1x2,2x2 --out faster
+python examples/embeddings.py      (without arguments: a small random model, to see how it works)
 """
 
 import argparse
 import copy
-import time
+import tempfile
+import timeit
 from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import mapreuse as mr
 
 
 def main(arguments: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="name or directory of a sentence-transformers model")
-    parser.add_argument("sentences", type=Path, help="text file, one sentence per line, like those you will encode")
-    parser.add_argument("out", type=Path, help="directory for the converted transformer")
+    parser.add_argument("model", nargs="?", help="name or directory of a sentence-transformers model")
+    parser.add_argument("sentences", nargs="?", type=Path, help="text file, one sentence per line, like your inputs")
     parser.add_argument("--plan", default="1x2,2x2", help="which layers share a map")
+    parser.add_argument("--out", help="directory for the converted transformer")
     given = parser.parse_args(arguments)
+    if given.model is None:
+        given.model, sentences = small_model()
+    else:
+        sentences = given.sentences.read_text().splitlines()
 
-    sentences = given.sentences.read_text().splitlines()
-    held_out, calibration = sentences[::4], [text for number, text in enumerate(sentences) if number % 4]
     encoder = SentenceTransformer(given.model, device="cpu")
+    held_out, calibration = sentences[:30], sentences[30:]
     groups = [calibration[i : i + 16] for i in range(0, len(calibration), 16)]
     batches = [encoder.tokenizer(group, padding=True, truncation=True, return_tensors="pt") for group in groups]
-    before, seconds_before = encode(encoder, held_out)
-
-    original = encoder[0].model
-    converted = mr.convert(original, mr.ReusePlan.parse(given.plan), batches)
-    mr.save(converted, given.out)
-
     faster = copy.deepcopy(encoder)
-    faster[0].model = mr.load(given.out)
-    after, seconds_after = encode(faster, held_out)
-    similarity = torch.cosine_similarity(before, after).mean().item()
-    print(f"cosine similarity of {len(held_out)} embeddings: {similarity:.4f}")
-    print(f"speed-up: {seconds_before / seconds_after:.2f}×")
+    faster[0].model = mr.convert(encoder[0].model, mr.ReusePlan.parse(given.plan), batches)
+    if given.out is not None:
+        mr.save(faster[0].model, given.out)
+
+    embeddings = (model.encode(held_out, convert_to_tensor=True) for model in (encoder, faster))
+    similarity = torch.cosine_similarity(*embeddings).mean().item()
+    before, after = (timeit.timeit(lambda: model.encode(held_out), number=3) for model in (encoder, faster))
+    print(f"mean cosine similarity {similarity:.4f}, speed-up {before / after:.2f}×")
     return similarity
 
 
-def encode(encoder: SentenceTransformer, sentences: list[str]) -> tuple[torch.Tensor, float]:
-    """Embeddings, and the seconds they took after a warm-up."""
-    encoder.encode(sentences[:4])
-    start = time.perf_counter()
-    embeddings = encoder.encode(sentences, convert_to_tensor=True)
-    return embeddings, time.perf_counter() - start
+def small_model() -> tuple[str, list[str]]:
+    """A directory with a random BERT and its tokenizer, and sentences."""
+    sentences = [f"a sentence about {n % 7} and {n}" for n in range(120)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(" ".join(sentences).split()))]
+    config = BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=6, num_attention_heads=4)
+    directory = tempfile.mkdtemp()
+    BertModel(config).save_pretrained(directory)
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(directory)
+    return directory, sentences
 
 
 if __name__ == "__main__":

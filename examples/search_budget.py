@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
 def small_model() -> tuple[BertModel, list[dict[str, torch.Tensor]]]:
     """A random BERT and 16 batches of random tokens."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    model = BertModel(BertConfig(**sizes, vocab_size=1000, initializer_range=0.2)).eval()
-    return model, [{"input_ids": tokens} for tokens in torch.randint(1, 1000, (16, 2, 48))]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertModel(BertConfig(**sizes, vocab_size=1000, initializer_range=0.1)).eval()
+    return model, [{"input_ids": tokens} for tokens in torch.randint(1, 1000, (16, 1, 256))]
 
 
 if __name__ == "__main__":

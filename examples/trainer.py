@@ -1,55 +1,58 @@
 """Convert a text classifier, then fine-tune it on labelled texts with the Trainer of transformers.
 
-python examples/trainer.py my-classifier labelled.tsv faster --plan 1x6,2x3      (a line: label, tab, text)
+python examples/trainer.py my-classifier labelled.tsv --plan 1x6,2x3 --out faster     (a line: label, tab, text)
+python examples/trainer.py      (without arguments: a small random model and random texts)
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-)
+import transformers as tf
 
 import mapreuse as mr
 
 
 def main(arguments: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="name or directory of a text classifier")
-    parser.add_argument("labelled", type=Path, help="text file with a label number, a tab and a text per line")
-    parser.add_argument("out", type=Path, help="directory for the converted, fine-tuned model")
-    parser.add_argument("--plan", required=True, help="which layers share a map")
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("model", nargs="?", help="name or directory of a text classifier")
+    parser.add_argument("labelled", nargs="?", type=Path, help="text file, lines like the one above")
+    parser.add_argument("--plan", default="1x2,2x1", help="which layers share a map")
+    parser.add_argument("--out", type=Path, help="directory for the converted, fine-tuned model")
     given = parser.parse_args(arguments)
 
-    original = AutoModelForSequenceClassification.from_pretrained(given.model)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    collator = DataCollatorWithPadding(tokenizer)
-    examples = []
-    for line in given.labelled.read_text().splitlines():
-        label, text = line.split("\t", 1)
-        examples.append({**tokenizer(text, truncation=True), "labels": int(label)})
+    if given.model is None:
+        original, collator, examples = small_model()
+    else:
+        original = tf.AutoModelForSequenceClassification.from_pretrained(given.model)
+        tokenizer = tf.AutoTokenizer.from_pretrained(given.model)
+        collator = tf.DataCollatorWithPadding(tokenizer)
+        lines = (line.split("\t", 1) for line in given.labelled.read_text().splitlines())
+        examples = [{**tokenizer(text, truncation=True), "labels": int(label)} for label, text in lines]
 
     batches = [collator(examples[i : i + 8]) for i in range(0, min(len(examples), 512), 8)]
     model = mr.convert(original, mr.ReusePlan.parse(given.plan), batches)
-
-    settings = TrainingArguments(
-        output_dir=str(given.out / "trainer"),
-        num_train_epochs=given.epochs,
+    settings = tf.TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        num_train_epochs=1,
         save_strategy="no",  # a checkpoint would go through save_pretrained; mr.save saves the result
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(model, settings, train_dataset=examples, data_collator=collator)
-    loss = trainer.train().training_loss
-    mr.save(model, given.out)
-    tokenizer.save_pretrained(given.out)
+    loss = tf.Trainer(model, settings, train_dataset=examples, data_collator=collator).train().training_loss
+    print(f"mean loss of the fine-tuning: {loss:.3f}")
+    if given.out is not None:
+        mr.save(model, given.out)
     return loss
+
+
+def small_model() -> tuple[tf.PreTrainedModel, tf.DefaultDataCollator, list[dict]]:
+    """A random BERT classifier, and random tokens with labels."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, vocab_size=1000))
+    examples = [{"input_ids": row, "labels": row[0] % 2} for row in torch.randint(1, 1000, (128, 24)).tolist()]
+    return model, tf.DefaultDataCollator(), examples
 
 
 if __name__ == "__main__":
