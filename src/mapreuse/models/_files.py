@@ -26,7 +26,7 @@ _FORMAT = "mapreuse"
 _VERSIONS = (1, 2, 3)
 """Versions of the format that `load` reads. `save` writes the last one.
 
-Version 1 ordered the heads of plans with head assignments differently. Versions 1 and 2 called the storage "strategy".
+Version 1 ordered the heads of plans with head assignments differently. Before version 3, "storage" was "strategy".
 """
 _CONFIG = "config.json"
 _WEIGHTS = "mapreuse.safetensors"

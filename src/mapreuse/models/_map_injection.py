@@ -31,8 +31,8 @@ class MapInjection(nn.Module):
     def forward(self, *args: Any, attention_maps: SharedMaps | None = None, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             raise Unsupported(
-                f"{type(self).__name__}: its modules pass no keyword arguments on, and torch.compile and torch.export "
-                "cannot follow how they receive attention maps; run it without compilation"
+                f"{type(self).__name__}: its modules pass no keyword arguments on, and torch.compile and "
+                "torch.export cannot follow how they receive attention maps; run it without compilation"
             )
         copied: Any = _copy_with_maps(self, self._paths, attention_maps)
         return super(MapInjection, copied).forward(*args, **kwargs)

@@ -267,8 +267,8 @@ def _resolve(expression: ast.expr, before: list[_Step]) -> ast.expr:
         statement = step.statement
         names, value = _assignment(step)
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-        plain = isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name)
-        if step.certain and plain and value is not None:
+        plain = isinstance(statement, ast.Assign | ast.AnnAssign)
+        if step.certain and plain and isinstance(target, ast.Name) and value is not None:
             known[target.id] = _Substitute(known).visit(_copied(value))
             continue
         known |= {name: ast.Name(f"<{name}, after {step.first_line}>") for name in names}
