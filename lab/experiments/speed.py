@@ -48,9 +48,9 @@ def page(files: dict[str, Results]) -> list[str]:
         "# Speed",
         "",
         "Latency of encoders with random weights, batch 1, float32, 2 CPU threads. `sdpa` and `eager` are the",
-        "attention implementations of transformers. `mapreuse full` is the same model with exact attention kernels of",
-        "mapreuse; `mapreuse 4x4` has 4 groups of 4 layers that share a map. `+optimize` also makes convolutions and",
-        "linear layers faster, which has nothing to do with shared maps: compare rows with it to `sdpa+optimize`.",
+        "attention implementations of transformers. `mapreuse full` is the same model with mapreuse's exact kernels;",
+        "`mapreuse 4x4` has 4 groups of 4 layers that share a map. `+optimize` also makes convolutions and linear",
+        "layers faster, which has nothing to do with shared maps: compare rows with it to `sdpa+optimize`.",
         "Contestants took turns; speed-ups are medians of quotients. `make speed` measures everything again,",
         "`make speed-encoder` and the like one file, and `make readme` writes this page.",
         "",
@@ -73,10 +73,8 @@ def page(files: dict[str, Results]) -> list[str]:
         lines += ["", breakdown_table(files["breakdown"]).markdown()]
     if "concentration" in files:
         lines += ["", "## How concentrated maps are", ""]
-        lines += [
-            "Share of the keys that 64 neighbouring queries need for all but ε of each row's attention. At best, sparse"
-        ]
-        lines += ["maps would save the rest of the product, so mapreuse does not store maps as intervals."]
+        lines += ["Share of the keys that 64 neighbouring queries need for all but ε of each row's attention. Sparse"]
+        lines += ["maps would save at most the rest of the product, so mapreuse does not store maps as intervals."]
         lines += ["", concentration_table(files["concentration"]).markdown()]
     lines += ["", "## Commands", ""]
     return [*lines, *(f"- `{name}.json`: `{results['command']}`" for name, results in files.items())]

@@ -130,7 +130,7 @@ def test_every_linear_layer_of_a_layer_belongs_to_a_part(family):
 
 
 def attention_events(*steps):
-    """A pass of one attention module: its operators (name, shapes, nanoseconds) one after the other, and the ranges."""
+    """A pass of one attention module: its ranges, and its operators (name, shapes, nanoseconds) in order."""
     now, events = 10, []
     for name, shapes, duration in steps:
         events.append(Event(name, now, now + duration, shapes, device_time=duration // 2))

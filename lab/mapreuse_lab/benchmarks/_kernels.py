@@ -65,8 +65,8 @@ def bench_kernels(
 
     Returns:
         JSON-compatible results: `machine`, `config`, `signal`, `agreement` (distance from the attention of
-        `transformers`) and, in `lengths`, `kernels` (seconds per call) and `ratios`: reusing kernel ÷ one product, and
-        computing kernels ÷ sum of products. `growth` is time(2T) ÷ time(T) if both were measured.
+        `transformers`) and, in `lengths`, `kernels` (seconds per call) and `ratios`: reusing kernel ÷ one product,
+        and computing kernels ÷ sum of products. `growth` is time(2T) ÷ time(T) if both were measured.
 
     Raises:
         ValueError: if an argument is invalid, or the output of a kernel differs from that of `transformers`.

@@ -34,11 +34,11 @@ class PhonemeAttention:
 
     Attributes:
         matrices: for each layer and head, frames of class p (rows) attending to frames of class q (columns).
-        same: attention to other frames of the same class, Σ_p attended[p, p] / Σ_p even[p, p]. It is large for heads that
-            gather similar sounds across the utterance, and below 1 for diagonal maps.
+        same: attention to other frames of the same class, Σ_p attended[p, p] / Σ_p even[p, p]. It is large for heads
+            that gather similar sounds across the utterance, and below 1 for diagonal maps.
         same_or_own: the same, including the frame's own run. It is large for diagonal maps.
-        same_beyond_position: Σ_p attended[p, p], divided by the attention that the same pairs would get if all pairs at
-            one distance |j − i| of a sequence had equal attention. It is 1 for maps that depend on j − i only.
+        same_beyond_position: Σ_p attended[p, p], divided by the attention that the same pairs would get if all pairs
+            at one distance |j − i| of a sequence had equal attention. It is 1 for maps that depend on j − i only.
         num_frames: number of frames of each class.
     """
 
@@ -59,8 +59,8 @@ def phoneme_attention(
     """Attention between frames of each pair of classes, in all maps of `model`.
 
     Args:
-        model: a model that `apply` accepts, with or without a plan. It is not changed. A reusing layer counts with the map
-            that it applies.
+        model: a model that `apply` accepts, with or without a plan. It is not changed. A reusing layer counts with the
+            map that it applies.
         batches: keyword dictionaries for the model's forward.
         labels: for each batch, integers of shape (batch, frames): the class of each position of the maps, from 0 to
             `num_classes` − 1, or −1 for none. Labels of padding are ignored.

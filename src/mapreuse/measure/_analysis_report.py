@@ -55,8 +55,8 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
         HeatMap(
             "similarity",
             "Similarity of layers",
-            "1 − total variation of two rows. Each head of the reusing layer is compared with its most similar head of "
-            "the computing layer; the value is the mean over heads. Layers near 1 can share a map.",
+            "1 − total variation of two rows. Each head of the reusing layer is compared with its most similar head "
+            "of the computing layer; the value is the mean over heads. Layers near 1 can share a map.",
             "computing layer",
             "reusing layer",
             (0.0, 1.0),
@@ -85,8 +85,8 @@ def heat_maps(analysis: Analysis) -> list[HeatMap]:
         HeatMap(
             "concentration",
             "Concentration",
-            f"Share of the keys that {block_rows} neighbouring queries need to keep all but {epsilon:g} of each row's "
-            "mass. It is the relative cost of a map that is stored as intervals.",
+            f"Share of the keys that {block_rows} neighbouring queries need to keep all but {epsilon:g} of each "
+            "row's mass. It is the relative cost of a map that is stored as intervals.",
             "layer",
             "head",
             (0.0, 1.0),

@@ -6,8 +6,8 @@ the projections, operators tell which phase begins:
     … → positional scores → content scores → softmax → map × values → …
 
 A phase lasts from the operator that opens it to the operator that opens the next one. So every moment and every FLOP
-belongs to exactly one part, and the parts add up to the whole pass. Times come from PyTorch's profiler, FLOPs from its
-FLOP counter.
+belongs to exactly one part, and the parts add up to the whole pass. Times come from PyTorch's profiler, FLOPs from
+its FLOP counter.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def phase_of(name: str, shapes: Sequence[Sequence[int]], phase: str, sizes: Size
     """The phase of attention that an operator opens; None if it belongs to the current `phase`.
 
     A product with inner dimension T applies a map. Other products make scores: content scores if they are at most T
-    wide, positional scores if they are wider (2·T − 1 distances, or T + rows − 1 for a block of rows). If T equals the
-    head dimension, the products before a softmax make scores, and those after it apply a map.
+    wide, positional scores if they are wider (2·T − 1 distances, or T + rows − 1 for a block of rows). If T equals
+    the head dimension, the products before a softmax make scores, and those after it apply a map.
     """
     if name in ("aten::softmax", "aten::_softmax"):
         return "softmax"

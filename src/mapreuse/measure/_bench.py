@@ -62,8 +62,8 @@ def bench(
 
     Contestants take turns in one process (`time_interleaved`). Before a contestant is timed on a batch, its output is
     compared with a reference that has the same plan and uses PyTorch operators only; above 8192 positions, with the
-    first contestant of the same plan. In training, gradients are compared, without dropout. If a contestant fails or disagrees, the result holds the reason, and the other
-    contestants are measured.
+    first contestant of the same plan. In training, gradients are compared, without dropout. If a contestant fails or
+    disagrees, the result holds the reason, and the other contestants are measured.
 
     Args:
         model: a model that `apply` accepts. It is not changed. Its device and dtype are those of the benchmark.
@@ -81,12 +81,14 @@ def bench(
         progress: called with the current step, the number of finished calls, and the number of all calls.
 
     Returns:
-        JSON-compatible results: `machine`, `model`, `config`, and for each name in `batches`: `contestants` (for each
-        one `median`, `spread` and `seconds`; `agreement`, its distance from the reference; `flops` of the operators of
-        the reference; `memory_bytes`; `graph_breaks` if compiled; `chosen_storage` and `choice` for storage "auto"; or
-        `not_measured`, the reason) and `ratios`: the speed-up of each contestant over those that share no maps,
-        the median over repeats of the quotient of two times, with its spread. `compiled_while_timed`, the number of graphs
-        that were compiled too late, should be 0.
+        JSON-compatible results: `machine`, `model`, `config`, and for each name in `batches`:
+
+        - `contestants`, for each one `median`, `spread` and `seconds`; `agreement`, its distance from the reference;
+          `flops` of the reference; `memory_bytes`; `graph_breaks` if compiled; `chosen_storage` and `choice` for
+          storage "auto"; or `not_measured`, the reason;
+        - `ratios`: the speed-up of each contestant over those that share no maps, the median over repeats of the
+          quotient of two times, with its spread;
+        - `compiled_while_timed`: the number of graphs that were compiled too late. It should be 0.
 
     Raises:
         ValueError: if an argument is invalid, or the model already shares maps.

@@ -50,7 +50,7 @@ def breakdown_tables(breakdowns: Sequence[Breakdown]) -> list[Table]:
 
 
 def breakdown_plot(breakdowns: Sequence[Breakdown]) -> Figure:
-    """Stacked bars of the parts' times, one panel for each contestant and one bar for each batch. Needs matplotlib."""
+    """Stacked bars of the parts' times: a panel for each contestant, a bar for each batch. Needs matplotlib."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -40,7 +40,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Commit of the checkout that holds this package, with "+" if files have changed; "unknown" outside a checkout."""
+    """Commit of the checkout that holds this package, with "+" if files have changed; else "unknown"."""
     here = Path(__file__).parent
     try:
         commit = _git(here, "rev-parse", "--short=12", "HEAD")

@@ -58,8 +58,7 @@ class Section:
 def write_page(path: str | Path, title: str, sections: Iterable[Section]) -> None:
     """Write one page of HTML. It opens from a file without a network, in light and dark.
 
-    Figures need plotly, which `pip install 'mapreuse[plots]'` brings; its JavaScript (4 MB) is part of the page. Pages
-    without figures need nothing.
+    Figures need plotly, which `pip install 'mapreuse[plots]'` installs. Its JavaScript (4 MB) is part of the page.
 
     Args:
         path: the file to write. Its directory is made.
@@ -100,7 +99,7 @@ def _rendered(blocks: Iterable[Block], has_script: bool) -> Iterator[tuple[str, 
 
 
 def _figure(figure: Figure, *, with_script: bool) -> Markup:
-    """The figure on the page's own background. The style sheet colours its text; bars and lines keep their colours."""
+    """The figure with a transparent background. The style sheet of the page sets the colour of its text."""
     from plotly.graph_objects import Figure
     from plotly.io import to_html
 

@@ -25,8 +25,8 @@ class Similarity:
 
                 1 − mean over queries of ½ Σ_k |map[l, h][q, k] − map[m, g][q, k]|
 
-            that is, one minus the total variation of two rows (Bhojanapalli et al., "Leveraging redundancy in attention with
-            Reuse Transformers", 2021). Padding is excluded.
+            that is, one minus the total variation of two rows (Bhojanapalli et al., "Leveraging redundancy in
+            attention with Reuse Transformers", 2021). Padding is excluded.
         num_queries: number of queries that the mean is taken over.
     """
 
@@ -35,7 +35,7 @@ class Similarity:
 
     @property
     def layers(self) -> Float[Tensor, "layers layers"]:
-        """Similarity of two layers: mean over the second layer's heads of the maximum over the first layer's heads."""
+        """Similarity of two layers: maximum over the first layer's heads, mean over the second layer's heads."""
         return self.heads.amax(dim=1).mean(dim=-1)
 
 
