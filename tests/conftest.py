@@ -36,6 +36,19 @@ def regular_times(monkeypatch):
     monkeypatch.setattr(sys.modules[mr.search.__module__], "_times", times)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.sample(n)`: mark all but every n-th set of parameters of a test as `full`."""
+    numbers: dict[str, int] = {}
+    for item in items:
+        sample = item.get_closest_marker("sample")
+        if sample is not None:
+            test = item.nodeid.partition("[")[0]
+            numbers[test] = numbers.get(test, -1) + 1
+            if numbers[test] % sample.args[0]:
+                item.add_marker("full")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # lhotse's CutSet derives from typing.Iterable, which beartype calls outdated wherever a signature names a CutSet.
     category = "beartype.roar.BeartypeDecorHintPep585DeprecationWarning"

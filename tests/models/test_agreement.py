@@ -22,6 +22,7 @@ def test_a_plan_that_reuses_nothing_changes_no_output(family):
     assert max(errors.values()) <= max(1e-5, agreement.rounding(family)), errors
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-conformer-relative", "bert", "llama"])
 def test_the_cores_of_long_inputs_agree_too(monkeypatch, family, plan):
@@ -33,6 +34,7 @@ def test_the_cores_of_long_inputs_agree_too(monkeypatch, family, plan):
     assert max(errors.values()) <= (1e-5 if plan == "full" else 1e-4), errors
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("plan", REUSING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reuse_is_the_original_with_its_maps_replaced(family, plan):
@@ -41,6 +43,7 @@ def test_reuse_is_the_original_with_its_maps_replaced(family, plan):
     assert max(errors.values()) <= 1e-4, errors
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_definition_without_a_plan_is_the_untouched_model(family):
     """Of the oracle itself: wrapping softmax changes nothing by itself."""
@@ -83,6 +86,7 @@ def test_gradients_enabled_or_not_outputs_agree(family):
     assert disagreement(model(**batch).last_hidden_state, without.last_hidden_state, rows) <= 1e-5
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("plan", ["other heads", "in part"])
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "modernbert"])
 @pytest.mark.parametrize("is_boolean", [True, False])
@@ -140,6 +144,7 @@ def test_local_layers_share_with_local_layers(layer_types):
         assert disagreement(model(**batch).last_hidden_state, reference, mask.bool()) <= 1e-4
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2-conformer-relative", "bert", "modernbert", "llama"])
 @pytest.mark.parametrize("implementation", agreement.IMPLEMENTATIONS)
 @pytest.mark.parametrize("storage", agreement.STORAGES)

@@ -47,6 +47,7 @@ def task_head(name):
     return cls(config).eval()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", ["groups of 2", "two sources", "in part"])
 def test_a_saved_model_is_loaded_bit_for_bit(tmp_path, family, plan):

@@ -55,6 +55,7 @@ def backward(model, batch):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, output
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"modernbert", "gpt2"}))
 def test_a_reusing_layer_loses_its_queries_and_keys_and_nothing_else(family):
     model, _ = build(family)
@@ -109,6 +110,7 @@ def test_what_was_frozen_stays_frozen(family, frozen):
     assert {parameter.requires_grad for parameter in model.parameters()} == {not frozen}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("plan", ["groups of 2", "all from one", "two sources", "in part"])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
@@ -135,6 +137,7 @@ def test_gradients_are_those_of_the_definition(family, plan, storage):
     assert len(compared) >= 20
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypatch, family, storage):
@@ -229,6 +232,7 @@ def test_fused_attention_draws_dropout_in_every_layer_too(monkeypatch, family):
     assert drawn == [0.0] * 4
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_gradient_checkpointing_gives_the_same_gradients(family, storage):
@@ -312,6 +316,7 @@ def test_a_gradient_after_the_output_and_its_maps_are_gone_is_refused():
         between[0].square().mean().backward()
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "hubert", "wav2vec2-conformer-relative"])
 @pytest.mark.parametrize("plan", ["groups of 2", "all from one", "two sources", "in part"])
 def test_layer_drop_never_crashes(family, plan):

@@ -81,6 +81,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -304,6 +305,7 @@ def followed(model, plan, *args, **kwargs):
     return output
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("style", STYLES)
 def test_blocks_in_a_sequence_agree_with_the_definition(style, plan):

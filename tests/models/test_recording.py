@@ -18,6 +18,7 @@ PLANS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("storage", ["dense", "recompute"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("family", ["parakeet", "bert"])
@@ -69,6 +70,7 @@ def positions_of(batch):
     return [(one, one[name].bool()) for one in (batch, flipped, emptied)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["bert", "clip-text", "gpt2", "llama", "modernbert", "qwen2", "roberta"])
 def test_padding_is_told_from_positions_wherever_it_is(family, implementation):

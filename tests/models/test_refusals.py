@@ -71,6 +71,7 @@ def test_applying_twice_is_refused():
     assert same(before, snapshot(model))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("family", ["bert", "parakeet", "modernbert", "llama"])
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_a_failure_half_way_leaves_the_model_bit_identical(monkeypatch, family, layer):
@@ -99,6 +100,7 @@ def test_a_failure_half_way_leaves_the_model_bit_identical(monkeypatch, family, 
 LATER = ("refuse_save_pretrained", "_map_counts", "register_forward_hook")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("family", "step"),
     [(family, step) for family in ("parakeet", "bert", "vision blocks", "torch encoder") for step in LATER]
@@ -302,6 +304,7 @@ WRAPPINGS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 @pytest.mark.parametrize("projection", ["q_proj", "v_proj", "o_proj"])
 def test_a_projection_that_is_not_plain_is_refused_by_name(wrapping, projection):

@@ -31,6 +31,7 @@ def run(model, batch):
         return model(**batch).last_hidden_state
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("plan", ["groups of 2", "two sources", "in part"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_attentions_are_the_maps_in_effect_in_the_original_order_of_heads(family, plan):
@@ -60,6 +61,7 @@ def test_the_config_can_ask_for_attentions_after_applying(family):
     assert not torch.equal(attentions[1], attentions[2])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_captured_as_before(family):
     model, batch = build(family)
@@ -120,6 +122,7 @@ def test_a_pass_that_fails_half_way_leaves_nothing_behind():
     assert torch.equal(run(model, batch), expected)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("copying", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("family", ["parakeet", "bert", "modernbert", "gpt2", "llama"])
 def test_a_copy_gives_the_same_output_and_shares_nothing(family, copying):
@@ -259,6 +262,7 @@ def test_a_recorder_returns_the_models_own_maps_and_leaves_it_alone(family):
     assert mr.plan_of(model) is None
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_projection_is_what_the_context_passes_through(family):
     """Its input is the context: the map in effect times the values, head by head."""

@@ -18,6 +18,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_a_plan_applied_to_a_copy_leaves_the_model_as_it_was(make):
     model, batch = make()

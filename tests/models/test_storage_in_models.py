@@ -55,6 +55,7 @@ def bytes_alive(monkeypatch, model, batch):
     return most[0]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("family", ["parakeet", "bert", "gpt2", "llama"])
 @pytest.mark.parametrize(("storage", "tolerance"), [("dense16", 2e-3), ("dense8", 3e-2), ("auto", 3e-2)])
 @pytest.mark.parametrize("plan", ["groups of 2", "in part"])
@@ -141,6 +142,7 @@ def test_a_budget_that_is_none_is_refused(monkeypatch, budget):
     assert mr.plan_of(model) is None
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("plan", ["other heads", "in part", "two sources"])
 @pytest.mark.parametrize("family", ["bert", "parakeet", "llama", "gpt2"])
 def test_only_heads_that_are_applied_are_handed_on(published, family, plan):

@@ -52,6 +52,7 @@ def test_the_families_that_the_library_names_are_on_the_page(family):
     assert family in EXACT
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("model_type", dict.fromkeys(SAMPLE))
 def test_what_the_page_calls_exact_is_exact(model_type):
     found = {one.stack: one for one in sweep(model_type)}
