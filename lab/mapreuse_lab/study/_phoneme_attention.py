@@ -59,8 +59,8 @@ def phoneme_attention(
     """Attention between frames of each pair of classes, in all maps of `model`.
 
     Args:
-        model: a model that `apply` accepts, with or without a plan. It is not changed. A reusing layer counts with the
-            map that it applies.
+        model: a model that `apply` accepts, with or without a plan. It is not changed. A reusing layer counts
+            with the map that it applies.
         batches: keyword dictionaries for the model's forward.
         labels: for each batch, integers of shape (batch, frames): the class of each position of the maps, from 0 to
             `num_classes` − 1, or −1 for none. Labels of padding are ignored.
