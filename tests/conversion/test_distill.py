@@ -287,7 +287,7 @@ def test_bad_input_is_refused_in_one_line(original):
     padded[3]["attention_mask"].zero_()
     with pytest.raises(ValueError, match="the batch of step 3 holds no position but padding; leave it out"):
         mr.distill(converted(original), original, padded, CONFIG)
-    with pytest.raises(ValueError, match="got one that is a str"):
+    with pytest.raises(ValueError, match="got a str"):
         mr.distill(converted(original), original, Breaking(["ids"], 9), CONFIG, held_out=random_batches(1))
 
 

@@ -151,7 +151,7 @@ def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
         mr.search(spoilt, batches, error=0.1)
     with pytest.raises(ValueError, match="the metric must be finite, got nan"):
         mr.search(bert, batches, error=0.1, metric=lambda model: float("nan"))
-    with pytest.raises(ValueError, match=r"got one that is a str$"):
+    with pytest.raises(ValueError, match=r"got a str"):
         mr.search(bert, iter(["input_ids"] * 8), error=0.1)
 
 
