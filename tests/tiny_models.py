@@ -43,3 +43,16 @@ def save_wav2vec2(directory):
     tf.Wav2Vec2ForCTC(config).save_pretrained(directory)
     tf.Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16000).save_pretrained(directory)
     return directory
+
+
+def write(folder, name, contents=b""):
+    """Write a file of text or bytes; returns its folder."""
+    (folder / name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+    return folder
+
+
+def without(folder, pattern):
+    """Delete the files of a folder that match a pattern; returns the folder."""
+    for file in folder.glob(pattern):
+        file.unlink()
+    return folder

@@ -6,28 +6,21 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from mapreuse.data._files import (
-    LIBRARY_ERRORS,
-    MAX_SECONDS,
-    Sample,
-    images_of,
-    one_line,
-    read_audio,
-    read_image,
-    sounds_of,
-    texts_of,
-)
+from mapreuse.data._files import LIBRARY_ERRORS, MAX_SECONDS, Sample, one_line, read_audio, read_image, samples_of
 from mapreuse.data._models import OpenedModel
 
 MIN_SAMPLES = 4
 """Minimum number of samples that represent a model's inputs."""
+
+Prepared = tuple[list[int], int, Callable[[list[int]], Mapping[str, Tensor]]]
+"""Lengths of samples, maximum total length of a batch after padding, and a function that makes a batch of some."""
 
 _MAX_TOKENS = 256
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
@@ -70,8 +63,9 @@ def open_batches(
 
     Raises:
         ValueError: if the data is missing, unreadable, of the wrong kind, or has fewer than `min_samples` samples; if
-            the model's directory has no tokenizer, feature extractor or image processor; if a package is missing; or
-            if the stack of layers cannot run on such data alone. The message is one line.
+            the model's directory has no tokenizer, feature extractor or image processor; or if the stack of layers
+            cannot run on such data alone. The message is one line.
+        ModuleNotFoundError: if reading the data needs an optional package: soundfile, pillow or datasets.
     """
     if batch_size < 1 or (max_batches is not None and max_batches < 1):
         raise ValueError(f"batch_size and max_batches must be at least 1, got {batch_size} and {max_batches}")
@@ -88,14 +82,14 @@ def open_batches(
         raise ValueError(
             f"{type(opened.part).__name__} takes {input_name}; calibration data can be text, audio or images"
         )
-    kind, read, prepare = _KINDS[input_name]
-    samples = list(itertools.islice(read(path), max_samples))
-    check_enough(samples, path, kind, min_samples)
+    kind, noun, prepare = _KINDS[input_name]
+    samples = list(itertools.islice(samples_of(path, kind), max_samples))
+    check_enough(samples, path, noun, min_samples)
     size = min(batch_size, max(1, len(samples) // min_batches))
-    prepared = prepare(opened, samples)
-    batches = [prepared.batch(indices) for indices in batches_by_length(prepared.lengths, size, prepared.budget)]
-    takes = _takes(opened.part)
-    return [{name: tensor for name, tensor in batch.items() if takes(name)} for batch in batches]
+    lengths, budget, make_batch = prepare(opened, samples)
+    batches = [make_batch(indices) for indices in batches_by_length(lengths, size, budget)]
+    taken = _parameters(opened.part)
+    return [{name: tensor for name, tensor in batch.items() if name in taken} for batch in batches]
 
 
 def check_enough(samples: Sequence[object], source: str | Path, kind: str, minimum: int = MIN_SAMPLES) -> None:
@@ -125,27 +119,19 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, budget: int) -> l
 def _input_name(opened: OpenedModel) -> str:
     """The main input of the stack of layers. Raises `ValueError` if the stack cannot run on it alone."""
     part = opened.part
-    takes, name = _takes(part), type(part).__name__
-    if takes(_ENCODER_STATES) and any(_CROSS_ATTENTION.search(path) for path, _ in part.named_modules()):
+    taken, name = _parameters(part), type(part).__name__
+    if _ENCODER_STATES in taken and any(_CROSS_ATTENTION.search(path) for path, _ in part.named_modules()):
         raise ValueError(
             f"{name} attends to the hidden states of an encoder, which calibration data does not contain; choose the "
             f"encoder (on the command line: --stack), or pass batches with {_ENCODER_STATES} in Python"
         )
     input_name = getattr(part, "main_input_name", opened.model.main_input_name)
-    if not takes(input_name):
+    if input_name not in taken:
         raise ValueError(f"{name} takes no {input_name}; choose the module around it (on the command line: --stack)")
     return input_name
 
 
-class _Prepared(NamedTuple):
-    """Lengths of samples, maximum total length of a batch after padding, and a function that makes a batch."""
-
-    lengths: list[int]
-    budget: int
-    batch: Callable[[list[int]], Mapping[str, Tensor]]
-
-
-def _prepare_texts(opened: OpenedModel, texts: list[str]) -> _Prepared:
+def _prepare_texts(opened: OpenedModel, texts: list[str]) -> Prepared:
     tokenizer = _companion(opened, AutoTokenizer, _TOKENIZERS, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -163,14 +149,11 @@ def _prepare_texts(opened: OpenedModel, texts: list[str]) -> _Prepared:
             f"{num_embeddings}; they belong to different models"
         )
     options |= {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
-    return _Prepared(
-        [len(tokens) for tokens in encoded],
-        sys.maxsize,
-        lambda indices: tokenizer([texts[index] for index in indices], **options),
-    )
+    lengths = [len(tokens) for tokens in encoded]
+    return lengths, sys.maxsize, lambda indices: tokenizer([texts[index] for index in indices], **options)
 
 
-def _prepare_audio(opened: OpenedModel, samples: list[Sample]) -> _Prepared:
+def _prepare_audio(opened: OpenedModel, samples: list[Sample]) -> Prepared:
     extractor = _companion(opened, AutoFeatureExtractor, _EXTRACTORS, "feature extractor")
     rate = extractor.sampling_rate
     audio = [read_audio(sample, rate) for sample in samples]
@@ -178,14 +161,11 @@ def _prepare_audio(opened: OpenedModel, samples: list[Sample]) -> _Prepared:
     fixed_length = padding is not None and padding.default == "max_length"  # the model may require it
     options = {"sampling_rate": rate, "padding": "max_length" if fixed_length else True}
     options |= {"return_attention_mask": True, "return_tensors": "pt"}
-    return _Prepared(
-        [len(waveform) for waveform in audio],
-        0 if fixed_length else round(MAX_SECONDS * rate),
-        lambda indices: extractor([audio[index] for index in indices], **options),
-    )
+    lengths, budget = [len(waveform) for waveform in audio], 0 if fixed_length else round(MAX_SECONDS * rate)
+    return lengths, budget, lambda indices: extractor([audio[index] for index in indices], **options)
 
 
-def _prepare_images(opened: OpenedModel, samples: list[Sample]) -> _Prepared:
+def _prepare_images(opened: OpenedModel, samples: list[Sample]) -> Prepared:
     processor = _companion(opened, AutoImageProcessor, _EXTRACTORS, "image processor")
 
     def batch(indices: list[int]) -> Mapping[str, Tensor]:
@@ -198,21 +178,21 @@ def _prepare_images(opened: OpenedModel, samples: list[Sample]) -> _Prepared:
             raise ValueError(f"{opened.directory}: the image processor makes videos or tiles, not single images")
         return made
 
-    return _Prepared([1] * len(samples), sys.maxsize, batch)
+    return [1] * len(samples), sys.maxsize, batch
 
 
-_KINDS: dict[str, tuple[str, Callable, Callable]] = {
-    "input_ids": ("sentences", texts_of, _prepare_texts),
-    "input_values": ("recordings", sounds_of, _prepare_audio),
-    "input_features": ("recordings", sounds_of, _prepare_audio),
-    "pixel_values": ("images", images_of, _prepare_images),
+_KINDS: dict[str, tuple[str, str, Callable[[OpenedModel, list], Prepared]]] = {
+    "input_ids": ("text", "sentences", _prepare_texts),
+    "input_values": ("audio", "recordings", _prepare_audio),
+    "input_features": ("audio", "recordings", _prepare_audio),
+    "pixel_values": ("image", "images", _prepare_images),
 }
-"""For each input of models: the kind of samples, and the functions that read and prepare them."""
+"""For each input of models: the kind of its samples, their name in messages, and the function that prepares them."""
 
 
-def _companion(opened: OpenedModel, cls: Any, files: Iterable[str], name: str) -> Any:
+def _companion(opened: OpenedModel, cls: Any, patterns: Sequence[str], name: str) -> Any:
     """Open the tokenizer, feature extractor or image processor in a model's directory."""
-    if not any(found for pattern in files for found in opened.directory.glob(pattern)):
+    if not any(any(opened.directory.glob(pattern)) for pattern in patterns):
         raise ValueError(
             f"{opened.directory}: the directory contains no {name}; copy it there from the original model"
         )
@@ -223,7 +203,6 @@ def _companion(opened: OpenedModel, cls: Any, files: Iterable[str], name: str) -
 
 
 def _max_positions(model: PreTrainedModel) -> int:
-    """Maximum number of positions of the model."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return _MAX_TOKENS
@@ -234,7 +213,5 @@ def _max_positions(model: PreTrainedModel) -> int:
     return positions
 
 
-def _takes(model: nn.Module) -> Callable[[str], bool]:
-    """A function that tells whether the model's forward takes an argument of this name."""
-    parameters = inspect.signature(model.forward).parameters
-    return lambda name: name in parameters
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +30,10 @@ MAX_SECONDS = 20.0
 """Maximum length of the part of a recording that is read."""
 
 Sample = tuple[Path | io.BytesIO, str]
-"""A file or its contents, and a name for messages."""
+"""A recording or an image: a file or its contents, and a name for messages."""
 
 _MIN_SECONDS = 0.05
-_SOUNDS = (".wav", ".flac")
-_IMAGES = (".png", ".jpg", ".jpeg")
+_SUFFIXES = {"audio": (".wav", ".flac"), "image": (".png", ".jpg", ".jpeg")}
 _DATASETS = ("dataset_info.json", "dataset_dict.json")
 
 
@@ -45,44 +43,28 @@ def sound_files(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: if there are none, or if there are images as well.
     """
-    return _find_files(Path(folder), _SOUNDS, "wav or flac")
+    return _find_files(Path(folder), "audio")
 
 
-def texts_of(path: Path) -> Iterator[str]:
-    """The texts of a text file, one per line, or of a datasets directory. Empty lines are skipped."""
-    if path.is_dir():
-        if not _is_dataset(path):
-            raise ValueError(f"{path}: expected a text file with one sentence per line, or a datasets directory")
-        lines: Iterable[str] = _column(path, "text")
-        yield from (line for line in lines if line and line.strip())
-        return
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                if "\0" in line:
-                    raise ValueError(f"{path}: not a text file")
-                if line.strip():
-                    yield line.strip()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
+def samples_of(path: Path, kind: str) -> Iterator[Any]:
+    """The samples of a file, a folder or a datasets directory.
 
-
-def sounds_of(path: Path) -> Iterator[Sample]:
-    """The recordings of a folder or of a datasets directory."""
-    return _rows(path, "audio") if _is_dataset(path) else ((file, str(file)) for file in sound_files(path))
-
-
-def images_of(path: Path) -> Iterator[Sample]:
-    """The images of a folder or of a datasets directory."""
-    if _is_dataset(path):
-        return _rows(path, "image")
-    return ((file, str(file)) for file in _find_files(path, _IMAGES, "png or jpg"))
+    Args:
+        path: where they are.
+        kind: "text" for strings, without empty ones; "audio" or "image" for `Sample`.
+    """
+    if any((path / name).is_file() for name in _DATASETS):
+        return _rows(path, kind)
+    if kind == "text":
+        return _lines(path)
+    return ((file, str(file)) for file in _find_files(path, kind))
 
 
 def read_audio(sample: Sample, rate: int) -> np.ndarray:
     """Read the first `MAX_SECONDS` of a recording as mono audio at `rate` Hz."""
+    import soundfile  # an optional dependency
+
     file, name = sample
-    soundfile = _optional("soundfile", name)
     try:
         with soundfile.SoundFile(file) as sound:
             source_rate = sound.samplerate
@@ -103,12 +85,13 @@ def read_audio(sample: Sample, rate: int) -> np.ndarray:
 
 def read_image(sample: Sample) -> Image:
     """Read an image in RGB, rotated upright."""
+    from PIL import Image, ImageOps  # an optional dependency
+
     file, name = sample
-    pil, operations = _optional("PIL.Image", name), _optional("PIL.ImageOps", name)
     try:
-        with pil.open(file) as image:
-            return operations.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as problem:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         raise ValueError(f"{name}: not a readable image ({one_line(problem)})") from None
 
 
@@ -117,44 +100,43 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _optional(module: str, name: str) -> Any:
-    """Import an optional dependency that reading `name` needs."""
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a text file with one sentence per line, or a datasets directory")
     try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = {"PIL": "pillow"}.get(module.partition(".")[0], module)
-        raise ValueError(f"{name}: reading it needs {package}; pip install 'mapreuse[data]'") from None
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                if "\0" in line:
+                    raise ValueError(f"{path}: not a text file")
+                if line.strip():
+                    yield line.strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
 
 
-def _find_files(folder: Path, suffixes: tuple[str, ...], kind: str) -> list[Path]:
+def _find_files(folder: Path, kind: str) -> list[Path]:
+    suffixes = _SUFFIXES[kind]
+    names = " or ".join(suffix[1:] for suffix in suffixes[:2])
     if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder of {kind} files")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SOUNDS + _IMAGES and file.is_file())
+        raise ValueError(f"{folder}: not a folder of {names} files")
+    samples = {suffix for all_of_kind in _SUFFIXES.values() for suffix in all_of_kind}
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in samples and file.is_file()]
     found = [file for file in files if file.suffix.lower() in suffixes]
     if not found:
-        raise ValueError(f"{folder}: contains no {kind} files")
+        raise ValueError(f"{folder}: contains no {names} files")
     if len(found) < len(files):
         other = next(file for file in files if file.suffix.lower() not in suffixes)
         raise ValueError(
             f"{folder}: contains both audio and images, such as {found[0].relative_to(folder)} and "
-            f"{other.relative_to(folder)}; expected only {kind} files"
+            f"{other.relative_to(folder)}; expected only {names} files"
         )
     return found
 
 
-def _is_dataset(path: Path) -> bool:
-    return any((path / name).is_file() for name in _DATASETS)
+def _rows(path: Path, kind: str) -> Iterator[Any]:
+    """The rows of a datasets directory, without decoding audio and images."""
+    import datasets  # an optional dependency
 
-
-def _rows(path: Path, name: str) -> Iterator[Sample]:
-    for number, row in enumerate(_column(path, name)):
-        if row is not None and (row["bytes"] or row["path"]):
-            yield io.BytesIO(row["bytes"]) if row["bytes"] else Path(row["path"]), f"{path}, row {number}"
-
-
-def _column(path: Path, name: str) -> Iterator[Any]:
-    """The column of texts, or of undecoded audio or images, of a datasets directory."""
-    datasets = _optional("datasets", str(path))
     try:
         loaded = datasets.load_from_disk(str(path))
     except IndexError:  # a split without a table
@@ -167,17 +149,20 @@ def _column(path: Path, name: str) -> Iterator[Any]:
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     if not len(loaded):
         raise ValueError(f"{path}: contains no rows")
-    feature = {"audio": datasets.Audio, "image": datasets.Image}.get(name)
-    columns = {
-        column
-        for column, kind in loaded.features.items()
-        if (isinstance(kind, feature) if feature else getattr(kind, "dtype", "") in ("string", "large_string"))
-    }
-    if name not in columns and len(columns) != 1:
-        found = ", ".join(f"{column} ({getattr(kind, 'dtype', kind)})" for column, kind in loaded.features.items())
-        raise ValueError(f"{path}: expected a column {name!r}, or one column of that type; found {found}")
-    chosen = name if name in columns else columns.pop()
-    loaded = loaded.select_columns([chosen])  # rows decode all their columns
-    if feature:
-        loaded = loaded.cast_column(chosen, feature(decode=False))
-    return (row[chosen] for row in loaded)
+    types = {name: getattr(feature, "dtype", "") or str(feature) for name, feature in loaded.features.items()}
+    feature = {"audio": datasets.Audio, "image": datasets.Image}.get(kind)
+    if feature is None:
+        columns = [name for name, dtype in types.items() if dtype in ("string", "large_string")]
+    else:
+        columns = [name for name, found in loaded.features.items() if isinstance(found, feature)]
+    if kind not in columns and len(columns) != 1:
+        listed = ", ".join(f"{name} ({dtype})" for name, dtype in types.items())
+        raise ValueError(f"{path}: expected a column {kind!r}, or one column of that type; found {listed}")
+    column = kind if kind in columns else columns[0]
+    loaded = loaded.select_columns([column])  # rows decode all their columns
+    if feature is None:
+        yield from (row[column] for row in loaded if row[column] and row[column].strip())
+        return
+    for number, row in enumerate(loaded.cast_column(column, feature(decode=False))):
+        if (found := row[column]) is not None and (found["bytes"] or found["path"]):
+            yield io.BytesIO(found["bytes"]) if found["bytes"] else Path(found["path"]), f"{path}, row {number}"
