@@ -175,7 +175,9 @@ def few(folder, text="one\ntwo\nthree\n"):
 
 
 def four(folder, suffix, contents):
-    return [write(folder, f"{number}.{suffix}", contents) for number in range(4)][0]
+    for number in range(4):
+        write(folder, f"{number}.{suffix}", contents)
+    return folder
 
 
 def tones(folder, seconds):
