@@ -34,15 +34,14 @@ def error_against_speed(results: Results) -> Figure:
                 Scatter(
                     x=[speedup(results, t, length) for t in own],
                     y=[one["cer"] for one in scores],
-                    error_y=_error_bars(scores, "cer"),
+                    error_y=_error_bars(scores),
                     text=[t["title"] for t in own],
                     mode="markers",
                     name=title,
                     hovertemplate="%{text}<br>speed-up %{x:.2f}×, CER %{y:.1%}",
                 )
             )
-        names = {t["name"]: t for t in scored(results)}
-        front = [names[name] for name in pareto_front(results, length)]
+        front = pareto_front(results, length)
         figure.add_trace(
             Scatter(
                 x=[speedup(results, t, length) for t in front],
@@ -98,21 +97,17 @@ def breakdown_bars(entries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     )
 
 
-def heat_maps(
-    panels: Mapping[str, Sequence[Sequence[float | None]]], rows: Mapping[str, str], columns: Mapping[str, str]
-) -> Figure:
+def heat_maps(panels: Mapping[str, tuple[Sequence[Sequence[float | None]], str, str]]) -> Figure:
     """Matrices of values from 0 to 1, side by side.
 
     Args:
-        panels: the matrices, by title.
-        rows: for each panel, what a row is.
-        columns: for each panel, what a column is.
+        panels: by title, a matrix and the names of its rows and columns.
     """
     figure = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.08)
-    for place, (title, matrix) in enumerate(panels.items(), 1):
+    for place, (matrix, rows, columns) in enumerate(panels.values(), 1):
         figure.add_trace(Heatmap(z=matrix, zmin=0, zmax=1, colorscale="Viridis", showscale=place == 1), 1, place)
-        figure.update_xaxes(title=columns[title], dtick=1, row=1, col=place)
-        figure.update_yaxes(title=rows[title], dtick=1, autorange="reversed", row=1, col=place)
+        figure.update_xaxes(title=columns, dtick=1, row=1, col=place)
+        figure.update_yaxes(title=rows, dtick=1, autorange="reversed", row=1, col=place)
     return figure.update_layout(height=_CELL + 80, width=max(2, len(panels)) * _CELL)
 
 
@@ -174,26 +169,9 @@ def learning_curves(results: Results) -> Figure:
     return figure.update_layout(height=_HEIGHT)
 
 
-def stage_bars(results: Results) -> Figure:
-    """WER of each plan of the quick study before and after recovery."""
-    figure, variants = Figure(), results["variants"]
-    for stage, title in STAGES.items():
-        scores = [variant[stage] for variant in variants]
-        names, rates = [variant["name"] for variant in variants], [one["wer"] for one in scores]
-        figure.add_trace(Bar(x=names, y=rates, error_y=_error_bars(scores, "wer"), name=title))
-    original = results["baseline"]["wer"]
-    figure.add_hline(original, line_dash="dash", annotation_text=f"original, {original:.1%}")
-    return figure.update_layout(yaxis_title="WER", yaxis_tickformat=".0%", height=_HEIGHT)
-
-
-STAGES = {"by_index": "heads by index", "aligned": "heads aligned", "recovered": "recovered"}
-"""Stages of a conversion in the quick study."""
-
-
-def _error_bars(scores: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    ends = [one[f"{metric}_interval"] for one in scores]
-    above = [high - one[metric] for one, (_, high) in zip(scores, ends, strict=True)]
-    below = [one[metric] - low for one, (low, _) in zip(scores, ends, strict=True)]
+def _error_bars(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    above = [one["cer_interval"][1] - one["cer"] for one in scores]
+    below = [one["cer"] - one["cer_interval"][0] for one in scores]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
 
 

@@ -16,7 +16,7 @@ from mapreuse.measure import analyze, breakdown, machine
 from mapreuse.models import plan_of
 from mapreuse_lab.models import speech_like_features
 from mapreuse_lab.study._config import FullConfig
-from mapreuse_lab.study._phoneme_attention import phoneme_attention, phoneme_attention_data
+from mapreuse_lab.study._phoneme_attention import phoneme_attention
 from mapreuse_lab.study._runs import Run, RunDirectory
 from mapreuse_lab.study._step_cache import StepCache, timing_environment
 from mapreuse_lab.training import Recogniser, features, open_corpus, phoneme_batches, speech_batches, waveform_of
@@ -24,7 +24,6 @@ from mapreuse_lab.training import Recogniser, features, open_corpus, phoneme_bat
 _VERSION = 1
 """Version of the findings in trained models; increase it to measure them again."""
 
-_DIGITS = 4
 _UTTERANCE_SECONDS = (3.0, 4.5)
 _PHONEME_SENTENCES = 100
 
@@ -35,47 +34,31 @@ def findings(config: FullConfig, runs: RunDirectory, directory: Path) -> dict[st
     Results stay in `directory`; keep it under version control, because trained weights are not.
     """
     trained = {name: Run(name, config.corpus, 0, config.recipe) for name in config.shown}
+    weights = {name: runs.weights(run) for name, run in trained.items()}
     keys: dict[str, Any] = {name: run.key for name, run in trained.items()} | {"version": _VERSION}
     # Other machines lack the weights, so a change of the code must not discard these findings.
-    in_weights = StepCache(directory, ())
-    timed = StepCache(directory, ("plan.py", "maps", "models", "measure", "study/_findings.py"))
+    cache = StepCache(directory, ())
     found: dict[str, Any] = {}
+    for name, measure in {"similarity": _similarity, "maps": _maps, "phonemes": _phonemes}.items():
+        if not (cache.has(name, keys) or all(weights.values())):
+            console.print(f"{name}: not measured, because the trained weights are on another machine")
+            continue
 
-    def add(name: str, cache: StepCache, inputs: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-        if not cache.has(name, inputs):
+        def run(name: str = name, measure: Callable[..., dict[str, Any]] = measure) -> dict[str, Any]:
             console.print(f"[bold]{name}[/]")
-        try:
-            found[name] = cache.get(name, inputs, measure)
-        except _MissingWeights as missing:
-            console.print(f"[bold]{name}[/]: not measured, {missing}")
+            recognisers = {name: Recogniser.load(path) for name, path in weights.items() if path is not None}
+            return measure(recognisers, config) | {"commit": machine()["commit"]}
 
-    def full() -> Recogniser:
-        original = runs.original(trained[config.shown[0]])
-        if original is None:
-            raise _MissingWeights(f"the weights of {keys[config.shown[0]]} are not on this machine")
-        return original
-
-    def both() -> dict[str, Recogniser]:
-        weights = {name: runs.weights(run) for name, run in trained.items()}
-        if missing := [keys[name] for name, path in weights.items() if path is None]:
-            raise _MissingWeights(f"the weights of {', '.join(missing)} are not on this machine")
-        return {name: Recogniser.load(path) for name, path in weights.items() if path is not None}
-
-    commit = {"commit": machine()["commit"]}
-    add("similarity", in_weights, keys, lambda: _similarity(full(), config.corpus) | commit)
-    add("maps", in_weights, keys, lambda: _maps(both(), config) | commit)
-    add("phonemes", in_weights, keys, lambda: _phonemes(both(), config) | commit)
-    add("breakdown", timed, asdict(config) | timing_environment(), lambda: _breakdown(config))
-    return found
+        found[name] = cache.get(name, keys, run)
+    timed = StepCache(directory, ("plan.py", "maps", "models", "measure", "study/_findings.py"))
+    inputs = asdict(config) | timing_environment()
+    return found | {"breakdown": timed.get("breakdown", inputs, lambda: _breakdown(config))}
 
 
-class _MissingWeights(Exception):
-    """Trained weights are on another machine."""
-
-
-def _similarity(full: Recogniser, corpus: str) -> dict[str, Any]:
+def _similarity(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, Any]:
     """Similarity of layers, and measures of every head, on development utterances."""
-    found = analyze(full.model, speech_batches(full, corpus))
+    full = recognisers[config.shown[0]]
+    found = analyze(full.model, speech_batches(full, config.corpus))
     return {
         "layers": _rounded(found.similarity.layers),
         "diagonality": _rounded(found.diagonality.heads),
@@ -107,18 +90,22 @@ def _maps(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, A
             ],
         }
     transcript = cut.supervisions[0].text
-    return {"utterance": cut.id, "transcript": transcript, "seconds_per_frame": 0.04, "techniques": techniques}
+    return {"utterance": cut.id, "transcript": transcript, "techniques": techniques}
 
 
 def _phonemes(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, Any]:
     """Attention between phonemes on synthetic speech, whose phoneme times are known."""
     language = open_corpus(config.corpus).language
-    names: list[str] = []
+    phonemes: list[str] = []
     found = {}
     for name, recogniser in recognisers.items():
-        batches, labels, names = phoneme_batches(recogniser, language, sentences=_PHONEME_SENTENCES)
-        found[name] = phoneme_attention(recogniser.model, batches, labels, num_classes=len(names))
-    return phoneme_attention_data(found, names)
+        batches, labels, phonemes = phoneme_batches(recogniser, language, sentences=_PHONEME_SENTENCES)
+        found[name] = phoneme_attention(recogniser.model, batches, labels, num_classes=len(phonemes))
+    return {
+        "phonemes": phonemes,
+        "matrices": {name: _rounded(one.matrices.mean(1)) for name, one in found.items()},
+        "same_phoneme": {name: _rounded(one.same) for name, one in found.items()},
+    }
 
 
 def _breakdown(config: FullConfig) -> dict[str, Any]:
@@ -147,5 +134,8 @@ def _breakdown(config: FullConfig) -> dict[str, Any]:
     return {"contestants": contestants, "layer": layers}
 
 
-def _rounded(values: Tensor) -> list[Any]:
-    return [_rounded(row) for row in values] if values.dim() > 1 else [round(v, _DIGITS) for v in values.tolist()]
+def _rounded(values: Tensor) -> Any:
+    """Nested lists of numbers with 4 decimals; None for nan."""
+    if values.dim():
+        return [_rounded(value) for value in values]
+    return None if values.isnan() else round(values.item(), 4)

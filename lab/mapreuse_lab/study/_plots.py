@@ -7,15 +7,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mapreuse_lab.study._figures import KINDS, STAGES
+from mapreuse_lab.study._figures import KINDS
 from mapreuse_lab.study._tables import Results, main_corpus, pareto_front, scored, speedup
+
+_STAGES = {"by_index": "heads by index", "aligned": "heads aligned", "recovered": "recovered"}
+"""Stages of a conversion in the quick study."""
 
 
 def plot_stages(results: Results) -> Figure:
     """WER of each plan of the quick study before and after recovery, beside the original's."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes, variants = figure.subplots(), results["variants"]
-    for offset, (stage, title) in enumerate(STAGES.items()):
+    for offset, (stage, title) in enumerate(_STAGES.items()):
         rates = [100 * variant[stage]["wer"] for variant in variants]
         ends = [[100 * end for end in variant[stage]["wer_interval"]] for variant in variants]
         below = [rate - low for rate, (low, _) in zip(rates, ends, strict=True)]
@@ -66,8 +69,7 @@ def plot_error_against_speed(results: Results, length: str) -> Figure:
         own = [t for t in scored(results) if t["kind"] == kind]
         speeds, errors = [speedup(results, t, length) for t in own], [100 * t["scores"][corpus]["cer"] for t in own]
         axes.plot(speeds, errors, "o", label=title)
-    names = {t["name"]: t for t in scored(results)}
-    front = [names[name] for name in pareto_front(results, length)]
+    front = pareto_front(results, length)
     speeds, errors = [speedup(results, t, length) for t in front], [100 * t["scores"][corpus]["cer"] for t in front]
     axes.plot(speeds, errors, color="grey", label="Pareto front")
     for technique, x, y in zip(front, speeds, errors, strict=True):

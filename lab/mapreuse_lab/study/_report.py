@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure as Plot
+from plotly.graph_objects import Figure
 
 from mapreuse.console import Table
 from mapreuse.measure import Image, Section, write_page
@@ -19,7 +20,6 @@ from mapreuse_lab.study._figures import (
     map_viewer,
     phoneme_maps,
     speedup_by_length,
-    stage_bars,
 )
 from mapreuse_lab.study._papers import papers_table
 from mapreuse_lab.study._plots import plot_error_against_speed, plot_similarity, plot_speedup, plot_stages
@@ -48,6 +48,9 @@ _ENCODERS = {
     "conformer-m": "Conformer-M (16 layers × 256 × 4 heads, random weights): speed-up over transformers",
 }
 """Titles of the latency tables of the quick study."""
+
+_MEASURES = {"Diagonality": "diagonality", "Relative entropy": "entropy", "Concentration": "concentration"}
+"""Heat maps of heads in the full study, and their fields in the results."""
 
 _TITLES = {
     "quick": "Quick study: attention map reuse in a trained speech recogniser",
@@ -84,8 +87,16 @@ def write_report(results: Results, directory: Path) -> None:
     write_whole(directory / "report.md", lambda file: file.write_text(report(results), encoding="utf-8"))
     for name, plot in _plots(results).items():
         write_whole(directory / name, partial(plot.savefig, dpi=110, format="png"))
-    pages = [Section(s.heading, [b for b in s.blocks if not isinstance(b, Image)]) for s in report_sections(results)]
-    write_whole(directory / "report.html", lambda file: write_page(file, _TITLES[results["preset"]], pages))
+    sections = [_for_page(section, directory) for section in report_sections(results)]
+    write_whole(directory / "report.html", lambda file: write_page(file, _TITLES[results["preset"]], sections))
+
+
+def _for_page(section: Section, directory: Path) -> Section:
+    """The section without its images if it has interactive figures."""
+    interactive = any(isinstance(block, Figure) for block in section.blocks)
+    images = [Image(directory / one.path, one.description) for one in section.blocks if isinstance(one, Image)]
+    others = [block for block in section.blocks if not isinstance(block, Image)]
+    return Section(section.heading, others if interactive else [*others, *images])
 
 
 def report(results: Results) -> str:
@@ -126,7 +137,6 @@ def _quick_sections(results: Results) -> list[Section]:
     errors, *speedups = summary_tables(results)
     figures = [speedup_by_length(latency[n], "transformers").update_layout(title=t) for n, t in _ENCODERS.items()]
     attention = speedup_table("One layer's attention in Conformer-M", results["attention"], "transformers")
-    layers = "computing layer", "reusing layer"
     return [
         Section("", verdict(results)),
         Section(
@@ -138,7 +148,6 @@ def _quick_sections(results: Results) -> list[Section]:
                 "training; heads are assigned by map similarity. Recovered: aligned, then "
                 f"{config['recovery_seconds']:.0f} s of fine-tuning.",
                 errors,
-                stage_bars(results),
                 Image("error.png", "Word error rate of every plan"),
             ],
         ),
@@ -163,7 +172,7 @@ def _quick_sections(results: Results) -> list[Section]:
             [
                 "1 − total variation of two rows, each head compared with its most similar head, over "
                 f"{similarity['num_queries']} frames of training utterances.",
-                heat_maps({"": similarity["layers"]}, {"": layers[0]}, {"": layers[1]}),
+                heat_maps({"": (similarity["layers"], "computing layer", "reusing layer")}),
                 Image("similarity.png", "Similarity of layers"),
             ],
         ),
@@ -225,20 +234,15 @@ def _full_sections(results: Results) -> list[Section]:
 
 def _similarity(results: Results) -> Section:
     found = results["similarity"]
-    panels = {
-        "Similarity": found["layers"],
-        "Diagonality": found["diagonality"],
-        "Relative entropy": found["entropy"],
-        "Concentration": found["concentration"],
-    }
-    rows = dict.fromkeys(panels, "layer") | {"Similarity": "computing layer"}
-    columns = dict.fromkeys(panels, "head") | {"Similarity": "reusing layer"}
+    panels = {"Similarity": (found["layers"], "computing layer", "reusing layer")}
+    for title, field in _MEASURES.items():
+        panels[title] = (found[field], "layer", "head")
     note = (
         "Maps of full attention. Similarity of layers: 1 − total variation of two rows, each head compared with its "
         "most similar head. Diagonality: about 0.67 for uniform attention. Relative entropy: 1 for uniform attention. "
         "Concentration: share of the keys that neighbouring queries need to keep nearly all of each row's mass."
     )
-    blocks = [note, heat_maps(panels, rows, columns), similarity_table(found), Image("similarity.png", "Similarity")]
+    blocks = [note, heat_maps(panels), similarity_table(found), Image("similarity.png", "Similarity")]
     return Section("Similarity of attention maps", blocks)
 
 

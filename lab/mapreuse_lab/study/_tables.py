@@ -53,24 +53,23 @@ def cer_loss(technique: Mapping[str, Any], corpus: str) -> float:
     return scores["against_full"]["cer"]["difference"] if "against_full" in scores else 0.0
 
 
-def pareto_front(results: Results, length: str) -> list[str]:
-    """Names of the techniques for which no other one is at least as good in CER and latency, and better in one.
+def pareto_front(results: Results, length: str) -> list[dict[str, Any]]:
+    """The techniques for which no other one is at least as good in CER and latency, and better in one.
 
     Fastest first. CER is compared as the difference to full attention, on the main corpus.
     """
     corpus = main_corpus(results)
     comparable = [t for t in scored(results) if t["name"] == "full" or "against_full" in t["scores"][corpus]]
-    points = sorted((t["latency"][length]["median"], cer_loss(t, corpus), t["name"]) for t in comparable)
+    costs = {t["name"]: (t["latency"][length]["median"], cer_loss(t, corpus)) for t in comparable}
     return [
-        name
-        for seconds, loss, name in points
-        if not any(s <= seconds and e <= loss and (s, e) != (seconds, loss) for s, e, _ in points)
+        technique
+        for technique in sorted(comparable, key=lambda t: (costs[t["name"]], t["name"]))
+        if not any(_dominates(other, costs[technique["name"]]) for other in costs.values())
     ]
 
 
-def percent(rate: float) -> str:
-    """A rate in per cent."""
-    return f"{rate:.1%}"
+def _dominates(costs: tuple[float, float], others: tuple[float, float]) -> bool:
+    return costs != others and costs[0] <= others[0] and costs[1] <= others[1]
 
 
 def points(difference: float) -> str:
@@ -78,7 +77,7 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
-def interval(ends: Sequence[float], show: Callable[[float], str] = percent) -> str:
+def interval(ends: Sequence[float], show: Callable[[float], str] = "{:.1%}".format) -> str:
     """An interval in brackets."""
     return f"[{show(ends[0])}, {show(ends[1])}]"
 
@@ -146,7 +145,7 @@ def summary_table(results: Results) -> Table:
         for length in timed:
             spread = technique["latency"][length]["spread"]
             cells.append(f"{speedup(results, technique, length):.2f}× ± {spread:.0%}")
-        front = [length for length, names in fronts.items() if technique["name"] in names]
+        front = [length for length, techniques in fronts.items() if technique in techniques]
         cells.append("all" if len(front) == len(fronts) else ", ".join(front))
         rows.append(cells)
     return Table("Techniques by CER", header, rows)
