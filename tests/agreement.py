@@ -1,4 +1,4 @@
-"""`python tests/agreement.py`: how closely every family agrees with the definition, as a table."""
+"""`python tests/agreement.py` prints a table of the differences between each family and the definition."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLANS = {
     "two sources": mr.ReusePlan((None, None, ((1, 0), (0, 3), (1, 2), (0, 0)), ((0, 1), None, (1, 1), (1, 1)))),
 }
 STORAGES = ("dense", "recompute")
-"""Those that are exact."""
+"""The exact ones."""
 IMPLEMENTATIONS = ("eager", "sdpa")
 
 

@@ -1,4 +1,4 @@
-"""The definition that converted models are measured against: the original model, its softmax replaced by the plan."""
+"""The definition of shared maps: the original model, with the softmax of reusing layers replaced by their sources'."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tiny random models of every type that `transformers` knows, each measured against the definition, or refused.
+"""Builds a tiny random model of each type of `transformers`, and compares it with the definition of shared maps.
 
-A type is built from its configuration with every size shrunk by the field's name; the stacks in it are found, each is
-run inside the smallest model around it that takes inputs we can make, and compared with the original.
+The sizes in its configuration are shrunk, by the names of the fields. Each stack runs inside the smallest model around
+it for which inputs can be made.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SIZES: dict[str, int | float] = {
     r"qk_rope_head_dim|qk_nope_head_dim": 8,
     r"(.*_)?layerdrop|mask_time_prob|apply_spec_augment": 0.0,
 }
-"""What a field of a configuration becomes, by its name."""
+"""Values of configuration fields, by their names."""
 
 _UNLESS_NONE = {HEADS // 2, WIDTH // HEADS}
 """Sizes that a field takes even where its default is None: key/value heads and head dimensions are derived there."""
@@ -72,12 +72,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "donut-swin": {"embed_dim": 24, "depths": [4, 4], "num_heads": [3, 6], "window_size": 2},
     "swinv2": {"embed_dim": 24, "depths": [4, 4], "num_heads": [3, 6], "window_size": 2},
 }
-"""What single types need beyond that."""
+"""Further settings of single types."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of one stack of one type of model.
+    """The result for one stack of one model type.
 
     Attributes:
         status: "exact", "inexact", "refused" or "not built"; the latter where no tiny model, or no input for it,
@@ -100,7 +100,7 @@ class Result:
 
 
 def sweep(model_type: str) -> list[Result]:
-    """Build a tiny model of this type, and measure every stack in it."""
+    """Build a tiny model of this type, and test each of its stacks."""
     logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of families that are outdated, or of settings that are odd because tiny

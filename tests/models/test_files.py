@@ -1,4 +1,4 @@
-"""Models on disk: bit for bit, or one line that says what is wrong."""
+"""Saved models are loaded bit for bit, or refused with a message of one line."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ GROUPS = PLANS["groups of 2"]
 
 
 def assert_same_model(ours, theirs):
-    """Same classes, same names, types and bits of all parameters and buffers, those that are not stored included."""
+    """The models have the same classes, and the same names, types and bits of all parameters and buffers."""
     assert not ours.training
     assert [str(type(module)) for module in ours.modules()] == [str(type(module)) for module in theirs.modules()]
     for named in ("named_parameters", "named_buffers"):
@@ -202,7 +202,7 @@ class TestPlainTransformers:
 
 @pytest.fixture
 def saved(tmp_path):
-    """A directory that holds a saved model, and how to change its config."""
+    """A directory with a saved model."""
     path = tmp_path / "model"
     mr.save(mr.apply(build("bert")[0], GROUPS), path)
     return path
@@ -419,7 +419,7 @@ def test_a_model_without_its_pooler_is_saved_without_it(tmp_path, change):
     assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
-def test_a_module_that_is_said_to_be_absent_from_a_model_that_lacks_it_is_refused(saved):
+def test_an_absent_module_that_the_model_does_not_have_is_refused(saved):
     edit(saved, absent=["encoder.pooler"])
     assert_refused(saved, "lists 'encoder.pooler' as absent, but BertModel has no such module")
 
@@ -508,7 +508,7 @@ def test_weights_that_transformers_wrote_are_not_left_beside_a_saved_model(tmp_p
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_model_that_reuses_maps_is_not_saved_in_transformers_way(tmp_path, loaded):
+def test_save_pretrained_of_a_model_that_shares_maps_is_refused(tmp_path, loaded):
     model = tf.BertForMaskedLM(build("bert")[0].config)
     mr.apply(model, PLANS["groups of 2"])
     if loaded:

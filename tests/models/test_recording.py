@@ -1,4 +1,4 @@
-"""What a recorder sees of a model under a plan: the maps in effect, and values in the order of the original heads."""
+"""A recorder returns the maps in effect, and maps and values in the order of the original heads."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""A copy that shares its parameters with a model, against the model before anything was done to the copy."""
+"""A copy that shares its parameters with a model can be changed without changing the model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Linear layers: by the faster of two libraries, and with some of their rows or columns."""
+"""Linear layers: computed by the faster of two libraries, and reduced to some of their rows or columns."""
 
 from __future__ import annotations
 
