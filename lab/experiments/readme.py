@@ -1,7 +1,7 @@
 """Write the reports of the committed studies, and docs/papers.md, from their results.
 
-With --check, write nothing, and fail if one of these files is outdated, or if the error rates of the full study differ from
-those of its runs.
+With --check, write nothing, and fail if one of these files is outdated, or if the error rates of the full study
+differ from those of its runs.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 
 The second argument is the directory of a recogniser, "baseline" for the lab's English one, or "study" for the full
 study's first recogniser of that language, which is trained if it is missing. Each plan is evaluated with heads shared
-by index and nothing refitted, after `mr.convert` (aligned and refitted), and after five minutes of training on CTC and
-the original's outputs with one thread. So is the original itself. Plans in recovery.json are not measured again; two
-languages may run at once.
+by index and nothing refitted, after `mr.convert` (aligned and refitted), and after five minutes of training on CTC
+and the original's outputs with one thread. So is the original itself. Plans in recovery.json are not measured again;
+two languages may run at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from mapreuse_lab.study import FullConfig
-from mapreuse_lab.study._runs import Run, RunDirectory, work_off
+from mapreuse_lab.study._runs import Run, RunDirectory, perform_all
 from mapreuse_lab.training import BASELINE, Recogniser, TrainConfig, evaluate, open_corpus, speech_batches, train
 
 import mapreuse as mr
@@ -80,7 +80,7 @@ def _from_study(language: str) -> Recogniser:
     """The full study's recogniser with full attention, seed 0."""
     run = Run("full", f"prompts:{language}", 0, FullConfig().recipe)
     directory = RunDirectory(WORK / "study", WORK / "study")
-    work_off([run], directory)
+    perform_all([run], directory)
     recogniser = directory.original(run)
     if recogniser is None:
         raise ValueError(f"training failed: {directory.failed(run)}")
@@ -118,10 +118,11 @@ def _page(results: dict[str, Any]) -> str:
         f"{here['processor']}, {here['instructions']}, one thread,",
         f"mapreuse {here['mapreuse']}. Conversion and training compute the same in this version.",
         "",
-        "Cells: greedy WER on the test split with its 95 % interval, then CER. English: the lab's recogniser, 8 layers",
-        "(`baseline`). Spanish: the full study's recogniser with full attention, 6 layers, seed 0 (`study`). Refitted on",
-        f"{NUM_BATCHES} batches of 8 recordings, then trained for {TRAINING.seconds:.0f} s on CTC and the original's",
-        "outputs; the weights with the best dev WER are kept. How many steps fit into this time depends on the machine.",
+        "Cells: greedy WER on the test split with its 95 % interval, then CER. English: the lab's recogniser, 8",
+        "layers (`baseline`). Spanish: the full study's recogniser with full attention, 6 layers, seed 0 (`study`).",
+        f"Refitted on {NUM_BATCHES} batches of 8 recordings, then trained for {TRAINING.seconds:.0f} s on CTC and",
+        "the original's outputs; the weights with the best dev WER are kept. How many steps fit into this time",
+        "depends on the machine.",
         "",
     ]
     for language, rows in sorted(results["languages"].items()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mapreuse.console import (
+    check_device,
     check_writable_directory,
     check_writable_file,
     comma_separated,
@@ -269,14 +270,9 @@ def _timed(
     model: str, stack: str, float32: bool, device: str, calibration: str, batch_size: int, max_batches: int
 ) -> tuple[Module, list[dict[str, Tensor]]]:
     """A model, or the part of it that holds the stack, and batches for it, on a device."""
-    import torch
-
     from mapreuse.data import open_batches, open_model
 
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA GPU; leave the option out to run on the CPU")
+    check_device(device)
     opened = open_model(model, stack, float32=float32)
     batches = open_batches(opened, calibration, batch_size=batch_size, max_batches=max_batches, min_samples=1)
     opened.model.to(device)

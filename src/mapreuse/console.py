@@ -196,6 +196,16 @@ def write_json(file: Path | None, data: dict[str, Any]) -> None:
         file.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def check_device(device: str) -> None:
+    """Raise `ValueError` unless the value of `--device` is cpu, or cuda on a machine with a GPU."""
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA GPU; leave the option out to run on the CPU")
+
+
 def comma_separated(text: str | None) -> tuple[str, ...]:
     """Split the value of a comma-separated option."""
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())

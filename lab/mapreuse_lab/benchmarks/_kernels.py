@@ -25,7 +25,7 @@ from mapreuse.measure import (
     speed_up,
     time_interleaved,
 )
-from mapreuse_lab.benchmarks._encoders import DTYPES
+from mapreuse_lab.benchmarks._encoder_bench import DTYPES
 from mapreuse_lab.models import conformer_m, speech_like_features
 
 BLOCKS = (64, 128, 256)

@@ -1,11 +1,21 @@
 """Models of the study and the benchmarks."""
 
-from mapreuse_lab.models._encoders import ENCODERS, SUBSAMPLING, Encoder, conformer_m, speech_like_features
+from mapreuse_lab.models._random_encoders import (
+    SUBSAMPLING,
+    bert_base,
+    conformer_m,
+    plain_conformer_m,
+    speech_like_features,
+    speech_like_states,
+    text_like_tokens,
+)
 
 __all__ = [
-    "ENCODERS",
     "SUBSAMPLING",
-    "Encoder",
+    "bert_base",
     "conformer_m",
+    "plain_conformer_m",
     "speech_like_features",
+    "speech_like_states",
+    "text_like_tokens",
 ]

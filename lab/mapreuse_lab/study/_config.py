@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
+from mapreuse.console import check_device
 from mapreuse_lab.study._runs import LongRecipe, Recipe, Run
 from mapreuse_lab.techniques import study_techniques
 
@@ -90,11 +89,3 @@ class FullConfig:
         for seed in range(1, self.longer_seeds):
             runs += [Run(name, self.corpus, seed, self.longer_recipe) for name in self.longer_repeated]
         return runs
-
-
-def check_device(device: str) -> None:
-    """Raises `ValueError` if the device is unknown or missing."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA GPU; leave the option out to run on the CPU")

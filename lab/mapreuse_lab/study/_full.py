@@ -112,8 +112,8 @@ class _Full:
             result = self.runs.finished(run)
             if result is not None and result["test"]["references"] != here[run.corpus]:
                 raise ValueError(
-                    f"{self.runs.results / run.key}.json was evaluated on other transcripts than {run.corpus} has now; "
-                    "delete it, or choose another --out"
+                    f"{self.runs.results / run.key}.json was evaluated on other transcripts than {run.corpus} has "
+                    "now; delete it, or choose another --out"
                 )
 
     def _train(self, runs: Sequence[Run]) -> None:

@@ -54,8 +54,8 @@ def papers_page(results: Results) -> str:
         "# Published claims and our results",
         "",
         f"Measured by `{results['command']}` on {machine['processor']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}; see the [full study](../lab/results/study/full/report.md). We read only the abstracts of "
-        "the papers.",
+        f"{machine['torch']}; see the [full study](../lab/results/study/full/report.md). We read only the abstracts "
+        "of the papers.",
         "",
     ]
     for claim in claims(results):

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from transformers import ParakeetEncoder
 
-from mapreuse.console import console
+from mapreuse.console import check_device, console
 from mapreuse.conversion import align_by, convert, group_by
 from mapreuse.measure import Similarity, machine, similarity
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.models import conformer_m
-from mapreuse_lab.study._config import check_device
 from mapreuse_lab.study._costs import attention_latency, encoder_latency, encoder_variants, speech_features
 from mapreuse_lab.study._report import write_report, write_results
 from mapreuse_lab.study._results import SCHEMA

@@ -193,8 +193,9 @@ def _full_sections(results: Results) -> list[Section]:
         Section(
             "Accuracy and speed",
             [
-                "A small recogniser, trained from scratch for minutes on a quarter of an hour of speech: mind the 95 % "
-                "intervals, in brackets. Differences compare runs with the same seeds; their intervals include seed "
+                "A small recogniser, trained from scratch for minutes on a quarter of an hour of speech: mind the "
+                "95 % intervals, in brackets. Differences compare runs with the same seeds; their "
+                "intervals include seed "
                 'noise. "better" and "worse" mark significant differences. No other technique is at least as good as '
                 "those on the Pareto front in both CER and latency, and better in one.",
                 summary_table(results),
@@ -239,8 +240,9 @@ def _similarity(results: Results) -> Section:
         panels[title] = (found[field], "layer", "head")
     note = (
         "Maps of full attention. Similarity of layers: 1 − total variation of two rows, each head compared with its "
-        "most similar head. Diagonality: about 0.67 for uniform attention. Relative entropy: 1 for uniform attention. "
-        "Concentration: share of the keys that neighbouring queries need to keep nearly all of each row's mass."
+        "most similar head. Diagonality: about 0.67 for uniform attention. Relative entropy: 1 for uniform "
+        "attention. Concentration: share of the keys that neighbouring queries need to keep nearly all of "
+        "each row's mass."
     )
     blocks = [note, heat_maps(panels), similarity_table(found), Image("similarity.png", "Similarity")]
     return Section("Similarity of attention maps", blocks)

@@ -73,7 +73,7 @@ class CompressedAttention(nn.Module):
             attention_mask: True if neither query nor key is padding; None if there is no padding.
             kwargs: the other arguments that the encoder passes to its layers.
         """
-        # A frame that is not padding may attend itself; reading the diagonal spares the T × T mask.
+        # A frame that is not padding may attend to itself, so the diagonal of the T × T mask suffices.
         valid = None if attention_mask is None else attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
         if not (self.training and self.config.dropout_positions > 0.0):
             position_embeddings = position_embeddings[:1]  # one for the whole batch, unless dropout made them differ

@@ -59,14 +59,14 @@ class GaussianAttention(CompressedAttention):
 
 
 class Diagonal(Technique, notation="diagonal", label="diagonal maps"):
-    """Every frame attends itself: two projections."""
+    """Every frame attends to itself: two projections."""
 
     source = "Zhang et al., On the Usefulness of Self-Attention for ASR with Transformers, SLT 2021"
     attention = DiagonalAttention
 
 
 class Gaussian(Technique, notation="gaussian-{width}", label="fixed Gaussian maps, deviation {width}"):
-    """Every frame attends around fixed distances from it, with a standard deviation of `width` frames."""
+    """Every frame attends to frames at fixed distances, with a standard deviation of `width` frames."""
 
     width: int
     source = "You, Sun & Iyyer, Hard-Coded Gaussian Attention for NMT, ACL 2020"

@@ -1,4 +1,4 @@
-"""Grouped attention: G neighbouring frames attend as one, their features side by side.
+"""Grouped attention: G neighbouring frames attend as one; their features are concatenated.
 
     Q', K', V' = Q, K, V of shape (H, T, d) read as (H, ⌈T/G⌉, G·d)
     context' = softmax(((Q' + u') K'ᵀ + shift((Q' + v') R'ᵀ)) / √(G·d)) V',    R'[Δ] = R[G·Δ], G times side by side
@@ -6,9 +6,9 @@
 
 Cost: 6·T²·C / G FLOPs; 2·(2T/G − 1)·C² to project the distances.
 
-Frames beyond the end, and padding, are zero in queries, keys and values. In the paper the encodings of G neighbouring
-distances lie side by side as well. Here a group's frames share the encoding of the distance between groups, which is
-never longer than the utterance, so that results do not depend on padding.
+Frames beyond the end, and padding, are zero in queries, keys and values. The paper also concatenates the
+encodings of G neighbouring distances. Here a group's frames share the encoding of the distance between groups. This
+distance is never longer than the utterance, so results do not depend on padding.
 
 Paper: https://arxiv.org/abs/2109.01163
 """
@@ -46,7 +46,7 @@ class GroupedAttention(RelativeAttention):
 
 
 class Grouped(Technique, notation="grouped-{size}", label="grouped attention, {size} frames", minimum=2):
-    """Groups of `size` frames attend groups."""
+    """Groups of `size` frames attend to groups."""
 
     size: int
     source = "Burchi & Vielzeuf, Efficient Conformer, ASRU 2021"

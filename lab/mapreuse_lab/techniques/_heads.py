@@ -7,7 +7,7 @@ Cost of fewer heads: that of full attention times N / H (6·T²·N·d FLOPs), wi
 heads: the FLOPs of full attention, with N / H of its softmax and memory.
 
 Michel et al. prune the least important heads of a trained model. Here the first N are kept, which is the same if
-training starts from random weights. Wide heads are the other side of Bhojanapalli et al.'s low-rank bottleneck.
+training starts from random weights. Wide heads are the opposite of the small heads that Bhojanapalli et al. study.
 
 Papers: https://arxiv.org/abs/1905.10650 (fewer heads), https://arxiv.org/abs/2002.07028 (wide heads)
 """

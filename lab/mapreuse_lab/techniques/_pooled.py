@@ -1,4 +1,4 @@
-"""Pooled keys and values: every frame attends means of S neighbouring frames.
+"""Pooled keys and values: every frame attends to means of S neighbouring frames.
 
     K', V' = Wk mean_S(x), Wv mean_S(x),    (H, ⌈T/S⌉, d); the mean is over frames that are not padding
     context[i] = softmax over c of ((Q[i] + u) · K'[c] + (Q[i] + v) · R[S·(⌊i/S⌋ − c)]) / √d,  times V'
@@ -7,7 +7,7 @@ Cost: 6·T²·C / S FLOPs, and key and value projections of T / S frames; 2·(2T
 
 The S queries of each step become S more heads of square attention between steps, so that the exact kernel can compute
 it. Liu et al. compress by a strided convolution. Fan et al. pool after projecting, which is the same for a mean, and
-pool queries too. Distances here are those between steps.
+pool queries too. Distances are those between steps.
 
 Papers: https://arxiv.org/abs/1801.10198, https://arxiv.org/abs/2104.11227
 """

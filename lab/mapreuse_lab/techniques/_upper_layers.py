@@ -4,7 +4,7 @@
     skip-N:      y = x instead of y = x + attention(norm(x)) in the upper N layers
 
 Cost: that of the layers that remain; none in skipped layers. Dropping layers also saves feed-forward and convolution,
-which skipped layers keep: it is the yardstick for all techniques that compress attention alone.
+which skipped layers keep. It is the baseline for all techniques that compress attention alone.
 
 Sajjad et al. drop layers of a trained model and fine-tune the rest; dropping the upper ones works best there. Zhang
 et al. replace the attention of a Transformer's upper layers by feed-forward layers. A Conformer's layers already have

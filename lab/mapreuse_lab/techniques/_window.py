@@ -1,6 +1,6 @@
-"""A sliding window: every frame attends the frames near it, and some global ones.
+"""A sliding window: every frame attends to the frames near it, and some global ones.
 
-    map = softmax(S) over the keys j with |i − j| ≤ R, or j < G;  a query i < G attends all keys
+    map = softmax(S) over the keys j with |i − j| ≤ R, or j < G;  a query i < G attends to all keys
     S[i, j] = ((Q[i] + u) · K[j] + (Q[i] + v) · R[i − j]) / √d,  without the positional term if i < G or j < G
 
 with Q, K, V (H, T, d), a radius of R frames and G global frames.
@@ -11,7 +11,7 @@ Stored: the scores of a few blocks at a time. With reuse, a computing layer stor
 and a reusing layer costs 2·T·(b + 2R + G)·C.
 
 As in NeMo's conversion for long audio (`rel_pos_local_attn`), the global frames are the first G and use the same
-projections as all others, and scores with them have no positional term. A global frame inside a window is attended
+projections as all others, and scores with them have no positional term. A global frame inside a window counts
 once, not twice. Longformer's windows are those of full attention with absolute positions.
 
 Papers: https://arxiv.org/abs/2004.05150 (Longformer), https://arxiv.org/abs/2305.05084 (Fast Conformer)
@@ -57,15 +57,15 @@ class WindowAttention(SharingAttention):
         nearest = positions.shape[1] // 2
         near = positions[:, nearest - bands.radius : nearest + bands.radius + 1]
         content_query, relative_query = self.biased(self.split(self.q_proj(hidden_states)))
-        scores = _BandScores(
+        return BandMap(
             bands,
             query=content_query * self.scaling,
             key=self.split(self.k_proj(hidden_states)),
             relative_query=relative_query * self.scaling,
             relative_key=self.relative_keys(near),
             valid=valid,
+            keep=self.is_shared,
         )
-        return BandMap(bands, tuple(scores.weights()) if self.is_shared else None, scores)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,17 @@ class _Bands:
         return torch.cat([first, some], dim=3)
 
 
-class _BandScores:
-    """Scores of the windows; the weights of any blocks are computed from them."""
+class BandMap:
+    """A windowed attention map, which can be applied to the values of several layers.
+
+    Args:
+        bands: how frames are divided into blocks.
+        query, relative_query: scaled queries of contents and of positions.
+        key: keys.
+        relative_key: keys of the distances radius … −radius.
+        valid: True for frames that are not padding; None if there is no padding.
+        keep: store the weights, because several layers apply them; otherwise `apply` computes them.
+    """
 
     def __init__(
         self,
@@ -134,6 +143,7 @@ class _BandScores:
         relative_query: Float[Tensor, "batch heads frames dim"],
         relative_key: Float[Tensor, "positions heads near dim"],
         valid: Bool[Tensor, "batch frames"] | None,
+        keep: bool,
     ) -> None:
         self._bands = bands
         self._query, self._key, self._valid = query, key, valid
@@ -143,8 +153,26 @@ class _BandScores:
         usable = query.new_ones(1, 1, bands.frames, 1) if valid is None else valid[:, None, :, None].to(query.dtype)
         usable = usable.index_fill(2, torch.arange(bands.num_global, device=query.device), 0.0)
         self._usable = bands.of_keys(usable)[..., 0] > 0
+        self._kept = tuple(self._all_weights()) if keep else None
 
-    def weights(self) -> Iterator[Float[Tensor, "batch heads some rows keys"]]:
+    def apply(
+        self, values: Float[Tensor, "batch heads frames value_dim"], dropout_p: float
+    ) -> Float[Tensor, "batch frames heads value_dim"]:
+        """dropout(map, dropout_p) @ values; dropout differs from layer to layer."""
+        bands = self._bands
+        windows = bands.of_keys(values)
+        contexts = []
+        chunks = bands.chunks(*values.shape[:2])
+        for chunk, weights in zip(chunks, self._kept or self._all_weights(), strict=True):
+            dropped = functional.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
+            contexts.append(dropped @ bands.with_global(values, windows, chunk))
+        context = torch.cat(contexts, dim=2).flatten(2, 3)[:, :, : bands.frames]
+        if bands.num_global:
+            first = self._of_global(values, dropout_p)
+            context = torch.cat([first, context[:, :, bands.num_global :]], dim=2)
+        return context.transpose(1, 2)
+
+    def _all_weights(self) -> Iterator[Float[Tensor, "batch heads some rows keys"]]:
         """The weights of the blocks, chunk by chunk."""
         batch, heads = self._query.shape[:2]
         return (self._weights(chunk) for chunk in self._bands.chunks(batch, heads))
@@ -167,43 +195,11 @@ class _BandScores:
             scores = torch.cat([to_global, scores], dim=-1)
         return torch.softmax(scores, dim=-1)
 
-    def of_global(self, values: Tensor, dropout_p: float) -> Float[Tensor, "batch heads global value_dim"]:
-        """Context of the global frames, which attend all keys."""
+    def _of_global(self, values: Tensor, dropout_p: float) -> Float[Tensor, "batch heads global value_dim"]:
+        """Context of the global frames, which attend to all keys."""
         mask = None if self._valid is None else self._valid[:, None, None, :]
         query = self._query[:, :, : self._bands.num_global]
         return functional.scaled_dot_product_attention(query, self._key, values, mask, dropout_p, scale=1.0)
-
-
-@dataclass(frozen=True)
-class BandMap:
-    """A windowed attention map that can be applied to the values of several layers.
-
-    Attributes:
-        bands: how frames are divided into blocks.
-        kept: the weights, if several layers apply them; None if they are computed when they are applied.
-        scores: the scores of which it is the softmax.
-    """
-
-    bands: _Bands
-    kept: tuple[Tensor, ...] | None
-    scores: _BandScores
-
-    def apply(
-        self, values: Float[Tensor, "batch heads frames value_dim"], dropout_p: float
-    ) -> Float[Tensor, "batch frames heads value_dim"]:
-        """dropout(map, dropout_p) @ values, with dropout drawn anew for every layer."""
-        bands = self.bands
-        windows = bands.of_keys(values)
-        contexts = []
-        chunks = bands.chunks(*values.shape[:2])
-        for chunk, weights in zip(chunks, self.kept or self.scores.weights(), strict=True):
-            dropped = functional.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
-            contexts.append(dropped @ bands.with_global(values, windows, chunk))
-        context = torch.cat(contexts, dim=2).flatten(2, 3)[:, :, : bands.frames]
-        if bands.num_global:
-            first = self.scores.of_global(values, dropout_p)
-            context = torch.cat([first, context[:, :, bands.num_global :]], dim=2)
-        return context.transpose(1, 2)
 
 
 class Window(
@@ -211,11 +207,11 @@ class Window(
     notation="window-{radius}[-global-{num_global}][+reuse-{plan}]",
     label="window of ±{radius}[, {num_global} global][, reuse {plan}]",
 ):
-    """Every frame attends the frames at most `radius` away.
+    """Every frame attends to the frames at most `radius` away.
 
     Attributes:
         radius: frames to either side.
-        num_global: number of first frames that attend all frames and are attended by all.
+        num_global: number of first frames that attend to all frames, and to which all frames attend.
         plan: whose map each layer applies, layer by layer; None if layers share none.
     """
 

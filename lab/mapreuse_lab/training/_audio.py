@@ -11,7 +11,7 @@ from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from mapreuse_lab.training._features import resample
-from mapreuse_lab.training._files import one_line, write_whole
+from mapreuse_lab.training._files import one_line
 
 MAX_WHOLE_SECONDS = 60.0
 """Longer audio is recognised in pieces."""
@@ -31,31 +31,24 @@ def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
     Channels are averaged. Only one piece is in memory at a time.
 
     Raises:
+        OSError: if there is no such file.
         ValueError: with one line, if the file is not readable audio, or is shorter than 0.05 s.
     """
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: expected a wav or flac file, got a directory")
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
     try:
-        with soundfile.SoundFile(path) as file:
+        with open(path, "rb") as opened, soundfile.SoundFile(opened) as file:
             source = file.samplerate
-            _check_length(file.frames, source, str(path))
-            for start, end, before, more in _spans(file.frames, source):
+            for start, end, before, more in _spans(file.frames, source, str(path)):
                 file.seek(start)
                 samples = file.read(end - start, dtype="float32", always_2d=True).mean(1)
                 yield resample(_checked(samples, str(path)), source, rate), before, more
     except soundfile.LibsndfileError as problem:
         raise ValueError(f"{path}: not a readable wav or flac file ({problem.error_string.rstrip('.')})") from None
-    except (TypeError, RuntimeError) as problem:  # soundfile's errors for headerless and unseekable files
-        raise ValueError(f"{path}: not a readable wav or flac file ({problem})") from None
 
 
 def waveform_pieces(samples: np.ndarray, source: int, rate: int, name: str = "the waveform") -> Iterator[Piece]:
     """Pieces at `rate` Hz of a waveform at `source` Hz. Integers are taken as 16-bit samples."""
     samples = _checked(samples, name)
-    _check_length(len(samples), source, name)
-    for start, end, before, more in _spans(len(samples), source):
+    for start, end, before, more in _spans(len(samples), source, name):
         yield resample(samples[start:end], source, rate), before, more
 
 
@@ -80,11 +73,6 @@ def whole_cut(recording: Recording, text: str, language: str | None = None) -> M
     return MonoCut(recording.id, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording)
 
 
-def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
-    """Write a 16-bit wav file atomically."""
-    write_whole(path, lambda file: soundfile.write(file, samples, rate, subtype="PCM_16", format="WAV"))
-
-
 def _checked(samples: np.ndarray, name: str) -> np.ndarray:
     """The waveform in float32. Raises `ValueError` if it is not one-dimensional and finite."""
     samples = np.asarray(samples)
@@ -98,13 +86,10 @@ def _checked(samples: np.ndarray, name: str) -> np.ndarray:
     return samples
 
 
-def _check_length(num_samples: int, rate: int, name: str) -> None:
+def _spans(num_samples: int, rate: int, name: str) -> Iterator[tuple[int, int, float, bool]]:
+    """(first sample, last sample + 1, seconds of context before, whether more follow) of every piece."""
     if num_samples < _MIN_SECONDS * rate:
         raise ValueError(f"{name}: {num_samples / rate:.3f} s long, at least {_MIN_SECONDS} s are needed")
-
-
-def _spans(num_samples: int, rate: int) -> Iterator[tuple[int, int, float, bool]]:
-    """(first sample, last sample + 1, seconds of context before, whether more follow) of every piece."""
     if num_samples <= MAX_WHOLE_SECONDS * rate:
         yield 0, num_samples, 0.0, False
         return

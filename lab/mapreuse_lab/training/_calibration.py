@@ -13,27 +13,28 @@ from mapreuse_lab.training._corpora import open_corpus
 from mapreuse_lab.training._features import features
 from mapreuse_lab.training._recogniser import Recogniser
 
+_BATCH_SIZE = 8
+
 
 def speech_batches(
     recogniser: Recogniser,
     source: str | Path,
     *,
     split: str = "dev",
-    batch_size: int = 8,
     max_batches: int | None = None,
     min_batches: int = 1,
     min_utterances: int = 4,
 ) -> list[dict[str, Tensor]]:
     """Batches of speech for the recogniser's model, sorted by length.
 
-    Recordings longer than 60 s are cut into pieces, as `Recogniser.transcribe` does.
+    A batch has at most 8 utterances and 60 s of padded audio. Recordings longer than 60 s are cut into pieces, as
+    `Recogniser.transcribe` does.
 
     Args:
         recogniser: the recogniser; its features are used.
         source: a folder of wav or flac files, searched recursively, or the name of a corpus (see `open_corpus`).
         split: part of the corpus to read: train, dev or test.
-        batch_size: maximum number of utterances in a batch. A batch has at most 60 s of padded audio.
-        max_batches: read at most `max_batches · batch_size` utterances.
+        max_batches: read at most this many times 8 utterances.
         min_batches: reduce the batch size to get at least this many batches.
         min_utterances: number of utterances that the caller needs.
 
@@ -43,10 +44,10 @@ def speech_batches(
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     rate = recogniser.feature_config.sampling_rate
-    max_utterances = None if max_batches is None else max_batches * batch_size
+    max_utterances = None if max_batches is None else max_batches * _BATCH_SIZE
     audio = list(islice(_utterances(str(source), split, rate), max_utterances))
     check_enough(audio, source, "utterances", min_utterances)
-    batch_size = min(batch_size, max(1, len(audio) // min_batches))
+    batch_size = min(_BATCH_SIZE, max(1, len(audio) // min_batches))
     lengths = [len(samples) for samples in audio]
     batches = []
     for indices in batches_by_length(lengths, batch_size, round(MAX_WHOLE_SECONDS * rate)):

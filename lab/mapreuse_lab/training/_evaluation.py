@@ -1,6 +1,6 @@
 """Word and character error rates of a recogniser."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jiwer
@@ -9,8 +9,10 @@ from jaxtyping import Int
 from lhotse.cut import Cut
 
 from mapreuse.data import batches_by_length
-from mapreuse_lab.training._audio import waveform_of
+from mapreuse_lab.training._audio import MAX_WHOLE_SECONDS, waveform_of
 from mapreuse_lab.training._recogniser import Recogniser
+
+_RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -47,22 +49,14 @@ class ErrorRates:
         return ", ".join([*shown, f"{self.num_utterances} utterances", f"{self.num_words} words"])
 
 
-def error_rates(
-    references: Sequence[str], hypotheses: Sequence[str], *, resamples: int = 1000, seed: int = 0
-) -> ErrorRates:
-    """Error rates of `hypotheses` against `references`.
-
-    Args:
-        references: the reference transcripts.
-        hypotheses: the transcripts to score, in the same order.
-        resamples: number of bootstrap samples.
-        seed: of the bootstrap.
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
+    """Error rates of `hypotheses` against `references`, which are in the same order.
 
     Raises:
         ValueError: if there are no references, or the lengths differ.
     """
     words, characters = error_counts(references, hypotheses)
-    draws = np.random.default_rng(seed).integers(len(references), size=(resamples, len(references)))
+    draws = np.random.default_rng(0).integers(len(references), size=(_RESAMPLES, len(references)))
 
     def rate_and_interval(counts: np.ndarray) -> tuple[float, tuple[float, float]]:
         drawn = counts[draws].sum(1)
@@ -86,18 +80,17 @@ def error_counts(
     """
     if not references or len(references) != len(hypotheses):
         raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
-    pairs = list(zip(references, hypotheses, strict=True))
-    words = np.array([_errors(jiwer.process_words, *pair) for pair in pairs])
-    return words, np.array([_errors(jiwer.process_characters, *pair) for pair in pairs])
+    counts = []
+    for process in (jiwer.process_words, jiwer.process_characters):
+        found = [process(*pair) for pair in zip(references, hypotheses, strict=True)]
+        errors = [one.substitutions + one.deletions + one.insertions for one in found]
+        lengths = [one.hits + one.substitutions + one.deletions for one in found]
+        counts.append(np.stack([errors, lengths], axis=1))
+    return counts[0], counts[1]
 
 
-def evaluate(recogniser: Recogniser, cuts: Iterable[Cut], *, batch_seconds: float = 60.0) -> ErrorRates:
-    """Error rates of a recogniser on cuts with normalised transcripts.
-
-    Args:
-        recogniser: the recogniser.
-        cuts: the utterances; the result keeps their order.
-        batch_seconds: maximum seconds of padded audio in a batch.
+def evaluate(recogniser: Recogniser, cuts: Iterable[Cut]) -> ErrorRates:
+    """Error rates of a recogniser on cuts with normalised transcripts, in the order of the cuts.
 
     Raises:
         ValueError: if there are no cuts, or a recording cannot be read.
@@ -109,13 +102,7 @@ def evaluate(recogniser: Recogniser, cuts: Iterable[Cut], *, batch_seconds: floa
     audio = [waveform_of(cut, rate) for cut in cuts]
     recogniser.model.eval()
     hypotheses: dict[int, str] = {}
-    for batch in batches_by_length([len(samples) for samples in audio], len(cuts), round(batch_seconds * rate)):
+    for batch in batches_by_length([len(samples) for samples in audio], len(cuts), round(MAX_WHOLE_SECONDS * rate)):
         logits, lengths = recogniser.logits([audio[index] for index in batch])
         hypotheses |= zip(batch, recogniser.texts(logits, lengths), strict=True)
     return error_rates([cut.supervisions[0].text for cut in cuts], [hypotheses[i] for i in range(len(cuts))])
-
-
-def _errors(process: Callable, reference: str, hypothesis: str) -> tuple[int, int]:
-    found = process(reference, hypothesis)
-    errors = found.substitutions + found.deletions + found.insertions
-    return errors, found.hits + found.substitutions + found.deletions

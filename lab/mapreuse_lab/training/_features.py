@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from scipy.signal import resample_poly
 from torch import Tensor
 
+_MAX_BAND, _MAX_SPAN = 10, 15  # of SpecAugment, in mels and frames
+
 
 @dataclass(frozen=True)
 class FeatureConfig:
@@ -124,21 +126,19 @@ def spec_augment(
     generator: torch.Generator,
     *,
     bands: int,
-    band_width: int,
     spans_per_second: float,
-    span: int,
     frames_per_second: float,
 ) -> Float[Tensor, "batch frames mels"]:
     """SpecAugment (Park et al., 2019): set random mel bands and time spans to 0, the mean of the features.
+
+    A band has at most 10 mels, a span at most 15 frames or a quarter of the utterance.
 
     Args:
         batch: the features.
         mask: 1 for valid frames.
         generator: source of randomness.
         bands: number of bands per utterance.
-        band_width: maximum width of a band in mels.
         spans_per_second: number of time spans per second of audio.
-        span: maximum length of a span in frames.
         frames_per_second: frames per second.
     """
     out = batch.clone()
@@ -149,11 +149,11 @@ def spec_augment(
 
     for row, length in zip(out, mask.sum(1).tolist(), strict=True):
         for _ in range(bands):
-            width = below(band_width + 1)
+            width = below(_MAX_BAND + 1)
             start = below(num_mels - width)
             row[:, start : start + width] = 0
         for _ in range(round(length / frames_per_second * spans_per_second)):
-            width = below(min(span, length // 4) + 1)
+            width = below(min(_MAX_SPAN, length // 4) + 1)
             start = below(length - width)
             row[start : start + width] = 0
     return out

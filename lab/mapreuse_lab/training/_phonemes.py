@@ -16,19 +16,20 @@ from mapreuse_lab.training._audio import MAX_WHOLE_SECONDS
 from mapreuse_lab.training._features import features
 from mapreuse_lab.training._recogniser import Recogniser
 from mapreuse_lab.training._sentences import generate_sentences
-from mapreuse_lab.training._synthesis import check_voices, key_of, speak
+from mapreuse_lab.training._synthesis import key_of, speak
 
 PAUSE = "_"
 """The name of a pause."""
 
 # Similar sounds side by side: labial, dental and velar plosives, then fricatives, nasals, and so on.
 _ORDER = "pbtdɾkɡʔfvθðszʃʒɕʂʐçxɣhβmɱnɲŋlʎɫʌɹrʁʀwɥjiɪyeɛøœæaɐɑɒɔoʊuɯɨəɚɜɝ"
+_BATCH_SIZE = 8
 _MIN_SHARE = 0.005  # of all frames with a phoneme
 
 
 @dataclass(frozen=True)
 class Phone:
-    """A phoneme or a pause, with its times in seconds from the start of the recording."""
+    """A phoneme or a pause, from `start` to `stop` seconds of the recording."""
 
     name: str
     start: float
@@ -67,7 +68,6 @@ def speak_with_phonemes(
         ValueError: for another language.
         RuntimeError: if espeak-ng does not start.
     """
-    check_voices(language)
     spoken = []
     for text in texts:
         generator = random.Random(key_of(text, language, seed, sampling_rate))
@@ -77,37 +77,33 @@ def speak_with_phonemes(
 
 
 def phoneme_batches(
-    recogniser: Recogniser, language: str, *, sentences: int = 60, seed: int = 0, batch_size: int = 8
+    recogniser: Recogniser, language: str, *, sentences: int = 60, seed: int = 0
 ) -> tuple[list[dict[str, Tensor]], list[Tensor], list[str]]:
     """Batches of synthetic sentences, and the phoneme at each frame of the recogniser's encoder.
 
-    The phoneme of a frame is the one at the centre of its window. Phonemes with less than 0.5 % of the frames, which
-    come from rare accents, are left out.
+    The phoneme of a frame is the one at the centre of its window. Phonemes with less than 0.5 % of the frames are
+    left out: they come from rare accents.
 
     Args:
         recogniser: the recogniser whose frames are labelled.
         language: code of the language: en, fr, es, it or ru.
         sentences: number of sentences.
         seed: random seed of sentences and voices.
-        batch_size: maximum number of sentences in a batch.
 
     Returns:
-        Batches for the recogniser's model, sorted by length. For each batch, the indices of the phonemes, an integer
-        tensor of shape (batch, frames) with −1 for pauses, padding and rare phonemes. The names of the phonemes,
-        similar sounds side by side.
+        Batches of up to 8 sentences for the recogniser's model, sorted by length.
 
-    Raises:
-        ValueError: for another language, or if `sentences` or `batch_size` is below 1.
+        For each batch, the indices of the phonemes: an integer tensor of shape (batch, frames), with −1 for pauses,
+        padding and rare phonemes.
+
+        The names of the phonemes, with similar sounds side by side.
     """
-    check_voices(language)
-    if min(sentences, batch_size) < 1:
-        raise ValueError(f"sentences and batch_size must be at least 1, got {sentences} and {batch_size}")
     config = recogniser.feature_config
     texts = generate_sentences(sentences, language, seed=seed)
     spoken = speak_with_phonemes(texts, language, seed=seed, sampling_rate=config.sampling_rate)
     lengths = [len(one.samples) for one in spoken]
     batches, names = [], []
-    for indices in batches_by_length(lengths, batch_size, round(MAX_WHOLE_SECONDS * config.sampling_rate)):
+    for indices in batches_by_length(lengths, _BATCH_SIZE, round(MAX_WHOLE_SECONDS * config.sampling_rate)):
         batch, mask = features([spoken[index].samples for index in indices], config)
         batches.append({"input_features": batch, "attention_mask": mask})
         counts = recogniser.num_frames(mask.sum(1)).tolist()

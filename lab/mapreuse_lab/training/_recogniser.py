@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Recogniser:
         self.model = model
         self.vocabulary = list(vocabulary)
         self.feature_config = feature_config
-        self._compressed: _Compressed | None = None
+        self._compressed: tuple[Technique, ParakeetCTCConfig] | None = None  # and the config of the original model
 
     @classmethod
     def create(
@@ -68,7 +68,6 @@ class Recogniser:
         hidden_size: int = 144,
         num_heads: int = 4,
         intermediate_size: int = 432,
-        conv_kernel_size: int = 15,
         subsampling_channels: int = 64,
         dropout: float = 0.1,
         feature_config: FeatureConfig | None = None,
@@ -78,7 +77,7 @@ class Recogniser:
 
         Args:
             vocabulary: characters in any order, also repeated.
-            num_layers, hidden_size, num_heads, intermediate_size, conv_kernel_size: of the encoder.
+            num_layers, hidden_size, num_heads, intermediate_size: of the encoder.
             subsampling_channels: channels of the subsampling convolutions.
             dropout: dropout rate, everywhere.
             feature_config: settings of the features; default: `FeatureConfig()`.
@@ -91,7 +90,7 @@ class Recogniser:
             hidden_size=hidden_size,
             num_attention_heads=num_heads,
             intermediate_size=intermediate_size,
-            conv_kernel_size=conv_kernel_size,
+            conv_kernel_size=15,
             subsampling_factor=_SUBSAMPLING,
             subsampling_conv_channels=subsampling_channels,
             num_mel_bins=feature_config.num_mel_bins,
@@ -116,11 +115,7 @@ class Recogniser:
         config = copy.deepcopy(self.model.config)
         technique.apply(self.model)
         if not isinstance(technique, Full | Reuse):  # `mapreuse.save` stores these as plans
-            self._compressed = _Compressed(technique, config)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+            self._compressed = technique, config
 
     def encode(self, text: str) -> list[int]:
         """Output numbers of a normalised text. Raises `ValueError` for a character that is not in the vocabulary."""
@@ -143,7 +138,7 @@ class Recogniser:
     ) -> tuple[Float[Tensor, "batch frames outputs"], Int[Tensor, " batch"]]:
         """Logits of a batch of waveforms (in [−1, 1], at the features' sampling rate) and their numbers of frames."""
         batch, mask = features(audio, self.feature_config)
-        batch, mask = batch.to(self.device), mask.to(self.device)
+        batch, mask = batch.to(self.model.device), mask.to(self.model.device)
         logits = self.model(input_features=batch, attention_mask=mask).logits
         return logits.float(), self.num_frames(mask.sum(1))
 
@@ -156,13 +151,14 @@ class Recogniser:
         """The transcript of an audio file or a waveform.
 
         Audio longer than 60 s is recognised in pieces of 32 s with 4 s of context on either side. The logits of the
-        pieces are joined before decoding. So memory grows with the length only by the logits, about 100 bytes a frame.
+        pieces are joined before decoding. Only the logits stay in memory, about 100 bytes per frame.
 
         Args:
             audio: a wav or flac file with any sampling rate and any number of channels, or a mono waveform.
             sampling_rate: of a waveform, in Hz; default: the recogniser's.
 
         Raises:
+            OSError: if there is no such file.
             ValueError: if the file is not readable audio, the audio is shorter than 0.05 s, or the waveform is not
                 one-dimensional and finite.
         """
@@ -182,22 +178,25 @@ class Recogniser:
         whole = torch.cat(joined)
         return self.texts(whole[None], torch.tensor([len(whole)]))[0]
 
-    def save(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    def save(self, directory: str | Path) -> None:
         """Save the recogniser: the model as `mapreuse.save` does, and `recogniser.json`.
 
         The model of a technique that is not a reuse plan is saved as `weights.safetensors`; only `load` opens it.
-
-        Args:
-            directory: created if missing.
-            dtype: type of the stored weights; default: their own.
+        The directory is created if missing.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         description: dict[str, Any] = {"vocabulary": self.vocabulary, "features": asdict(self.feature_config)}
         if self._compressed is None:
-            models.save(self.model, directory, dtype=dtype)
+            models.save(self.model, directory)
         else:
-            description["technique"] = self._compressed.save(self.model, directory / _WEIGHTS, dtype)
+            technique, config = self._compressed
+            description["technique"] = {
+                "name": technique.name,
+                "config": json.loads(config.to_json_string(use_diff=False)),
+            }
+            weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            write_whole(directory / _WEIGHTS, lambda unfinished: save_file(weights, unfinished))
         text = json.dumps(description, ensure_ascii=False) + "\n"
         write_whole(directory / _DESCRIPTION, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
@@ -219,64 +218,39 @@ class Recogniser:
         if not cls.is_saved_in(directory):
             raise ValueError(f"{directory} holds no recogniser: {_DESCRIPTION} is missing")
         try:
-            vocabulary, feature_config, technique = _read_description(directory / _DESCRIPTION)
-            compressed = None
-            if technique is None:
-                model = models.load(directory)
-            else:
-                compressed, model = _Compressed.load(technique, directory / _WEIGHTS)
+            vocabulary, feature_config, compressed = _read_description(directory / _DESCRIPTION)
+            if compressed is None:
+                return cls(models.load(directory), vocabulary, feature_config)
+            model, technique, config = _load_compressed(compressed, directory / _WEIGHTS)
             recogniser = cls(model, vocabulary, feature_config)
+            recogniser._compressed = technique, config
+            return recogniser
         except (OSError, ValueError, SafetensorError) as problem:
             raise ValueError(f"{directory} holds a damaged recogniser: {one_line(problem)}") from None
-        recogniser._compressed = compressed
-        return recogniser
 
 
 def _read_description(file: Path) -> tuple[list[str], FeatureConfig, dict[str, Any] | None]:
     """Vocabulary, features and technique from `recogniser.json`. Raises `ValueError` if it has another form."""
-    description = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(description, dict):
-        raise ValueError(f"{_DESCRIPTION} must be an object")
-    vocabulary, settings = description.get("vocabulary"), description.get("features")
-    if not isinstance(vocabulary, list):
-        raise ValueError(f"{_DESCRIPTION} must list a vocabulary")
     names = {field.name for field in fields(FeatureConfig)}
-    if not isinstance(settings, dict) or not settings.keys() <= names:
-        raise ValueError(f"the features in {_DESCRIPTION} must be an object with the keys {', '.join(sorted(names))}")
-    technique = description.get("technique")
-    if technique is not None and not (
-        isinstance(technique, dict)
-        and isinstance(technique.get("name"), str)
-        and isinstance(technique.get("config"), dict)
-    ):
-        raise ValueError(f"the technique in {_DESCRIPTION} must have a name and a config")
-    return vocabulary, FeatureConfig(**settings), technique
+    match json.loads(file.read_text(encoding="utf-8")):
+        case {"vocabulary": list(vocabulary), "features": dict(settings), **others} if settings.keys() <= names:
+            technique: Any = others.get("technique")
+            match technique:
+                case None | {"name": str(), "config": dict()}:
+                    return vocabulary, FeatureConfig(**settings), technique
+    raise ValueError(
+        f"{_DESCRIPTION} must have a list `vocabulary`, an object `features` with the keys "
+        f"{', '.join(sorted(names))} and, for a technique, its `name` and `config`"
+    )
 
 
-@dataclass(frozen=True)
-class _Compressed:
-    """A technique that was applied to a recogniser, and the config of the original model."""
-
-    technique: Technique
-    config: ParakeetCTCConfig
-
-    def save(self, model: ParakeetForCTC, file: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-        """Write the weights; returns what `load` needs besides them."""
-        stored = {
-            name: tensor.detach().to(dtype if tensor.is_floating_point() and dtype else tensor.dtype).contiguous()
-            for name, tensor in model.state_dict().items()
-        }
-        write_whole(file, lambda unfinished: save_file(stored, unfinished))
-        return {"name": self.technique.name, "config": json.loads(self.config.to_json_string(use_diff=False))}
-
-    @classmethod
-    def load(cls, description: dict[str, Any], file: Path) -> "tuple[_Compressed, ParakeetForCTC]":
-        config = ParakeetCTCConfig.from_dict(description["config"])
-        technique = parse(description["name"])
-        model = technique.apply(ParakeetForCTC(copy.deepcopy(config)))
-        weights = load_file(file)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as mismatch:
-            raise ValueError(mismatch) from None
-        return cls(technique, config), model.float().eval()
+def _load_compressed(description: dict[str, Any], file: Path) -> tuple[ParakeetForCTC, Technique, ParakeetCTCConfig]:
+    """The model of a technique, the technique, and the config of the original model."""
+    technique, config = parse(description["name"]), ParakeetCTCConfig.from_dict(description["config"])
+    model = technique.apply(ParakeetForCTC(copy.deepcopy(config)))
+    weights = load_file(file)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as mismatch:
+        raise ValueError(mismatch) from None
+    return model.float().eval(), technique, config

@@ -9,16 +9,19 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
 import espeakng_loader
 import numpy as np
+import soundfile
 from lhotse import CutSet, Recording
 
 from mapreuse.console import progress_bar
-from mapreuse_lab.training._audio import whole_cut, write_wav
+from mapreuse_lab.training._audio import whole_cut
 from mapreuse_lab.training._features import resample
+from mapreuse_lab.training._files import write_whole
 
 _ACCENTS = {
     "en": (*["en-us"] * 6, "en-us-nyc", "en", "en-gb-scotland", "en-029"),
@@ -82,7 +85,6 @@ def synthesise(
         ValueError: for another language.
         RuntimeError: if espeak-ng does not start.
     """
-    check_voices(language)
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
     cuts = []
@@ -93,16 +95,11 @@ def synthesise(
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 samples, _ = speak(text, language, random.Random(key), sampling_rate)
-                write_wav(path, samples, sampling_rate)
+                write = partial(soundfile.write, data=samples, samplerate=sampling_rate, subtype="PCM_16")
+                write_whole(path, partial(write, format="WAV"))
             cuts.append(whole_cut(Recording.from_file(path, recording_id=f"synthetic-{key}"), text, language))
             progress(f"Synthesising speech ({language})", number + 1, len(texts))
     return CutSet.from_cuts(cuts)
-
-
-def check_voices(language: str) -> None:
-    """Raise `ValueError` for a language without voices."""
-    if language not in _ACCENTS:
-        raise ValueError(f"no synthetic voices for language {language!r}; choose one of {', '.join(_ACCENTS)}")
 
 
 def key_of(text: str, language: str, seed: int, sampling_rate: int) -> str:
@@ -114,6 +111,8 @@ def speak(
     text: str, language: str, generator: random.Random, sampling_rate: int
 ) -> tuple[np.ndarray, list[tuple[str, float]]]:
     """The waveform of a text, and each of its phonemes with its start in seconds; "" is a pause."""
+    if language not in _ACCENTS:
+        raise ValueError(f"no synthetic voices for language {language!r}; choose one of {', '.join(_ACCENTS)}")
     voice = f"{generator.choice(_ACCENTS[language])}+{generator.choice(_VARIANTS)}"
     data = text.encode() + b"\0"
     with _engine() as (library, rate, chunks, starts):

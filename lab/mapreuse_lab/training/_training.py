@@ -38,9 +38,8 @@ class TrainConfig(LoopConfig):
         synthetic_utterances: number of generated sentences, spoken by espeak-ng.
         real_share: share of recorded speech, in seconds, at the start and at the end of training.
         speeds: each utterance is played at a random one of these speeds, which changes its pitch.
-        noise_probability: probability that noise is added to an utterance.
-        noise_decibels: range of the signal-to-noise ratio.
-        mask_bands, mask_band_width, mask_spans_per_second, mask_span: see `spec_augment`.
+        noise_probability: probability that noise is added to an utterance, at 10 to 45 dB below its level.
+        mask_bands, mask_spans_per_second: numbers of masks of SpecAugment, per utterance and per second.
         distillation: weight of the divergence from the original, relative to the CTC loss; see `train`.
         seed: random seed of batches and augmentation.
     """
@@ -54,11 +53,8 @@ class TrainConfig(LoopConfig):
     real_share: tuple[float, float] = (1.0, 1.0)
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     noise_probability: float = 0.4
-    noise_decibels: tuple[float, float] = (10.0, 45.0)
     mask_bands: int = 2
-    mask_band_width: int = 10
     mask_spans_per_second: float = 0.7
-    mask_span: int = 15
     distillation: float = 1.0
     seed: int = 0
 
@@ -81,29 +77,30 @@ def train(
 ) -> ErrorRates | None:
     """Train a recogniser on `corpus.train`, keep the weights with the best dev WER, and return their error rates.
 
-    With p the output distributions of the recogniser and p° those of `original`, if given, at all frames that are not
-    padding, training minimises
+    Training minimises the CTC loss. If `original` is given, it minimises
 
         CTC + distillation · KL(p° ‖ p)
 
-    Recovery after a conversion is this function with a short budget and a low learning rate. Runs on every process of
-    `accelerate launch`, or on a single one; on a CPU, `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu
-    --num_processes 2 ...` starts two processes.
+    with the output distributions p of the recogniser and p° of the original, at all frames that are not padding.
+    Recovery after a conversion is this function with a short budget and a low learning rate.
+
+    Every process of `accelerate launch` may call this function. On a CPU, `ACCELERATE_USE_CPU=true accelerate launch
+    --multi_gpu --num_processes 2 ...` starts two processes.
 
     Args:
         recogniser: trained in place.
-        corpus: `train` is learned, `dev` evaluated.
+        corpus: the recogniser is trained on `train` and evaluated on `dev`.
         config: budget and hyper-parameters.
-        out_dir: directory of `best/` (the recogniser), `log.jsonl` (one line per evaluation) and `checkpoint-<step>/`.
-            The same call continues an interrupted run there; with a budget in steps, the result has the same bits as
-            without interruption. If the run has ended, the call returns at once.
+        out_dir: directory of `best/` (the recogniser), `log.jsonl` (one line per evaluation) and
+            `checkpoint-<step>/`. The same call continues an interrupted run. With a budget in steps, the result has
+            the same bits as without the interruption. If the run has ended, the call returns at once.
         original: the recogniser to stay close to.
 
     Returns:
-        The dev error rates; None if the corpus has no dev utterances, in which case the last weights are kept.
+        The dev error rates; None if the corpus has no dev utterances. Then the last weights are kept.
 
     Raises:
-        ValueError: if `out_dir` holds a run with other settings or weights, or a damaged one, or a loss is not finite.
+        ValueError: if `out_dir` holds a damaged run or one with other settings or weights, or a loss is not finite.
     """
     plan = plan_of(recogniser.model)
     identity = {
@@ -138,10 +135,7 @@ def train(
     def save_and_log(state: TrainingState, improved: bool) -> None:
         if improved:
             recogniser.save(Path(out_dir) / "best")
-        digits = {"step": 0, "elapsed": 1}
-        entries = [
-            {name: round(value, digits.get(name, 4)) for name, value in entry.items()} for entry in state.history
-        ]
+        entries = [{name: round(value, 4) for name, value in entry.items()} for entry in state.history]
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         write_whole(Path(out_dir) / "log.jsonl", lambda file: file.write_text(text))
         console.print(", ".join(f"{name} {value}" for name, value in entries[-1].items()), highlight=False)
@@ -204,14 +198,12 @@ def epoch_batches(
 
 def read_batch(items: Sequence[Item], recogniser: Recogniser, config: TrainConfig, seed: int) -> dict[str, Tensor]:
     """Model inputs of one batch: augmented features, their attention mask, and labels padded with −100."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = np.random.default_rng(seed)
-    rate, hop = recogniser.feature_config.sampling_rate, recogniser.feature_config.hop
+    noise, rate = np.random.default_rng(seed), recogniser.feature_config.sampling_rate
     audio, labels = [], []
     for cut, speed in items:
         samples = change_speed(waveform_of(cut, rate), speed)
         if noise.random() < config.noise_probability:
-            decibels = noise.uniform(*config.noise_decibels)
+            decibels = noise.uniform(10.0, 45.0)
             level = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) * 10 ** (-decibels / 20)
             samples = samples + np.float32(level) * noise.standard_normal(len(samples), dtype=np.float32)
         audio.append(samples)
@@ -220,12 +212,10 @@ def read_batch(items: Sequence[Item], recogniser: Recogniser, config: TrainConfi
     batch = spec_augment(
         batch,
         mask,
-        generator,
+        torch.Generator().manual_seed(seed),
         bands=config.mask_bands,
-        band_width=config.mask_band_width,
         spans_per_second=config.mask_spans_per_second,
-        span=config.mask_span,
-        frames_per_second=1 / hop,
+        frames_per_second=1 / recogniser.feature_config.hop,
     )
     padded = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     return {"input_features": batch, "attention_mask": mask, "labels": padded}

@@ -8,9 +8,8 @@ import sys
 import pytest
 import torch
 from mapreuse_lab import cli
-from mapreuse_lab.benchmarks import bench_encoder, encoder_memory, open_encoder
-from mapreuse_lab.models import ENCODERS, conformer_m
-from mapreuse_lab.models._encoders import bert_base, plain_conformer_m
+from mapreuse_lab.benchmarks import ENCODERS, bench_encoder, encoder_memory, open_encoder
+from mapreuse_lab.models import bert_base, conformer_m, plain_conformer_m
 from typer.testing import CliRunner
 
 from mapreuse import ReusePlan, apply
@@ -55,14 +54,6 @@ def test_layers_compute_the_same_without_the_front_end(name, shallow):
         torch.testing.assert_close(whole(**whole_batches[str(LENGTH)])[0], layers(**batches[str(LENGTH)])[0])
 
 
-def test_inputs_are_natural_looking_and_reproducible():
-    for encoder in ENCODERS.values():
-        inputs = encoder.inputs(LENGTH, 2)
-        torch.testing.assert_close(encoder.inputs(LENGTH, 2), inputs)
-        assert inputs.float().std(1).min() > 0
-        assert not torch.equal(inputs[0], inputs[1])
-
-
 def test_maps_are_peaked_enough_that_a_wrong_map_changes_the_output(shallow):
     model, batches = open_encoder("conformer-m", (LENGTH,))
     batch = batches[str(LENGTH)]
@@ -76,8 +67,8 @@ def test_flex_and_compiled_contestants_agree_with_the_others():
     # In a process of its own: the compiler cannot trace through the shape checks of the test run.
     program = f"""
 import dataclasses, json
-from mapreuse_lab.benchmarks import bench_encoder
-from mapreuse_lab.models import ENCODERS, conformer_m
+from mapreuse_lab.benchmarks import ENCODERS, bench_encoder
+from mapreuse_lab.models import conformer_m
 ENCODERS["conformer-m"] = dataclasses.replace(ENCODERS["conformer-m"], build=lambda _: conformer_m(num_layers=1))
 kinds = ("sdpa", "sdpa+compile", "flex", "mapreuse+compile")
 results = bench_encoder("conformer-m", ({LENGTH},), repeats=1, kinds=kinds, plans=("full",))
@@ -108,9 +99,8 @@ def test_memory_is_measured_in_a_process_of_its_own():
     [
         ({"name": "gpt"}, "--encoder must be one of conformer-m"),
         ({"lengths": (0,)}, "--lengths and --batch must be at least 1"),
-        ({"batch_size": 0}, "--lengths and --batch must be at least 1"),
         ({"dtype": "int8"}, "--dtype must be one of float32"),
-        ({"device": "tpu"}, "--device must be one of cpu"),
+        ({"device": "tpu"}, "--device must be cpu or cuda"),
         ({"part": "half"}, "--part must be one of layers"),
     ],
 )
@@ -119,26 +109,10 @@ def test_invalid_options_are_refused_by_name(options, message):
         open_encoder(**{"name": "conformer-m"} | options)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="no CUDA GPU"):
-        open_encoder("conformer-m", device="cuda")
-
-
 def test_the_command_prints_speed_ups_and_writes_everything_to_json(tmp_path, shallow):
     file = tmp_path / "speed" / "bench.json"
-    words = [
-        "bench",
-        "--lengths",
-        str(LENGTH),
-        "--repeats",
-        "1",
-        "--contestants",
-        "sdpa,mapreuse",
-        "--plans",
-        "full,4x1",
-    ]
-    ran = CliRunner().invoke(cli.app, [*words, "--json", str(file)], env={"COLUMNS": "120"})
+    words = f"bench --lengths {LENGTH} --repeats 1 --contestants sdpa,mapreuse --plans full,4x1 --json {file}"
+    ran = CliRunner().invoke(cli.app, words, env={"COLUMNS": "120"})
 
     assert ran.exit_code == 0, ran.output
     assert "speed-up over sdpa" in ran.stdout
@@ -149,8 +123,7 @@ def test_the_command_prints_speed_ups_and_writes_everything_to_json(tmp_path, sh
 
 def test_the_command_breaks_an_encoder_down(tmp_path, shallow):
     file = tmp_path / "breakdown.json"
-    words = ["breakdown", "--lengths", "40,60", "--repeats", "1", "--plans", "4x1", "--json", str(file)]
-    ran = CliRunner().invoke(cli.app, words)
+    ran = CliRunner().invoke(cli.app, f"breakdown --lengths 40,60 --repeats 1 --plans 4x1 --json {file}")
 
     assert ran.exit_code == 0, ran.output
     found = [(one["batch"], one["name"]) for one in json.loads(file.read_text())["breakdowns"]]

@@ -38,8 +38,7 @@ def test_kernels_are_compared_with_their_products_and_by_length():
 
 def test_the_command_times_kernels(tmp_path):
     file = tmp_path / "kernels.json"
-    words = ["bench", "--kernels", "--lengths", "50,100", "--repeats", "1", "--json", str(file)]
-    ran = CliRunner().invoke(cli.app, words)
+    ran = CliRunner().invoke(cli.app, f"bench --kernels --lengths 50,100 --repeats 1 --json {file}")
 
     assert ran.exit_code == 0, ran.output
     assert "Growth" in ran.stdout

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import build
 from mapreuse_lab.study._phoneme_attention import phoneme_attention
+from mapreuse_lab.training import BASELINE, Recogniser, phoneme_batches
 
 from mapreuse import ReusePlan, apply
 from mapreuse.models import MapRecorder, Recording
@@ -144,3 +145,15 @@ def test_attention_to_another_phoneme_is_off_the_diagonal(measure):
 
     torch.testing.assert_close(matrix[0], torch.tensor([0.0, 3, 0]))
     torch.testing.assert_close(matrix[2], torch.ones(3))
+
+
+def test_the_shipped_recogniser_attends_the_same_phonemes_in_lower_layers():
+    baseline = Recogniser.load(BASELINE)
+    batches, labels, phonemes = phoneme_batches(baseline, "en", sentences=24)
+    found = phoneme_attention(baseline.model, batches, labels, num_classes=len(phonemes))
+    moved = [row.roll(20, 1) for row in labels]  # 0.8 s later
+    chance = phoneme_attention(baseline.model, batches, moved, num_classes=len(phonemes))
+
+    lower, upper = found.same.unflatten(0, (2, 4)).mean((1, 2)).tolist()
+    assert lower > 1.3 > 1.2 > upper
+    assert chance.same[:4].mean() < 1.1

@@ -115,7 +115,8 @@ def test_the_command_has_the_options_that_differ_from_their_defaults(monkeypatch
     )
     full = FullConfig("librispeech:my data", "prompts:fr", recipe=Recipe(steps=7), device="cuda")
     assert full_command(full) == (
-        "mapreuse-lab study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr --steps 7 --device cuda"
+        "mapreuse-lab study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr "
+        "--steps 7 --device cuda"
     )
 
 

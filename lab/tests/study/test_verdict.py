@@ -34,7 +34,8 @@ def test_the_fastest_technique_is_named_for_each_length_and_maximum_loss():
         "Fastest with no significant CER loss: the reuse-2x3 at T = 250 (1.2×); the window at T = 1000 (5.0×)."
     )
     assert sentences[1] == (
-        "Fastest with a CER loss of at most 1 point, and with a CER loss of at most 2 points, and with a CER loss of at "
+        "Fastest with a CER loss of at most 1 point, and with a CER loss of at most 2 points, and with a "
+        "CER loss of at "
         "most 5 points: the reuse-2x3 at T = 250 (1.2×), 1000 (2.0×)."
     )
     assert any(sentence.startswith("3 techniques are compared") for sentence in sentences)
@@ -92,7 +93,8 @@ def test_longer_training_has_a_sentence_with_intervals():
     found = results(technique("diagonal", "other", 0.30, (0.5, 0.5), (-0.01, 0.01))) | {"longer": longer}
     (sentence,) = (one for one in verdict(found) if one.startswith("Trained longer"))
     assert sentence == (
-        "Trained longer and on more speech, full attention has a CER of 10.0%. Differences to it, in points: the diagonal "
+        "Trained longer and on more speech, full attention has a CER of 10.0%. Differences to it, in "
+        "points: the diagonal "
         "+1.3 [+0.5, +2.1], significantly worse."
     )
     (matters,) = (one for one in verdict(found) if one.startswith("Attention makes"))

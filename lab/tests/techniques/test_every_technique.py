@@ -2,7 +2,6 @@
 
 import copy
 
-import mapreuse_lab.techniques
 import pytest
 import torch
 from mapreuse_lab.techniques import TECHNIQUES, Technique, parse, study_techniques
@@ -25,23 +24,6 @@ def test_a_name_is_read_back_as_the_same_technique(name):
 
 def test_every_registered_technique_is_tested():
     assert set(TECHNIQUES.values()) == {type(parse(name)) for name in VARIANTS}
-
-
-def test_a_class_registers_itself_by_its_notation(monkeypatch):
-    monkeypatch.setattr(mapreuse_lab.techniques._technique, "TECHNIQUES", registered := {})
-
-    class Shifted(
-        Technique, notation="shifted-{frames}[-by-{steps}]", label="shift {frames}[, {steps} steps]", minimum=2
-    ):
-        frames: int
-        steps: int = 0
-
-    assert list(registered.values()) == [Shifted]
-    assert [parse(name) for name in ("shifted-3", "shifted-3-by-2")] == [Shifted(3), Shifted(3, 2)]
-    assert [Shifted(3).name, Shifted(3, 2).name] == ["shifted-3", "shifted-3-by-2"]
-    assert [Shifted(3).title, Shifted(3, 2).title] == ["shift 3", "shift 3, 2 steps"]
-    with pytest.raises(ValueError, match="frames must be at least 2, got 1"):
-        Shifted(1)
 
 
 @every_technique
@@ -115,20 +97,11 @@ def test_weights_that_are_saved_and_loaded_give_the_same_outputs(name):
         assert torch.equal(other(**batch(21, 40)).last_hidden_state, output(name))
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), [("window-3", "window-40"), ("strided-3", "pool-3"), ("linear", "nystrom-3")]
-)
-def test_weights_of_another_technique_are_refused(name, other):
-    with pytest.raises(ValueError, match=f"weights of '{name}' do not belong in a model under '{other}'"):
-        compressed(other).load_state_dict(unchanged(name).state_dict())
-
-
-@pytest.mark.parametrize("name", ["window-3", "grouped-3", "strided-3", "pool-3", "probsparse-3"])
-def test_weights_are_not_taken_for_those_of_full_attention(name):
+def test_weights_of_another_technique_are_refused():
+    with pytest.raises(ValueError, match="weights of 'strided-3' do not belong in a model under 'pool-3'"):
+        compressed("pool-3").load_state_dict(unchanged("strided-3").state_dict())
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        encoder().load_state_dict(unchanged(name).state_dict())
-    with pytest.raises(RuntimeError, match="Missing key"):
-        compressed(name).load_state_dict(encoder().state_dict())
+        encoder().load_state_dict(unchanged("strided-3").state_dict())
 
 
 @every_technique
@@ -156,46 +129,24 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         torch.testing.assert_close(gradients[1][path], gradient, rtol=1e-3, atol=1e-5)
 
 
-layers_that_share = pytest.mark.parametrize("name", ["window-3+reuse-2x2", "cla-2"])
-
-
-@layers_that_share
-def test_reentrant_checkpointing_is_refused_if_layers_share(name):
+@pytest.mark.parametrize("name", ["window-3+reuse-2x2", "cla-2"])
+def test_layers_that_share_refuse_reentrant_checkpointing_layer_drop_and_calls_outside_the_encoder(name):
     model = compressed(name).train()
+    hidden_states = torch.randn(1, 5, 32)
+    with pytest.raises(ValueError, match="call that whole"):
+        model.layers[1].self_attn(hidden_states, model.encode_positions(hidden_states))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=False"):
         model(**batch(21))
-
-
-@layers_that_share
-def test_layer_drop_is_refused_if_layers_share(name):
     model = encoder()
     model.layerdrop = 0.1
     with pytest.raises(ValueError, match=r"layerdrop=0\.0"):
         parse(name).apply(model)
 
 
-@layers_that_share
-def test_a_sharing_layer_outside_its_encoder_is_refused(name):
-    model = compressed(name)
-    hidden_states = torch.randn(1, 5, 32)
-    with pytest.raises(ValueError, match="call that whole"):
-        model.layers[1].self_attn(hidden_states, model.encode_positions(hidden_states))
-
-
-WITH_POSITIONS = [
-    "qk-dim-3",
-    "gqa-1",
-    "window-3",
-    "window-3-global-2",
-    "grouped-3",
-    "strided-3",
-    "pool-3",
-    "probsparse-3",
-]
-
-
-@pytest.mark.parametrize("name", WITH_POSITIONS)
+@pytest.mark.parametrize(
+    "name", ["qk-dim-3", "gqa-1", "window-3-global-2", "grouped-3", "strided-3", "pool-3", "probsparse-3"]
+)
 def test_encodings_of_positions_that_differ_by_item_are_used_item_by_item(name):
     """Dropout of the encodings makes them differ in training."""
     model = copy.deepcopy(unchanged(name))
@@ -228,19 +179,14 @@ def test_attention_dropout_drops_in_training_only(name):
     assert not torch.equal(first, second)
 
 
-UNKNOWN = ["", "windows-3", "window", "window-", "heads-x", "full-2", "Full"]
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        *((name, "no technique") for name in UNKNOWN),
+        *((name, "no technique") for name in ("", "windows-3", "window-", "heads-x", "full-2", "Full")),
         ("reuse-2x2x", "character"),
         ("window-0", "radius must be at least 1"),
         ("heads-0", "num_heads must be at least 1"),
         ("cla-1", "size must be at least 2"),
-        ("pool-1", "size must be at least 2"),
-        ("grouped-1", "size must be at least 2"),
         ("strided-1", "stride must be at least 2"),
         ("reuse-2x2-partial-0", "partial must be at least 1"),
     ],
@@ -259,9 +205,7 @@ def test_a_name_of_no_technique_is_refused_in_one_line(name, reason):
         ("heads-2+reuse-2x3", "6 layers, but the encoder has 4"),
         ("qk-dim-8", "8 dimensions, no more than 8"),
         ("gqa-3", "cannot be put in 3 equal groups"),
-        ("gqa-4", "cannot be put in 4 equal groups"),
         ("window-3+reuse-2x3", "6 layers, but the encoder has 4"),
-        ("reuse-2x3", "6 layers, but the encoder has 4"),
         ("reuse-2x2-partial-4", "4 heads, no more than 4"),
         ("skip-5", "only 4 layers"),
         ("layers-4", "only 4 layers"),
@@ -283,7 +227,7 @@ def test_a_model_without_an_encoder_of_this_kind_is_refused():
         parse("linear").apply(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("num_layers", [4, 6, 8, 9, 16])
+@pytest.mark.parametrize("num_layers", [4, 6, 9, 16])
 def test_the_studys_techniques_have_names_of_their_own(num_layers):
     techniques = study_techniques(num_layers)
     names = [technique.name for technique in techniques]
@@ -305,8 +249,3 @@ def test_the_studys_techniques_fit_their_encoder():
             continue
         with torch.no_grad():
             assert technique.apply(encoder())(**inputs).last_hidden_state.isfinite().all(), technique.name
-
-
-def test_a_study_of_too_small_an_encoder_is_refused():
-    with pytest.raises(ValueError, match="at least 4 layers"):
-        study_techniques(2)

@@ -40,7 +40,7 @@ def few(prompts) -> Corpus:
 @pytest.fixture(scope="session")
 def make_tiny():
     """Makes untrained recognisers with two narrow layers."""
-    size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "conv_kernel_size": 7}
+    size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     config = FeatureConfig(num_mel_bins=32)
     return partial(Recogniser.create, alphabet("en"), **size, subsampling_channels=8, feature_config=config)
 

@@ -28,18 +28,12 @@ def test_features_come_every_ten_milliseconds_with_mean_zero_and_deviation_one(p
     assert (row.std(0) - 1).abs().max() < 0.05
 
 
-def test_loudness_has_no_effect(prompts):
-    samples = next(iter(prompts.test)).load_audio()[0]
-    loud, _ = features([samples], CONFIG)
-    soft, _ = features([samples / 30], CONFIG)
-    assert torch.allclose(loud, soft, atol=1e-4)
-
-
-def test_very_loud_audio_has_the_same_features(prompts):
+@pytest.mark.parametrize("factor", [1 / 30, 1e30])
+def test_loudness_has_no_effect(prompts, factor):
     samples = next(iter(prompts.test)).load_audio()[0]
     expected, _ = features([samples], CONFIG)
-    loud, _ = features([samples * np.float32(1e30)], CONFIG)
-    assert torch.allclose(loud, expected, atol=1e-4)
+    found, _ = features([samples * np.float32(factor)], CONFIG)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +67,6 @@ def test_a_tone_is_loudest_in_its_own_band(hertz):
     assert abs(int((row[-20:].mean(0) - row[:20].mean(0)).argmax()) - expected) <= 1
 
 
-def test_no_band_is_empty():
-    assert (mel_filters(CONFIG, 512).sum(0) > 0.3).all()
-
-
 def test_audio_below_one_window_is_padded_to_one_frame():
     batch, mask = features([np.ones(10, np.float32), np.ones(200, np.float32)], CONFIG)
     assert batch.shape == (2, 1, 64)
@@ -95,9 +85,9 @@ def test_resampling_keeps_the_pitch_and_speed_changes_it():
 
 def test_masks_are_limited_in_size_and_follow_their_generator():
     batch, mask = torch.ones(4, 300, 64), torch.ones(4, 300, dtype=torch.long)
-    settings = {"bands": 2, "band_width": 10, "spans_per_second": 1.0, "span": 20, "frames_per_second": 100.0}
+    settings = {"bands": 2, "spans_per_second": 1.0, "frames_per_second": 100.0}
     masked = spec_augment(batch, mask, torch.Generator().manual_seed(1), **settings)
     again = spec_augment(batch, mask, torch.Generator().manual_seed(1), **settings)
     assert torch.equal(masked, again)
-    assert 0 < (masked == 0).float().mean() < 20 / 64 + 3 * 20 / 300
+    assert 0 < (masked == 0).float().mean() < 20 / 64 + 3 * 15 / 300
     assert (batch == 1).all()

@@ -20,11 +20,7 @@ from mapreuse_lab.training import LANGUAGES, alphabet, normalise
         ("en", "Call-Forward", "call forward"),
         ("en", "café", "cafe"),
         ("en", "[ascending tones]", ""),
-        (
-            "en",
-            "1,234,001 of 1,000",
-            "one million two hundred thirty four thousand one of one thousand",
-        ),
+        ("en", "1,234,001 of 1,000", "one million two hundred thirty four thousand one of one thousand"),
         ("en", "5,6 or 12,3456", "five point six or twelve point three four five six"),
         ("fr", "1.000 et 12,5", "mille et douze virgule cinq"),
         ("en", f"{'7' * 400}.5", " ".join(["seven"] * 400 + ["five"])),

@@ -77,11 +77,6 @@ def test_a_directory_with_another_run_is_refused(change, make_tiny, few, tmp_pat
         train(other, few, replace(SHORT, steps=8) if change == "settings" else SHORT, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(make_tiny, few, tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is not finite at step \d+; lower the learning rate"):
-        train(make_tiny(), few, replace(SHORT, learning_rate=1e30, warmup=0.0), tmp_path)
-
-
 def test_a_recording_that_is_not_finite_is_refused_by_name(make_tiny, few, tmp_path):
     cut = min(few.train, key=lambda cut: cut.duration)
     samples = cut.load_audio()[0]
@@ -100,7 +95,12 @@ def test_a_recording_that_is_not_finite_is_refused_by_name(make_tiny, few, tmp_p
 def test_a_recogniser_learns_a_few_recordings(make_tiny, few, tmp_path):
     still = {"noise_probability": 0.0, "mask_bands": 0, "mask_spans_per_second": 0.0, "speeds": (1.0,)}
     recogniser = make_tiny(dropout=0.0)
-    train(recogniser, replace(few, dev=CutSet.from_cuts([])), replace(SHORT, steps=150, **still), tmp_path)
+    train(
+        recogniser,
+        replace(few, dev=CutSet.from_cuts([])),
+        replace(SHORT, steps=250, evaluate_every=250, **still),
+        tmp_path,
+    )
     assert evaluate(recogniser, few.train).cer < 0.3
 
 
@@ -111,12 +111,6 @@ def test_the_best_weights_on_dev_are_kept_and_patience_ends_the_run(make_tiny, f
     assert len(log) < 40
     best = min((line["dev_wer"], line["dev_cer"]) for line in log)
     assert (round(scores.wer, 4), round(scores.cer, 4)) == best
-
-
-def test_a_budget_in_seconds_ends_the_run(make_tiny, few, tmp_path):
-    train(make_tiny(), few, TrainConfig(seconds=1.5, batch_seconds=5), tmp_path)
-    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert 1.5 <= line["elapsed"] < 6
 
 
 def test_recovery_trains_a_converted_recogniser_towards_the_original(few, baseline, tmp_path):
@@ -171,7 +165,7 @@ prompts = open_corpus("prompts:en")
 short = CutSet.from_cuts([cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12])
 dev = CutSet.from_cuts([cut for cut in prompts.dev if cut.duration < 2][:3])
 corpus = Corpus("prompts:en", "en", 8000, "", short, dev, CutSet.from_cuts([]))
-size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "conv_kernel_size": 7}
+size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
 config = FeatureConfig(num_mel_bins=32)
 recogniser = Recogniser.create(alphabet("en"), **size, subsampling_channels=8, feature_config=config)
 train(recogniser, corpus, TrainConfig(steps=6, batch_seconds=3, evaluate_every=2), out / "out")
@@ -185,32 +179,16 @@ def test_two_processes_train_one_model(few, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(script),
-        str(tmp_path),
-    ]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launch, script, tmp_path], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     states = [load_file(tmp_path / f"weights-{rank}.safetensors") for rank in range(2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({}, "steps or as seconds"),
-        ({"steps": 5, "seconds": 5}, "steps or as seconds"),
-        ({"seconds": -1}, "must be positive"),
-        ({"seconds": float("nan")}, "must be positive"),
-        ({"steps": 5, "real_share": (0.0, 1.0)}, "real_share"),
-    ],
-)
-def test_impossible_settings_are_refused(settings, reason):
-    with pytest.raises(ValueError, match=reason):
-        TrainConfig(**settings)
+def test_an_impossible_share_of_recordings_is_refused():
+    with pytest.raises(ValueError, match="real_share"):
+        TrainConfig(steps=5, real_share=(0.0, 1.0))

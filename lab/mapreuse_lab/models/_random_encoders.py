@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,58 +18,6 @@ SUBSAMPLING = 4
 
 _NUM_MEL_BINS = 80
 _SCORE_PROJECTIONS = ("q_proj", "k_proj", "relative_k_proj", "linear_q", "linear_k", "query", "key")
-_SPEECH_LIKE = (
-    "log-mel-like features: noise smoothed over time and frequency, with an envelope of 4 syllables per second, "
-    "normalised bin by bin (seed 0)"
-)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """How to build an encoder and its inputs.
-
-    Attributes:
-        unit: unit of its lengths.
-        signal: description of its inputs.
-        lengths: default lengths of benchmarks.
-        build: makes the encoder for inputs up to a length; its weights are always the same.
-        front: path of the module that makes the hidden states of the first layer; empty if it is not in the encoder.
-        argument: name of the encoder's input.
-        states: name of the argument that takes hidden states once `front` is replaced.
-        inputs: makes inputs of a length and a batch size.
-    """
-
-    unit: str
-    signal: str
-    lengths: tuple[int, ...]
-    build: Callable[[int], nn.Module]
-    front: str
-    argument: str
-    states: str
-    inputs: Callable[[int, int], Tensor]
-
-    def whole(self, lengths: tuple[int, ...], batch_size: int = 1) -> tuple[nn.Module, dict[int, dict[str, Tensor]]]:
-        """The encoder, and a batch for each length."""
-        batches = {length: {self.argument: self.inputs(length, batch_size)} for length in lengths}
-        return self.build(max(lengths)), batches
-
-    def layers(self, lengths: tuple[int, ...], batch_size: int = 1) -> tuple[nn.Module, dict[int, dict[str, Tensor]]]:
-        """The encoder without its front end, and a batch of hidden states for each length."""
-        encoder = self.build(max(lengths))
-        if not self.front:
-            return encoder, {length: {self.states: self.inputs(length, batch_size)} for length in lengths}
-        front = encoder.get_submodule(self.front)
-        with torch.no_grad():
-            batches = {length: {self.states: front(self.inputs(length, batch_size))} for length in lengths}
-        encoder.set_submodule(self.front, _PassThrough())
-        return encoder, batches
-
-
-class _PassThrough(nn.Module):
-    """Replaces a front end whose output is the input of the encoder."""
-
-    def forward(self, hidden_states: Tensor | None = None, *args: object, **kwargs: Any) -> Tensor:
-        return kwargs["inputs_embeds"] if hidden_states is None else hidden_states
 
 
 def conformer_m(num_mel_bins: int = _NUM_MEL_BINS, *, num_layers: int = 16) -> ParakeetEncoder:
@@ -117,7 +64,10 @@ def bert_base(max_length: int, *, num_layers: int = 12) -> BertModel:
 def speech_like_features(
     length: int, batch_size: int, num_mel_bins: int = _NUM_MEL_BINS
 ) -> Float[Tensor, "batch frames mels"]:
-    """Normalised log-mel-like features for `length` encoder frames: smooth noise with a syllable-rate envelope."""
+    """Log-mel-like features for `length` encoder frames, normalised bin by bin.
+
+    They are noise, smoothed over time and frequency, with an envelope of 4 syllables per second.
+    """
     generator = torch.Generator().manual_seed(0)
     frames = SUBSAMPLING * length
     noise = torch.randn(batch_size, frames, num_mel_bins, generator=generator)
@@ -128,13 +78,13 @@ def speech_like_features(
     return (features - features.mean(1, keepdim=True)) / features.std(1, keepdim=True)
 
 
-def _subsampled(length: int, batch_size: int) -> Float[Tensor, "batch length width"]:
-    """Hidden states for the plain Conformer: speech-like features after Conformer-M's subsampling."""
+def speech_like_states(length: int, batch_size: int) -> Float[Tensor, "batch length width"]:
+    """Hidden states of a Conformer: speech-like features after Conformer-M's subsampling."""
     with torch.no_grad():
         return conformer_m(num_layers=1).subsampling(speech_like_features(length, batch_size))
 
 
-def _text_like_tokens(length: int, batch_size: int) -> Int[Tensor, "batch tokens"]:
+def text_like_tokens(length: int, batch_size: int) -> Int[Tensor, "batch tokens"]:
     """Token ids with Zipf-distributed frequencies, like text."""
     uniform = torch.rand(batch_size, length, generator=torch.Generator().manual_seed(0))
     rank = torch.exp(uniform * math.log(BertConfig().vocab_size - 1000)).long()
@@ -155,38 +105,3 @@ def _seeded(build: Callable[[], nn.Module]) -> Any:
                 if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _SCORE_PROJECTIONS:
                     module.weight.normal_(std=1.4 * module.in_features**-0.5)
     return model.eval()
-
-
-ENCODERS: dict[str, Encoder] = {
-    "conformer-m": Encoder(
-        unit="encoder frames of 40 ms",
-        signal=_SPEECH_LIKE,
-        lengths=(1000, 2000, 3000),
-        build=lambda max_length: conformer_m(),
-        front="subsampling",
-        argument="input_features",
-        states="input_features",
-        inputs=speech_like_features,
-    ),
-    "plain-conformer-m": Encoder(
-        unit="encoder frames of 40 ms",
-        signal=_SPEECH_LIKE,
-        lengths=(1000, 2000, 3000, 4000),
-        build=lambda max_length: plain_conformer_m(),
-        front="",
-        argument="hidden_states",
-        states="hidden_states",
-        inputs=_subsampled,
-    ),
-    "bert-base": Encoder(
-        unit="tokens",
-        signal="token ids with Zipf-distributed frequencies (seed 0)",
-        lengths=(128, 256, 512),
-        build=bert_base,
-        front="embeddings",
-        argument="input_ids",
-        states="inputs_embeds",
-        inputs=_text_like_tokens,
-    ),
-}
-"""The encoders of `mapreuse-lab bench`, by name."""
