@@ -64,7 +64,7 @@ def test_a_text_encoder_is_analyzed_over_a_text_file(tmp_path, monkeypatch, caps
     assert data["concentration"]["epsilon"] == 0.1
     assert data["command"].startswith(f"mapreuse analyze {directory} --calibration ")
     found = analyze(open_model(directory).model, open_batches(open_model(directory), tmp_path / "sentences.txt"))
-    assert data["diagonality"]["heads"][2][1] == pytest.approx(found.diagonality.heads[2, 1].item(), abs=1e-4)
+    assert data["diagonality"]["heads"][2][1] == pytest.approx(found.diagonality[2, 1].item(), abs=1e-4)
 
 
 def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ import torch
 from mapreuse_lab.training import BASELINE, Recogniser, features, open_corpus, waveform_of
 from transformers import AutoModel, AutoTokenizer
 
-from mapreuse.measure import concentration, machine
+from mapreuse.measure import analyze, machine
 
 TARGET = Path(__file__).parent.parent / "results/speed/concentration.json"
 EPSILONS = (0.02, 0.1)
@@ -42,7 +42,7 @@ def main() -> None:
 def _described(model: torch.nn.Module, batches: list[dict[str, Any]]) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for epsilon in EPSILONS:
-        shares = concentration(model, batches, epsilon=epsilon).heads
+        shares = analyze(model, batches, epsilon=epsilon).concentration
         described[str(epsilon)] = {
             "mean": shares.mean().item(),
             "layers": shares.mean(1).tolist(),

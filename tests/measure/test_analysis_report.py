@@ -34,11 +34,11 @@ def test_json_plots_and_page_are_written_and_hold_the_measures(analysis, tmp_pat
     for value, expected in (
         (data["similarity"]["heads"], analysis.similarity.heads),
         (data["similarity"]["layers"], analysis.similarity.layers),
-        (data["entropy"]["heads"], analysis.entropy.heads),
-        (data["entropy"]["relative"], analysis.entropy.relative),
-        (data["diagonality"]["heads"], analysis.diagonality.heads),
-        (data["diagonality"]["curve"], analysis.diagonality.curve),
-        (data["concentration"]["heads"], analysis.concentration.heads),
+        (data["entropy"]["heads"], analysis.entropy),
+        (data["entropy"]["relative"], analysis.relative_entropy),
+        (data["diagonality"]["heads"], analysis.diagonality),
+        (data["diagonality"]["curve"], analysis.diagonality_curve),
+        (data["concentration"]["heads"], analysis.concentration),
     ):
         torch.testing.assert_close(torch.tensor(value), expected, atol=0.5001e-4, rtol=0)
     assert (data["num_queries"], data["concentration"]["epsilon"], data["command"]) == (16, 0.1, NAMES["command"])
@@ -56,7 +56,7 @@ def test_without_plot_packages_tables_and_json_are_written_and_a_line_names_what
 
     assert {file.name for file in tmp_path.iterdir()} == {"analysis.json", "index.html"}
     assert "Most similar head of the layer before" in (tmp_path / "index.html").read_text()
-    assert "plotly is not installed" in caplog.text
+    assert "matplotlib and plotly not installed" in caplog.text
     assert "pip install 'mapreuse[plots]'" in caplog.text
 
 
@@ -69,7 +69,7 @@ def test_tables_match_each_head_with_the_most_similar_head_of_the_layer_before(a
         alike = analysis.similarity.heads[layer - 1, :, layer, head]
         assert matches.rows[layer - 1][head + 1] == f"{alike.argmax()}: {alike.max():.2f}"
     assert [table.title for table in rest] == ["Entropy", "Diagonality", "Concentration"]
-    assert rest[1].rows[2][1:] == [f"{value:.2f}" for value in analysis.diagonality.heads[2].tolist()]
+    assert rest[1].rows[2][1:] == [f"{value:.2f}" for value in analysis.diagonality[2].tolist()]
 
 
 def test_a_model_of_one_layer_has_no_neighbours_to_show(tmp_path):

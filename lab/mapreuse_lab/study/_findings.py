@@ -61,9 +61,9 @@ def _similarity(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[
     found = analyze(full.model, speech_batches(full, config.corpus))
     return {
         "layers": _rounded(found.similarity.layers),
-        "diagonality": _rounded(found.diagonality.heads),
-        "entropy": _rounded(found.entropy.relative),
-        "concentration": _rounded(found.concentration.heads),
+        "diagonality": _rounded(found.diagonality),
+        "entropy": _rounded(found.relative_entropy),
+        "concentration": _rounded(found.concentration),
     }
 
 

@@ -1,30 +1,22 @@
 """What does a model cost, and how similar are its attention maps?"""
 
-from mapreuse.measure._analysis import Analysis, analyze
+from mapreuse.measure._analysis import Analysis, Similarity, analyze, maps_by_sequence, similarity
 from mapreuse.measure._analysis_report import analysis_tables, write_analysis
 from mapreuse.measure._bench import bench, contestant_memory, disagreement, latency_data, named_batches, speed_up
 from mapreuse.measure._bench_tables import bench_tables, latency_text, ratio_text
 from mapreuse.measure._breakdown import PARTS, Breakdown, LayerBreakdown, PartCost, breakdown
 from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
-from mapreuse.measure._concentration import Concentration, concentration
 from mapreuse.measure._contestants import Contestant, split_plans, use_attention
-from mapreuse.measure._diagonality import Diagonality, diagonality
-from mapreuse.measure._entropy import Entropy, entropy
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
-from mapreuse.measure._over_queries import maps_by_sequence
 from mapreuse.measure._page import Image, Section, write_page
-from mapreuse.measure._similarity import Similarity, similarity
 
 __all__ = [
     "PARTS",
     "Analysis",
     "Breakdown",
-    "Concentration",
     "Contestant",
-    "Diagonality",
-    "Entropy",
     "Image",
     "Latency",
     "LayerBreakdown",
@@ -39,12 +31,9 @@ __all__ = [
     "breakdown_data",
     "breakdown_plot",
     "breakdown_tables",
-    "concentration",
     "contestant_memory",
     "cpu_threads",
-    "diagonality",
     "disagreement",
-    "entropy",
     "latency_data",
     "latency_text",
     "machine",

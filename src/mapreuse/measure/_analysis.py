@@ -1,37 +1,85 @@
-"""All measures of a model's attention maps, in one pass over the data."""
+"""Measures of a model's attention maps, as means over queries; each batch runs once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from mapreuse.console import ProgressCallback
-from mapreuse.measure._concentration import Concentration, check_epsilon, summed_shares
-from mapreuse.measure._diagonality import Diagonality, diagonality_of, summed_diagonality
-from mapreuse.measure._entropy import Entropy, summed_entropy
-from mapreuse.measure._over_queries import mean_over_queries
-from mapreuse.measure._similarity import Similarity, summed_similarity
+from mapreuse.models import MapRecorder, Recording, check_batch
+
+BLOCK_ROWS = 64
+"""Number of neighbouring queries whose maps are stored as one interval of keys; see `Analysis.concentration`."""
+CURVE_STEPS = 20
+"""Number of steps of r, from 0 to 1; see `Analysis.diagonality_curve`."""
+_MAX_COMPARED = 2**20
+"""Maximum number of differences in memory at a time."""
+
+Measure = Callable[[Float[Tensor, "layers heads query key"]], Float[Tensor, "*measured"]]
+"""A measure of the maps of one sequence without its padding, summed over its queries, in float64."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Similarity of every pair of attention maps of a model.
+
+    Attributes:
+        heads: `heads[l, h, m, g]` is the similarity of layer l's head h and layer m's head g, from 0 to 1:
+
+                1 − mean over queries of ½ Σ_k |map[l, h][q, k] − map[m, g][q, k]|
+
+            that is, one minus the total variation of two rows (Bhojanapalli et al., "Leveraging redundancy in
+            attention with Reuse Transformers", 2021). Padding is excluded.
+        num_queries: number of queries that the mean is taken over.
+    """
+
+    heads: Float[Tensor, "layers heads layers heads"]
+    num_queries: int
+
+    @property
+    def layers(self) -> Float[Tensor, "layers layers"]:
+        """Similarity of two layers: maximum over the first layer's heads, mean over the second layer's heads."""
+        return self.heads.amax(dim=1).mean(dim=-1)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Properties of a model's attention maps, by layer and head.
+    """Properties of a model's attention maps, by layer and head. Values are means over queries, without padding.
 
     Attributes:
         similarity: similarity of each pair of maps. It shows which layers can share a map.
-        entropy: how widely queries spread their attention.
-        diagonality: how close to the diagonal the attention is.
-        concentration: which share of the keys a map needs. It shows what sparse storage would save.
+        entropy: − Σ_k map[q, k] ln map[q, k], in nats: 0 if each query attends to one key.
+        relative_entropy: entropy ÷ ln K, for sequences of K keys: 0 if each query attends to one key or K = 1, and 1
+            if all keys get equal attention. Causal maps stay below 1, because early queries see few keys.
+        diagonality: cumulative attention diagonality (Shim, Choi & Sung, "Understanding the Role of Self Attention
+            for Efficient Speech Recognition", ICLR 2022), for a sequence of length T:
+
+                C(r) = 1/T Σ_i Σ_{|j − i| ≤ r (T − 1)} map[i, j]
+                diagonality = ∫₀¹ C(r) dr = 1 − 1/T Σ_ij map[i, j] |j − i| / (T − 1)
+
+            A diagonal map has diagonality 1, a uniform map 1 − (T + 1) / 3T, about two thirds for long sequences.
+        diagonality_curve: C(r) for r = 0, 0.05, …, 1.
+        concentration: share of its keys that a map needs, if a share ε of each row may be dropped. 64 neighbouring
+            queries need the shortest interval of keys from which at most ε/2 of each row is cut off at either end.
+            Its length is the relative cost of products with a map that is stored as intervals.
+        epsilon: ε.
     """
 
     similarity: Similarity
-    entropy: Entropy
-    diagonality: Diagonality
-    concentration: Concentration
+    entropy: Float[Tensor, "layers heads"]
+    relative_entropy: Float[Tensor, "layers heads"]
+    diagonality: Float[Tensor, "layers heads"]
+    diagonality_curve: Float[Tensor, "layers heads points"]
+    concentration: Float[Tensor, "layers heads"]
+    epsilon: float
 
 
 def analyze(
@@ -39,7 +87,6 @@ def analyze(
     batches: Iterable[Mapping[str, Any]],
     *,
     epsilon: float = 0.02,
-    block_rows: int = 64,
     progress: ProgressCallback = lambda doing, done, total: None,
 ) -> Analysis:
     """Similarity, entropy, diagonality and concentration of all maps of `model`. Each batch runs once.
@@ -47,21 +94,135 @@ def analyze(
     Args:
         model: a model that `apply` accepts. It is not changed.
         batches: keyword dictionaries for the model's forward.
-        epsilon: see `Concentration`.
-        block_rows: see `Concentration`.
+        epsilon: share of each row that concentration may drop.
         progress: called after each batch with its number and the number of batches.
 
     Raises:
         ValueError: if there are no batches, a map is not finite, or epsilon is not between 0 and 1.
     """
-    check_epsilon(epsilon)
-    shares = partial(summed_shares, epsilon=epsilon, block_rows=block_rows)
-    measures = (summed_similarity, summed_entropy, summed_diagonality, shares)
-    means, num_queries = mean_over_queries(model, batches, *measures, progress=progress)
-    similarities, entropies, diagonalities, concentrations = means
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
+    measures = (summed_similarity, summed_entropy, summed_diagonality, partial(summed_shares, epsilon=epsilon))
+    means, num_queries = _mean_over_queries(model, batches, measures, progress)
+    similarities, entropies, diagonalities, concentration = means
     return Analysis(
         Similarity(similarities, num_queries),
-        Entropy(*entropies),
-        diagonality_of(diagonalities),
-        Concentration(concentrations, epsilon, block_rows),
+        *entropies,
+        diagonalities[..., 0],
+        diagonalities[..., 1:],
+        concentration,
+        epsilon,
     )
+
+
+def similarity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Similarity:
+    """Similarity of all pairs of maps of `model`, averaged over the queries of `batches`.
+
+    Raises:
+        ValueError: if there are no batches, or a map is not finite.
+    """
+    (heads,), num_queries = _mean_over_queries(model, batches, [summed_similarity])
+    return Similarity(heads, num_queries)
+
+
+def maps_by_sequence(
+    recording: Recording,
+) -> Iterator[tuple[int, Bool[Tensor, " positions"], Float[Tensor, "layers heads query key"]]]:
+    """For each sequence of a batch: its index, a mask of its valid positions, and its maps without padding.
+
+    Maps in half precision are converted to float32. Sequences with padding only are skipped.
+
+    Raises:
+        ValueError: if a map is not finite.
+    """
+    for item, rows in enumerate(recording.valid):
+        if not bool(rows.any()):
+            continue
+        maps = torch.stack([weights[item][:, rows][:, :, rows] for weights in recording.maps])
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        if not bool(torch.isfinite(maps).all()):
+            raise ValueError("an attention map is not finite: check the model's weights and the calibration batches")
+        yield item, rows, maps
+
+
+def _mean_over_queries(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    measures: Sequence[Measure],
+    progress: ProgressCallback = lambda doing, done, total: None,
+) -> tuple[list[Float[Tensor, "*measured"]], int]:
+    """Mean of each measure, in float32, and the number of queries."""
+    recorder = MapRecorder(model, under_plan=True)
+    totals: list[Tensor | float] = [0.0] * len(measures)
+    num_queries, num_batches = 0, operator.length_hint(batches)
+    for done, batch in enumerate(batches, start=1):
+        check_batch(batch)
+        for _, rows, maps in maps_by_sequence(recorder(batch)):
+            totals = [total + measure(maps).cpu() for total, measure in zip(totals, measures, strict=True)]
+            num_queries += int(rows.sum())
+        progress(f"batch {done}", done, max(done, num_batches))
+    if num_queries == 0:
+        raise ValueError(
+            "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
+        )
+    return [(torch.as_tensor(total) / num_queries).float() for total in totals], num_queries
+
+
+def summed_similarity(maps: Float[Tensor, "layers heads query key"]) -> Float[Tensor, "layers heads layers heads"]:
+    """Similarity of each pair of maps of one sequence, summed over its queries in float64."""
+    layers, heads, queries, keys = maps.shape
+    flat = maps.flatten(0, 1)
+    distances = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=maps.device)  # later head, earlier head
+    for rows in flat.split(max(1, _MAX_COMPARED // (len(flat) * keys)), dim=1):
+        for head in range(1, len(flat)):
+            variation = (rows[:head] - rows[head]).abs().sum(-1)  # of each row: float32 would lose a sum of all
+            distances[head, :head] += variation.sum(-1, dtype=torch.float64)
+    return (queries - (distances + distances.T) / 2).view(layers, heads, layers, heads)
+
+
+def summed_entropy(maps: Float[Tensor, "layers heads query key"]) -> Float[Tensor, "2 layers heads"]:
+    """Entropy of each map of one sequence, summed over its queries: in nats, and relative to ln K."""
+    nats = torch.special.entr(maps).sum((-2, -1), dtype=torch.float64)
+    num_keys = maps.shape[-1]
+    return torch.stack([nats, nats / math.log(num_keys) if num_keys > 1 else torch.zeros_like(nats)])
+
+
+def summed_diagonality(
+    maps: Float[Tensor, "layers heads positions positions"],
+) -> Float[Tensor, "layers heads areas_and_points"]:
+    """Area under C, then C at each range, of each map of one sequence, summed over its queries."""
+    mass = _mass_by_distance(maps)
+    farthest = maps.shape[-1] - 1
+    # ∫ [d ≤ r (T − 1)] dr over r from 0 to 1 is 1 − d / (T − 1).
+    areas = 1 - torch.arange(farthest + 1, dtype=torch.float64, device=maps.device) / max(farthest, 1)
+    reached = torch.arange(CURVE_STEPS + 1, device=maps.device) * farthest // CURVE_STEPS
+    return torch.cat([(mass * areas).sum(-1, keepdim=True), mass.cumsum(-1)[..., reached]], -1)
+
+
+def _mass_by_distance(
+    maps: Float[Tensor, "layers heads positions positions"],
+) -> Float[Tensor, "layers heads positions"]:
+    """Sum of map[i, j] over |j − i| = d, for each distance d."""
+    size = maps.shape[-1]
+    # Reversed rows, each shifted by one more: each diagonal becomes a column, the main one in the middle.
+    shifted = nn.functional.pad(maps.flip(-2), (0, size)).flatten(-2)[..., :-size].unflatten(-1, (size, 2 * size - 1))
+    diagonals = shifted.sum(-2, dtype=torch.float64)
+    mass = diagonals[..., size - 1 :].clone()
+    mass[..., 1:] += diagonals[..., : size - 1].flip(-1)
+    return mass
+
+
+def summed_shares(
+    maps: Float[Tensor, "layers heads query key"], epsilon: float, block_rows: int = BLOCK_ROWS
+) -> Float[Tensor, "layers heads"]:
+    """Share of keys that each map of one sequence needs, summed over its queries."""
+    num_keys = maps.shape[-1]
+    cumulated = maps.double().cumsum(-1)
+    first = (cumulated <= epsilon / 2).sum(-1)  # first needed key
+    last = num_keys - (cumulated[..., -1:] - cumulated <= epsilon / 2).sum(-1)  # last needed key
+    summed = torch.zeros(maps.shape[:2], dtype=torch.float64, device=maps.device)
+    for start in range(0, maps.shape[2], block_rows):
+        rows = slice(start, start + block_rows)
+        kept = last[..., rows].amax(-1) + 1 - first[..., rows].amin(-1)
+        summed += kept.clamp(max=num_keys) / num_keys * first[..., rows].shape[-1]
+    return summed

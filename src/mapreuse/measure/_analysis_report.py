@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mapreuse.console import Table
-from mapreuse.measure._analysis import Analysis
+from mapreuse.measure._analysis import BLOCK_ROWS, CURVE_STEPS, Analysis
 from mapreuse.measure._machine import machine
 from mapreuse.measure._page import Block, Section, write_page
 
@@ -23,89 +25,63 @@ _DIGITS = 4
 _MAX_PANELS = 4  # side by side
 _MAX_HEADS = 6  # side by side, in a terminal of 80 columns
 _MAX_LABELLED_CELLS = 150  # above it, numbers inside the cells of a heat map are unreadable
+_RANGES = torch.arange(CURVE_STEPS + 1) / CURVE_STEPS
 
 
-@dataclass(frozen=True)
-class HeatMap:
-    """Values to show as colours.
-
-    Attributes:
-        name: file name, without extension.
-        title: name of the measure.
-        note: how to read it.
-        rows: what a row is; rows are numbered from 0.
-        columns: what a column is; columns are numbered from 0.
-        span: values of the first and the last colour. Values outside take the nearer colour.
-        panels: one or more matrices, by title.
-    """
+class _HeatMap(NamedTuple):
+    """One or more matrices to show as colours, by title. Rows and columns count from 0; the last colour is 1."""
 
     name: str
     title: str
     note: str
-    rows: str
-    columns: str
-    span: tuple[float, float]
     panels: dict[str, Float[Tensor, "rows columns"]]
+    rows: str = "layer"
+    columns: str = "head"
+    first_colour: float = 0.0
 
 
-def heat_maps(analysis: Analysis) -> list[HeatMap]:
+def _heat_maps(analysis: Analysis) -> list[_HeatMap]:
     """Similarity of layers; entropy, diagonality and concentration of heads; heads of neighbouring layers."""
-    epsilon, block_rows = analysis.concentration.epsilon, analysis.concentration.block_rows
-    found = [
-        HeatMap(
-            "similarity",
-            "Similarity of layers",
-            "1 − total variation of two rows. Each head of the reusing layer is compared with its most similar head "
-            "of the computing layer; the value is the mean over heads. Layers near 1 can share a map.",
-            "computing layer",
-            "reusing layer",
-            (0.0, 1.0),
-            {"": analysis.similarity.layers},
-        ),
-        HeatMap(
-            "entropy",
-            "Entropy",
-            "Mean entropy of a query's attention, divided by the logarithm of the number of keys: 0 if the query "
-            "attends to one key, 1 if it attends to all keys equally.",
-            "layer",
-            "head",
-            (0.0, 1.0),
-            {"": analysis.entropy.relative},
-        ),
-        HeatMap(
-            "diagonality",
-            "Diagonality",
-            "Cumulative attention diagonality: 1 if all attention is on the diagonal, about 0.67 if it is uniform. "
-            "Colours begin at 0.5.",
-            "layer",
-            "head",
-            (0.5, 1.0),
-            {"": analysis.diagonality.heads},
-        ),
-        HeatMap(
-            "concentration",
-            "Concentration",
-            f"Share of the keys that {block_rows} neighbouring queries need to keep all but {epsilon:g} of each "
-            "row's mass. It is the relative cost of a map that is stored as intervals.",
-            "layer",
-            "head",
-            (0.0, 1.0),
-            {"": analysis.concentration.heads},
-        ),
-    ]
-    if pairs := _neighbours(analysis):
-        found.append(
-            HeatMap(
-                "neighbours",
-                "Heads of neighbouring layers",
-                "Similarity of each head of a layer to each head of the layer before it.",
-                "head of the layer before",
-                "head of the layer",
-                (0.0, 1.0),
-                {f"layers {layer} and {layer + 1}": pair for layer, pair in enumerate(pairs)},
-            )
-        )
-    return found
+    similarity = _HeatMap(
+        "similarity",
+        "Similarity of layers",
+        "1 − total variation of two rows. Each head of the reusing layer is compared with its most similar head of "
+        "the computing layer; the value is the mean over heads. Layers near 1 can share a map.",
+        {"": analysis.similarity.layers},
+        rows="computing layer",
+        columns="reusing layer",
+    )
+    entropy = _HeatMap(
+        "entropy",
+        "Entropy",
+        "Mean entropy of a query's attention, divided by the logarithm of the number of keys: 0 if the query attends "
+        "to one key, 1 if it attends to all keys equally.",
+        {"": analysis.relative_entropy},
+    )
+    diagonality = _HeatMap(
+        "diagonality",
+        "Diagonality",
+        "Cumulative attention diagonality: 1 if all attention is on the diagonal, about 0.67 if it is uniform. "
+        "Colours begin at 0.5.",
+        {"": analysis.diagonality},
+        first_colour=0.5,
+    )
+    concentration = _HeatMap(
+        "concentration",
+        "Concentration",
+        f"Share of the keys that {BLOCK_ROWS} neighbouring queries need to keep all but {analysis.epsilon:g} of each "
+        "row's attention. It is the relative cost of a map that is stored as intervals.",
+        {"": analysis.concentration},
+    )
+    neighbours = _HeatMap(
+        "neighbours",
+        "Heads of neighbouring layers",
+        "Similarity of each head of a layer to each head of the layer before it.",
+        {f"layers {layer} and {layer + 1}": pair for layer, pair in enumerate(_neighbours(analysis))},
+        rows="head of the layer before",
+        columns="head of the layer",
+    )
+    return [shown for shown in (similarity, entropy, diagonality, concentration, neighbours) if shown.panels]
 
 
 def analysis_tables(analysis: Analysis) -> list[Table]:
@@ -115,24 +91,25 @@ def analysis_tables(analysis: Analysis) -> list[Table]:
         [
             str(layer),
             f"{layers[layer - 1, layer].item():.2f}" if layer else "",
-            f"{analysis.entropy.heads[layer].mean().item():.2f}",
-            _mean_and_range(analysis.entropy.relative[layer]),
-            _mean_and_range(analysis.diagonality.heads[layer]),
-            _mean_and_range(analysis.concentration.heads[layer]),
+            f"{analysis.entropy[layer].mean().item():.2f}",
+            *(
+                f"{heads[layer].mean().item():.2f} ({heads[layer].min().item():.2f} to {heads[layer].max().item():.2f})"
+                for heads in (analysis.relative_entropy, analysis.diagonality, analysis.concentration)
+            ),
         ]
         for layer in range(len(layers))
     ]
     header = ["layer", "similarity to the layer before", "entropy (nats)", "relative entropy"]
-    header += ["diagonality", f"keys needed, ε = {analysis.concentration.epsilon:g}"]
+    header += ["diagonality", f"keys needed, ε = {analysis.epsilon:g}"]
     note = f"Mean over heads (minimum to maximum), over {analysis.similarity.num_queries} queries."
     tables = [Table("Layers", header, rows, [note])]
-    if pairs := _neighbours(analysis):
-        matches = []
-        for pair in pairs:
-            values, heads = pair.max(dim=0)
-            matches.append([f"{head}: {value:.2f}" for value, head in zip(values, heads.tolist(), strict=True)])
+    matches = []
+    for pair in _neighbours(analysis):
+        values, heads = pair.max(dim=0)
+        matches.append([f"{head}: {value:.2f}" for value, head in zip(values, heads.tolist(), strict=True)])
+    if matches:
         tables += _head_tables("Most similar head of the layer before, and its similarity", matches, first=1)
-    for shown in heat_maps(analysis):
+    for shown in _heat_maps(analysis):
         if (shown.rows, shown.columns) == ("layer", "head"):
             cells = [[f"{value:.2f}" for value in values] for values in shown.panels[""].tolist()]
             tables += _head_tables(shown.title, cells, first=0, note=shown.note)
@@ -142,8 +119,8 @@ def analysis_tables(analysis: Analysis) -> list[Table]:
 def write_analysis(analysis: Analysis, directory: str | Path, *, model: str, calibration: str, command: str) -> None:
     """Write `analysis.json`, the page `index.html`, and a PNG file of each heat map.
 
-    The figures of the page need plotly, the PNG files matplotlib: `pip install 'mapreuse[plots]'`. Without them, a
-    warning is logged and the rest is written.
+    Figures and PNG files need `pip install 'mapreuse[plots]'`. Without it, a warning is logged and the rest is
+    written.
 
     Keys of `analysis.json`, numbers rounded to 4 decimals: `schema` (1), `command`, `model`, `calibration` and
     `machine`; `num_queries`, the number of queries that the means are taken over; `similarity` with
@@ -166,12 +143,17 @@ def write_analysis(analysis: Analysis, directory: str | Path, *, model: str, cal
     text = innermost.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     (directory / "analysis.json").write_text(text + "\n", encoding="utf-8")
 
-    plotly = _is_available("plotly", "index.html has tables only")
-    sections = _sections(analysis, calibration, command, with_figures=plotly)
+    missing = [package for package in ("matplotlib", "plotly") if find_spec(package) is None]
+    if missing:
+        _log.warning(
+            "%s not installed: index.html has tables only, and no PNG files are written; "
+            "pip install 'mapreuse[plots]'",
+            " and ".join(missing),
+        )
+    sections = _sections(analysis, calibration, command, with_figures=not missing)
     write_page(directory / "index.html", f"Attention maps of {model}", sections)
-    if _is_available("matplotlib", "no PNG files are written"):
-        for shown in heat_maps(analysis):
-            _save_png(shown, directory / f"{shown.name}.png")
+    for shown in [] if missing else _heat_maps(analysis):
+        _save_png(shown, directory / f"{shown.name}.png")
 
 
 def _data(analysis: Analysis) -> dict[str, Any]:
@@ -181,31 +163,22 @@ def _data(analysis: Analysis) -> dict[str, Any]:
     return {
         "num_queries": analysis.similarity.num_queries,
         "similarity": {"layers": rounded(analysis.similarity.layers), "heads": rounded(analysis.similarity.heads)},
-        "entropy": {"heads": rounded(analysis.entropy.heads), "relative": rounded(analysis.entropy.relative)},
+        "entropy": {"heads": rounded(analysis.entropy), "relative": rounded(analysis.relative_entropy)},
         "diagonality": {
-            "heads": rounded(analysis.diagonality.heads),
-            "ranges": rounded(analysis.diagonality.ranges),
-            "curve": rounded(analysis.diagonality.curve),
+            "heads": rounded(analysis.diagonality),
+            "ranges": rounded(_RANGES),
+            "curve": rounded(analysis.diagonality_curve),
         },
         "concentration": {
-            "heads": rounded(analysis.concentration.heads),
-            "epsilon": analysis.concentration.epsilon,
-            "block_rows": analysis.concentration.block_rows,
+            "heads": rounded(analysis.concentration),
+            "epsilon": analysis.epsilon,
+            "block_rows": BLOCK_ROWS,
         },
     }
 
 
-def _is_available(package: str, consequence: str) -> bool:
-    try:
-        __import__(package)
-    except ModuleNotFoundError:
-        _log.warning("%s is not installed, so %s; pip install 'mapreuse[plots]'", package, consequence)
-        return False
-    return True
-
-
 def _sections(analysis: Analysis, calibration: str, command: str, *, with_figures: bool) -> list[Section]:
-    num_layers, num_heads = analysis.entropy.heads.shape
+    num_layers, num_heads = analysis.entropy.shape
     introduction = (
         f"Layers: {num_layers}; heads in each: {num_heads}; both count from 0. Measured over "
         f"{analysis.similarity.num_queries} queries of {calibration}, without padding."
@@ -214,7 +187,7 @@ def _sections(analysis: Analysis, calibration: str, command: str, *, with_figure
     sections = [Section("", [introduction, f"Made by: {command}"]), Section("Layers", [layers])]
     if not with_figures:
         return [*sections, Section("Heads", heads)]
-    sections += [Section(shown.title, [shown.note, *_heat_map_figures(shown)]) for shown in heat_maps(analysis)]
+    sections += [Section(shown.title, [shown.note, *_heat_map_figures(shown)]) for shown in _heat_maps(analysis)]
     note = (
         "Share of attention within a distance of the diagonal, averaged over heads. The distance is relative to the "
         "length of the sequence; diagonality is the area under the curve."
@@ -222,18 +195,15 @@ def _sections(analysis: Analysis, calibration: str, command: str, *, with_figure
     return [*sections, Section("Attention near the diagonal", [note, _diagonality_figure(analysis)])]
 
 
-def _heat_map_figures(shown: HeatMap) -> list[Block]:
+def _heat_map_figures(shown: _HeatMap) -> list[Block]:
     from plotly.graph_objects import Figure, Heatmap
 
-    low, high = shown.span
     figures: list[Block] = []
+    colours = {"zmin": shown.first_colour, "zmax": 1, "colorscale": "Viridis"}
     for title, values in shown.panels.items():
-        cells = Heatmap(
-            z=values.tolist(), zmin=low, zmax=high, colorscale="Viridis", texttemplate="%{z:.2f}", xgap=1, ygap=1
-        )
         num_rows, num_columns = values.shape
         size = {"width": 250 + 42 * num_columns, "height": 180 + 30 * num_rows}
-        figure = Figure(cells)
+        figure = Figure(Heatmap(z=values.tolist(), texttemplate="%{z:.2f}", xgap=1, ygap=1, **colours))
         figure.update_layout(title=title, xaxis_title=shown.columns, yaxis_title=shown.rows, **size)
         figure.update_xaxes(dtick=1)
         figure.update_yaxes(dtick=1, autorange="reversed")
@@ -245,17 +215,16 @@ def _diagonality_figure(analysis: Analysis) -> Block:
     from plotly.colors import sample_colorscale
     from plotly.graph_objects import Figure, Scatter
 
-    curves = analysis.diagonality.curve.mean(1).tolist()
+    curves = analysis.diagonality_curve.mean(1).tolist()
     colours = sample_colorscale("Viridis", [layer / max(len(curves) - 1, 1) for layer in range(len(curves))])
-    ranges = analysis.diagonality.ranges.tolist()
     lines = [
-        Scatter(x=ranges, y=curve, name=f"layer {layer}", mode="lines", line_color=colour)
+        Scatter(x=_RANGES.tolist(), y=curve, name=f"layer {layer}", mode="lines", line_color=colour)
         for layer, (curve, colour) in enumerate(zip(curves, colours, strict=True))
     ]
     return Figure(lines, {"xaxis": {"title": "distance ÷ length"}, "yaxis": {"title": "share of attention"}})
 
 
-def _save_png(shown: HeatMap, file: Path) -> None:
+def _save_png(shown: _HeatMap, file: Path) -> None:
     from matplotlib.figure import Figure
 
     num_columns = min(_MAX_PANELS, len(shown.panels))
@@ -264,17 +233,16 @@ def _save_png(shown: HeatMap, file: Path) -> None:
     size = (1.5 + num_columns * (0.8 + 0.36 * width), 0.8 + num_rows * (0.9 + 0.3 * height))
     figure = Figure(figsize=(max(size[0], 4.5), size[1]), layout="constrained")
     grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
-    low, high = shown.span
     for axes, (title, values) in zip(grid, shown.panels.items(), strict=False):
-        image = axes.imshow(values.numpy(), vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        image = axes.imshow(values.numpy(), vmin=shown.first_colour, vmax=1, cmap="viridis", aspect="auto")
         axes.set_title(title, fontsize="medium")
         axes.set_xticks(range(width), [str(column) for column in range(width)], fontsize="small")
         axes.set_yticks(range(height), [str(row) for row in range(height)], fontsize="small")
         if height * width * len(shown.panels) <= _MAX_LABELLED_CELLS:
-            for row, cells in enumerate(values.tolist()):
-                for column, value in enumerate(cells):
-                    colour = "black" if (value - low) / (high - low) > 0.6 else "white"
-                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            for row, column in product(range(height), range(width)):
+                value = values[row, column].item()
+                colour = "black" if image.norm(value) > 0.6 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     for axes in grid[len(shown.panels) :]:
         axes.set_axis_off()
     figure.suptitle(shown.title)
@@ -288,10 +256,6 @@ def _neighbours(analysis: Analysis) -> list[Float[Tensor, "heads heads"]]:
     """Similarity of each layer's heads (rows) to the next layer's heads (columns)."""
     heads = analysis.similarity.heads
     return [heads[layer, :, layer + 1] for layer in range(len(heads) - 1)]
-
-
-def _mean_and_range(values: Float[Tensor, " heads"]) -> str:
-    return f"{values.mean().item():.2f} ({values.min().item():.2f} to {values.max().item():.2f})"
 
 
 def _head_tables(title: str, cells: list[list[str]], *, first: int, note: str = "") -> list[Table]:
