@@ -104,10 +104,11 @@ def analyze(
         raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
     measures = (summed_similarity, summed_entropy, summed_diagonality, partial(summed_shares, epsilon=epsilon))
     means, num_queries = _mean_over_queries(model, batches, measures, progress)
-    similarities, entropies, diagonalities, concentration = means
+    similarities, (entropy, relative_entropy), diagonalities, concentration = means
     return Analysis(
         Similarity(similarities, num_queries),
-        *entropies,
+        entropy,
+        relative_entropy,
         diagonalities[..., 0],
         diagonalities[..., 1:],
         concentration,
