@@ -138,7 +138,7 @@ def page(results: dict[str, list[Result]]) -> str:
         "until maps are peaked. A dagger marks stacks whose output changes by less than a tenth under reuse even so. "
         "Text models get a batch with padding, decoders get encoder states if they take them. "
         "`torch.nn.TransformerEncoder` and attention in timm's style are supported as well "
-        "(tests/models/test_packed.py).",
+        "(tests/models/test_torch_encoder.py, tests/models/test_timm.py).",
         "",
         "## Exact",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,13 +33,8 @@ def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = No
         if args[0].dtype == torch.float64:
             kwargs.pop("dtype", None)  # many families ask for float32, which is a loss here
         weights = original(*args, **kwargs)
-        layer = len(own)
         own.append(weights)
-        heads = [
-            weights[:, head] if source is None else own[source[0]][:, source[1]]
-            for head, source in enumerate(plan.heads(layer, weights.shape[1]))
-        ]
-        in_effect.append(torch.stack(heads, 1))
+        in_effect.append(map_in_effect(plan, own))
         return in_effect[-1]
 
     def leave(*call: Any) -> None:
@@ -56,10 +52,69 @@ def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = No
     assert len(own) == plan.num_layers, f"{len(own)} softmaxes ran, for {plan.num_layers} layers"
 
 
+def map_in_effect(plan: ReusePlan, own: Sequence[Tensor]) -> Tensor:
+    """The map that a layer applies under `plan`, from the maps that it and all layers before it compute."""
+    heads = [
+        own[-1][:, head] if source is None else own[source[0]][:, source[1]]
+        for head, source in enumerate(plan.heads(len(own) - 1, own[-1].shape[1]))
+    ]
+    return torch.stack(heads, 1)
+
+
 def defined_output(eager_model: nn.Module, batch: dict[str, Tensor], plan: ReusePlan) -> Tensor:
     """Last hidden states of an untouched eager model under `plan`."""
     with softmax_follows(plan):
         return eager_model(**batch).last_hidden_state
+
+
+def defined_packed_output(model: nn.Module, plan: ReusePlan, *args: Any, **kwargs: Any) -> Tensor:
+    """Output of an untouched model of torch's or timm's attention, without dropout, under `plan`.
+
+    Attention is written out here. Nothing of its own forward is used, nor the fast path of torch's encoder.
+    """
+    own: list[Tensor] = []
+
+    def context_of(attention: Any, packed: Tensor, mask: Tensor | None) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1)
+        )
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, float("-inf"))
+        own.append(scores.softmax(-1))
+        return (map_in_effect(plan, own) @ value).transpose(1, 2).flatten(2)
+
+    def torch_attention(attention: Any, x: Tensor, *_: Any, attn_mask=None, key_padding_mask=None, **settings: Any):
+        if not attention.batch_first:
+            x = x.transpose(0, 1)
+        mask = torch.zeros(()) if attn_mask is None else attn_mask
+        if mask.dim() == 3:
+            mask = mask.unflatten(0, (-1, attention.num_heads))
+        if key_padding_mask is not None:
+            mask = mask + key_padding_mask[:, None, None]
+        packed = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        output = attention.out_proj(context_of(attention, packed, mask))
+        return output if attention.batch_first else output.transpose(0, 1), None
+
+    def timm_attention(attention: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        context = context_of(attention, attention.qkv(x), attn_mask)
+        return attention.proj(attention.norm(context) if hasattr(attention, "norm") else context)
+
+    attentions = [layer.attention for layer in find_stack(model).layers]
+    training = model.training
+    try:
+        for attention in attentions:
+            written_out = torch_attention if isinstance(attention, nn.MultiheadAttention) else timm_attention
+            vars(attention)["forward"] = functools.partial(written_out, attention)
+        output = model.train()(*args, **kwargs)  # torch's encoder takes its fast path in evaluation only
+    finally:
+        model.train(training)
+        for attention in attentions:
+            del vars(attention)["forward"]
+    assert len(own) == plan.num_layers
+    return output
 
 
 def valid_rows(model: nn.Module, batch: dict[str, Tensor], output: Any) -> Tensor:
