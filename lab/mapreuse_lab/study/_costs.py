@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,9 @@ def encoder_latency(
 ) -> Timings:
     """Latency of a forward pass of each encoder; the encoders take turns. `title` is shown while they run."""
     features = features.to(device)
-    return _timed(title, {n: _call(e.to(device), features) for n, e in encoders.items()}, repeats, device)
+    return _timed(
+        title, {n: partial(e.to(device), input_features=features) for n, e in encoders.items()}, repeats, device
+    )
 
 
 def attention_latency(
@@ -166,10 +169,6 @@ def _timed(title: str, contestants: Mapping[str, Callable[[], object]], repeats:
             contestants, repeats=repeats, device=device, advance=lambda: progress(title, next(turns), total)
         )
     return {name: {"median": one.median, "spread": one.spread} for name, one in measured.items()}
-
-
-def _call(model: nn.Module, features: Tensor) -> Callable[[], object]:
-    return lambda: model(input_features=features)
 
 
 def _training_step(encoder: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:

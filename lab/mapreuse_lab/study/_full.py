@@ -204,13 +204,16 @@ class _Full:
                 request = {"recipe": recipe, "technique": name, "frames": config.memory_length}
                 request["device"] = config.device
                 try:
-                    memory[name] = cache.get("memory", request, partial(_memory, request))["bytes"]
+                    memory[name] = {
+                        str(config.memory_length): cache.get("memory", request, partial(_memory, request))["bytes"]
+                    }
                 except (RuntimeError, ValueError) as error:  # the process was killed, or the system has no /proc
                     console.print(f"memory of {name}: not measured, {error}", highlight=False)
                 request = {"recipe": recipe, "technique": name, "frames": FLOPS_LENGTH}
-                flops[name] = cache.get("flops", request, partial(_flops, config.recipe, name))["flops"]
-        lengths = {"memory_length": str(config.memory_length), "flops_length": str(FLOPS_LENGTH)}
-        return {"latency": latency, "training": training, "memory": memory, "flops": flops} | lengths
+                flops[name] = {
+                    str(FLOPS_LENGTH): cache.get("flops", request, partial(_flops, config.recipe, name))["flops"]
+                }
+        return {"latency": latency, "training": training, "memory": memory, "flops": flops}
 
 
 def _memory(request: dict[str, Any]) -> dict[str, int]:

@@ -33,8 +33,8 @@ class PhonemeAttention:
 
     Attributes:
         matrices: attended / uniform, for frames of class p (rows) that attend to frames of class q (columns).
-        same: attention to other frames of the same class, Σ_p attended[p, p] / Σ_p uniform[p, p]. It is large for heads
-            that gather similar sounds across the utterance, and below 1 for diagonal maps.
+        same: attention to other frames of the same class, Σ_p attended[p, p] / Σ_p uniform[p, p]. It is large
+            for heads that gather similar sounds across the utterance, and below 1 for diagonal maps.
     """
 
     matrices: Float[Tensor, "layers heads classes classes"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from mapreuse.plan import ReusePlan
 from mapreuse_lab.models import conformer_m
 from mapreuse_lab.study._costs import attention_latency, encoder_latency, encoder_variants, speech_features
 from mapreuse_lab.study._report import write_report, write_results
-from mapreuse_lab.study._results import SCHEMA
+from mapreuse_lab.study._results import SCHEMA, study_command
 from mapreuse_lab.study._step_cache import StepCache, timing_environment
 from mapreuse_lab.training import (
     BASELINE,
@@ -103,9 +102,9 @@ class _Quick:
         original = self._step("baseline", {}, lambda: _scores(self.baseline, self.corpus))
         found = self._step("similarity", {}, self._similarity)
         measured = Similarity(torch.tensor(found["heads"]), found["num_queries"])
-        plans = recogniser_plans(num_layers, measured)
-        variants = [self._variant(name, plan, measured) for name, plan in plans.items()]
+        plans = _grouped(num_layers) | {"most alike": _most_alike(num_layers, measured)}
         aligned = {name: align_by(measured, plan) for name, plan in plans.items()}
+        variants = [self._variant(name, plan, aligned[name]) for name, plan in plans.items()]
         return {
             "schema": SCHEMA,
             "preset": "quick",
@@ -118,7 +117,9 @@ class _Quick:
             "variants": variants,
             "latency": {
                 "recogniser": self._latency("recogniser", encoder, {"full": ReusePlan.full(num_layers)} | aligned),
-                "conformer-m": self._latency("conformer-m", self._conformer(), conformer_plans()),
+                "conformer-m": self._latency(
+                    "conformer-m", self._conformer(), {"full": ReusePlan.full(16)} | _grouped(16)
+                ),
             },
             "attention": self._timings("attention", {}, self._attention),
         }
@@ -140,9 +141,8 @@ class _Quick:
         measured = similarity(self.baseline.model, batches)
         return {"heads": measured.heads.tolist(), "num_queries": measured.num_queries}
 
-    def _variant(self, name: str, plan: ReusePlan, measured: Similarity) -> dict[str, Any]:
+    def _variant(self, name: str, plan: ReusePlan, aligned: ReusePlan) -> dict[str, Any]:
         """Error rates of the recogniser with a plan: by index, aligned, and recovered."""
-        aligned = align_by(measured, plan)
         converted = _converted(self.baseline, aligned)
         training = TrainConfig(
             seconds=self.config.recovery_seconds,
@@ -150,19 +150,16 @@ class _Quick:
             warmup=0.1,
             seed=self.config.seed,
         )
-        converting = {"plan": plan.to_json()}
-        recovering = converting | {"training": training.to_json()}
-        work = self.cache.directory / self.cache.key(f"recover-{name}", recovering | self.identity)
+        step, inputs = f"variant-{name}", {"plan": plan.to_json(), "training": training.to_json()}
+        work = self.cache.directory / self.cache.key(step, inputs | self.identity)
 
-        def convert_only() -> dict[str, Any]:
-            by_index = _converted(self.baseline, plan)
-            return {"by_index": _scores(by_index, self.corpus), "aligned": _scores(converted, self.corpus)}
-
-        def recover() -> dict[str, Any]:
+        def run() -> dict[str, Any]:
+            by_index = _scores(_converted(self.baseline, plan), self.corpus)
+            found = {"by_index": by_index, "aligned": _scores(converted, self.corpus)}
             train(converted, self.corpus, training, work, original=self.baseline)
-            result = {"recovered": _scores(converted, self.corpus)}
+            found["recovered"] = _scores(converted, self.corpus)
             shutil.rmtree(work)
-            return result
+            return found
 
         description = {
             "name": name,
@@ -170,8 +167,7 @@ class _Quick:
             "reusing_layers": sum(plan.reuses(layer) for layer in range(plan.num_layers)),
             "parameters": _parameters(converted),
         }
-        scores = self._step(f"convert-{name}", converting, convert_only)
-        return description | scores | self._step(f"recover-{name}", recovering, recover)
+        return description | self._step(step, inputs, run)
 
     def _latency(self, name: str, encoder: ParakeetEncoder, plans: Mapping[str, ReusePlan]) -> dict[str, Any]:
         """Latency of an encoder with each plan, by length."""
@@ -204,44 +200,27 @@ class _Quick:
         return conformer_m(self.baseline.feature_config.num_mel_bins)
 
 
-def recogniser_plans(num_layers: int, measured: Similarity) -> dict[str, ReusePlan]:
-    """The plans of the recogniser: groups of 2 and of 4, all from one, and the most similar layers.
-
-    Heads are assigned by index. The number of groups of the most similar layers is between those of the fixed groups.
-    """
-    similar = group_by(measured, max(1, (num_layers // 2 + num_layers // 4) // 2))
-    return {
-        "groups of 2": ReusePlan.grouped(num_layers, 2),
-        "groups of 4": ReusePlan.grouped(num_layers, 4),
-        "all from one": ReusePlan.grouped(num_layers, num_layers),
-        "most alike": _by_index(similar),
-    }
-
-
-def conformer_plans() -> dict[str, ReusePlan]:
-    """The plans of Conformer-M."""
-    return {
-        "full": ReusePlan.full(16),
-        "groups of 2": ReusePlan.grouped(16, 2),
-        "groups of 4": ReusePlan.grouped(16, 4),
-        "all from one": ReusePlan.grouped(16, 16),
-    }
-
-
 def quick_command(config: QuickConfig) -> str:
-    """The command line of a quick study, with the options that differ from their defaults."""
-    words = ["mapreuse-lab", "study", "--preset", "quick", "--corpus", config.corpus]
-    if config.baseline != QuickConfig.baseline:
-        words += ["--model", config.baseline]
-    if config.device != QuickConfig.device:
-        words += ["--device", config.device]
-    return shlex.join(words)
+    """The command line of a quick study, with the corpus and the options that differ from their defaults."""
+    options: dict[str, tuple[str, str | None]] = {
+        "--corpus": (config.corpus, None),
+        "--model": (config.baseline, QuickConfig.baseline),
+        "--device": (config.device, QuickConfig.device),
+    }
+    return study_command("quick", options)
 
 
-def _by_index(plan: ReusePlan) -> ReusePlan:
-    """The same groups, with heads assigned by index."""
+def _grouped(num_layers: int) -> dict[str, ReusePlan]:
+    """Plans with groups of one size, heads by index."""
+    sizes = {"groups of 2": 2, "groups of 4": 4, "all from one": num_layers}
+    return {name: ReusePlan.grouped(num_layers, size) for name, size in sizes.items()}
+
+
+def _most_alike(num_layers: int, measured: Similarity) -> ReusePlan:
+    """Groups of similar layers, heads by index; the number of groups is between those for groups of 2 and of 4."""
+    plan = group_by(measured, max(1, (num_layers // 2 + num_layers // 4) // 2))
     return ReusePlan.from_sources(
-        [plan.sources(layer)[0] if plan.reuses(layer) else layer for layer in range(plan.num_layers)]
+        [plan.sources(layer)[0] if plan.reuses(layer) else layer for layer in range(num_layers)]
     )
 
 

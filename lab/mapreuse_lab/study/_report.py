@@ -185,19 +185,19 @@ def _full_sections(results: Results) -> list[Section]:
     measured = latency_by_title(results)
     titles = [t["title"] for t in results["techniques"] if t["kind"] in ("full", "reuse")]
     speed_note = (
-        "Speed-up of the whole encoder over full attention. All techniques, full attention included, run with "
-        "mapreuse.optimize. The rows transformers show the original encoder with fused attention (sdpa)."
+        "Speed-up of the whole encoder over full attention, whose row shows its latency. All techniques, including full "
+        "attention, run with mapreuse.optimize. The row transformers shows the original encoder with fused attention "
+        "(sdpa), and transformers + optimize the same with mapreuse.optimize."
     )
     sections = [
         Section("", verdict(results)),
         Section(
             "Accuracy and speed",
             [
-                "A small recogniser, trained from scratch for minutes on a quarter of an hour of speech: mind the "
-                "95 % intervals, in brackets. Differences compare runs with the same seeds; their "
-                "intervals include seed "
-                'noise. "better" and "worse" mark significant differences. No other technique is at least as good as '
-                "those on the Pareto front in both CER and latency, and better in one.",
+                "The recogniser is small, and was trained from scratch for a few minutes on a quarter of an hour of "
+                "speech, so the 95 % intervals (in brackets) are wide. Differences compare runs with the same seeds; "
+                'their intervals include seed noise. "better" and "worse" mark significant differences. A technique '
+                "is on the Pareto front if no other one is at least as good in both CER and latency.",
                 summary_table(results),
                 *([error_against_speed(results)] if scored(results) else []),
                 Image("front.png", "CER against speed-up of every technique"),
@@ -241,8 +241,8 @@ def _similarity(results: Results) -> Section:
     note = (
         "Maps of full attention. Similarity of layers: 1 − total variation of two rows, each head compared with its "
         "most similar head. Diagonality: about 0.67 for uniform attention. Relative entropy: 1 for uniform "
-        "attention. Concentration: share of the keys that neighbouring queries need to keep nearly all of "
-        "each row's mass."
+        "attention. Concentration: share of the keys that neighbouring queries need to keep nearly all of each "
+        "row's mass."
     )
     blocks = [note, heat_maps(panels), similarity_table(found), Image("similarity.png", "Similarity")]
     return Section("Similarity of attention maps", blocks)

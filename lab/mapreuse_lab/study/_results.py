@@ -22,7 +22,6 @@ SCHEMA = 3
 METRICS = ("wer", "cer")
 
 _PooledErrors = tuple[list[int], Errors]  # seeds, and the errors of their runs
-_COMMAND = "mapreuse-lab study --preset full"
 
 
 def study_results(
@@ -78,8 +77,13 @@ def full_command(config: FullConfig) -> str:
         "--steps": (str(config.recipe.steps), str(Recipe.steps)),
         "--device": (config.device, FullConfig.device),
     }
+    return study_command("full", options)
+
+
+def study_command(preset: str, options: Mapping[str, tuple[str, str | None]]) -> str:
+    """The command line of a study. `options` are pairs of a value and a default, which is left out."""
     words = [word for name, (value, default) in options.items() if value != default for word in (name, value)]
-    return shlex.join([*_COMMAND.split(), *words])
+    return shlex.join(["mapreuse-lab", "study", "--preset", preset, *words])
 
 
 def _finished(runs: Sequence[Run], directory: RunDirectory) -> dict[Run, dict[str, Any]]:
@@ -171,15 +175,13 @@ def _kind(technique: Technique) -> str:
 
 
 def _costs(name: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Costs of one contestant."""
+    """Costs of one contestant; without memory if that was not measured."""
     costs: dict[str, Any] = {
         "latency": {length: by_name[name] for length, by_name in measured["latency"].items()},
         "training_step": {batch: by_name[name] for batch, by_name in measured["training"].items()},
-        "flops": {measured["flops_length"]: measured["flops"][name]},
+        "flops": measured["flops"][name],
     }
-    if name in measured["memory"]:
-        costs["memory"] = {measured["memory_length"]: measured["memory"][name]}
-    return costs
+    return costs | ({"memory": measured["memory"][name]} if name in measured["memory"] else {})
 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -193,20 +193,6 @@ class RunDirectory:
         locks.mkdir(exist_ok=True)
         return FileLock(locks / name)
 
-    @contextmanager
-    def claimed(self, run: Run) -> Iterator[bool]:
-        """Hold the lock of a run; yields False if another worker has it."""
-        lock = self.lock(run.key)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
     def perform(self, run: Run) -> None:
         """Train and evaluate, from the last checkpoint if there is one, and write the result, or the error."""
         file, failure = (self.results / f"{run.key}{ending}" for ending in (".json", ".failed.json"))
@@ -224,10 +210,10 @@ class RunDirectory:
 
 
 def perform_all(runs: Sequence[Run], directory: RunDirectory) -> None:
-    """Perform, in order, each run that is neither finished nor claimed by another worker."""
+    """Perform, in order, each run that is neither finished nor locked by another worker."""
     for run in runs:
-        with directory.claimed(run) as mine:
-            if mine and directory.finished(run) is None:
+        with suppress(Timeout), directory.lock(run.key).acquire(timeout=0):
+            if directory.finished(run) is None:
                 print(f"{datetime.now(UTC):%H:%M:%S} {run.key}", flush=True)
                 directory.perform(run)
 

@@ -96,13 +96,8 @@ def difference(technique: Errors, full: Errors, metric: str, noise: SeedNoise) -
     deviation of a run and f its degrees of freedom (see `seed_noise`). A bootstrap over utterances alone misses that
     another seed gives another rate on the same utterances. The noise of the techniques with several seeds is used for
     all techniques. Without such techniques, the interval is not widened.
-
-    Raises:
-        ValueError: if the two have different numbers of seeds.
     """
     one, other = technique.counts[metric], full.counts[metric]
-    if len(one) != len(other):
-        raise ValueError(f"pairs need the same seeds: got {len(one)} and {len(other)}")
     drawn = _resampled(one) - _resampled(other)
     widened = drawn
     if noise.freedom:

@@ -42,8 +42,10 @@ def verdict(results: Results) -> list[str]:
 def _full_verdict(results: Results) -> list[str]:
     if not scored(results) or not lengths(results):
         return ["No verdict yet: it needs trained techniques and their latencies."]
-    sentences = _fastest(results) + _without_attention(results) + _best_reuse(results) + _pairs(results)
-    sentences += _longer(results) + _untrained(results)
+    sentences = [
+        *(*_without_attention(results), *_fastest(results), *_best_reuse(results), *_pairs(results)),
+        *(*_longer(results), *_untrained(results)),
+    ]
     runs = all_runs(results)
     finished = sum(run["state"] == "finished" for run in runs)
     if finished < len(runs):
@@ -54,35 +56,34 @@ def _full_verdict(results: Results) -> list[str]:
 def _quick_verdict(results: Results) -> list[str]:
     """Error rates of each plan, then speed-ups at the greatest length."""
     original, seconds = results["baseline"], results["config"]["recovery_seconds"]
-    sentences = [
-        f"{variant['name'].capitalize()}: WER {rate(variant['recovered'], 'wer')} after {seconds:.0f} s of recovery; "
-        f"the original has {original['wer']:.1%}."
-        for variant in results["variants"]
-    ]
+    rates = [f"{rate(variant['recovered'], 'wer')} with {variant['name']}" for variant in results["variants"]]
     length, timed = list(results["latency"]["conformer-m"].items())[-1]
     base = timed["transformers"]["median"]
     speeds = [f"{name} {base / one['median']:.1f}×" for name, one in timed.items() if name != "transformers"]
-    return [*sentences, f"Speed-up of Conformer-M over transformers at T = {length}: {'; '.join(speeds)}."]
+    return [
+        f"The original recogniser has a WER of {original['wer']:.1%}. After conversion and {seconds:.0f} s of "
+        f"recovery: {'; '.join(rates)}.",
+        f"Speed-up of Conformer-M over transformers at T = {length}: {'; '.join(speeds)}.",
+    ]
 
 
 def _fastest(results: Results) -> list[str]:
     """The fastest technique without significant loss, and within each budget."""
-    corpus = main_corpus(results)
+    corpus, compared = main_corpus(results), _compared(results)
     full = [t for t in scored(results) if t["name"] == "full"]
-    compared = [t for t in scored(results) if "against_full" in t["scores"][corpus]]
     intervals = {t["name"]: t["scores"][corpus]["against_full"]["cer"]["interval"] for t in compared}
     allowed = {"no significant CER loss": [t for t in compared if significance(intervals[t["name"]]) != "worse"]}
     for budget in BUDGETS:
         within = [t for t in compared if intervals[t["name"]][1] <= budget]
-        allowed[f"a CER loss of at most {plural(round(100 * budget), 'point')}"] = within
+        allowed[f"CER loss of at most {plural(round(100 * budget), 'point')}"] = within
     winners: dict[str, list[str]] = {}
     for condition, techniques in allowed.items():
         winners.setdefault("; ".join(_fastest_by_length(results, full + techniques)), []).append(condition)
-    return [f"Fastest with {', and with '.join(conditions)}: {names}." for names, conditions in winners.items()] + [
+    return [f"Fastest technique ({'; '.join(conditions)}): {names}." for names, conditions in winners.items()] + [
         "× is the speed-up of the whole encoder over full attention with the same exact kernel. Techniques within "
         "timing noise of each other share a rank. A loss is at most N points if the 95 % interval of the CER "
         "difference ends at or below N.",
-        f"{len(compared)} techniques are compared with full attention on {corpus}, each by its own 95 % interval. "
+        f"Each of {len(compared)} techniques is compared with full attention on {corpus} by its own 95 % interval. "
         "About one in twenty would differ by chance.",
     ]
 
@@ -108,9 +109,9 @@ def _without_attention(results: Results) -> list[str]:
     if diagonal is None or _significance(diagonal, corpus) in (None, "worse"):
         return []
     sentence = (
-        "Attention makes no significant difference at this size of model, data and training: diagonal maps, in which "
-        f"no frame attends to another, have a {_loss(diagonal, corpus)} than full attention with the same seed. "
-        "Accuracy therefore says little about the techniques; their cost does."
+        "At this size of model, data and training, attention does not improve accuracy: diagonal maps, in which no "
+        f"frame attends to another, have a {_loss(diagonal, corpus)} than full attention with the same seed. Compare "
+        "the techniques by their cost; their accuracy says little here."
     )
     trained = {t["name"]: t for t in results.get("longer", {}).get("techniques", [])}
     if "diagonal" in trained and _significance(trained["diagonal"], corpus) == "worse":
@@ -120,50 +121,44 @@ def _without_attention(results: Results) -> list[str]:
 
 def _best_reuse(results: Results) -> list[str]:
     """Whether another technique is at least as accurate and as fast as the most accurate reuse."""
-    corpus = main_corpus(results)
-    compared = [t for t in scored(results) if "against_full" in t["scores"][corpus]]
+    corpus, compared = main_corpus(results), _compared(results)
     reuse = [t for t in compared if t["kind"] in ("reuse", "composed")]
     others = [t for t in compared if t["kind"] == "other"]
     if not reuse or not others:
         return []
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[str, list[str]] = {}
     for length in (length for length in lengths(results) if int(length) >= _LONG):
         best = min(reuse, key=lambda t: (cer_loss(t, corpus), t["latency"][length]["median"]))
         loss, seconds = cer_loss(best, corpus), best["latency"][length]["median"]
         better = [t for t in others if cer_loss(t, corpus) <= loss and t["latency"][length]["median"] <= seconds]
-        title = f"{best['title']} ({_loss(best, corpus)} than full attention)"
-        own = f"{speedup(results, best, length):.1f}×"
+        sentences = (
+            f"The most accurate reuse technique is {best['title']} ({_loss(best, corpus)} than full attention). "
+        )
+        speeds = f"{speedup(results, best, length):.1f}× at T = {length}"
         if better:
             other = min(better, key=lambda t: t["latency"][length]["median"])
-            speeds = f"{speedup(results, other, length):.1f}× against {own} at T = {length}"
-            found.setdefault((title, f"{other['title']} ({_loss(other, corpus)})"), []).append(speeds)
+            sentences += (
+                f"Another technique is at least as accurate and faster, {other['title']} ({_loss(other, corpus)})"
+            )
+            speeds = f"{speedup(results, other, length):.1f}× against {speeds}"
         else:
-            found.setdefault((title, ""), []).append(f"{own} at T = {length}")
-    return [
-        f"The most accurate reuse technique is {title}. "
-        + (
-            f"It is dominated by {other}, with speed-ups of {', '.join(at)}."
-            if other
-            else f"No other technique is as accurate and as fast: {', '.join(at)}."
-        )
-        for (title, other), at in found.items()
-    ]
+            sentences += "No other technique is as accurate and as fast"
+        found.setdefault(sentences, []).append(speeds)
+    return [f"{sentences}: {', '.join(speeds)}." for sentences, speeds in found.items()]
 
 
 def _pairs(results: Results) -> list[str]:
     """Whether a CER loss above `_ALLOWED` is excluded when pairs of layers share a map, for each corpus."""
     pairs = next((t for t in results["techniques"] if t["name"].startswith("reuse-2x")), None)
-    if pairs is None:
-        return []
     sentences = []
-    for corpus, scores in pairs["scores"].items():
+    for corpus, scores in ({} if pairs is None else pairs["scores"]).items():
         if "against_full" in scores:
             found = scores["against_full"]["cer"]
             narrow, wide = found["over_utterances"], found["interval"]
             sentences.append(
-                f"One map for two layers, on {corpus}: CER {points(found['difference'])} points compared with full "
-                f"attention. 95 % intervals: {interval(narrow, points)} over utterances ({_excluded(narrow)}), "
-                f"{interval(wide, points)} with seed noise ({_excluded(wide)})."
+                f"One map for two layers changes the CER on {corpus} by {points(found['difference'])} points. The "
+                f"95 % interval over utterances is {interval(narrow, points)}: {_excluded(narrow)}. With seed noise, "
+                f"it is {interval(wide, points)}: {_excluded(wide)}."
             )
     return sentences
 
@@ -176,21 +171,20 @@ def _excluded(ends: Sequence[float]) -> str:
 def _longer(results: Results) -> list[str]:
     """Differences after longer training."""
     corpus = main_corpus(results)
-    trained = [t for t in results.get("longer", {}).get("techniques", []) if corpus in t["scores"]]
-    full = next((t for t in trained if t["name"] == "full"), None)
+    trained = {t["name"]: t for t in results.get("longer", {}).get("techniques", []) if corpus in t["scores"]}
     differences = []
-    for technique in trained:
+    for technique in trained.values():
         outcome = _significance(technique, corpus)
         if outcome is not None:
             found = technique["scores"][corpus]["against_full"]["cer"]
             text = f"{technique['title']} {points(found['difference'])} {interval(found['interval'], points)}"
             differences.append(f"{text}, significantly {outcome}" if outcome else text)
-    if full is None or not differences:
+    if not differences:
         return []
-    cer = full["scores"][corpus]["cer"]
+    cer = trained["full"]["scores"][corpus]["cer"]
     return [
-        f"Trained longer and on more speech, full attention has a CER of {cer:.1%}. Differences to it, in points: "
-        f"{'; '.join(differences)}."
+        f"After longer training on more speech, full attention has a CER of {cer:.1%}. Differences from it, in "
+        f"points: {'; '.join(differences)}."
     ]
 
 
@@ -203,6 +197,12 @@ def _untrained(results: Results) -> list[str]:
         for t in scored(results)
         if t["scores"][corpus]["cer"] > _UNTRAINED
     ]
+
+
+def _compared(results: Results) -> list[dict[str, Any]]:
+    """Techniques with a difference to full attention on the main corpus."""
+    corpus = main_corpus(results)
+    return [t for t in scored(results) if "against_full" in t["scores"][corpus]]
 
 
 def _significance(technique: Mapping[str, Any], corpus: str) -> str | None:

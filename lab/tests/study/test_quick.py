@@ -99,7 +99,7 @@ def test_a_second_call_repeats_nothing_and_another_machine_repeats_the_timing(
     capsys.readouterr()
     assert run(config, tmp_path) == results
     assert timed == first
-    assert capsys.readouterr().out.count("finished before") == 13
+    assert capsys.readouterr().out.count("finished before") == 9
 
     elsewhere = internals.timing_environment() | {"threads": 64}
     monkeypatch.setattr(internals, "timing_environment", lambda: elsewhere)

@@ -1,11 +1,6 @@
 """Training runs are named after their settings, done once, and continued after an interruption."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -48,10 +43,7 @@ def test_every_setting_of_a_run_changes_its_key():
     assert len({one.key for one in runs}) == len(runs)
     assert run().key == run().key
     assert run().key.startswith("full_prompts-en_0_")
-
-
-def test_the_key_of_a_long_plan_is_a_valid_file_name():
-    assert len(run("reuse-" + json.dumps({"layers": list(range(300))})).key) < 120
+    assert len(run("reuse-" + json.dumps({"layers": list(range(300))})).key) < 120, "a valid file name"
 
 
 def test_a_finished_run_is_kept_and_not_repeated(small_corpus, directory, monkeypatch):
@@ -81,12 +73,9 @@ def test_a_run_that_fails_keeps_its_error_and_the_others_continue(small_corpus, 
     assert directory.failed(bad) is None
 
 
-def test_a_run_that_another_worker_claimed_is_skipped(small_corpus, directory):
-    with directory.claimed(run()) as mine:
-        assert mine
-        other = RunDirectory(directory.results, directory.work)
-        with other.claimed(run()) as theirs:
-            assert not theirs
+def test_a_run_that_another_worker_has_locked_is_skipped(small_corpus, directory):
+    other = RunDirectory(directory.results, directory.work)
+    with directory.lock(run().key):
         perform_all([run(), run("diagonal")], other)
         assert directory.finished(run()) is None
         assert directory.finished(run("diagonal")) is not None
@@ -121,31 +110,6 @@ def test_a_killed_run_continues_from_its_checkpoint_with_the_same_result(small_c
     assert curves[0] == curves[1]
 
 
-def test_the_lock_of_a_killed_worker_is_free(tmp_path):
-    """The operating system releases the lock at once."""
-    program = (
-        "import sys, time; from filelock import FileLock\n"
-        "with FileLock(sys.argv[1]):\n"
-        "    print(True, flush=True); time.sleep(600)\n"
-    )
-    here, one = RunDirectory(tmp_path / "results", tmp_path / "work"), Run("full", "prompts:en", 0)
-    lock = here.lock(one.key).lock_file
-    holder = subprocess.Popen([sys.executable, "-c", program, lock], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline().strip() == "True"
-        with here.claimed(one) as mine:
-            assert not mine
-        os.kill(holder.pid, signal.SIGKILL)
-        holder.wait()
-        time.sleep(0.1)
-        with here.claimed(one) as mine:
-            assert mine
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-
-
 def test_the_runs_of_a_study_are_unique_and_the_repeated_techniques_come_first():
     config = FullConfig()
     runs = config.runs()
@@ -154,8 +118,3 @@ def test_the_runs_of_a_study_are_unique_and_the_repeated_techniques_come_first()
     count = len(config.techniques)
     assert len(runs) == count + config.seeds * len(config.elsewhere) + (config.seeds - 1) * len(config.repeated)
     assert {one.technique for one in runs} == set(config.techniques)
-
-
-def test_a_technique_that_is_not_in_the_study_cannot_be_repeated():
-    with pytest.raises(ValueError, match="reuse-9x9: not among the study's techniques"):
-        FullConfig(repeated=("full", "reuse-9x9"))

@@ -4,28 +4,16 @@ import pytest
 from mapreuse_lab.study._step_cache import StepCache, source_digest
 
 
-def test_a_finished_step_is_read_and_not_run_again(tmp_path):
+def test_a_step_is_repeated_only_if_its_inputs_or_the_source_code_change(tmp_path, monkeypatch):
     runs = []
-    for _ in range(2):
-        result = StepCache(tmp_path).get("step", {"a": 1}, lambda: runs.append(1) or {"value": 0.5})
-        assert result == {"value": 0.5}
-    assert len(runs) == 1
-    assert StepCache(tmp_path).has("step", {"a": 1})
+    for inputs in ({"a": 1}, {"a": 1}, {"a": 2}):
+        result = StepCache(tmp_path).get("step", inputs, lambda: {"runs": runs.append(1) or len(runs)})
+    assert result == {"runs": 2}
+    assert StepCache(tmp_path).get("step", {"a": 1}, dict) == {"runs": 1}
+    assert not StepCache(tmp_path).has("step", {"a": 3})
 
-
-def test_changed_inputs_make_another_step(tmp_path):
-    cache = StepCache(tmp_path)
-    cache.get("step", {"a": 1}, lambda: {"value": 1})
-
-    assert not cache.has("step", {"a": 2})
-    assert cache.get("step", {"a": 2}, lambda: {"value": 2}) == {"value": 2}
-
-
-def test_changed_source_code_runs_a_step_again(tmp_path, monkeypatch):
-    StepCache(tmp_path).get("step", {}, dict)
     monkeypatch.setattr("mapreuse_lab.study._step_cache.source_digest", lambda sources: "changed")
-
-    assert not StepCache(tmp_path).has("step", {})
+    assert not StepCache(tmp_path).has("step", {"a": 1})
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path):

@@ -31,14 +31,13 @@ def test_the_fastest_technique_is_named_for_each_length_and_maximum_loss():
         )
     )
     assert sentences[0] == (
-        "Fastest with no significant CER loss: the reuse-2x3 at T = 250 (1.2×); the window at T = 1000 (5.0×)."
+        "Fastest technique (no significant CER loss): the reuse-2x3 at T = 250 (1.2×); the window at T = 1000 (5.0×)."
     )
     assert sentences[1] == (
-        "Fastest with a CER loss of at most 1 point, and with a CER loss of at most 2 points, and with a "
-        "CER loss of at "
-        "most 5 points: the reuse-2x3 at T = 250 (1.2×), 1000 (2.0×)."
+        "Fastest technique (CER loss of at most 1 point; CER loss of at most 2 points; CER loss of at most 5 points): "
+        "the reuse-2x3 at T = 250 (1.2×), 1000 (2.0×)."
     )
-    assert any(sentence.startswith("3 techniques are compared") for sentence in sentences)
+    assert any(sentence.startswith("Each of 3 techniques is compared") for sentence in sentences)
 
 
 def test_techniques_within_timing_noise_share_a_rank():
@@ -59,11 +58,11 @@ def test_the_most_accurate_reuse_is_compared_with_techniques_that_dominate_it():
         )
     )
     assert any(
-        "the reuse-2x3 (CER 0.0 points lower than full attention). It is dominated by the diagonal (CER 0.5 points "
-        "lower), with speed-ups of 4.0× against 2.0× at T = 1000." in one
+        "the reuse-2x3 (CER 0.0 points lower than full attention). Another technique is at least as accurate and "
+        "faster, the diagonal (CER 0.5 points lower): 4.0× against 2.0× at T = 1000." in one
         for one in beaten
     )
-    assert any("Attention makes no significant difference" in one for one in beaten)
+    assert any("attention does not improve accuracy" in one for one in beaten)
     unbeaten = verdict(
         results(
             technique("reuse-2x3", "reuse", 0.30, (0.8, 0.5), (-0.01, 0.01)),
@@ -71,15 +70,15 @@ def test_the_most_accurate_reuse_is_compared_with_techniques_that_dominate_it():
         )
     )
     assert any("No other technique is as accurate and as fast: 2.0× at T = 1000." in one for one in unbeaten)
-    assert not any("Attention makes" in one for one in unbeaten)
+    assert not any("does not improve" in one for one in unbeaten)
 
 
 def test_pairs_of_layers_have_a_sentence_for_each_interval():
     pair = technique("reuse-2x3", "reuse", 0.30, (0.8, 0.5), (-0.01, 0.03))
     pair["scores"]["prompts:en"]["against_full"]["cer"]["over_utterances"] = (-0.005, 0.009)
     (sentence,) = (one for one in verdict(results(pair)) if one.startswith("One map for two layers"))
-    assert "[−0.5, +0.9] over utterances (a loss above 1 point is excluded)" in sentence
-    assert sentence.endswith("[−1.0, +3.0] with seed noise (a loss above 1 point is possible).")
+    assert "over utterances is [−0.5, +0.9]: a loss above 1 point is excluded." in sentence
+    assert sentence.endswith("With seed noise, it is [−1.0, +3.0]: a loss above 1 point is possible.")
 
 
 def test_a_technique_that_has_not_learned_is_named():
@@ -91,13 +90,12 @@ def test_longer_training_has_a_sentence_with_intervals():
     longer = results(technique("diagonal", "other", 0.12, (0.5, 0.5), (0.005, 0.021)))
     longer["techniques"][0]["scores"]["prompts:en"]["cer"] = 0.1
     found = results(technique("diagonal", "other", 0.30, (0.5, 0.5), (-0.01, 0.01))) | {"longer": longer}
-    (sentence,) = (one for one in verdict(found) if one.startswith("Trained longer"))
+    (sentence,) = (one for one in verdict(found) if one.startswith("After longer"))
     assert sentence == (
-        "Trained longer and on more speech, full attention has a CER of 10.0%. Differences to it, in "
-        "points: the diagonal "
-        "+1.3 [+0.5, +2.1], significantly worse."
+        "After longer training on more speech, full attention has a CER of 10.0%. Differences from it, in points: "
+        "the diagonal +1.3 [+0.5, +2.1], significantly worse."
     )
-    (matters,) = (one for one in verdict(found) if one.startswith("Attention makes"))
+    (matters,) = (one for one in verdict(found) if "does not improve" in one)
     assert matters.endswith("With longer training, diagonal maps are significantly worse (see below).")
     found["longer"] = results(technique("diagonal", "other", 0.12, (0.5, 0.5), (-0.01, 0.01)))
     assert not any("(see below)" in one for one in verdict(found))
