@@ -185,9 +185,9 @@ def _full_sections(results: Results) -> list[Section]:
     measured = latency_by_title(results)
     titles = [t["title"] for t in results["techniques"] if t["kind"] in ("full", "reuse")]
     speed_note = (
-        "Speed-up of the whole encoder over full attention, whose row shows its latency. All techniques, including full "
-        "attention, run with mapreuse.optimize. The row transformers shows the original encoder with fused attention "
-        "(sdpa), and transformers + optimize the same with mapreuse.optimize."
+        "Speed-up of the whole encoder over full attention, whose row shows its latency. All techniques, including "
+        "full attention, run with mapreuse.optimize. The row transformers shows the original encoder with fused "
+        "attention (sdpa)."
     )
     sections = [
         Section("", verdict(results)),

@@ -34,8 +34,8 @@ def test_the_fastest_technique_is_named_for_each_length_and_maximum_loss():
         "Fastest technique (no significant CER loss): the reuse-2x3 at T = 250 (1.2×); the window at T = 1000 (5.0×)."
     )
     assert sentences[1] == (
-        "Fastest technique (CER loss of at most 1 point; CER loss of at most 2 points; CER loss of at most 5 points): "
-        "the reuse-2x3 at T = 250 (1.2×), 1000 (2.0×)."
+        "Fastest technique (CER loss of at most 1 point; CER loss of at most 2 points; CER loss of at most 5 "
+        "points): the reuse-2x3 at T = 250 (1.2×), 1000 (2.0×)."
     )
     assert any(sentence.startswith("Each of 3 techniques is compared") for sentence in sentences)
 
