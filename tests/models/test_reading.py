@@ -34,7 +34,7 @@ from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import W
 
 import mapreuse as mr
 from mapreuse.models import Unsupported
-from mapreuse.models._adapters import adapter_of
+from mapreuse.models._adapters import attention_form
 from mapreuse.models._reading import AttentionForm, read_attention
 from mapreuse.models._source import fingerprint_of
 
@@ -243,7 +243,7 @@ def test_comments_and_docstrings_do_not_change_a_fingerprint():
 
 def test_a_forward_without_source_is_refused():
     with pytest.raises(Unsupported, match="NoSource: its forward is not a plain method"):
-        adapter_of(NoSource())
+        attention_form(NoSource())
 
 
 LOOP = "for i, layer_module in enumerate(self.layer):"

@@ -1,48 +1,20 @@
-"""How the attention modules of each class are converted. Classes outside the usual pattern register an adapter."""
+"""The form of each attention module: from the adapter of its class, or else read from its forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import transformers
 from torch import nn
 
 from mapreuse.models._reading import AttentionForm, read_attention
-from mapreuse.models._sharing_classes import ReusingAttention, SharingAttention
 from mapreuse.models._source import Unsupported, fingerprint_of
 
-
-@dataclass(frozen=True)
-class Adapter:
-    """How the attention modules of one class are converted.
-
-    Attributes:
-        form: attribute names of the module, by role.
-        computing: mixin for layers that compute maps; None to keep the original forward.
-        reusing: mixin for layers that reuse maps.
-        per_head: the projections and parameters in `form.query` and `form.key` of which `computing` needs only the
-            heads that compute.
-        fused: the projection that makes queries, keys and values as three blocks in this order, or None.
-        interface: the original forward uses the attention interface of `transformers`.
-        head_dim: width of a head if the module does not store it.
-    """
-
-    form: AttentionForm
-    computing: type[SharingAttention] | None = None
-    reusing: type[SharingAttention] = ReusingAttention
-    per_head: tuple[str, ...] = ()
-    fused: str | None = None
-    interface: bool = True
-    head_dim: int | None = None
-
-
-_STYLES: list[Callable[[nn.Module], Adapter | None]] = []
-_ADAPTERS: dict[str, tuple[tuple[str, ...], Callable[[nn.Module], Adapter]]] = {}
+_ADAPTERS: list[Callable[[nn.Module], AttentionForm | None]] = []
 
 
 def register_attention(class_name: str, *fingerprints: str) -> Callable:
-    """Register a function that makes the adapter for modules of one attention class of `transformers`.
+    """Register a function that makes the form of modules of one attention class of `transformers`.
 
     Args:
         class_name: name of the class.
@@ -50,21 +22,25 @@ def register_attention(class_name: str, *fingerprints: str) -> Callable:
             forward is refused.
     """
 
-    def register(make: Callable[[nn.Module], Adapter]) -> Callable[[nn.Module], Adapter]:
-        _ADAPTERS[class_name] = fingerprints, make
-        return make
+    def register(adapter: Callable[[nn.Module], AttentionForm]) -> None:
+        def adapter_of_class(module: nn.Module) -> AttentionForm | None:
+            if type(module).__name__ != class_name:
+                return None
+            check_fingerprint(type(module), fingerprints, f"transformers {transformers.__version__}")
+            return adapter(module)
+
+        register_style(adapter_of_class)
 
     return register
 
 
-def register_style(make: Callable[[nn.Module], Adapter | None]) -> Callable[[nn.Module], Adapter | None]:
-    """Register a function that makes the adapter for modules of a certain style, and returns None for others."""
-    _STYLES.append(make)
-    return make
+def register_style(adapter: Callable[[nn.Module], AttentionForm | None]) -> None:
+    """Register a function that makes the form of modules of a certain style, and returns None for others."""
+    _ADAPTERS.append(adapter)
 
 
-def adapter_of(module: nn.Module) -> Adapter:
-    """The adapter of an attention module.
+def attention_form(module: nn.Module) -> AttentionForm:
+    """The form of an attention module.
 
     Raises:
         Unsupported: if its class cannot share maps. The message names the class and the reason.
@@ -75,12 +51,7 @@ def adapter_of(module: nn.Module) -> Adapter:
             f"{cls.__name__}: its forward was replaced on the module itself, by a device map or a patch; load the "
             "model on one device and without patches"
         )
-    if cls.__name__ not in _ADAPTERS:
-        in_style = next(filter(None, (style(module) for style in _STYLES)), None)
-        return in_style or Adapter(read_attention(cls))
-    fingerprints, make = _ADAPTERS[cls.__name__]
-    check_fingerprint(cls, fingerprints, f"transformers {transformers.__version__}")
-    return make(module)
+    return next(filter(None, (adapter(module) for adapter in _ADAPTERS)), None) or read_attention(cls)
 
 
 def check_fingerprint(cls: type[nn.Module], fingerprints: tuple[str, ...], version: str) -> None:

@@ -19,7 +19,7 @@ from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_cache
 from mapreuse.models._snapshots import Model, copy_with_same_weights, unchanged_on_failure
 from mapreuse.models._source import Unsupported, parameter_names
 from mapreuse.models._stack import ENCODER_STATES, cross_attends_beside, find_stack, maps_travel_by_keyword
-from mapreuse.models._torch_encoder import unpacked
+from mapreuse.models._torch_encoder import unpack
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -88,10 +88,11 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
     if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
         raise ValueError(f"memory_budget must be a positive integer (bytes) or None, got {memory_budget!r}")
     before = sum(parameter.numel() for parameter in model.parameters())
-    with unpacked(find_stack(model)) as stack:
+    with unchanged_on_failure(model):
+        stack = unpack(find_stack(model))
         conversions = plan_conversions(model, stack, plan)
-        by_keyword = maps_travel_by_keyword(stack) and all(c.adapter.form.takes_maps for c in conversions)
-        applied = AppliedPlan(
+        by_keyword = maps_travel_by_keyword(stack) and all(one.form.takes_maps for one in conversions)
+        stack.module._map_reuse = AppliedPlan(  # type: ignore[assignment]
             plan,
             storage,
             memory_budget,
@@ -99,15 +100,13 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
             parameter_names(type(stack.module)),
             cross_attends_beside(stack),
         )
-        with unchanged_on_failure(model):
-            for conversion in conversions:
-                convert_attention(conversion)
-            refuse_save_pretrained(model)
-            stack.module._map_reuse = applied  # type: ignore[assignment]
-            if not by_keyword:
-                inject_maps(stack.module, stack.attention_paths)
-            stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
-            stack.module.register_forward_hook(_close_maps, with_kwargs=True)
+        for conversion in conversions:
+            convert_attention(conversion)
+        refuse_save_pretrained(model)
+        if not by_keyword:
+            inject_maps(stack.module, stack.attention_paths)
+        stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
+        stack.module.register_forward_hook(_close_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
     reusing = sum(plan.reuses(layer) for layer in range(plan.num_layers))
     logger.info(

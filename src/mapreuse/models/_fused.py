@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from mapreuse.maps import Scores
-from mapreuse.models._adapters import Adapter, register_attention
+from mapreuse.models._adapters import register_attention
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._runtime import make_scores
 from mapreuse.models._sharing_classes import ComputingAttention
@@ -17,14 +17,14 @@ from mapreuse.models._source import Unsupported
 
 
 class FusedComputing(ComputingAttention):
-    """The projection `_form.value` makes queries, keys and values, as three blocks in this order."""
+    """Computes maps with one projection that makes queries, keys and values, as three blocks in this order."""
 
     def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of the heads that compute, and values of all heads."""
         fused = getattr(self, self._form.value)(hidden_states)
         own = self._layout.computing * self.head_dim
         query, key, values = fused.split([own, own, fused.shape[-1] - 2 * own], dim=-1)
-        values = values.unflatten(-1, (self._num_value_heads, -1)).transpose(1, 2)
+        values = values.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self._heads(query), self._heads(key), values
 
 
@@ -38,8 +38,7 @@ class _ModernBertComputing(FusedComputing):
     ) -> tuple[Scores, Tensor]:
         query, key, values = self._split(hidden_states)
         assert position_embeddings is not None
-        cos, sin = position_embeddings
-        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=1)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings, unsqueeze_dim=1)
         scores = make_scores(self, query, key, attention_mask, self.head_dim**-0.5, kwargs.get("is_causal"))
         return scores, values
 
@@ -56,14 +55,14 @@ class _GPT2Computing(FusedComputing):
 
 
 @register_attention("ModernBertAttention", "5ab3dda290ea")
-def _modernbert(module: nn.Module) -> Adapter:
-    form = AttentionForm((), (), "Wqkv", ("Wo", "out_drop"), "attention_dropout")
-    return Adapter(form, _ModernBertComputing, fused="Wqkv")
+def _modernbert(module: nn.Module) -> AttentionForm:
+    output = ("Wo", "out_drop")
+    return AttentionForm((), (), "Wqkv", output, "attention_dropout", fused=True, computing=_ModernBertComputing)
 
 
 @register_attention("GPT2Attention", "2c4ecea331d8", "08ea3ecc8853")
-def _gpt2(module: nn.Module) -> Adapter:
+def _gpt2(module: nn.Module) -> AttentionForm:
     if module.reorder_and_upcast_attn:
         raise Unsupported("GPT2Attention: reorder_and_upcast_attn=True is not supported; load the model with False")
-    form = AttentionForm((), (), "c_attn", ("c_proj", "resid_dropout"), "attn_dropout.p")
-    return Adapter(form, _GPT2Computing, fused="c_attn")
+    output = ("c_proj", "resid_dropout")
+    return AttentionForm((), (), "c_attn", output, "attn_dropout.p", fused=True, computing=_GPT2Computing)

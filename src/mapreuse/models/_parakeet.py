@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mapreuse.maps import RelativePositions, Scores
-from mapreuse.models._adapters import Adapter, register_attention
+from mapreuse.models._adapters import register_attention
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._sharing_classes import ComputingAttention
 from mapreuse.models._source import Unsupported
@@ -40,14 +40,14 @@ class _ParakeetComputing(ComputingAttention):
 
 
 @register_attention("ParakeetEncoderAttention", "332d3b922a29", "94b7e854896c")
-def _parakeet(module: nn.Module) -> Adapter:
+def _parakeet(module: nn.Module) -> AttentionForm:
     if module.num_key_value_groups != 1:
         raise Unsupported("ParakeetEncoderAttention: grouped keys and values (num_key_value_heads) are not supported")
-    form = AttentionForm(
+    return AttentionForm(
         query=("q_proj", "bias_u", "bias_v"),
         key=("k_proj", "relative_k_proj"),
         value="v_proj",
         output=("o_proj",),
         dropout="attention_dropout",
+        computing=_ParakeetComputing,
     )
-    return Adapter(form, _ParakeetComputing, per_head=form.query + form.key)

@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from mapreuse.models._adapters import Adapter, adapter_of
+from mapreuse.models._adapters import attention_form
 from mapreuse.models._conversion import Conversion
 from mapreuse.models._layout import lay_out
 from mapreuse.models._linear import is_plain_linear
 from mapreuse.models._projections import HeadCounts, count_heads, find_output_projection
+from mapreuse.models._reading import AttentionForm
 from mapreuse.models._snapshots import copy_with_same_weights
 from mapreuse.models._source import Unsupported
-from mapreuse.models._stack import Layer, Stack, find_stack
-from mapreuse.models._torch_encoder import unpacked
+from mapreuse.models._stack import Stack, find_stack
+from mapreuse.models._torch_encoder import unpack
 from mapreuse.plan import ReusePlan
 
 _KIND = (
@@ -39,31 +40,37 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
     Raises:
         ValueError: if the plan does not fit the model, or the model cannot share maps (`Unsupported`).
     """
-    adapters = []
+    names = [f"layer {index} ({type(layer.attention).__name__})" for index, layer in enumerate(stack.layers)]
+    forms = []
     for index, layer in enumerate(stack.layers):
-        adapters.append(adapter_of(layer.attention))
-        _check_projections(f"layer {index}", layer, adapters[index])
+        forms.append(attention_form(layer.attention))
+        _check_projections(f"layer {index}", layer.attention, forms[index])
     if plan.num_layers != len(stack.layers):
         raise ValueError(
             f"the plan has {plan.num_layers} layers, but {type(stack.module).__name__} has {len(stack.layers)}; make "
             f"a plan for {len(stack.layers)} layers"
         )
-    measured = []
-    for index, (layer, adapter) in enumerate(zip(stack.layers, adapters, strict=True)):
-        name = f"layer {index} ({type(layer.attention).__name__})"
-        if adapter.interface:
-            _check_implementation(name, layer.attention)
-        heads = count_heads(name, layer.attention, adapter)
-        _check_heads(name, plan, index, heads)
-        output = find_output_projection(layer, adapter.form)
-        measured.append((name, layer, adapter, heads, output, _inseparable(layer.attention, adapter, heads)))
     owners = _owners(model)
-    separable = [
-        reason is None and output is not None and all(len(owners[id(p)]) == 1 for p in output.parameters())
-        for *_, output, reason in measured
-    ]
+    counts, outputs, reasons, separable = [], [], [], []
+    for name, layer, form, source in zip(names, stack.layers, forms, plan.layers, strict=True):
+        config = getattr(layer.attention, "config", None)
+        implementation = getattr(config, "_attn_implementation", "sdpa")
+        if implementation not in ("sdpa", "eager"):
+            raise Unsupported(
+                f"{name} runs attention as {implementation!r}; load it with attn_implementation='sdpa' or 'eager'"
+            )
+        heads = count_heads(name, layer.attention, form)
+        if isinstance(source, tuple) and len(source) != heads.num_heads:
+            raise ValueError(f"{name} has {heads.num_heads} heads, but the plan assigns {len(source)}")
+        output = find_output_projection(layer, form)
+        untied = output is not None and all(len(owners[id(p)]) == 1 for p in output.parameters())
+        reason = _inseparable(layer.attention, form, heads)
+        counts.append(heads)
+        outputs.append(output)
+        reasons.append(reason)
+        separable.append(reason is None and untied)
     conversions = []
-    for index, (name, layer, adapter, heads, output, reason) in enumerate(measured):
+    for index, (name, heads, output, reason) in enumerate(zip(names, counts, outputs, reasons, strict=True)):
         layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable)
         if 0 < layout.computing < layout.num_heads and reason is not None:
             raise Unsupported(f"{name}: {reason}; let all of its heads reuse maps, or none")
@@ -71,7 +78,7 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
             raise Unsupported(
                 f"{name}: no plain output projection directly after its context, so its heads cannot be reordered"
             )
-        conversions.append(Conversion(layer, adapter, heads, layout, output))
+        conversions.append(Conversion(stack.layers[index], forms[index], heads, layout, output))
     for index in range(plan.num_layers):
         for source in plan.sources(index):
             if difference := _difference(stack, conversions, index, source):
@@ -80,9 +87,8 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
     return conversions
 
 
-def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
+def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> None:
     """Projections must be plain. Wrapped ones (LoRA) and other formats (quantised) cannot be split by heads."""
-    form, attention = adapter.form, layer.attention
     for attribute in dict.fromkeys((*form.query, *form.key, form.value, *form.output)):
         parameter, module = attention._parameters.get(attribute), attention._modules.get(attribute)
         needed = attribute == form.value or attribute in form.output
@@ -112,26 +118,10 @@ def _check_projections(name: str, layer: Layer, adapter: Adapter) -> None:
                 )
 
 
-def _check_implementation(name: str, attention: nn.Module) -> None:
-    config: Any = getattr(attention, "config", None)
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in ("sdpa", "eager"):
-        raise Unsupported(
-            f"{name} runs attention as {implementation!r}; load it with attn_implementation='sdpa' or 'eager'"
-        )
-
-
-def _check_heads(name: str, plan: ReusePlan, index: int, heads: HeadCounts) -> None:
-    source = plan.layers[index]
-    if isinstance(source, tuple) and len(source) != heads.num_heads:
-        raise ValueError(f"{name} has {heads.num_heads} heads, but the plan assigns {len(source)}")
-
-
-def _inseparable(attention: nn.Module, adapter: Adapter, heads: HeadCounts) -> str | None:
+def _inseparable(attention: nn.Module, form: AttentionForm, heads: HeadCounts) -> str | None:
     """Why some heads cannot compute without the others, or in another order; None if they can."""
-    if adapter.fused is not None or adapter.computing is not None:
+    if form.fused or form.computing is not None:
         return None
-    form = adapter.form
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         parameters = {a: attention._parameters[a] for a in attributes if a in attention._parameters}
@@ -203,11 +193,9 @@ def possible_sources(model: nn.Module) -> dict[int, tuple[int, ...]]:
     Raises:
         ValueError: if the model cannot share maps at all, as `apply` would.
     """
-    if type(find_stack(model).module) is nn.TransformerEncoder:
-        model = copy_with_same_weights(model)  # its attention is unpacked in place
-    with unpacked(find_stack(model)) as stack:
-        conversions = plan_conversions(model, stack, ReusePlan.full(len(stack.layers)))
-
+    model = copy_with_same_weights(model)  # `unpack` changes it
+    stack = unpack(find_stack(model))
+    conversions = plan_conversions(model, stack, ReusePlan.full(len(stack.layers)))
     return {
         layer: tuple(source for source in range(layer) if _difference(stack, conversions, layer, source) is None)
         for layer in range(len(conversions))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.models._adapters import Adapter, adapter_of
+from mapreuse.models._adapters import attention_form
 from mapreuse.models._linear import is_plain_linear
 from mapreuse.models._reading import HEAD_DIM, AttentionForm
 from mapreuse.models._source import Unsupported
@@ -27,23 +27,20 @@ class HeadCounts:
     head_dim: int
 
 
-def count_heads(name: str, attention: nn.Module, adapter: Adapter) -> HeadCounts:
+def count_heads(name: str, attention: nn.Module, form: AttentionForm) -> HeadCounts:
     """The head counts of an attention module without a plan, from the shapes of its projections.
 
     Raises:
         Unsupported: if the shapes do not determine them. The message starts with `name`.
     """
-    named = (getattr(attention, name, None) for name in HEAD_DIM)
-    head_dim = adapter.head_dim or next((dim for dim in named if isinstance(dim, int)), None)
-    if head_dim is None:
-        raise Unsupported(f"{name} names no head dimension (expected one of {', '.join(HEAD_DIM)})")
-    value = _num_outputs(attention.get_submodule(adapter.form.value))
-    if adapter.fused is not None:
+    head_dim = _head_dim(name, attention, form)
+    value = _num_outputs(attention.get_submodule(form.value))
+    if form.fused:
         return HeadCounts(value // 3 // head_dim, value // 3 // head_dim, head_dim)
-    projections = [attention._modules.get(attribute) for attribute in adapter.form.query]
+    projections = [attention._modules.get(attribute) for attribute in form.query]
     queries = [_num_outputs(module) for module in projections if isinstance(module, nn.Linear | Conv1D)]
     if not queries:
-        raise Unsupported(f"{name}: no query projection was found in {adapter.form.query}")
+        raise Unsupported(f"{name}: no query projection was found in {form.query}")
     num_heads, remainder = divmod(queries[0], head_dim)
     num_value_heads, value_remainder = divmod(value, head_dim)
     if remainder or value_remainder or num_heads % num_value_heads:
@@ -51,6 +48,13 @@ def count_heads(name: str, attention: nn.Module, adapter: Adapter) -> HeadCounts
             f"{name}: queries of width {queries[0]} and values of width {value} do not make heads of {head_dim}"
         )
     return HeadCounts(num_heads, num_value_heads, head_dim)
+
+
+def _head_dim(name: str, attention: nn.Module, form: AttentionForm) -> int:
+    for dim in (form.head_dim, *(getattr(attention, attribute, None) for attribute in HEAD_DIM)):
+        if isinstance(dim, int):
+            return dim
+    raise Unsupported(f"{name} names no head dimension (expected one of {', '.join(HEAD_DIM)})")
 
 
 def _num_outputs(projection: nn.Module) -> int:
@@ -111,13 +115,10 @@ def value_projection(layer: Layer) -> ValueProjection:
         Unsupported: if the class of its attention cannot share maps.
     """
     attention: Any = layer.attention
-    if (form := vars(attention).get("_form")) is not None:
-        dims = (getattr(attention, name, None) for name in HEAD_DIM)
-        head_dim = next(dim for dim in dims if isinstance(dim, int))
-        return ValueProjection(attention.get_submodule(form.value), attention._num_value_heads, head_dim)
-    adapter = adapter_of(attention)
-    counts = count_heads(type(attention).__name__, attention, adapter)
-    return ValueProjection(attention.get_submodule(adapter.form.value), counts.num_value_heads, counts.head_dim)
+    form, name = _form_of(layer), type(attention).__name__
+    layout = vars(attention).get("_layout")
+    num_heads = len(layout.value_order) if layout else count_heads(name, attention, form).num_value_heads
+    return ValueProjection(attention.get_submodule(form.value), num_heads, _head_dim(name, attention, form))
 
 
 def output_projection(layer: Layer) -> nn.Linear | Conv1D:
@@ -126,11 +127,14 @@ def output_projection(layer: Layer) -> nn.Linear | Conv1D:
     Raises:
         Unsupported: if no plain projection follows directly after the context.
     """
-    form = vars(layer.attention).get("_form") or adapter_of(layer.attention).form
-    projection = find_output_projection(layer, form)
+    projection = find_output_projection(layer, _form_of(layer))
     if projection is None:
         raise Unsupported(f"{type(layer.attention).__name__}: no plain output projection directly after its context")
     return projection
+
+
+def _form_of(layer: Layer) -> AttentionForm:
+    return vars(layer.attention).get("_form") or attention_form(layer.attention)
 
 
 def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Conv1D | None:

@@ -51,7 +51,7 @@ ABSENT = (*CACHES, "is_cross_attention")
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Attribute names of an attention module, by role.
+    """How the attention modules of a class are converted. The first fields are attribute names, by role.
 
     Attributes:
         query: attributes that make queries but not values: projection, norms, biases.
@@ -61,7 +61,11 @@ class AttentionForm:
         dropout: path of the attribute with the dropout probability of the attention weights, or None.
         bias: the attributes in `key` that contribute to the mask or the score bias, for all heads at once.
         output_dropout: attribute with the dropout probability of the output, or None.
-        takes_maps: True if the forward passes its keyword arguments, including the maps, to the attention function.
+        takes_maps: the forward passes its keyword arguments, including the maps, to the attention function.
+        returns_map: the forward returns a pair, the output and the map; otherwise it returns only the output.
+        fused: `value` makes queries, keys and values, as three blocks in this order.
+        computing: mixin for layers that compute maps; None to keep the original forward.
+        head_dim: width of a head if the module does not store it.
     """
 
     query: tuple[str, ...]
@@ -72,6 +76,10 @@ class AttentionForm:
     bias: tuple[str, ...] = ()
     output_dropout: str | None = None
     takes_maps: bool = True
+    returns_map: bool = True
+    fused: bool = False
+    computing: type[nn.Module] | None = None
+    head_dim: int | None = None
 
 
 @dataclass(frozen=True)

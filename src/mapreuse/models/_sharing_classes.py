@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch.nn import functional
 from mapreuse.maps import Scores
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import AttentionForm
-from mapreuse.models._runtime import IMPLEMENTATION, MAPS_ARGUMENT, refuse_cache, refuse_unknown, share
+from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_cache, refuse_unknown, share
 from mapreuse.models._source import parameter_names
 
 
@@ -25,7 +24,6 @@ class SharingAttention(nn.Module):
 
     _parameter_names: tuple[str, ...]
     _layout: LayerLayout
-    _num_value_heads: int
     _form: AttentionForm
 
     if TYPE_CHECKING:  # the attributes of the original class
@@ -35,7 +33,7 @@ class SharingAttention(nn.Module):
     def _values(self, hidden_states: Tensor) -> Tensor:
         """(batch, positions, width) to (batch, value heads, positions, value_dim)."""
         values = getattr(self, self._form.value)(hidden_states)
-        return values.unflatten(-1, (self._num_value_heads, -1)).transpose(1, 2)
+        return values.unflatten(-1, (len(self._layout.value_order), -1)).transpose(1, 2)
 
     def _dropout_p(self) -> float:
         if not self.training or self._form.dropout is None:
@@ -48,22 +46,21 @@ class SharingAttention(nn.Module):
         refuse_cache(self, arguments)
         return arguments
 
-    def _share(
-        self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _share(self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]) -> Any:
+        """The output of the module, with the map if the original forward returns one."""
         context, weights = share(self, arguments.get(MAPS_ARGUMENT), values, scores, dropout_p=self._dropout_p())
         context = context.flatten(2)
         for name in self._form.output:
             context = getattr(self, name)(context)
         if self._form.output_dropout is not None:
             context = functional.dropout(context, getattr(self, self._form.output_dropout), self.training)
-        return context, weights
+        return (context, weights) if self._form.returns_map else context
 
 
 class ComputingAttention(SharingAttention):
     """An attention module whose heads compute their maps by `_project`, not by the original forward."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
         refuse_unknown(self, {name: arguments[name] for name in arguments.keys() - self._parameter_names})
         scores, values = self._project(hidden_states, **arguments)
@@ -81,16 +78,9 @@ class ComputingAttention(SharingAttention):
 class ReusingAttention(SharingAttention):
     """An attention module that projects only values, and applies the maps of earlier layers."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
         return self._share(self._values(hidden_states), None, arguments)
-
-
-def use_shared_attention(module: nn.Module) -> None:
-    """Make the original forward of one module call mapreuse's attention function, by a configuration of its own."""
-    config: Any = copy.copy(module.config)
-    config._attn_implementation_internal = IMPLEMENTATION  # the public setter would change other modules as well
-    module.config = config
 
 
 @functools.cache

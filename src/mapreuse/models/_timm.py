@@ -10,22 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapreuse.maps import Scores
-from mapreuse.models._adapters import Adapter, register_style
+from mapreuse.models._adapters import register_style
 from mapreuse.models._fused import FusedComputing
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._runtime import make_scores
-from mapreuse.models._sharing_classes import ReusingAttention
 from mapreuse.models._source import Unsupported, body_of
 
 
-class _OneTensor:
-    """A mixin before a sharing class, for attention whose forward returns its output without weights."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(hidden_states, *args, **kwargs)[0]  # type: ignore[misc]
-
-
-class _TimmComputing(_OneTensor, FusedComputing):  # type: ignore[misc]  # it returns one tensor, they return two
+class _TimmComputing(FusedComputing):
     def _project(
         self,
         hidden_states: Float[Tensor, "batch tokens width"],
@@ -36,14 +28,9 @@ class _TimmComputing(_OneTensor, FusedComputing):  # type: ignore[misc]  # it re
         query, key, values = self._split(hidden_states)
         if "q_norm" in self._modules:
             query, key = self.q_norm(query), self.k_norm(key)
-        mask = attn_mask
-        if mask is not None:
-            mask = mask[(None,) * (4 - mask.dim())]
-        return make_scores(self, query, key, mask, self.scale, is_causal), values
-
-
-class _TimmReusing(_OneTensor, ReusingAttention):  # type: ignore[misc]
-    pass
+        if attn_mask is not None:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        return make_scores(self, query, key, attn_mask, self.scale, is_causal), values
 
 
 _FORWARD = re.compile(
@@ -56,15 +43,14 @@ _FORWARD = re.compile(
     \ {4}(?P=x)\ =\ (F|functional|nn\.functional|torch\.nn\.functional)\.scaled_dot_product_attention\(q,\ k,\ v
         (,\ attn_mask=attn_mask)?,\ dropout_p=self\.attn_drop\.p\ if\ self\.training\ else\ 0\.0
         (,\ is_causal=is_causal)?\)\nelse:\n)?
-    ((\ {4})?q\ =\ q\ \*\ self\.scale\n(\ {4})?attn\ =\ q\ @\ k\.transpose\(-2,\ -1\)\n
-        |(\ {4})?attn\ =\ q\ @\ k\.transpose\(-2,\ -1\)\ \*\ self\.scale\n
-        |(\ {4})?attn\ =\ \(q\ @\ k\.transpose\(-2,\ -1\)\)\ \*\ self\.scale\n
-        |(\ {4})?attn\ =\ q\ \*\ self\.scale\ @\ k\.transpose\(-2,\ -1\)\n)
-    ((\ {4})?attn_bias\ =\ resolve_self_attn_mask\((?P=N),\ attn,\ attn_mask,\ is_causal\)\n)?
-    ((\ {4})?attn\ =\ maybe_add_mask\(attn,\ (attn_mask|attn_bias)\)\n)?
-    (\ {4})?attn\ =\ attn\.softmax\(dim=-1\)\n
-    (\ {4})?attn\ =\ self\.attn_drop\(attn\)\n
-    ((\ {4})?(?P=x)\ =\ attn\ @\ v\n
+    (q\ =\ q\ \*\ self\.scale\nattn\ =\ q\ @\ k\.transpose\(-2,\ -1\)\n
+        |attn\ =\ q\ @\ k\.transpose\(-2,\ -1\)\ \*\ self\.scale\n
+        |attn\ =\ q\ \*\ self\.scale\ @\ k\.transpose\(-2,\ -1\)\n)
+    (attn_bias\ =\ resolve_self_attn_mask\((?P=N),\ attn,\ attn_mask,\ is_causal\)\n)?
+    (attn\ =\ maybe_add_mask\(attn,\ (attn_mask|attn_bias)\)\n)?
+    attn\ =\ attn\.softmax\(dim=-1\)\n
+    attn\ =\ self\.attn_drop\(attn\)\n
+    ((?P=x)\ =\ attn\ @\ v\n
         (?P=x)\ =\ (?P=x)\.transpose\(1,\ 2\)\.reshape\((?P=B),\ (?P=N),\ ((?P=C)|self\.attn_dim)\)\n
         |(?P=x)\ =\ \(attn\ @\ v\)\.transpose\(1,\ 2\)\.reshape\((?P=B),\ (?P=N),\ ((?P=C)|self\.attn_dim)\)\n)
     (?P<scaled>(?P=x)\ =\ self\.norm\((?P=x)\)\n)?
@@ -75,14 +61,17 @@ _FORWARD = re.compile(
 )
 """The statements of the `forward` of timm's `Attention`, in its current and earlier versions."""
 
+_ELSE_BLOCK = re.compile(r"^ {4}(?=(q|attn|attn_bias) = |\w+ = attn @ v$)", re.MULTILINE)
+"""The indentation of the statements that current versions run unless attention is fused."""
+
 
 @register_style
-def _timm(module: nn.Module) -> Adapter | None:
+def _timm(module: nn.Module) -> AttentionForm | None:
     if not {"qkv", "proj", "proj_drop", "attn_drop"} <= module._modules.keys():
         return None
     cls = type(module)
     body = body_of(cls)
-    match = _FORWARD.fullmatch(body)
+    match = _FORWARD.fullmatch(_ELSE_BLOCK.sub("", body))
     if match is None:
         raise Unsupported(f"{cls.__name__}: its modules resemble those of timm's Attention, but its forward differs")
     _check_mask_functions(cls, body)
@@ -92,11 +81,18 @@ def _timm(module: nn.Module) -> Adapter | None:
         raise Unsupported(
             f"{cls.__name__}: its scale is {attention.scale}, but its fused attention uses {head_dim**-0.5}"
         )
-    norms = ("q_norm",), ("k_norm",)
-    query, key = norms if match["normed"] else ((), ())
-    output = ("norm", "proj", "proj_drop") if match["scaled"] else ("proj", "proj_drop")
-    form = AttentionForm(query, key, "qkv", output, "attn_drop.p", takes_maps=False)
-    return Adapter(form, _TimmComputing, _TimmReusing, fused="qkv", interface=False, head_dim=head_dim)
+    return AttentionForm(
+        query=("q_norm",) if match["normed"] else (),
+        key=("k_norm",) if match["normed"] else (),
+        value="qkv",
+        output=("norm", "proj", "proj_drop") if match["scaled"] else ("proj", "proj_drop"),
+        dropout="attn_drop.p",
+        takes_maps=False,
+        returns_map=False,
+        fused=True,
+        computing=_TimmComputing,
+        head_dim=head_dim,
+    )
 
 
 def _check_mask_functions(cls: Any, body: str) -> None:

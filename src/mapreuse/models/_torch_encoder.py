@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapreuse.maps import Scores
-from mapreuse.models._adapters import Adapter, check_fingerprint, register_style
+from mapreuse.models._adapters import check_fingerprint, register_style
 from mapreuse.models._fused import FusedComputing
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._runtime import make_scores
@@ -73,7 +71,7 @@ class UnpackedAttention(FusedComputing):
         query, key, values = self._split(hidden_states)
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is only a hint about the mask; pass the mask as well, as without shared maps")
-        mask = attn_mask
+        mask: Tensor | None = attn_mask
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
         if key_padding_mask is not None:
@@ -88,34 +86,23 @@ def _linear(weight: Any, bias: Any) -> nn.Linear:
     return linear
 
 
-@contextmanager
-def unpacked(stack: Stack) -> Iterator[Stack]:
-    """Unpack the attention modules of a `torch.nn.TransformerEncoder`; yields the new stack. Undone on failure.
+def unpack(stack: Stack) -> Stack:
+    """Unpack the attention modules of a `torch.nn.TransformerEncoder`, in place; returns the new stack.
 
     Raises:
         Unsupported: if a forward has changed, or an attention has more than one packed projection and an output.
     """
     encoder: Any = stack.module
     if type(encoder) is not nn.TransformerEncoder:
-        yield stack
-        return
+        return stack
+    layers = []
     for index, layer in enumerate(stack.layers):
         _check_packed(f"layer {index}", layer.layer, layer.attention)
-    packed = [layer.attention for layer in stack.layers]
-    nested = encoder.use_nested_tensor
-    try:
-        layers = []
-        for layer in stack.layers:
-            attention = UnpackedAttention(layer.attention)  # type: ignore[arg-type]
-            layer.layer.self_attn = attention
-            layers.append(replace(layer, attention=attention))
-        encoder.use_nested_tensor = False  # maps need a mask, which nested tensors do not have
-        yield replace(stack, layers=tuple(layers))
-    except BaseException:
-        for layer, original in zip(stack.layers, packed, strict=True):
-            layer.layer.self_attn = original
-        encoder.use_nested_tensor = nested
-        raise
+        attention = UnpackedAttention(layer.attention)  # type: ignore[arg-type]
+        layer.layer.self_attn = attention
+        layers.append(replace(layer, attention=attention))
+    encoder.use_nested_tensor = False  # maps need a mask, which nested tensors do not have
+    return replace(stack, layers=tuple(layers))
 
 
 def _check_packed(name: str, layer: nn.Module, attention: nn.Module) -> None:
@@ -142,10 +129,9 @@ def _check_packed(name: str, layer: nn.Module, attention: nn.Module) -> None:
 
 
 @register_style
-def _torch_attention(module: nn.Module) -> Adapter | None:
+def _torch_attention(module: nn.Module) -> AttentionForm | None:
     if type(module) is UnpackedAttention:
-        form = AttentionForm((), (), "in_proj", ("out_proj",), "dropout", takes_maps=False)
-        return Adapter(form, fused="in_proj", interface=False)
+        return AttentionForm((), (), "in_proj", ("out_proj",), "dropout", takes_maps=False, fused=True)
     if isinstance(module, nn.MultiheadAttention):
         raise Unsupported(
             f"{type(module).__name__}: torch's attention is supported only inside a plain torch.nn.TransformerEncoder"

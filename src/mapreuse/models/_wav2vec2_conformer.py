@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mapreuse.maps import RelativePositions, Scores
-from mapreuse.models._adapters import Adapter, register_attention
+from mapreuse.models._adapters import register_attention
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._runtime import mask_and_bias
 from mapreuse.models._sharing_classes import ComputingAttention
@@ -40,15 +40,13 @@ class _RelativeComputing(ComputingAttention):
 
 
 @register_attention("Wav2Vec2ConformerSelfAttention", "9a5b3c6cf174")
-def _wav2vec2_conformer(module: nn.Module) -> Adapter:
+def _wav2vec2_conformer(module: nn.Module) -> AttentionForm:
     relative = module.position_embeddings_type == "relative"
-    form = AttentionForm(
+    return AttentionForm(
         query=("linear_q", "pos_bias_u", "pos_bias_v") if relative else ("linear_q",),
         key=("linear_k", "linear_pos") if relative else ("linear_k",),
         value="linear_v",
         output=("linear_out",),
         dropout="dropout.p",
+        computing=_RelativeComputing if relative else None,
     )
-    if not relative:
-        return Adapter(form)
-    return Adapter(form, _RelativeComputing, per_head=form.query + form.key)
