@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mapreuse import ReusePlan
+from mapreuse.maps import AttentionMap, RecomputedMap
 from mapreuse.models import find_stack
 
 
@@ -134,6 +135,13 @@ def disagreement(ours: Tensor, reference: Tensor, rows: Tensor) -> float:
     """max |ours − reference| / max |reference| over these rows."""
     ours, reference = ours[rows], reference[rows]
     return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+def size_of(attention_map: AttentionMap) -> int:
+    """Size in bytes of the tensors that a map keeps alive."""
+    if isinstance(attention_map, RecomputedMap):
+        return sum(tensor.nbytes for tensor in attention_map.scores.factors)
+    return sum(tensor.nbytes for tensor in (attention_map.weights, attention_map.scales) if tensor is not None)
 
 
 def output_of_layer(model: nn.Module, index: int, batch: dict[str, Tensor]) -> Tensor:

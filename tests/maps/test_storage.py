@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case
+from oracle import size_of
 
 from mapreuse.maps import (
     STORAGES,
@@ -46,17 +47,39 @@ def test_a_stored_map_matches_the_definition_within_its_precision(case, storage,
     torch.testing.assert_close(applied, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("storage", ["dense16", "dense8"])
-def test_padding_is_never_applied(storage):
+@pytest.mark.parametrize("storage", ["dense", "dense16", "dense8"])
+@pytest.mark.parametrize("pairs", [((0, 0), (1, 1), (2, 2)), ((0, 0), (0, 1), (0, 2)), ((2, 0), (0, 2))])
+def test_padding_is_never_applied(storage, pairs):
+    """Two items with valid lengths 9 and 4; values after them may be NaN."""
     case = make_case(batch=2, num_queries=9, num_keys=9)
     real = torch.arange(9) < torch.tensor([[9], [4]])
     scores = replace(case.scores, mask=real[:, None, :, None] & real[:, None, None, :])
     values = case.values.clone()
     values[1, :, 4:] = float("nan")
     with torch.no_grad():
-        applied = compute(scores, case.values, storage)[1].apply(values)
-    torch.testing.assert_close(applied, defined_map(scores) @ case.values, atol=0.02, rtol=0)
+        applied = compute(scores, case.values, storage)[1].apply(values, pairs)
+    exact = defined_map(scores)
+    expected = torch.stack([exact[:, m] @ case.values[:, v] for m, v in pairs], 1)
+    torch.testing.assert_close(applied, expected, atol=1e-5 if storage == "dense" else 0.02, rtol=0)
     assert (applied[1, :, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("pairs", [None, ((0, 0), (0, 1), (1, 2))])
+def test_every_call_draws_its_own_dropout(storage, grad_mode, pairs):
+    """If the values are ones, the context is the sum of the weights that are not dropped."""
+    case = make_case(batch=1, num_queries=40, num_keys=40)
+    ones = torch.ones(1, 3, 40, 1)
+    with torch.set_grad_enabled(grad_mode):
+        stored = compute(case.scores, case.values, storage)[1]
+        before = stored.dense().clone()
+        torch.manual_seed(0)
+        draws = torch.stack([stored.apply(ones, pairs, dropout_p=0.5) for _ in range(20)])
+    assert (draws[0] - draws[1]).abs().mean() > 0.1
+    assert (draws[:, :, 0] - draws[:, :, 1]).abs().mean() > 0.1, "heads that share a product draw separately"
+    assert draws.mean() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(stored.dense(), before), "the map does not change"
 
 
 def test_weights_are_rounded_to_the_nearest_number_in_half_precision():
@@ -99,7 +122,7 @@ def test_nan_reaches_the_readers(storage):
 def test_compressed_maps_need_half_and_a_quarter_of_the_memory():
     case = make_case(batch=1, heads=2, num_queries=130, num_keys=130)
     with torch.no_grad():
-        sizes = {storage: compute(case.scores, case.values, storage)[1].nbytes for storage in STORAGES}
+        sizes = {storage: size_of(compute(case.scores, case.values, storage)[1]) for storage in STORAGES}
     weights = 2 * 130 * 130
     assert sizes["dense"] == 4 * weights
     assert sizes["dense16"] == 2 * weights + 4 * 2 * 130
@@ -115,18 +138,6 @@ def test_with_gradients_weights_are_not_compressed(storage):
     assert stored.weights.dtype == torch.float32
     stored.apply(case.values).sum().backward()
     assert query.grad is not None
-
-
-@pytest.mark.parametrize("storage", ["dense16", "dense8"])
-def test_every_call_of_a_compressed_map_draws_its_own_dropout(storage):
-    case = make_case(batch=1, num_queries=40, num_keys=40)
-    ones = torch.ones(1, 3, 40, 1)
-    with torch.no_grad():
-        stored = compute(case.scores, case.values, storage)[1]
-        torch.manual_seed(0)
-        draws = torch.stack([stored.apply(ones, dropout_p=0.5) for _ in range(50)])
-    assert (draws[0] - draws[1]).abs().mean() > 0.1
-    assert draws.mean() == pytest.approx(1.0, abs=0.03)
 
 
 def costs_of(**costs):
@@ -161,7 +172,7 @@ def test_sizes_match_the_maps_and_times_scale_with_them(relative):
     )
     with torch.no_grad():
         for one, two in zip(few.costs, many.costs, strict=True):
-            used = compute(case.scores, case.values, one.storage)[1].nbytes
+            used = size_of(compute(case.scores, case.values, one.storage)[1])
             assert (one.nbytes, two.nbytes) == (used, 2 * used)
             assert one.seconds == two.seconds > 0
     relative = case.scores.relative

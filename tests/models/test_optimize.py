@@ -18,7 +18,7 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCo
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertConvolutionModule
 
 import mapreuse as mr
-from mapreuse.maps import _microbenchmark
+from mapreuse.maps import _attend
 from mapreuse.models import _linear, optimized
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -160,7 +160,7 @@ def test_onednn_is_used_only_if_it_is_clearly_faster(monkeypatch, times, chosen)
     called = []
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: called.append(times[0]))
     monkeypatch.setattr(functional, "linear", lambda *args: called.append(times[1]))
-    monkeypatch.setattr(_microbenchmark, "_seconds", lambda call: call() or called[-1])
+    monkeypatch.setattr(_attend, "_seconds", lambda call: call() or called[-1])
     assert _linear.onednn_is_faster.__wrapped__(1) is chosen
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from agreement import PLANS
 from families import SIZE, build
-from oracle import defined_output, disagreement, valid_rows
+from oracle import defined_output, disagreement, size_of, valid_rows
 
 import mapreuse as mr
 from mapreuse.maps import DenseMap, SharedMaps
@@ -38,7 +38,7 @@ def bytes_alive(monkeypatch, model, batch):
     publish, release = SharedMaps.publish, SharedMaps.release
 
     def publishing(self, layer, attention_map):
-        alive[layer] = attention_map.nbytes
+        alive[layer] = size_of(attention_map)
         most[0] = max(most[0], sum(alive.values()))
         publish(self, layer, attention_map)
 
@@ -90,7 +90,7 @@ def test_in_training_a_budget_is_for_all_maps_uncompressed_since_autograd_keeps_
     model, batch = build("bert")
     mr.apply(model, GROUPS, storage=storage)
     model(**batch)
-    sizes = [one.nbytes for _, one in published]
+    sizes = [size_of(one) for _, one in published]
     assert len(sizes) == 2
     for budget, fits in ((sum(sizes), True), (sum(sizes) - 1, False)):
         model, batch = build("bert")

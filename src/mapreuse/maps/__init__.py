@@ -1,9 +1,8 @@
 """How is an attention map computed, stored and applied? Tensors only."""
 
-from mapreuse.maps._attend import attend
+from mapreuse.maps._attend import attend, is_clearly_faster
 from mapreuse.maps._c_kernel import KERNEL_RANGE, are_unobserved, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
-from mapreuse.maps._microbenchmark import is_clearly_faster
 from mapreuse.maps._scores import RelativePositions, Scores, as_index
 from mapreuse.maps._shared_maps import SharedMaps
 from mapreuse.maps._storage import STORAGES, compute

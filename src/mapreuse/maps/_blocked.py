@@ -1,15 +1,17 @@
-"""Exact attention in PyTorch, computed in blocks of heads and query rows: the twin of the C kernel."""
+"""Exact attention in PyTorch, in blocks of heads and rows, with gradients: the twin of the C kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from mapreuse.maps._scores import Scores
+from mapreuse.maps._scores import RelativePositions, Scores, part_of_item
 from mapreuse.maps._softmax import BlockDropout, softmax_of_sum
 
 _BLOCK_SCORES = 1 << 17
@@ -82,20 +84,29 @@ class Block:
         relative: queries for relative positions, times the scaling, and keys of these distances; or None.
     """
 
-    def __init__(self, number: int, item: _Item, heads: slice, rows: slice, memory: tuple[Tensor, Tensor]) -> None:
-        self.number = number
-        self.item, self.heads, self.rows = self.place = item.index, heads, rows
-        self.keys = min(item.key.shape[1], rows.stop) if item.is_causal else item.key.shape[1]
+    def __init__(
+        self,
+        number: int,
+        place: tuple[int, slice, slice],
+        scores: Scores,
+        values: Tensor,
+        num_keys: int,
+        memory: tuple[Tensor, Tensor],
+    ) -> None:
+        self.number, self.place = number, place
+        self.item, self.heads, self.rows = _, heads, rows = place
+        valid_keys = scores.key.shape[2]
+        self.keys = min(valid_keys, rows.stop) if scores.is_causal else valid_keys
         self.shape = heads.stop - heads.start, rows.stop - rows.start, self.keys
-        self.query = item.query[heads, rows]
-        self.key = item.key[heads, : self.keys]
-        self.values = item.values[heads, : self.keys]
-        first = item.num_keys - rows.stop
+        self.query = scores.query[0, heads, rows]
+        self.key = scores.key[0, heads, : self.keys]
+        self.values = values[heads, : self.keys]
+        first = num_keys - rows.stop
         self.distances = slice(first, first + self.keys + self.shape[1] - 1)
         self.relative: tuple[Tensor, Tensor] | None = None
-        if item.relative is not None:
-            self.relative = item.relative[0][heads, rows], item.relative[1][heads, self.distances]
-        self._item = item
+        if scores.relative is not None:
+            self.relative = scores.relative.query[0, heads, rows], scores.relative.key[0, heads, self.distances]
+        self._scores = scores
         self._memory = memory
 
     def positional(self) -> tuple[Float[Tensor, "heads rows distances"], Float[Tensor, "heads rows keys"]]:
@@ -107,10 +118,10 @@ class Block:
 
     def compute_map(self, place: Tensor | None = None) -> Float[Tensor, "heads rows keys"]:
         """Compute the weights in `place`, or in memory that the next block overwrites."""
-        scores, positional = self._scores()
+        scores, positional = self._products()
         allowed = self._allowed()
-        if self._item.bias is not None:
-            scores += _select(self._item.bias, self.heads, self.rows, self.keys)
+        if self._scores.bias is not None:
+            scores += self._part(self._scores.bias)
         if allowed is not None:
             if positional is not None:
                 scores += positional
@@ -118,11 +129,11 @@ class Block:
             positional = None
         out = scores if place is None else place
         softmax_of_sum(scores, positional, out)
-        if allowed is not None and self._item.allowed is not None:
+        if allowed is not None and self._scores.mask is not None:
             out *= allowed.any(-1, keepdim=True)
         return out
 
-    def _scores(self) -> tuple[Float[Tensor, "heads rows keys"], Float[Tensor, "heads rows keys"] | None]:
+    def _products(self) -> tuple[Float[Tensor, "heads rows keys"], Float[Tensor, "heads rows keys"] | None]:
         """Scores by content and by position, which are added later."""
         heads, rows, keys = self.shape
         content = self._memory[0][: heads * rows * keys].view(self.shape)
@@ -135,13 +146,17 @@ class Block:
         return content, by_key
 
     def _allowed(self) -> Bool[Tensor, "#heads #rows keys"] | None:
-        mask = self._item.allowed
-        allowed = None if mask is None else _select(mask, self.heads, self.rows, self.keys)
-        if self._item.is_causal:
+        allowed = None if self._scores.mask is None else self._part(self._scores.mask)
+        if self._scores.is_causal:
             rows = torch.arange(self.rows.start, self.rows.stop, device=self._memory[0].device)[:, None]
             causal = (torch.arange(self.keys, device=rows.device) <= rows)[None]
             allowed = causal if allowed is None else allowed & causal
         return allowed
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        """This block's part of a mask or bias, of which heads and rows may broadcast."""
+        tensor = tensor[0, self.heads] if tensor.shape[1] > 1 else tensor[0]
+        return tensor[:, self.rows, : self.keys] if tensor.shape[1] > 1 else tensor[..., : self.keys]
 
 
 def blocks(scores: Scores, values: Tensor) -> Iterator[Block]:
@@ -156,51 +171,34 @@ def blocks(scores: Scores, values: Tensor) -> Iterator[Block]:
     memory = values.new_empty(num_heads * num_rows * num_keys), values.new_empty(num_heads * num_rows * width)
     number = 0
     for index, (valid_rows, valid_keys) in enumerate(scores.valid_lengths):
-        item = _Item.of(scores, values, index, valid_rows, valid_keys)
+        of_item = _scores_of_item(scores, index, valid_rows, valid_keys)
+        item_values = values[index, :, :valid_keys].contiguous()
         for of_heads in slices(heads, num_heads):
             for of_rows in slices(valid_rows, num_rows):
-                yield Block(number, item, of_heads, of_rows, memory)
+                yield Block(number, (index, of_heads, of_rows), of_item, item_values, num_keys, memory)
                 number += 1
 
 
-@dataclass(frozen=True)
-class _Item:
-    """Contiguous tensors of one item of the batch, without padding; queries include the scaling."""
-
-    index: int
-    query: Float[Tensor, "heads rows dim"]
-    key: Float[Tensor, "heads keys dim"]
-    values: Float[Tensor, "heads keys value_dim"]
-    relative: tuple[Float[Tensor, "heads rows dim"], Float[Tensor, "heads distances dim"]] | None
-    num_keys: int  # padding included: it is the origin of the distances
-    allowed: Bool[Tensor, "#heads #rows keys"] | None
-    bias: Float[Tensor, "#heads #rows keys"] | None
-    is_causal: bool
-
-    @classmethod
-    def of(cls, scores: Scores, values: Tensor, index: int, rows: int, keys: int) -> _Item:
-        def select(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
-            return _select(tensor[index if tensor.shape[0] > 1 else 0], slice(None), slice(0, rows), keys)
-
-        relative = None
-        if scores.relative is not None:
-            relative_query = scores.relative.query[index, :, :rows] * scores.scaling
-            relative_key = scores.relative.key[index if scores.relative.key.shape[0] > 1 else 0]
-            relative = relative_query.contiguous(), relative_key.contiguous()
-        allowed = select(scores.mask)
-        return cls(
-            index=index,
-            query=(scores.query[index, :, :rows] * scores.scaling).contiguous(),
-            key=scores.key[index, :, :keys].contiguous(),
-            values=values[index, :, :keys].contiguous(),
-            relative=relative,
-            num_keys=scores.shape[-1],
-            allowed=None if allowed is None or bool(allowed.all()) else allowed,
-            bias=select(scores.bias),
-            is_causal=scores.is_causal,
+def _scores_of_item(scores: Scores, item: int, rows: int, keys: int) -> Scores:
+    """The scores of one item without padding, in contiguous tensors. Queries include the scaling."""
+    relative = scores.relative
+    if relative is not None:
+        shared = relative.key.shape[0] == 1
+        relative = RelativePositions(
+            (relative.query[item, None, :, :rows] * scores.scaling).contiguous(),
+            relative.key[0 if shared else item, None].contiguous(),
         )
+    mask = part_of_item(scores.mask, item, rows, keys)
+    bias = part_of_item(scores.bias, item, rows, keys)
+    return Scores(
+        query=(scores.query[item, None, :, :rows] * scores.scaling).contiguous(),
+        key=scores.key[item, None, :, :keys].contiguous(),
+        scaling=1.0,
+        mask=None if mask is None or bool(mask.all()) else mask[None],
+        bias=None if bias is None else bias[None],
+        is_causal=scores.is_causal,
+        relative=relative,
+    )
 
 
 def rows_per_block(num_queries: int, num_keys: int) -> int:
@@ -222,7 +220,97 @@ def slices(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def _select(tensor: Tensor, heads: slice, rows: slice, keys: int) -> Tensor:
-    """Part of a tensor of shape (#heads, #rows, keys), where sizes of one broadcast."""
-    tensor = tensor[heads] if tensor.shape[0] > 1 else tensor
-    return tensor[:, rows, :keys] if tensor.shape[1] > 1 else tensor[..., :keys]
+def blocked_with_gradients(
+    scores: Scores, values: Tensor, *, keep: bool, dropout: BlockDropout | None
+) -> tuple[Tensor, Tensor | None]:
+    """`blocked` with first-order gradients for queries, keys, values, bias and relative positions.
+
+    With the scores S, the map P, the context C and the gradient G of the map from its readers, a block of rows needs
+    only its own rows of the map:
+
+        dV = Pᵀ dC,    dP = dC Vᵀ + G,    dS = P ∘ (dP − rowsum(P ∘ dP))
+
+    Only the inputs are saved for the backward pass, and the map if it is kept. Otherwise the rows of the map are
+    computed again (Dao et al. 2022), so that no other T × T tensor is ever stored.
+
+    Returns:
+        The context, and the map or None.
+    """
+    relative = scores.relative
+    tensors = (scores.query, scores.key, values, scores.bias)
+    positions = (None, None) if relative is None else (relative.query, relative.key)
+    return _Blocked.apply(*tensors, *positions, scores, keep, dropout)
+
+
+class _Blocked(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        relative_query: Tensor | None,
+        relative_key: Tensor | None,
+        scores: Scores,
+        keep: bool,
+        dropout: BlockDropout | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        weights = values.new_empty(scores.shape) if keep else None
+        map_of = Block.compute_map if weights is None else keeping(scores, weights)
+        context = blocked(scores, values, map_of, dropout)
+        ctx.save_for_backward(query, key, values, bias, relative_query, relative_key, scores.mask, weights)
+        ctx.scaling, ctx.is_causal, ctx.dropout = scores.scaling, scores.is_causal, dropout
+        return context, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_context: Tensor, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, values, bias, *positions, mask, weights = ctx.saved_tensors
+        relative = None if positions[0] is None else RelativePositions(*positions)
+        scores = Scores(query, key, ctx.scaling, mask=mask, bias=bias, is_causal=ctx.is_causal, relative=relative)
+        d_query, d_key, d_values = (tensor.new_zeros(tensor.shape) for tensor in (query, key, values))
+        d_bias = None if bias is None else bias.new_zeros(bias.shape)
+        d_relative = None
+        if relative is not None:
+            d_relative = RelativePositions(*(t.new_zeros(t.shape) for t in (relative.query, relative.key)))
+        with torch.autocast(values.device.type, enabled=False):
+            for block in blocks(scores, values):
+                rows = block.place
+                keys = block.item, block.heads, slice(block.keys)
+                block_map = block.compute_map() if weights is None else weights[rows][..., : block.keys]
+                d_rows = d_context[rows]
+                d_map = d_rows @ block.values.mT
+                if ctx.dropout is None:
+                    d_values[keys] += block_map.mT @ d_rows
+                else:
+                    factors = ctx.dropout.factors(d_map, block.number)
+                    d_values[keys] += (block_map * factors).mT @ d_rows
+                    d_map *= factors
+                if d_weights is not None:
+                    d_map += d_weights[rows][..., : block.keys]
+                d_scores = block_map * (d_map - (block_map * d_map).sum(-1, keepdim=True))
+                d_query[rows] = d_scores @ block.key * ctx.scaling
+                d_key[keys] += d_scores.mT @ block.query
+                if d_bias is not None:
+                    _add_reduced(d_bias, block, d_scores)
+                if d_relative is not None and block.relative is not None:
+                    by_distance, by_key = block.positional()
+                    by_distance.zero_()
+                    by_key.copy_(d_scores)
+                    relative_query, relative_key = block.relative
+                    d_relative.query[rows] = by_distance @ relative_key * ctx.scaling
+                    item = block.item if d_relative.key.shape[0] > 1 else 0
+                    d_relative.key[item, block.heads, block.distances] += by_distance.mT @ relative_query
+        d_positions = (None, None) if d_relative is None else (d_relative.query, d_relative.key)
+        return d_query, d_key, d_values, d_bias, *d_positions, None, None, None
+
+
+def _add_reduced(total: Tensor, block: Block, addend: Tensor) -> None:
+    """Add a block's (heads, rows, keys) to the gradient of a tensor whose batch, heads or rows broadcast."""
+    heads, rows = block.heads, block.rows
+    if total.shape[1] == 1:
+        heads, addend = slice(0, 1), addend.sum(0, keepdim=True)
+    if total.shape[2] == 1:
+        rows, addend = slice(0, 1), addend.sum(1, keepdim=True)
+    total[block.item if total.shape[0] > 1 else 0, heads, rows, : addend.shape[-1]] += addend

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from ctypes import c_double, c_float, c_int64, c_void_p
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from mapreuse.maps._scores import Scores
+from mapreuse.maps._scores import Scores, part_of_item
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
 """Types of stored weights and their numbers in C."""
@@ -178,14 +179,15 @@ def compute(
             scales[item, :, rows:] = 0
         if rows == 0:
             continue
-        allowed = _part(scores.mask, item, rows, keys)
+        # These names keep the tensors alive while the kernel reads them.
+        allowed, bias = (_adjacent(part_of_item(part, item, rows, keys)) for part in (scores.mask, scores.bias))
         if allowed is not None and bool(allowed.all()):
             allowed = None
-        bias = _part(scores.bias, item, rows, keys)
-        # These names keep the tensors alive while the kernel reads them.
         query, key, item_values = (_adjacent(tensor[item]) for tensor in (scores.query, scores.key, values))
-        relative_query = None if relative is None else _adjacent(relative.query[item])
-        relative_key = None if relative is None else _adjacent(_item(relative.key, item))
+        relative_query = relative_key = None
+        if relative is not None:
+            relative_query = _adjacent(relative.query[item])
+            relative_key = _adjacent(relative.key[item if relative.key.shape[0] > 1 else 0])
         seconds = (c_double * len(_PHASES))()
         arguments = _ComputeArguments(
             heads=heads,
@@ -345,20 +347,8 @@ def _rows_at_a_time(rows: int, heads: int) -> int:
     return min(rows, max(_MIN_ROWS, min(_MAX_ROWS, shared) // 6 * 6))
 
 
-def _item(tensor: Tensor, item: int) -> Tensor:
-    return tensor[item if tensor.shape[0] > 1 else 0]
-
-
-def _part(tensor: Tensor | None, item: int, rows: int, keys: int) -> Tensor | None:
-    """Part of one item without padding, of a tensor whose batch, heads and queries may broadcast."""
-    if tensor is None:
-        return None
-    part = _item(tensor, item)[..., :keys]
-    return _adjacent(part[:, :rows] if part.shape[1] > 1 else part)
-
-
-def _adjacent(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+def _adjacent(tensor: Tensor | None) -> Any:
+    return tensor if tensor is None or tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _stride(tensor: Tensor, axis: int) -> int:

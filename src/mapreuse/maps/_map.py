@@ -55,11 +55,6 @@ class AttentionMap(ABC):
     def num_heads(self) -> int:
         """Number of heads of the map."""
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Size in bytes of the tensors that the map keeps alive."""
-
 
 @dataclass(frozen=True)
 class DenseMap(AttentionMap):
@@ -123,10 +118,6 @@ class DenseMap(AttentionMap):
     def num_heads(self) -> int:
         return self.weights.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        return self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
 
 @dataclass(frozen=True)
 class RecomputedMap(AttentionMap):
@@ -156,10 +147,6 @@ class RecomputedMap(AttentionMap):
     @property
     def num_heads(self) -> int:
         return self.scores.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.scores.nbytes
 
 
 def _apply_heads(

@@ -148,6 +148,14 @@ def shift(
     return shorter.unflatten(-1, (rows, distances - 1))[..., : distances - rows + 1]
 
 
+def part_of_item(tensor: Tensor | None, item: int, rows: int, keys: int) -> Tensor | None:
+    """One item's part, without padding, of a mask or bias of which batch, heads and queries may broadcast."""
+    if tensor is None:
+        return None
+    part = tensor[item if tensor.shape[0] > 1 else 0, ..., :keys]
+    return part[:, :rows] if part.shape[1] > 1 else part
+
+
 def as_index(heads: Sequence[int]) -> slice | list[int]:
     """An index that selects these heads of a tensor: a slice if they are consecutive, which avoids a copy."""
     run = range(heads[0], heads[0] + len(heads))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mapreuse.maps._microbenchmark import now
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._storage import STORAGES, compute, nbytes
 
@@ -123,7 +123,11 @@ def choose_storage(
         computing, applying = measured[storage]
         seconds = scale * (counts.computed * computing + counts.applied * applying)
         costs.append(StorageCost(storage, seconds, counts.nbytes(storage, scores, retain=retain)))
-    return StorageChoice(tuple(costs), _quarter_of_memory(values.device) if budget is None else budget)
+    if budget is None and values.device.type == "cuda":
+        budget = torch.cuda.get_device_properties(values.device).total_memory // 4
+    elif budget is None:
+        budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return StorageChoice(tuple(costs), budget)
 
 
 @lru_cache(maxsize=256)
@@ -143,6 +147,11 @@ def _measured_seconds(
     def random(positions: int, size: int) -> Tensor:
         return torch.randn(1, heads, positions, size, generator=generator).to(device, dtype)
 
+    def now() -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)  # all work has finished
+        return time.perf_counter()
+
     relative = RelativePositions(random(length, dim), random(2 * length - 1, dim)) if has_relative else None
     scores = Scores(random(length, dim), random(length, dim), dim**-0.5, relative=relative)
     values = random(length, value_dim)
@@ -151,17 +160,11 @@ def _measured_seconds(
         for storage in STORAGES:
             computing, applying = [], []
             for _ in range(1 + _REPEATS):  # the first is a warm-up
-                started = now(device)
+                started = now()
                 attention_map = compute(scores, values, storage)[1]
-                computed = now(device)
+                computed = now()
                 attention_map.apply(values)
                 computing.append(computed - started)
-                applying.append(now(device) - computed)
+                applying.append(now() - computed)
             found[storage] = statistics.median(computing[1:]), statistics.median(applying[1:])
     return found
-
-
-def _quarter_of_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
