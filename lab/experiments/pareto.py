@@ -75,9 +75,7 @@ def _recogniser() -> tuple[nn.Module, list[Batch], Metric, Batch]:
     cuts = list(open_corpus("prompts:en").test)
 
     def word_error_rate(model: nn.Module) -> float:
-        converted = copy.copy(recogniser)
-        converted.model = model
-        return evaluate(converted, cuts).wer
+        return evaluate(recogniser.with_model(model), cuts).wer
 
     audio = torch.cat([torch.from_numpy(cut.load_audio()[0]) for cut in cuts])[: 40 * 8000]
     inputs, mask = features([audio.numpy()], recogniser.feature_config)

@@ -17,15 +17,14 @@ import copy
 import fcntl
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from mapreuse_lab.study import FullConfig
-from mapreuse_lab.study._runs import Run, RunDirectory, perform_all
+from mapreuse_lab.study import Run, RunDirectory
 from mapreuse_lab.training import BASELINE, Recogniser, TrainConfig, evaluate, open_corpus, speech_batches, train
+from torch import nn
 
 import mapreuse as mr
 from mapreuse.measure import machine
@@ -45,21 +44,23 @@ def main() -> None:
 
 def _measure(language: str, recogniser: str) -> None:
     torch.set_num_threads(1)
-    original = _from_study(language) if recogniser == "study" else None
-    original = original or Recogniser.load(BASELINE if recogniser == "baseline" else recogniser)
+    if recogniser == "study":
+        original = _from_study(language)
+    else:
+        original = Recogniser.load(BASELINE if recogniser == "baseline" else recogniser)
     corpus = open_corpus(f"prompts:{language}")
     calibration = speech_batches(original, f"prompts:{language}", split="train", max_batches=NUM_BATCHES)
     depth = original.model.config.encoder_config.num_hidden_layers
 
-    def scores(model: Any) -> dict[str, Any]:
-        found = asdict(evaluate(_with(original, model), corpus.test))
+    def scores(model: nn.Module) -> dict[str, Any]:
+        found = asdict(evaluate(original.with_model(model), corpus.test))
         return {name: value for name, value in found.items() if name not in ("references", "hypotheses")}
 
     def row(name: str, plan: mr.ReusePlan | None) -> dict[str, Any]:
         model = copy.deepcopy(original.model) if plan is None else mr.convert(original.model, plan, calibration)
         found = {} if plan is None else {"naive": scores(mr.convert(original.model, plan))}
         found["refitted"] = scores(model)
-        trained = _with(original, model)
+        trained = original.with_model(model)
         train(trained, corpus, TRAINING, WORK / f"{language}-{name.replace(' ', '-')}", original=original)
         found["trained"] = scores(trained.model)
         return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -73,39 +74,32 @@ def _measure(language: str, recogniser: str) -> None:
         "all from one": mr.ReusePlan.grouped(depth, depth),
     }
     for name, plan in plans.items():
-        _keep(language, name, lambda name=name, plan=plan: row(name, plan))
+        known = json.loads(FILE.read_text())["languages"] if FILE.exists() else {}
+        if name not in known.get(language, {}):
+            _keep(language, name, row(name, plan))
 
 
 def _from_study(language: str) -> Recogniser:
-    """The full study's recogniser with full attention, seed 0."""
-    run = Run("full", f"prompts:{language}", 0, FullConfig().recipe)
-    directory = RunDirectory(WORK / "study", WORK / "study")
-    perform_all([run], directory)
+    """The full study's recogniser with full attention, seed 0; trained if it is missing."""
+    run, directory = Run("full", f"prompts:{language}", 0), RunDirectory(WORK / "study", WORK / "study")
+    if directory.finished(run) is None:
+        directory.perform(run)
     recogniser = directory.original(run)
     if recogniser is None:
         raise ValueError(f"training failed: {directory.failed(run)}")
     return recogniser
 
 
-def _with(recogniser: Recogniser, model: Any) -> Recogniser:
-    other = copy.copy(recogniser)
-    other.model = model
-    return other
-
-
-def _keep(language: str, name: str, make: Callable[[], dict[str, Any]]) -> None:
-    """Add a row to the file if it is missing; another process may add rows at the same time."""
-    FILE.touch()
-    if name in json.loads(FILE.read_text() or "{}").get("languages", {}).get(language, {}):
-        return
+def _keep(language: str, name: str, row: dict[str, Any]) -> None:
+    """Add a row to the file; another process may add rows at the same time."""
     here = machine()
-    row = make() | {"commit": here.pop("commit")}
-    with FILE.open("r+") as shared:
+    row["commit"] = here.pop("commit")
+    with FILE.open("a+") as shared:
         fcntl.flock(shared, fcntl.LOCK_EX)
+        shared.seek(0)
         results = json.loads(shared.read() or '{"schema": 1, "languages": {}}') | {"machine": here}
         results["languages"].setdefault(language, {})[name] = row
-        shared.seek(0)
-        shared.truncate()
+        shared.truncate(0)
         shared.write(json.dumps(results, indent=1) + "\n")
 
 

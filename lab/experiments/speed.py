@@ -14,7 +14,7 @@ SPEED = Path(__file__).parent.parent / "results" / "speed"
 
 Results = dict[str, Any]
 
-BENCHES = {
+SECTIONS = {
     "encoder": ("Conformer-M, encoder layers", "The papers' encoder: 16 layers of width 256, relative positions."),
     "two": ("Conformer-M, two maps", "With groups of 8 layers, two layers compute a map."),
     "whole": ("Conformer-M with its front end", "Subsampling included, which no plan makes faster."),
@@ -26,6 +26,16 @@ BENCHES = {
     "memory": ("Peak memory of Conformer-M", "In addition to weights and inputs, with each storage of shared maps."),
     "storage": ("Storages of shared maps", "`auto` takes the fastest one that fits a quarter of the memory."),
     "long": ("A 20-minute recording", "30,000 encoder frames in one pass."),
+    "kernels": (
+        "Attention kernels and matrix products",
+        "Latency of one layer's kernel, relative to the matrix products (PyTorch's, by MKL) that it has to do.",
+    ),
+    "breakdown": ("Where the time goes", "Share of a forward pass of Conformer-M, front end included."),
+    "concentration": (
+        "How concentrated maps are",
+        "Share of the keys that 64 neighbouring queries need for all but ε of each row's attention. Sparse\n"
+        "maps would save at most the rest of the product, so mapreuse does not store maps as intervals.",
+    ),
 }
 
 
@@ -56,26 +66,12 @@ def page(files: dict[str, Results]) -> list[str]:
         "",
         f"Machine: {describe(machine)}; torch {machine['torch']}, transformers {machine['transformers']}.",
     ]
-    for name, (title, note) in BENCHES.items():
+    for name, (title, note) in SECTIONS.items():
         if name in files:
             lines += ["", f"## {title}", "", note]
             if describe(files[name]["machine"]) != describe(machine):
                 lines.append(f"Measured on another machine: {describe(files[name]['machine'])}.")
-            lines += ["", bench_table(files[name]).markdown()]
-    if "kernels" in files:
-        lines += ["", "## Attention kernels and matrix products", ""]
-        lines += [
-            "Latency of one layer's kernel, relative to the matrix products (PyTorch's, by MKL) that it has to do."
-        ]
-        lines += ["", kernel_table(files["kernels"]).markdown()]
-    if "breakdown" in files:
-        lines += ["", "## Where the time goes", "", "Share of a forward pass of Conformer-M, front end included."]
-        lines += ["", breakdown_table(files["breakdown"]).markdown()]
-    if "concentration" in files:
-        lines += ["", "## How concentrated maps are", ""]
-        lines += ["Share of the keys that 64 neighbouring queries need for all but ε of each row's attention. Sparse"]
-        lines += ["maps would save at most the rest of the product, so mapreuse does not store maps as intervals."]
-        lines += ["", concentration_table(files["concentration"]).markdown()]
+            lines += ["", OTHER_TABLES.get(name, bench_table)(files[name]).markdown()]
     lines += ["", "## Commands", ""]
     return [*lines, *(f"- `{name}.json`: `{results['command']}`" for name, results in files.items())]
 
@@ -89,15 +85,8 @@ def bench_table(results: Results) -> Table:
     """Contestants by length: latency, speed-up over each attention implementation of transformers, memory."""
     batches = results["batches"]
     cells = [cell for at in batches.values() for cell in at["contestants"].values()]
-    others = list(
-        dict.fromkeys(
-            other
-            for at in batches.values()
-            for row in at["ratios"].values()
-            for other in row
-            if not other.startswith("mapreuse")
-        )
-    ) or list(dict.fromkeys(other for at in batches.values() for row in at["ratios"].values() for other in row))
+    others = list(dict.fromkeys(other for at in batches.values() for row in at["ratios"].values() for other in row))
+    others = [name for name in others if not name.startswith("mapreuse")] or others
     with_memory = any("memory_bytes" in cell for cell in cells)
     rows = []
     for length, at in batches.items():
@@ -140,6 +129,10 @@ def concentration_table(results: Results) -> Table:
         for epsilon, found in model.items()
     ]
     return Table("", ["model", "ε", "mean", "minimum over heads"], rows)
+
+
+OTHER_TABLES = {"kernels": kernel_table, "breakdown": breakdown_table, "concentration": concentration_table}
+"""Tables of the files that `mapreuse-lab bench` did not write."""
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -143,7 +142,7 @@ class _Quick:
 
     def _variant(self, name: str, plan: ReusePlan, aligned: ReusePlan) -> dict[str, Any]:
         """Error rates of the recogniser with a plan: by index, aligned, and recovered."""
-        converted = _converted(self.baseline, aligned)
+        converted = self.baseline.with_model(convert(self.baseline.model, aligned))
         training = TrainConfig(
             seconds=self.config.recovery_seconds,
             learning_rate=self.config.recovery_rate,
@@ -154,8 +153,8 @@ class _Quick:
         work = self.cache.directory / self.cache.key(step, inputs | self.identity)
 
         def run() -> dict[str, Any]:
-            by_index = _scores(_converted(self.baseline, plan), self.corpus)
-            found = {"by_index": by_index, "aligned": _scores(converted, self.corpus)}
+            by_index = self.baseline.with_model(convert(self.baseline.model, plan))
+            found = {"by_index": _scores(by_index, self.corpus), "aligned": _scores(converted, self.corpus)}
             train(converted, self.corpus, training, work, original=self.baseline)
             found["recovered"] = _scores(converted, self.corpus)
             shutil.rmtree(work)
@@ -222,12 +221,6 @@ def _most_alike(num_layers: int, measured: Similarity) -> ReusePlan:
     return ReusePlan.from_sources(
         [plan.sources(layer)[0] if plan.reuses(layer) else layer for layer in range(num_layers)]
     )
-
-
-def _converted(baseline: Recogniser, plan: ReusePlan) -> Recogniser:
-    converted = copy.copy(baseline)
-    converted.model = convert(baseline.model, plan)
-    return converted
 
 
 def _parameters(recogniser: Recogniser) -> int:

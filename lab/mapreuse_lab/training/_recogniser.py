@@ -117,6 +117,12 @@ class Recogniser:
         if not isinstance(technique, Full | Reuse):  # `mapreuse.save` stores these as plans
             self._compressed = technique, config
 
+    def with_model(self, model: Any) -> "Recogniser":
+        """The same recogniser with another model, such as a converted one."""
+        other = copy.copy(self)
+        other.model = model
+        return other
+
     def encode(self, text: str) -> list[int]:
         """Output numbers of a normalised text. Raises `ValueError` for a character that is not in the vocabulary."""
         numbers = {character: number for number, character in enumerate(self.vocabulary, start=1)}
