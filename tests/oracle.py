@@ -1,4 +1,4 @@
-"""The definition of shared maps: the original model, with the softmax of reusing layers replaced by their sources'."""
+"""The definition of shared maps: the original model, where reusing layers apply the softmax of their sources."""
 
 from __future__ import annotations
 

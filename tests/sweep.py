@@ -1,7 +1,7 @@
 """Builds a tiny random model of each type of `transformers`, and compares it with the definition of shared maps.
 
-The sizes in its configuration are shrunk, by the names of the fields. Each stack runs inside the smallest model around
-it for which inputs can be made.
+The sizes in its configuration are shrunk, by the names of the fields. Each stack runs inside the smallest model
+around it for which inputs can be made.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python lab/experiments/pareto.py DIRECTORY    # measure what is missing, then write the page
     python lab/experiments/pareto.py              # write the page from pareto.json
 
-Models are all-MiniLM-L6-v2 (DIRECTORY, as for minilm.py) and the lab's recogniser. Plans of both kinds are refitted on
-the same calibration data, evaluated on the same data that neither saw, and timed in turns. Results are kept for each
-model and each set of CPU instructions.
+Models are all-MiniLM-L6-v2 (DIRECTORY, as for minilm.py) and the lab's recogniser. Plans of both kinds are refitted
+on the same calibration data, evaluated on the same held-out data, and timed in turns. Results are kept for each model
+and each set of CPU instructions.
 """
 
 from __future__ import annotations
@@ -137,12 +137,12 @@ def _page(results: dict[str, Any]) -> str:
     lines = [
         "# Search against fixed groups",
         "",
-        "Command: `python lab/experiments/pareto.py DIRECTORY`. Plans are refitted, not trained, and evaluated on data that",
-        "neither calibration nor search saw. All models include `mapreuse.optimize` (in mapreuse 0.1.0, `apply` did the",
-        "same); the figures of 0.1.0 hold for this version.",
+        "Command: `python lab/experiments/pareto.py DIRECTORY`. Plans are refitted, not trained, and evaluated on",
+        "data that neither calibration nor search used. All models include `mapreuse.optimize` (in mapreuse 0.1.0,",
+        "`apply` did the same); the figures of 0.1.0 hold for this version.",
         "",
-        "**Latency** is relative to the model without sharing, *searched 0*; all models of a table were timed in turns.",
-        "± is half the interquartile range: closer plans cannot be distinguished. **In the search**: the",
+        "**Latency** is relative to the model without sharing, *searched 0*; all models of a table were timed in",
+        "turns. ± is half the interquartile range: closer plans cannot be distinguished. **In the search**: the",
         "latency measured by the search itself, and the prediction of its cost model.",
         "",
     ]
