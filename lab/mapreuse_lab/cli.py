@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mapreuse.cli import (
+    Budget,
     Device,
+    DistillSeconds,
     Epsilon,
     JsonFile,
     Memory,
+    Plan,
     Plans,
     ProfiledCalls,
     ProfiledContestants,
@@ -235,9 +238,9 @@ def convert(
     model: ModelName,
     corpus: Recordings,
     out: Annotated[Path, typer.Option(help="a new directory for the converted recogniser")],
-    budget: Annotated[str | None, typer.Option(help="latency<=0.7 (relative to the original) or error<=0.02")] = None,
-    plan: Annotated[str | None, typer.Option(help="reuse plan instead of a budget, such as 2x4 or 1x4,4x1")] = None,
-    distill_seconds: Annotated[float | None, typer.Option(help="distil from the original for this long")] = None,
+    budget: Budget = None,
+    plan: Plan = None,
+    distill_seconds: DistillSeconds = None,
     max_batches: MaxBatches = 64,
 ) -> None:
     """Convert a recogniser to share attention maps.

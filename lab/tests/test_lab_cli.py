@@ -1,8 +1,6 @@
 """The command line of the lab: bad input is one line and exit status 2."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -120,11 +118,3 @@ def test_a_conversion_reads_the_training_set_and_an_analysis_the_dev_set(command
     status, _, error = run(*arguments, *(["--plan", "2x4"] if command == "convert" else []))
     assert (status, error) == (2, f"mapreuse-lab: prompts:en, {split}\n")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_installed_command_reports_bad_input_without_a_traceback():
-    command = [sys.executable, "-m", "mapreuse_lab.cli", "frobnicate"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert ran.returncode == 2
-    assert ran.stderr.count("\n") == 1

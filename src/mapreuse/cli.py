@@ -79,6 +79,20 @@ ProfiledContestants = Annotated[
 ]
 ProfiledCalls = Annotated[int, typer.Option("--repeats", help="number of profiled calls")]
 Epsilon = Annotated[float, typer.Option(help="share of each row's attention that concentration may drop")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="search for the best plan: 'latency<=0.7' for 70 % of the original's latency (both without "
+        "mapreuse.optimize), or 'error<=0.02' for a maximum error, 1 − cosine of the last hidden states"
+    ),
+]
+Plan = Annotated[
+    str | None,
+    typer.Option(help="use this plan instead of a search: 2x3 for two groups of three layers, or [0,1,1,3]"),
+]
+DistillSeconds = Annotated[
+    float | None, typer.Option(help="then train the converted model to match the original for this long")
+]
 
 
 def main() -> None:
@@ -215,20 +229,9 @@ def convert(
     model: ModelName,
     calibration: CalibrationData,
     out: Annotated[Path, typer.Option(help="new directory for the converted model")],
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="search for the best plan: 'latency<=0.7' for 70 % of the original's latency (both without "
-            "mapreuse.optimize), or 'error<=0.02' for a maximum error, 1 − cosine of the last hidden states"
-        ),
-    ] = None,
-    plan: Annotated[
-        str | None,
-        typer.Option(help="use this plan instead of a search: 2x3 for two groups of three layers, or [0,1,1,3]"),
-    ] = None,
-    distill_seconds: Annotated[
-        float | None, typer.Option(help="then train the converted model to match the original for this long")
-    ] = None,
+    budget: Budget = None,
+    plan: Plan = None,
+    distill_seconds: DistillSeconds = None,
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,

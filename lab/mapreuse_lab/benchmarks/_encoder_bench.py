@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 from mapreuse.console import check_device
 from mapreuse.measure import Contestant, bench, contestant_memory, cpu_threads, memory_in_fresh_process
+from mapreuse_lab import models
 from mapreuse_lab.benchmarks._flex import use_flex_attention
-from mapreuse_lab.models import (
-    bert_base,
-    conformer_m,
-    plain_conformer_m,
-    speech_like_features,
-    speech_like_states,
-    text_like_tokens,
-)
 
 ATTENTIONS = {"flex": use_flex_attention}
 """Attention implementations that the lab adds to those of `measure.bench`."""
@@ -64,8 +57,8 @@ ENCODERS = {
         unit=_FRAMES,
         signal=_SPEECH_LIKE,
         lengths=(1000, 2000, 3000),
-        build=lambda max_length: conformer_m(),
-        inputs=speech_like_features,
+        build=lambda max_length: models.conformer_m(),
+        inputs=models.speech_like_features,
         argument="input_features",
         front="subsampling",
         states="input_features",
@@ -74,8 +67,8 @@ ENCODERS = {
         unit=_FRAMES,
         signal=_SPEECH_LIKE,
         lengths=(1000, 2000, 3000, 4000),
-        build=lambda max_length: plain_conformer_m(),
-        inputs=speech_like_states,
+        build=lambda max_length: models.plain_conformer_m(),
+        inputs=models.speech_like_states,
         argument="hidden_states",
         front="",
         states="hidden_states",
@@ -84,8 +77,8 @@ ENCODERS = {
         unit="tokens",
         signal="token ids with Zipf-distributed frequencies (seed 0)",
         lengths=(128, 256, 512),
-        build=bert_base,
-        inputs=text_like_tokens,
+        build=models.bert_base,
+        inputs=models.text_like_tokens,
         argument="input_ids",
         front="embeddings",
         states="inputs_embeds",

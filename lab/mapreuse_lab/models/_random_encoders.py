@@ -17,6 +17,13 @@ SUBSAMPLING = 4
 """Feature frames per encoder frame of the Conformers."""
 
 _NUM_MEL_BINS = 80
+_CONFORMER_M: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "layerdrop": 0.0,
+    "attn_implementation": "sdpa",
+}
 _SCORE_PROJECTIONS = ("q_proj", "k_proj", "relative_k_proj", "linear_q", "linear_k", "query", "key")
 
 
@@ -24,14 +31,10 @@ def conformer_m(num_mel_bins: int = _NUM_MEL_BINS, *, num_layers: int = 16) -> P
     """The papers' Conformer-M: 16 layers of width 256, 4 heads, convolution kernel 31; random weights."""
     config = ParakeetEncoderConfig(
         num_hidden_layers=num_layers,
-        hidden_size=256,
-        num_attention_heads=4,
-        intermediate_size=1024,
         conv_kernel_size=31,
         subsampling_factor=SUBSAMPLING,
         num_mel_bins=num_mel_bins,
-        layerdrop=0.0,
-        attn_implementation="sdpa",
+        **_CONFORMER_M,
     )
     return _seeded(lambda: ParakeetEncoder(config))
 
@@ -40,13 +43,9 @@ def plain_conformer_m(*, num_layers: int = 16) -> Wav2Vec2ConformerEncoder:
     """Conformer-M's layers without relative positions, on hidden states; random weights."""
     config = Wav2Vec2ConformerConfig(
         num_hidden_layers=num_layers,
-        hidden_size=256,
-        num_attention_heads=4,
-        intermediate_size=1024,
         conv_depthwise_kernel_size=31,
         position_embeddings_type=None,
-        layerdrop=0.0,
-        attn_implementation="sdpa",
+        **_CONFORMER_M,
     )
     encoder = _seeded(lambda: Wav2Vec2ConformerEncoder(config))
     encoder.pos_conv_embed = nn.Identity()  # forward never calls it

@@ -22,7 +22,7 @@ from mapreuse_lab.techniques._technique import Technique
 
 
 class SharingAttention(RelativeAttention):
-    """Attention of a layer that shares tensors with other layers, as `plan` says.
+    """Attention of a layer that shares tensors with other layers, by a plan.
 
     Attributes:
         source: the layer that computes this layer's shared tensors; the layer itself if it computes its own.

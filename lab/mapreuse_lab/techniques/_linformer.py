@@ -9,8 +9,8 @@ Stored: k·T weights of E, H·T·k of the map.
 
 In the paper E has a column for every position up to a maximum length. Utterances differ in length, so here E is
 learned at 256 points from the beginning to the end of an utterance and interpolated to its frames. Every slot then
-reads the same part of an utterance at any length, and nothing depends on padding. A factor √256 / T keeps sums from
-growing with T, and makes a step of the optimiser move them about as far as other projections.
+reads the same part of an utterance at any length, and nothing depends on padding. The factor √256 / T keeps sums
+from growing with T. It also makes an optimiser step change them about as much as other projections.
 
 Keys, values and heads of a layer share E (the paper's key-value sharing). Frames can therefore be mixed before they
 are projected, which is the same but for the biases. Positions are dropped: a slot has none.

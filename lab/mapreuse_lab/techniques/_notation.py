@@ -1,7 +1,7 @@
 """How settings become a technique's name, and a name becomes settings.
 
-A technique writes its name as a template, "window-{radius}[-global-{num_global}]": braces hold a setting, and the
-part in brackets is left out when its setting is.
+A technique writes its name as a template, "window-{radius}[-global-{num_global}]": braces hold a setting, and a
+part in brackets is left out if its setting is empty.
 """
 
 from __future__ import annotations

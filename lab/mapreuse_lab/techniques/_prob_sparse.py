@@ -7,8 +7,8 @@ Cost: 2·T·u·C FLOPs to choose, 4·u·T·C for scores and context, 4·u·T·C 
 the distances. Stored: T·u and 3·u·T numbers for each head. All are O(T log T).
 
 The paper samples u random keys for every query. Here the keys are evenly spaced over the utterance and the same for
-all queries: results repeat and do not depend on padding, and the choice is one product. Positions enter the maps, and
-not the choice, as in M(q) above.
+all queries: results repeat and do not depend on padding, and the choice is one product. Positions enter the maps
+but not the choice, as in M(q) above.
 
 Paper: https://arxiv.org/abs/2012.07436
 """

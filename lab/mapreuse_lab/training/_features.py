@@ -129,17 +129,10 @@ def spec_augment(
     spans_per_second: float,
     frames_per_second: float,
 ) -> Float[Tensor, "batch frames mels"]:
-    """SpecAugment (Park et al., 2019): set random mel bands and time spans to 0, the mean of the features.
+    """SpecAugment (Park et al., 2019): set random mel bands and time spans to 0, which is the mean of the features.
 
-    A band has at most 10 mels, a span at most 15 frames or a quarter of the utterance.
-
-    Args:
-        batch: the features.
-        mask: 1 for valid frames.
-        generator: source of randomness.
-        bands: number of bands per utterance.
-        spans_per_second: number of time spans per second of audio.
-        frames_per_second: frames per second.
+    An utterance gets `bands` bands of at most 10 mels, and `spans_per_second` spans per second of at most 15 frames
+    or a quarter of the utterance.
     """
     out = batch.clone()
     num_mels = batch.shape[2]

@@ -56,13 +56,7 @@ def speak_with_phonemes(
     """Speak texts with the same waveforms as `synthesise`, and return the times of their phonemes.
 
     A phoneme starts when espeak-ng starts to make it. The closure of a plosive, about 50 ms of near silence, counts
-    as part of the phoneme before.
-
-    Args:
-        texts: the texts.
-        language: code of the language: en, fr, es, it or ru.
-        seed: random seed; with the text it determines the voice.
-        sampling_rate: in Hz.
+    as part of the phoneme before. The arguments are those of `synthesise`.
 
     Raises:
         ValueError: for another language.
@@ -86,7 +80,7 @@ def phoneme_batches(
 
     Args:
         recogniser: the recogniser whose frames are labelled.
-        language: code of the language: en, fr, es, it or ru.
+        language: en, fr, es, it or ru.
         sentences: number of sentences.
         seed: random seed of sentences and voices.
 

@@ -32,11 +32,9 @@ def generate_sentences(
 
     Args:
         count: number of sentences.
-        language: code of the language: en, fr, es, it or ru.
-        seed: random seed.
-        transcripts: if given, 40 % of the sentences are recombined from these (a Markov chain of order two over their
-            words).
-        exclude: texts, such as dev and test transcripts, that no sentence may contain as a run of whole words.
+        language: en, fr, es, it or ru.
+        transcripts: if given, a Markov chain of order two over their words makes 40 % of the sentences.
+        exclude: texts that no sentence may contain as a run of whole words, such as dev and test transcripts.
 
     Raises:
         ValueError: if fewer different sentences than `count` were found.

@@ -68,18 +68,13 @@ def synthesise(
 ) -> CutSet:
     """Speak each text once, into a 16-bit mono wav file.
 
-    Voice, accent, speed and pitch are drawn at random for each text. Files that exist from an earlier call are not
-    made again.
+    Voice, accent, speed and pitch are drawn at random for each text and seed. Files that exist from an earlier call
+    are not made again. The cuts are in the order of `texts`, with the texts as supervisions.
 
     Args:
-        texts: the texts.
-        language: code of the language: en, fr, es, it or ru.
+        language: en, fr, es, it or ru.
         out_dir: directory of the wav files, created if missing.
-        seed: random seed; with the text it determines the voice.
         sampling_rate: in Hz.
-
-    Returns:
-        The cuts in the order of `texts`, with the texts as supervisions.
 
     Raises:
         ValueError: for another language.

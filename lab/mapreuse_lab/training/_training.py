@@ -166,8 +166,7 @@ def epoch_batches(
     Args:
         real: recorded utterances.
         synthetic: synthetic utterances.
-        config: hyper-parameters.
-        epoch: number of the epoch; with `config.seed` it determines the result.
+        config: hyper-parameters; the random order depends on its seed and on `epoch`.
         progress: fraction of the budget that is used.
     """
     generator = random.Random(f"{config.seed}:{epoch}")

@@ -1,9 +1,7 @@
 """Real speech and small recognisers for the tests."""
 
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from lhotse import CutSet
 from mapreuse_lab.training import BASELINE, Corpus, FeatureConfig, Recogniser, alphabet, open_corpus
@@ -28,8 +26,7 @@ def wav(prompts) -> Path:
     return Path(cut.recording.sources[0].source)
 
 
-@pytest.fixture(scope="session")
-def few(prompts) -> Corpus:
+def few_of(prompts: Corpus) -> Corpus:
     """A dozen short real recordings, to train on for seconds."""
     short = [cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12]
     dev = [cut for cut in prompts.dev if cut.duration < 2][:3]
@@ -38,18 +35,21 @@ def few(prompts) -> Corpus:
 
 
 @pytest.fixture(scope="session")
+def few(prompts) -> Corpus:
+    return few_of(prompts)
+
+
+def tiny_recogniser(**settings) -> Recogniser:
+    """An untrained recogniser with two narrow layers."""
+    size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "subsampling_channels": 8}
+    return Recogniser.create(alphabet("en"), **size, feature_config=FeatureConfig(num_mel_bins=32), **settings)
+
+
+@pytest.fixture(scope="session")
 def make_tiny():
-    """Makes untrained recognisers with two narrow layers."""
-    size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
-    config = FeatureConfig(num_mel_bins=32)
-    return partial(Recogniser.create, alphabet("en"), **size, subsampling_channels=8, feature_config=config)
+    return tiny_recogniser
 
 
 @pytest.fixture
-def tiny(make_tiny) -> Recogniser:
-    return make_tiny()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
+def tiny() -> Recogniser:
+    return tiny_recogniser()

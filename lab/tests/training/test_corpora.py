@@ -21,6 +21,14 @@ def make_cuts(transcripts: list[str]) -> list[MonoCut]:
     ]
 
 
+def refusal(name: str) -> str:
+    """The one-line error message of a corpus that cannot be opened."""
+    with pytest.raises(CorpusError) as refused:
+        open_corpus(name)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
 sentences = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=5).map(" ".join), max_size=60)
 
 
@@ -91,7 +99,12 @@ def kaldi(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_kaldi_directory_may_name_its_language(kaldi):
+def test_a_kaldi_directory_is_cut_at_its_segments_and_may_name_its_language(kaldi):
+    corpus = open_corpus(f"kaldi:{kaldi}")
+    cuts = {cut.supervisions[0].text: cut for part in (corpus.train, corpus.dev, corpus.test) for cut in part}
+    assert set(cuts) == {"hello", "dial seven now"}
+    assert cuts["hello"].load_audio().shape == (1, 8000)
+    assert cuts["dial seven now"].duration == pytest.approx(1.5)
     (kaldi / "text").write_text("one-a Mañana\none-b marque el 7 ahora\n")
     (kaldi / "utt2lang").write_text("one-a es\none-b es\n")
     corpus = open_corpus(f"kaldi:{kaldi}")
@@ -114,10 +127,7 @@ def test_a_kaldi_directory_may_name_its_language(kaldi):
 def test_an_invalid_kaldi_directory_is_refused_on_one_line(kaldi, file, content, problem):
     (kaldi / "x;touch ran;.sph").write_bytes(b"")
     (kaldi / file).write_text(content)
-    with pytest.raises(CorpusError) as refused:
-        open_corpus(f"kaldi:{kaldi}")
-    assert problem in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert problem in refusal(f"kaldi:{kaldi}")
 
 
 @pytest.mark.parametrize(
@@ -133,10 +143,7 @@ def test_an_invalid_librispeech_directory_is_refused_on_one_line(tmp_path, files
     chapter.mkdir(parents=True)
     for name, content in files.items():
         (chapter / name).write_text(content)
-    with pytest.raises(CorpusError) as refused:
-        open_corpus(f"librispeech:{tmp_path}")
-    assert reason in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert reason in refusal(f"librispeech:{tmp_path}")
 
 
 def test_missing_recordings_are_named(kaldi):
@@ -145,14 +152,6 @@ def test_missing_recordings_are_named(kaldi):
     (kaldi / "audio" / "one.wav").unlink()
     with pytest.raises(ValueError, match="one-a: its recording cannot be read"):
         waveform_of(min(cuts, key=lambda cut: cut.start), 8000)
-
-
-def test_a_kaldi_directory_is_cut_at_its_segments(kaldi):
-    corpus = open_corpus(f"kaldi:{kaldi}")
-    cuts = {cut.supervisions[0].text: cut for part in (corpus.train, corpus.dev, corpus.test) for cut in part}
-    assert set(cuts) == {"hello", "dial seven now"}
-    assert cuts["hello"].load_audio().shape == (1, 8000)
-    assert cuts["dial seven now"].duration == pytest.approx(1.5)
 
 
 def test_any_cut_manifest_is_a_corpus(prompts, tmp_path):
@@ -164,6 +163,10 @@ def test_any_cut_manifest_is_a_corpus(prompts, tmp_path):
     assert len(corpus.test) > len(corpus.dev) > 0
 
 
+def _by_command(cut: dict, path: Path) -> None:
+    cut["recording"]["sources"][0].update(type="command", source=f"touch {path}")
+
+
 def _reverberated(cut: dict, path: Path) -> None:
     response = {**cut["recording"], "sources": [{"type": "command", "channels": [0], "source": f"touch {path}"}]}
     cut["recording"]["transforms"] = [{"name": "ReverbWithImpulseResponse", "kwargs": {"rir": response}}]
@@ -173,17 +176,11 @@ def _reverberated(cut: dict, path: Path) -> None:
     ("change", "problem"),
     [
         (lambda cut, _: cut.pop("recording"), "no recording"),
-        (
-            lambda cut, _: cut["supervisions"][0].update(start=1.5),
-            "its supervision one is from 1.5 to 3.5 s of 2.00 s",
-        ),
+        (lambda cut, _: cut["supervisions"][0].update(start=1.5), "one is from 1.5 to 3.5 s of 2.00 s"),
         (lambda cut, _: cut["supervisions"][0].update(duration=float("nan")), "is from 0.0 to nan s of 2.00 s"),
         (lambda cut, _: cut.update(start=1.0), "from 1.0 to 3.0 s of a recording of 2.00 s"),
         (lambda cut, _: cut["recording"]["sources"][0].update(source="gone.wav"), "gone.wav does not exist"),
-        (
-            lambda cut, path: cut["recording"]["sources"][0].update(type="command", source=f"touch {path}"),
-            "its recording is of type command",
-        ),
+        (_by_command, "its recording is of type command"),
         (_reverberated, "its recording is of type command"),
     ],
 )
@@ -194,11 +191,9 @@ def test_an_invalid_cut_is_refused_by_name_and_runs_no_command(tmp_path, change,
     written = cut.to_dict()
     change(written, tmp_path / "ran")
     (tmp_path / "cuts.jsonl").write_text(json.dumps(written) + "\n")
-    with pytest.raises(CorpusError) as refused:
-        open_corpus(f"cuts:{tmp_path / 'cuts.jsonl'}")
-    assert f"cuts.jsonl: {cut.id}: " in str(refused.value)
-    assert problem in str(refused.value)
-    assert "\n" not in str(refused.value)
+    message = refusal(f"cuts:{tmp_path / 'cuts.jsonl'}")
+    assert f"cuts.jsonl: {cut.id}: " in message
+    assert problem in message
     assert not (tmp_path / "ran").exists()
 
 
@@ -222,17 +217,12 @@ def test_synthetic_speech_is_a_corpus(monkeypatch, tmp_path):
     ],
 )
 def test_an_unknown_name_is_refused_on_one_line(name, reason):
-    with pytest.raises(CorpusError) as caught:
-        open_corpus(name)
-    assert reason in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert reason in refusal(name)
 
 
 def test_a_broken_manifest_is_refused_on_one_line(tmp_path):
     (tmp_path / "broken.jsonl").write_text("{not json\n")
-    with pytest.raises(CorpusError, match="not a lhotse manifest") as caught:
-        open_corpus(f"cuts:{tmp_path}/broken.jsonl")
-    assert "\n" not in str(caught.value)
+    assert "not a lhotse manifest" in refusal(f"cuts:{tmp_path}/broken.jsonl")
 
 
 @pytest.fixture
@@ -262,6 +252,5 @@ def test_a_download_that_fails_or_is_damaged_leaves_nothing(bare_machine, tmp_pa
     for tool in ("apt-get", "dpkg-deb"):
         (bare_machine / tool).write_text(f"#!/bin/sh\n{program}\n")
         (bare_machine / tool).chmod(0o755)
-    with pytest.raises(CorpusError, match=reason):
-        open_corpus("prompts:en")
+    assert reason in refusal("prompts:en")
     assert list((tmp_path / "cache" / "mapreuse").iterdir()) == []

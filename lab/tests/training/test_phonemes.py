@@ -77,19 +77,6 @@ def test_the_times_of_phonemes_agree_with_the_sound():
         assert 3 * max(loudness(spoken, s) for s in hissing) < min(loudness(spoken, o) for o in voiced)
 
 
-def test_a_comma_is_a_pause_and_pauses_are_quiet():
-    (joined, parted) = speak_with_phonemes(["hello hello", "hello, hello"], "en", seed=4)
-    inside = [phone for phone in parted.phonemes[1:-1] if phone.name == PAUSE]
-
-    assert names(joined) == names(parted)
-    assert not [phone for phone in joined.phonemes[1:-1] if phone.name == PAUSE]
-    assert len(inside) == 1
-    assert inside[0].stop - inside[0].start > 0.1
-    assert parted.phonemes[-1].name == PAUSE
-    quiet = max(loudness(parted, phone) for phone in (inside[0], parted.phonemes[-1]))
-    assert quiet < 0.3 * min(loudness(parted, phone) for phone in parted.phonemes if phone.name != PAUSE)
-
-
 def test_each_frame_is_labelled_with_the_phoneme_at_its_centre(baseline):
     batches, labels, phonemes = phoneme_batches(baseline, "en", sentences=11, seed=5)
     texts = generate_sentences(11, "en", seed=5)

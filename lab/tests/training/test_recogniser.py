@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import jiwer
 import numpy as np
@@ -19,10 +18,15 @@ def test_the_shipped_recogniser_is_small_on_disk(baseline):
     assert next(baseline.model.parameters()).dtype == torch.float32
 
 
-def test_saving_and_loading_changes_no_bit(tiny, tmp_path, rng):
+@pytest.fixture
+def audio() -> list[np.ndarray]:
+    """A second of noise."""
+    return [np.random.default_rng(0).standard_normal(8000).astype(np.float32)]
+
+
+def test_saving_and_loading_changes_no_bit(tiny, tmp_path, audio):
     tiny.save(tmp_path)
     again = Recogniser.load(tmp_path)
-    audio = [rng.standard_normal(4000).astype(np.float32)]
     assert torch.equal(again.logits(audio)[0], tiny.logits(audio)[0])
     assert again.vocabulary == tiny.vocabulary
 
@@ -67,27 +71,10 @@ def test_damaged_files_are_refused_on_one_line(tiny, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_an_interrupted_save_keeps_the_old_description(tiny, tmp_path, monkeypatch):
-    tiny.save(tmp_path)
-    before = (tmp_path / "recogniser.json").read_bytes()
-    write_text = Path.write_text
-
-    def interrupted(path, text, **settings):
-        write_text(path, text[:5] if "recogniser.json" in path.name else text, **settings)
-        if "recogniser.json" in path.name:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_text", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tiny.save(tmp_path)
-    assert (tmp_path / "recogniser.json").read_bytes() == before
-
-
 @pytest.mark.parametrize("name", ["window-3", "skip-1", "window-3+reuse-2x1", "reuse-2x1", "full"])
-def test_a_technique_is_saved_with_its_weights(name, tmp_path, rng):
+def test_a_technique_is_saved_with_its_weights(name, tmp_path, audio):
     recogniser = Recogniser.create("abc ", num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)
     recogniser.compress(parse(name))
-    audio = [rng.standard_normal(8000).astype(np.float32)]
     recogniser.save(tmp_path / "model")
     again = Recogniser.load(tmp_path / "model")
     assert torch.equal(again.logits(audio)[0], recogniser.logits(audio)[0])
@@ -158,8 +145,8 @@ def test_long_audio_has_about_the_error_rate_of_its_utterances(baseline, prompts
     assert jiwer.cer(spoken, long) < jiwer.cer(spoken, apart) + 0.06
 
 
-def test_audio_shorter_than_50_ms_is_refused(baseline, rng):
-    assert isinstance(baseline.transcribe(rng.standard_normal(400).astype(np.float32)), str)
+def test_audio_shorter_than_50_ms_is_refused(baseline, audio):
+    assert isinstance(baseline.transcribe(audio[0][:400]), str)
     with pytest.raises(ValueError, match=r"0.025 s long, at least 0.05 s"):
         baseline.transcribe(np.zeros(200, np.float32))
 
@@ -198,11 +185,10 @@ def test_decoding_merges_repeats_and_removes_blanks(tiny):
     assert tiny.texts(logits, torch.tensor([4])) == ["ab"]
 
 
-def test_a_recogniser_saved_by_version_0_1_0_with_a_language_model_still_loads(tiny, tmp_path, rng):
+def test_a_recogniser_saved_by_version_0_1_0_with_a_language_model_still_loads(tiny, tmp_path, audio):
     tiny.save(tmp_path)
     description = json.loads((tmp_path / "recogniser.json").read_text())
     description["fusion"] = {"weight": 1.1, "bonus": 1.0}
     (tmp_path / "recogniser.json").write_text(json.dumps(description))
     save_file({"counts": torch.arange(3)}, tmp_path / "language_model.safetensors")
-    audio = [rng.standard_normal(4000).astype(np.float32)]
     assert torch.equal(Recogniser.load(tmp_path).logits(audio)[0], tiny.logits(audio)[0])

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -156,29 +157,24 @@ def test_generated_sentences_are_added_to_the_recordings(make_tiny, few, tmp_pat
 TWO_PROCESSES = """
 import os, sys
 from pathlib import Path
-from lhotse import CutSet
+from conftest import few_of, tiny_recogniser
+from mapreuse_lab.training import TrainConfig, open_corpus, train
 from safetensors.torch import save_file
-from mapreuse_lab.training import Corpus, FeatureConfig, Recogniser, TrainConfig, alphabet, open_corpus, train
 
-out = Path(sys.argv[1])
-prompts = open_corpus("prompts:en")
-short = CutSet.from_cuts([cut for cut in prompts.train if 0.5 < cut.duration < 1.5][:12])
-dev = CutSet.from_cuts([cut for cut in prompts.dev if cut.duration < 2][:3])
-corpus = Corpus("prompts:en", "en", 8000, "", short, dev, CutSet.from_cuts([]))
-size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
-config = FeatureConfig(num_mel_bins=32)
-recogniser = Recogniser.create(alphabet("en"), **size, subsampling_channels=8, feature_config=config)
-train(recogniser, corpus, TrainConfig(steps=6, batch_seconds=3, evaluate_every=2), out / "out")
+out, recogniser = Path(sys.argv[1]), tiny_recogniser()
+config = TrainConfig(steps=6, batch_seconds=3, evaluate_every=2)
+train(recogniser, few_of(open_corpus("prompts:en")), config, out / "out")
 save_file(recogniser.model.state_dict(), out / f"weights-{os.environ['RANK']}.safetensors")
 """
 
 
 @pytest.mark.full  # the loop is the one of distillation, whose tests run it in two processes
-def test_two_processes_train_one_model(few, tmp_path):
+def test_two_processes_train_one_model(tmp_path):
     """With the launcher that `accelerate launch --multi_gpu` uses."""
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [sys.executable, *launch, script, tmp_path], env=environment, capture_output=True, text=True, timeout=120
