@@ -286,10 +286,7 @@ def _peak_memory(name: str, contestant: dict[str, Any], threads: int | None, ope
     """Peak memory of one contestant, in bytes; for `memory_in_fresh_process`."""
     from mapreuse import measure
 
-    part, batches = _timed(**opening)
-    with measure.cpu_threads(threads):
-        batch = measure.named_batches(batches)[name]
-        return measure.contestant_memory(part, batch, measure.Contestant(**contestant))
+    return measure.contestant_memory(*_timed(**opening), name, measure.Contestant(**contestant), threads=threads)
 
 
 def _calibrated(

@@ -135,7 +135,7 @@ def attention_events(*steps):
     for name, shapes, duration in steps:
         events.append(Event(name, now, now + duration, shapes, device_time=duration // 2))
         now += duration
-    return [Event("", 0, now + 5, range=0), Event("", 10, now, range=1), *events]
+    return [Event("", 0, now + 5, range=RANGES[0]), Event("", 10, now, range=RANGES[1]), *events]
 
 
 RANGES = [Range(None, "rest"), Range(3, "query", is_attention=True)]
@@ -150,7 +150,7 @@ BLOCK = (
 
 
 def nanoseconds(events, **settings):
-    costs = attribute(events, RANGES, Sizes(100, 8), **settings)
+    costs = attribute(events, Sizes(100, 8), **settings)
     return {key: round(seconds * 1e9) for key, seconds in costs.items()}
 
 
@@ -191,7 +191,7 @@ def test_c_kernels_have_phases(monkeypatch):
 def test_operators_inside_operators_count_once():
     outer = Event("aten::matmul", 10, 40, [[1, 4, 100, 8], [1, 4, 8, 199]])
     inner = [Event("aten::clone", 12, 20, [[1]]), Event("aten::bmm", 22, 38, [[4, 100, 8], [4, 8, 199]])]
-    events = [Event("", 0, 50, range=0), Event("", 5, 45, range=1), outer, *inner]
+    events = [Event("", 0, 50, range=RANGES[0]), Event("", 5, 45, range=RANGES[1]), outer, *inner]
 
     assert nanoseconds(events) == {(None, "rest"): 10, (3, "query"): 5, (3, "positional_scores"): 35}
 
@@ -199,7 +199,7 @@ def test_operators_inside_operators_count_once():
 def test_scores_and_context_differ_if_there_are_as_many_frames_as_dimensions():
     scores = ("aten::bmm", [[4, 8, 8], [4, 8, 8]], 3)
     steps = [("aten::bmm", [[4, 8, 8], [4, 8, 15]], 2), scores, ("aten::softmax", [[4, 8, 8]], 4), scores]
-    costs = attribute(attention_events(*steps, ("aten::mm", [[8, 8], [8, 16]], 5)), RANGES, Sizes(8, 8))
+    costs = attribute(attention_events(*steps, ("aten::mm", [[8, 8], [8, 16]], 5)), Sizes(8, 8))
 
     assert {part: round(seconds * 1e9) for (_, part), seconds in costs.items() if seconds and part != "rest"} == {
         "positional_scores": 2,

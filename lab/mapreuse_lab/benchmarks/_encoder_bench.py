@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mapreuse.console import check_device
-from mapreuse.measure import Contestant, bench, contestant_memory, cpu_threads, memory_in_fresh_process
+from mapreuse.measure import Contestant, bench, contestant_memory, memory_in_fresh_process
 from mapreuse_lab import models
 from mapreuse_lab.benchmarks._flex import use_flex_attention
 
@@ -181,6 +181,7 @@ def bench_encoder(
 
 def encoder_memory(name: str, length: int, threads: int | None, contestant: dict[str, Any], **opening: Any) -> int:
     """Peak memory of one contestant, in bytes; for `memory_in_fresh_process`."""
-    with cpu_threads(threads):
-        model, batches = open_encoder(name, (length,), **opening)
-        return contestant_memory(model, batches[str(length)], Contestant(**contestant), ATTENTIONS)
+    model, batches = open_encoder(name, (length,), **opening)
+    return contestant_memory(
+        model, batches, str(length), Contestant(**contestant), attentions=ATTENTIONS, threads=threads
+    )

@@ -18,11 +18,9 @@ from mapreuse.measure import (
     Latency,
     cpu_threads,
     disagreement,
-    latency_data,
     latency_text,
     machine,
     ratio_text,
-    speed_up,
     time_interleaved,
 )
 from mapreuse_lab.benchmarks._encoder_bench import DTYPES
@@ -254,11 +252,11 @@ def _summary(kernels: dict[str, Latency]) -> dict[str, Any]:
         for name in _PRODUCTS
     }
     products = Latency(tuple(map(sum, zip(*(kernels[name].seconds for name in fastest.values()), strict=True))))
-    ratios = {f"{_REUSING} ÷ {_PRODUCT}": speed_up(kernels[_REUSING], kernels[_PRODUCT])}
-    ratios |= {f"{kernel} ÷ sum of its products": speed_up(kernels[kernel], products) for kernel in _COMPUTING}
+    ratios = {f"{_REUSING} ÷ {_PRODUCT}": kernels[_PRODUCT].speed_up_over(kernels[_REUSING])}
+    ratios |= {f"{kernel} ÷ sum of its products": products.speed_up_over(kernels[kernel]) for kernel in _COMPUTING}
     return {
-        "kernels": {name: latency_data(latency) for name, latency in kernels.items()},
-        "sum of products": latency_data(products) | {"blocks": list(fastest.values())},
+        "kernels": {name: latency.data() for name, latency in kernels.items()},
+        "sum of products": products.data() | {"blocks": list(fastest.values())},
         "ratios": ratios,
     }
 

@@ -2,7 +2,7 @@
 
 from mapreuse.measure._analysis import Analysis, Similarity, analyze, maps_by_sequence, similarity
 from mapreuse.measure._analysis_report import analysis_tables, write_analysis
-from mapreuse.measure._bench import bench, contestant_memory, disagreement, latency_data, named_batches, speed_up
+from mapreuse.measure._bench import bench, contestant_memory, disagreement
 from mapreuse.measure._bench_tables import bench_tables, latency_text, ratio_text
 from mapreuse.measure._breakdown import PARTS, Breakdown, LayerBreakdown, PartCost, breakdown
 from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
@@ -34,16 +34,13 @@ __all__ = [
     "contestant_memory",
     "cpu_threads",
     "disagreement",
-    "latency_data",
     "latency_text",
     "machine",
     "maps_by_sequence",
     "memory_in_fresh_process",
-    "named_batches",
     "peak_memory",
     "ratio_text",
     "similarity",
-    "speed_up",
     "split_plans",
     "time_interleaved",
     "use_attention",

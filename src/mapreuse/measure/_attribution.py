@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,27 +30,29 @@ from transformers.pytorch_utils import Conv1D
 
 from mapreuse.maps import KERNEL_RANGE, recorded_phases
 from mapreuse.measure._flops import flop_counter
-from mapreuse.models import Layer, find_stack, plan_of
+from mapreuse.models import Layer, find_stack, plan_of, recorded_states
 
 _PREFIX = "mapreuse part "
 _PRODUCTS = {"aten::matmul": 0, "aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 """Matrix products, and the position of their first factor among the operands."""
 
-_PROJECTIONS = {
-    "query": ("q_proj", "query", "q_lin", "linear_q", "q", "wq"),
-    "key": ("k_proj", "key", "k_lin", "linear_k", "k", "wk"),
-    "value": ("v_proj", "value", "v_lin", "linear_v", "v", "wv"),
-    "positions": ("relative_k_proj", "linear_pos", "pos_proj"),
-    "output": ("o_proj", "out_proj", "out_lin", "linear_out", "dense", "c_proj", "wo", "o"),
+_PART_OF_PROJECTION = {
+    name: part
+    for part, names in {
+        "query": ("q_proj", "query", "q_lin", "linear_q", "q", "wq"),
+        "key": ("k_proj", "key", "k_lin", "linear_k", "k", "wk"),
+        "value": ("v_proj", "value", "v_lin", "linear_v", "v", "wv"),
+        "positions": ("relative_k_proj", "linear_pos", "pos_proj"),
+        "output": ("o_proj", "out_proj", "out_lin", "linear_out", "dense", "c_proj", "wo", "o"),
+    }.items()
+    for name in names
 }
-_PART_OF_PROJECTION = {name: part for part, names in _PROJECTIONS.items() for name in names}
 
 PartCosts: TypeAlias = dict[tuple[int | None, str], float]
 """Seconds or FLOPs by layer (None outside the layers) and part."""
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """A part of the model.
 
     Attributes:
@@ -64,8 +66,7 @@ class Range:
     is_attention: bool = False
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A range, or an operator, in a profile.
 
     Attributes:
@@ -73,7 +74,7 @@ class Event:
         start: nanoseconds.
         end: nanoseconds.
         shapes: shapes of the operator's operands.
-        range: index of the range; None for an operator.
+        range: the range; None for an operator.
         device_time: nanoseconds of the GPU kernels that the operator itself launched.
     """
 
@@ -81,19 +82,18 @@ class Event:
     start: int
     end: int
     shapes: Sequence[Sequence[int]] = ()
-    range: int | None = None
+    range: Range | None = None
     device_time: int = 0
 
 
 @dataclass
 class _OpenRange:
     range: Range
-    end: int
     part: str
+    end: int = 0
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Sizes that tell the matrix products of attention apart.
 
     Attributes:
@@ -107,7 +107,6 @@ class Sizes:
 
 def attribute(
     events: Iterable[Event],
-    ranges: Sequence[Range],
     sizes: Sizes,
     *,
     on_device: bool = False,
@@ -120,7 +119,6 @@ def attribute(
 
     Args:
         events: ranges and operators of one thread, properly nested.
-        ranges: the ranges that range events refer to.
         sizes: sizes of the pass.
         on_device: sum the time of GPU kernels instead of the time of the CPU.
         kernels: seconds by phase of each kernel in C, in order.
@@ -146,7 +144,7 @@ def attribute(
         close(event.start)
         if event.range is not None:
             advance(event.start)
-            open_ranges.append(_OpenRange(ranges[event.range], event.end, ranges[event.range].part))
+            open_ranges.append(_OpenRange(event.range, event.range.part, event.end))
         elif event.name == KERNEL_RANGE and open_ranges:
             advance(event.start)
             innermost, shares = open_ranges[-1], next(phases)
@@ -155,36 +153,35 @@ def attribute(
                 costs[innermost.range.layer, part] += round(share * (event.end - event.start))
             now, innermost.part = event.end, "context"
         elif open_ranges:
-            innermost = open_ranges[-1]
-            phase = (
-                phase_of(event.name, event.shapes, innermost.part, sizes) if innermost.range.is_attention else None
-            )
-            if phase is not None:
-                advance(event.start)
-                innermost.part = phase
+            advance(event.start)
+            open_ranges[-1].part = phase_of(event.name, event.shapes, open_ranges[-1], sizes)
         if on_device and open_ranges:
             costs[open_ranges[-1].range.layer, open_ranges[-1].part] += event.device_time
     close(max((event.end for event in ordered), default=0))
     return {key: time / 1e9 for key, time in costs.items()}
 
 
-def phase_of(name: str, shapes: Sequence[Sequence[int]], phase: str, sizes: Sizes) -> str | None:
-    """The phase of attention that an operator opens; None if it belongs to the current `phase`.
+def phase_of(name: str, shapes: Sequence[Sequence[int]], innermost: _OpenRange, sizes: Sizes) -> str:
+    """The part that an operator belongs to. In an attention module, it may open a phase.
 
     A product with inner dimension T applies a map. Other products make scores: content scores if they are at most T
     wide, positional scores if they are wider (2·T − 1 distances, or T + rows − 1 for a block of rows). If T equals
     the head dimension, the products before a softmax make scores, and those after it apply a map.
     """
+    if not innermost.range.is_attention:
+        return innermost.part
     if name in ("aten::softmax", "aten::_softmax"):
         return "softmax"
     if "scaled_dot_product" in name or ("::" in name and not name.startswith("aten::")):
         return "fused"
     first = _PRODUCTS.get(name)
     if first is None:
-        return None
+        return innermost.part
     *_, inner, width = shapes[first + 1]
     is_ambiguous = inner == sizes.head_dim and width < 2 * sizes.length
-    if inner == sizes.length and (not is_ambiguous or (phase in ("softmax", "context") and width <= sizes.length)):
+    if inner == sizes.length and (
+        not is_ambiguous or (innermost.part in ("softmax", "context") and width <= sizes.length)
+    ):
         return "context"
     return "scores" if width <= sizes.length else "positional_scores"
 
@@ -197,18 +194,25 @@ def profiled_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> P
     """
     on_device = next(model.parameters()).device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
-    with (
-        _recorded_ranges(model) as ranges,
-        profile(activities=activities, record_shapes=True) as profiler,
-        recorded_phases() as kernels,
-        _RecordFunctionFast(f"{_PREFIX}0"),
-    ):
-        model(**batch)
+    recorders: list[Any] = []
+
+    def enter(index: int) -> None:
+        recorders[index].__enter__()
+
+    def leave(index: int) -> None:
+        recorders[index].__exit__(None, None, None)
+
+    with _hooks(model, enter, leave) as ranges:
+        # This variant has a tenth of the overhead of `torch.profiler.record_function`.
+        recorders += [_RecordFunctionFast(f"{_PREFIX}{index}") for index in range(len(ranges))]
+        profiling = profile(activities=activities, record_shapes=True)
+        with profiling as profiler, recorded_phases() as kernels, recorders[0]:
+            model(**batch)
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
     seen = results.events()
-    costs = attribute(_events(seen), ranges, sizes, on_device=on_device, kernels=kernels)
+    costs = attribute(_events(seen, ranges), sizes, on_device=on_device, kernels=kernels)
     if on_device:
         launched = [event for event in seen if _is_kernel(event)]
         duration = max(kernel.end_ns() for kernel in launched) - min(kernel.start_ns() for kernel in launched)
@@ -219,31 +223,20 @@ def profiled_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> P
 
 def counted_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> PartCosts:
     """FLOPs of each layer and part of one forward pass. The kernels of `mapreuse` run as PyTorch operators."""
-    ranges = [Range(None, "rest"), *(found for _, found in part_ranges(model))]
     with flop_counter(model) as counter:
         counting = _CountParts(counter, sizes)
-        counting.enter(ranges[0])
-        hooks = _hooks(model, lambda index: (lambda: counting.enter(ranges[index]), counting.leave))
-        with hooks, torch.no_grad(), counting:
+        with _hooks(model, counting.enter, counting.leave) as counting.ranges, torch.no_grad(), counting:
+            counting.enter(0)
             model(**batch)
     return dict(counting.costs)
 
 
 def sizes_of(model: nn.Module, batch: Mapping[str, Any]) -> Sizes:
-    """Number of positions of the first layer's hidden states, and the dimension of a head."""
-    layer = find_stack(model).layers[0]
-    lengths: list[int] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        lengths.append(hidden_states.shape[-2 if getattr(layer.attention, "batch_first", True) else 0])
-
-    handle = layer.layer.register_forward_pre_hook(keep, with_kwargs=True)
-    with torch.inference_mode():
+    """Number of positions of the hidden states, and the dimension of a head."""
+    with torch.inference_mode(), recorded_states(model) as (states, _):
         model(**batch)
-    handle.remove()
-    attention: Any = layer.attention
-    return Sizes(lengths[0], getattr(attention, "head_dim", getattr(attention, "attention_head_size", None)))
+    attention: Any = find_stack(model).layers[0].attention
+    return Sizes(states[0].shape[1], getattr(attention, "head_dim", getattr(attention, "attention_head_size", None)))
 
 
 class _CountParts(TorchDispatchMode):
@@ -252,13 +245,14 @@ class _CountParts(TorchDispatchMode):
     def __init__(self, counter: FlopCounterMode, sizes: Sizes) -> None:
         super().__init__()
         self.costs: PartCosts = defaultdict(float)
+        self.ranges: list[Range] = []
         self._counter, self._sizes = counter, sizes
         self._open: list[_OpenRange] = []
 
-    def enter(self, entered: Range) -> None:
-        self._open.append(_OpenRange(entered, 0, entered.part))
+    def enter(self, index: int) -> None:
+        self._open.append(_OpenRange(self.ranges[index], self.ranges[index].part))
 
-    def leave(self) -> None:
+    def leave(self, index: int) -> None:
         self._open.pop()
 
     def __torch_dispatch__(
@@ -267,52 +261,25 @@ class _CountParts(TorchDispatchMode):
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         innermost = self._open[-1]
-        if innermost.range.is_attention:
-            shapes = [tensor.shape for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
-            innermost.part = phase_of(func._schema.name, shapes, innermost.part, self._sizes) or innermost.part
-        flops = self._counter.get_total_flops() - before
-        if flops:
-            self.costs[innermost.range.layer, innermost.part] += flops
+        shapes = [tensor.shape for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
+        innermost.part = phase_of(func._schema.name, shapes, innermost, self._sizes)
+        self.costs[innermost.range.layer, innermost.part] += self._counter.get_total_flops() - before
         return result
 
 
 @contextmanager
-def _recorded_ranges(model: nn.Module) -> Iterator[list[Range]]:
-    """Record every part of the model as a range of the profiler; yields the ranges by the number in their names."""
-    # The fast variant has a tenth of the overhead of `torch.profiler.record_function`.
-    recorders = {
-        index: _RecordFunctionFast(f"{_PREFIX}{index}") for index in range(1, 1 + len(list(part_ranges(model))))
-    }
-
-    def callbacks(index: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        return recorders[index].__enter__, lambda: recorders[index].__exit__(None, None, None)
-
-    with _hooks(model, callbacks):
-        yield [Range(None, "rest"), *(found for _, found in part_ranges(model))]
-
-
-@contextmanager
-def _hooks(
-    model: nn.Module, callbacks: Callable[[int], tuple[Callable[[], object], Callable[[], object]]]
-) -> Iterator[None]:
-    """Call a pair of functions before and after each part; `callbacks` makes them from its index, from 1."""
-    handles = []
+def _hooks(model: nn.Module, enter: Callable[[int], None], leave: Callable[[int], None]) -> Iterator[list[Range]]:
+    """Call functions before and after each part, with its index; yields the parts. Part 0 is the whole model."""
+    ranges, handles = [Range(None, "rest")], []
     try:
-        for index, (module, _) in enumerate(part_ranges(model), start=1):
-            enter, leave = callbacks(index)
-            handles.append(module.register_forward_pre_hook(_hook(enter)))
-            handles.append(module.register_forward_hook(_hook(leave)))
-        yield
+        for index, (module, found) in enumerate(part_ranges(model), start=1):
+            ranges.append(found)
+            handles.append(module.register_forward_pre_hook(lambda *_, index=index: enter(index)))
+            handles.append(module.register_forward_hook(lambda *_, index=index: leave(index)))
+        yield ranges
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hook(call: Callable[[], object]) -> Callable[..., None]:
-    def hook(*args: object) -> None:
-        call()
-
-    return hook
 
 
 def part_ranges(model: nn.Module) -> Iterator[tuple[nn.Module, Range]]:
@@ -386,7 +353,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _events(seen: list) -> Iterator[Event]:
+def _events(seen: list, ranges: Sequence[Range]) -> Iterator[Event]:
     """Events of this thread. The times of GPU kernels are added to the operators that launched them."""
     device_time: dict[int, int] = defaultdict(int)
     for event in seen:
@@ -395,14 +362,13 @@ def _events(seen: list) -> Iterator[Event]:
     here = [event for event in seen if event.device_type() == DeviceType.CPU and not event.linked_correlation_id()]
     threads = {event.start_thread_id() for event in here if event.name() == f"{_PREFIX}0"}
     for event in here:
-        if event.start_thread_id() not in threads:
-            continue
-        name, start, end = event.name(), event.start_ns(), event.end_ns()
-        if name.startswith(_PREFIX):
-            found = Event("", start, end, range=int(name.removeprefix(_PREFIX)))
-        else:
-            found = Event(name, start, end, event.shapes())
-        yield replace(found, device_time=device_time.get(event.correlation_id(), 0))
+        if event.start_thread_id() in threads:
+            name, start, end = event.name(), event.start_ns(), event.end_ns()
+            launched = device_time.get(event.correlation_id(), 0)
+            if name.startswith(_PREFIX):
+                yield Event("", start, end, (), ranges[int(name.removeprefix(_PREFIX))], launched)
+            else:
+                yield Event(name, start, end, event.shapes(), None, launched)
 
 
 def _is_kernel(event: object) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -22,18 +23,18 @@ from mapreuse.measure._contestants import (
     ATTENTIONS,
     SHARING,
     Attention,
+    Batch,
     Contestant,
     contestants,
     default_plans,
+    named_batches,
     plan_of_notation,
 )
 from mapreuse.measure._flops import flop_counter
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import Killed, peak_memory
-from mapreuse.models import check_batch, find_stack, not_padding, plan_of, recorded_states
-
-Batch = Mapping[str, Any]
+from mapreuse.models import find_stack, not_padding, plan_of, recorded_states
 
 TOLERANCE = 1e-4
 """Maximum of max |output − reference| / max |reference| for contestants in float32."""
@@ -120,6 +121,11 @@ def bench(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
     }
+    total, done = len(named) * len(entries) * (2 + repeats + (memory is not None)), itertools.count(1)
+
+    def advance(doing: str) -> None:
+        progress(doing, next(done), total)
+
     # Each contestant compiles its own code. Beyond the default limit, PyTorch would run the next ones uncompiled.
     limits: dict[str, Any] = {
         "recompile_limit": 1024,
@@ -127,37 +133,38 @@ def bench(
         "fail_on_recompile_limit_hit": True,
     }
     with cpu_threads(threads), torch._dynamo.config.patch(limits):
-        run = _Bench(model, entries, attentions, repeats, training, memory, progress, len(named))
-        measured = {name: run.on(name, batch) for name, batch in named.items()}
+        run = _Bench(model, entries, attentions, repeats, training, memory, advance)
         return {
             "schema": 2,
             "machine": machine(),
             "model": type(model).__name__,
             "config": settings,
-            "batches": measured,
+            "batches": {name: run.on(name, batch) for name, batch in named.items()},
         }
 
 
 def contestant_memory(
-    model: nn.Module, batch: Batch, contestant: Contestant, attentions: Mapping[str, Attention] | None = None
+    model: nn.Module,
+    batches: Iterable[Batch] | Mapping[str, Batch],
+    name: str,
+    contestant: Contestant,
+    *,
+    attentions: Mapping[str, Attention] | None = None,
+    threads: int | None = None,
 ) -> int:
-    """Peak memory, in bytes, of a forward pass in addition to weights and inputs; call it in a fresh process."""
+    """Peak memory, in bytes, of a forward pass in addition to weights and inputs; call it in a fresh process.
+
+    Args:
+        model, batches, attentions, threads: as for `bench`.
+        name: name of the batch.
+        contestant: the contestant that runs.
+    """
+    batch = named_batches(batches)[name]
     call = _call(contestant.build(model, ATTENTIONS | dict(attentions or {})).eval(), contestant.compiled)
-    with torch.inference_mode():
+    with cpu_threads(threads), torch.inference_mode():
         if contestant.compiled or contestant.kind not in (*ATTENTIONS, SHARING):
             call(batch)  # compiles
         return peak_memory(partial(call, batch), next(model.parameters()).device.type)
-
-
-def speed_up(slower: Latency, faster: Latency) -> dict[str, float]:
-    """Median and relative spread of the quotients of two contestants' times in the same turn."""
-    quotients = Latency(tuple(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)))
-    return {"median": quotients.median, "spread": quotients.spread}
-
-
-def latency_data(latency: Latency) -> dict[str, Any]:
-    """A latency for JSON."""
-    return {"median": latency.median, "spread": latency.spread, "seconds": list(latency.seconds)}
 
 
 def disagreement(output: Tensor, reference: Tensor) -> float:
@@ -166,24 +173,16 @@ def disagreement(output: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(difference) else difference
 
 
+@dataclass
 class _Bench:
-    def __init__(
-        self,
-        model: nn.Module,
-        entries: list[Contestant],
-        attentions: Mapping[str, Attention],
-        repeats: int,
-        training: bool,
-        memory: Callable[[Contestant, str], int] | None,
-        progress: ProgressCallback,
-        num_batches: int,
-    ) -> None:
-        self.model, self.entries, self.attentions = model, entries, attentions
-        self.repeats, self.training, self.memory = repeats, training, memory
-        self.models: dict[Contestant, nn.Module] = {}
-        self.device = next(model.parameters()).device.type
-        self._progress = progress
-        self._done, self._total = 0, num_batches * len(entries) * (2 + repeats + (memory is not None))
+    model: nn.Module
+    entries: list[Contestant]
+    attentions: Mapping[str, Attention]
+    repeats: int
+    training: bool
+    memory: Callable[[Contestant, str], int] | None
+    advance: Callable[[str], object]
+    models: dict[Contestant, nn.Module] = field(default_factory=dict)
 
     def on(self, name: str, batch: Batch) -> dict[str, Any]:
         """Results on one batch."""
@@ -191,19 +190,22 @@ class _Bench:
         cells = {entry: asdict(entry) for entry in self.entries}
         if self.memory is not None:
             for entry, cell in cells.items():
-                self._advance(f"memory of {entry.name}, {name}")
+                self.advance(f"memory of {entry.name}, {name}")
                 cell |= self._memory(entry, name)
         calls = self._checked(name, batch, cells)
-        advance = partial(self._advance, f"timing, {name}")
-        graphs = _counter("stats", "unique_graphs")
-        timed = {entry.name: call for entry, call in calls.items()}
-        measured = time_interleaved(timed, repeats=self.repeats, device=self.device, advance=advance)
+        graphs = _num_graphs()
+        measured = time_interleaved(
+            {entry.name: call for entry, call in calls.items()},
+            repeats=self.repeats,
+            device=next(self.model.parameters()).device.type,
+            advance=partial(self.advance, f"timing, {name}"),
+        )
         for entry in calls:
-            cells[entry] |= latency_data(measured[entry.name])
+            cells[entry] |= measured[entry.name].data()
         return {
             "contestants": {entry.name: cell for entry, cell in cells.items()},
             "ratios": _ratios(list(calls), measured),
-            "compiled_while_timed": _counter("stats", "unique_graphs") - graphs,
+            "compiled_while_timed": _num_graphs() - graphs,
         }
 
     def _memory(self, entry: Contestant, name: str) -> dict[str, Any]:
@@ -223,7 +225,7 @@ class _Bench:
         references: dict[str, tuple[Contestant, Tensor, int | None]] = {}
         valid: Tensor | None = None
         for entry, cell in cells.items():
-            self._advance(f"first run of {entry.name}, {name}")
+            self.advance(f"first run of {entry.name}, {name}")
             if "not_measured" in cell:
                 continue
             try:
@@ -232,7 +234,7 @@ class _Bench:
                 model = self.models[entry.uncompiled]
                 if valid is None:
                     valid = _valid(self.model, batch)
-                breaks = _total_graph_breaks()
+                breaks = _num_graph_breaks()
                 call = _call(model, entry.compiled)
                 with _storage_choices() as choices:
                     output = self._probe(model, call, batch, valid)
@@ -243,7 +245,7 @@ class _Bench:
                 if choices:
                     cell |= {"chosen_storage": choices[-1].storage, "choice": str(choices[-1])}
                 if entry.compiled:
-                    cell["graph_breaks"] = _total_graph_breaks() - breaks
+                    cell["graph_breaks"] = _num_graph_breaks() - breaks
                 tolerance = self._tolerance(entry, first)
                 if cell["agreement"] > tolerance:
                     raise ValueError(
@@ -286,14 +288,9 @@ class _Bench:
             return output[valid] if output.shape[:2] == valid.shape else output
         model.eval()
         try:
-            gradients = _training_step(model, call, batch, keep=True)
+            return _training_step(model, call, batch, keep=True)
         finally:
             model.train()
-        return gradients
-
-    def _advance(self, doing: str) -> None:
-        self._done += 1
-        self._progress(doing, min(self._done, self._total), self._total)
 
 
 def _call(model: nn.Module, compiled: bool) -> Callable[[Batch], Tensor]:
@@ -337,50 +334,39 @@ def _valid(model: nn.Module, batch: Batch) -> Tensor:
     return not_padding(masks[0], states[-1])
 
 
-def named_batches(batches: Iterable[Batch] | Mapping[str, Batch]) -> dict[str, Batch]:
-    """Batches by name; if they have none, by the shape of their first tensor, such as "input_ids 8 × 128"."""
-    if isinstance(batches, Mapping):
-        return dict(batches)
-    named: dict[str, Batch] = {}
-    for batch in batches:
-        check_batch(batch)
-        name, tensor = next((name, value) for name, value in batch.items() if isinstance(value, Tensor))
-        named.setdefault(f"{name} {' × '.join(map(str, tensor.shape))}", batch)
-    return named
-
-
 @contextlib.contextmanager
 def _storage_choices() -> Iterator[list[StorageChoice]]:
     """The choices of storage "auto", from the log."""
     choices: list[StorageChoice] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        choices.extend(argument for argument in record.args or () if isinstance(argument, StorageChoice))
+        return True
+
     logger = logging.getLogger("mapreuse")
-    handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: choices.extend(  # type: ignore[method-assign]
-        argument for argument in record.args or () if isinstance(argument, StorageChoice)
-    )
     level = logger.level
-    logger.addHandler(handler)
+    logger.addFilter(collect)
     logger.setLevel(logging.INFO)
     try:
         yield choices
     finally:
-        logger.removeHandler(handler)
+        logger.removeFilter(collect)
         logger.setLevel(level)
 
 
-def _counter(group: str, name: str) -> int:
-    return torch._dynamo.utils.counters[group][name]
+def _num_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _total_graph_breaks() -> int:
+def _num_graph_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def _ratios(timed: list[Contestant], measured: dict[str, Latency]) -> dict[str, dict[str, dict[str, float]]]:
-    others = [entry for entry in timed if entry.plan == "full"]
+    others = [entry.name for entry in timed if entry.plan == "full"]
     return {
         entry.name: {
-            other.name: speed_up(measured[other.name], measured[entry.name]) for other in others if other != entry
+            other: measured[entry.name].speed_up_over(measured[other]) for other in others if other != entry.name
         }
         for entry in timed
     }

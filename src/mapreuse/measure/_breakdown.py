@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from mapreuse.console import ProgressCallback
-from mapreuse.measure._attribution import PartCosts, Sizes, counted_pass, profiled_pass, sizes_of
-from mapreuse.measure._bench import Batch, named_batches
-from mapreuse.measure._contestants import contestants, default_plans
+from mapreuse.measure._attribution import PartCosts, counted_pass, profiled_pass, sizes_of
+from mapreuse.measure._contestants import Batch, contestants, default_plans, named_batches
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
 from mapreuse.models import find_stack, plan_of
 from mapreuse.plan import ReusePlan
@@ -129,22 +128,20 @@ def breakdown(
     models = _models(model, plans, kinds)
     if not named or not models:
         raise ValueError("breakdown needs at least one batch and one contestant")
-    total, done = 2 * len(named) * len(models) * (1 + repeats), 0
+    total, done = 2 * len(named) * len(models) * (1 + repeats), itertools.count(1)
+
+    def advance(doing: str) -> None:
+        progress(doing, next(done), total)
+
     found = []
-    for name, batch in named.items():
-
-        def advance(name: str = name) -> None:
-            nonlocal done
-            done += 1
-            progress(f"timing, {name}", done, total)
-
-        with cpu_threads(threads):
+    with cpu_threads(threads):
+        for name, batch in named.items():
             found += _on_batch(models, name, batch, repeats, advance)
     return found
 
 
 def _models(model: nn.Module, plans: Sequence[str], kinds: Sequence[str]) -> dict[str, nn.Module]:
-    """What is measured, by name."""
+    """The models to measure, by name."""
     if plan_of(model) is not None:
         if plans:
             raise ValueError(
@@ -159,57 +156,62 @@ def _models(model: nn.Module, plans: Sequence[str], kinds: Sequence[str]) -> dic
 
 
 def _on_batch(
-    models: Mapping[str, nn.Module], name: str, batch: Batch, repeats: int, advance: Any
+    models: Mapping[str, nn.Module], name: str, batch: Batch, repeats: int, advance: Callable[[str], object]
 ) -> list[Breakdown]:
-    sizes = sizes_of(next(iter(models.values())), batch)
+    first = next(iter(models.values()))
+    sizes = sizes_of(first, batch)
     profiles: dict[str, list[PartCosts]] = {one: [] for one in models}
 
     def profiled(one: str) -> None:
         profiles[one].append(profiled_pass(models[one], batch, sizes))
 
-    calls: dict[str, Any] = {}
+    calls: dict[str, Callable[[], object]] = {}
     for one, model in models.items():
         calls[one] = partial(model, **batch)
         calls[f"{one}, by parts"] = partial(profiled, one)
-    device = next(next(iter(models.values())).parameters()).device.type
-    measured = time_interleaved(calls, repeats=repeats, device=device, advance=advance)
-    # One warm-up call, then pairs of calls of which the second counts.
-    return [
-        _summarised(
-            one, name, measured[one], profiles[one][2::2], _flops(model, batch, sizes, profiles[one][-1]), model
-        )
-        for one, model in models.items()
-    ]
+    device = next(first.parameters()).device.type
+    measured = time_interleaved(calls, repeats=repeats, device=device, advance=partial(advance, f"timing, {name}"))
+    found = []
+    for one, model in models.items():
+        flops = counted_pass(model, batch, sizes)
+        timed = profiles[one][2::2]  # one warm-up call, then pairs of calls of which the second counts
+        _divide_fused(flops, timed[-1])
+        found.append(_summarised(one, name, measured[one], timed, flops, model))
+    return found
 
 
-def _flops(model: nn.Module, batch: Batch, sizes: Sizes, profile: PartCosts) -> PartCosts:
-    """FLOPs by part. Fused attention is divided between its two products if its time was measured in phases."""
-    flops = counted_pass(model, batch, sizes)
+def _divide_fused(flops: PartCosts, profile: PartCosts) -> None:
+    """Divide the FLOPs of fused attention between its two products, if its time was measured in phases."""
     for layer, part in list(flops):
         if part == "fused" and (layer, part) not in profile:
             half = flops.pop((layer, part)) / 2
             for product in ("scores", "context"):
                 flops[layer, product] = flops.get((layer, product), 0.0) + half
-    return flops
 
 
 def _summarised(
     name: str, batch: str, whole: Latency, profiles: list[PartCosts], flops: PartCosts, model: nn.Module
 ) -> Breakdown:
+    by_kind: dict[str, list[int | None]] = {}
     num_layers = len(find_stack(model).layers)
-    kinds = [_kind(plan_of(model), layer) for layer in range(num_layers)]
-    layers = []
-    for kind in dict.fromkeys(kinds):
-        members: list[int | None] = [layer for layer in range(num_layers) if kinds[layer] == kind]
-        layers.append(LayerBreakdown(kind, len(members), _parts(profiles, flops, members, len(members))))
+    for layer in range(num_layers):
+        by_kind.setdefault(_kind(plan_of(model), layer), []).append(layer)
     turns = zip(profiles, whole.seconds, strict=True)
-    coverage = statistics.median(sum(profile.values()) / seconds for profile, seconds in turns)
-    parts = _parts(profiles, flops, [None, *range(num_layers)], 1)
-    return Breakdown(name, batch, whole, coverage, parts, tuple(layers))
+    return Breakdown(
+        name,
+        batch,
+        whole,
+        statistics.median(sum(profile.values()) / seconds for profile, seconds in turns),
+        _parts(profiles, flops, [None, *range(num_layers)]),
+        tuple(
+            LayerBreakdown(kind, len(layers), _parts(profiles, flops, layers, divisor=len(layers)))
+            for kind, layers in by_kind.items()
+        ),
+    )
 
 
 def _parts(
-    profiles: list[PartCosts], flops: PartCosts, layers: Sequence[int | None], divisor: int
+    profiles: list[PartCosts], flops: PartCosts, layers: Sequence[int | None], divisor: int = 1
 ) -> dict[str, PartCost]:
     """Cost of each part, summed over layers (None stands for everything outside them), divided by `divisor`."""
     costs = {}

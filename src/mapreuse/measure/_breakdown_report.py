@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mapreuse.console import Table
-from mapreuse.measure._breakdown import PARTS, Breakdown, PartCost
+from mapreuse.measure._breakdown import PARTS, Breakdown
 from mapreuse.measure._machine import machine
 
 if TYPE_CHECKING:
@@ -23,18 +24,8 @@ def breakdown_data(breakdowns: Sequence[Breakdown]) -> dict[str, Any]:
         "machine": machine(),
         "parts": PARTS,
         "breakdowns": [
-            {
-                "name": one.name,
-                "batch": one.batch,
-                "whole": {"seconds": one.whole.median, "spread": one.whole.spread},
-                "attributed": one.attributed,
-                "coverage": one.coverage,
-                "parts": _parts_data(one.parts),
-                "layers": [
-                    {"kind": layer.kind, "count": layer.count, "parts": _parts_data(layer.parts)}
-                    for layer in one.layers
-                ],
-            }
+            asdict(one)
+            | {"whole": {"seconds": one.whole.median, "spread": one.whole.spread}, "attributed": one.attributed}
             for one in breakdowns
         ],
     }
@@ -55,14 +46,15 @@ def breakdown_plot(breakdowns: Sequence[Breakdown]) -> Figure:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(one.name for one in breakdowns))
-    shown = _shown(breakdowns)
     colours = dict(zip(PARTS, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
     figure = Figure(figsize=(3 * len(names) + 3, 4.5), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         here = [one for one in breakdowns if one.name == name]
         bottoms = [0.0] * len(here)
-        for part in shown:
+        for part in PARTS:
+            if not any(one.parts[part].seconds for one in breakdowns):
+                continue
             heights = [1000 * one.parts[part].seconds for one in here]
             panel.bar([one.batch for one in here], heights, bottom=bottoms, color=colours[part], label=PARTS[part])
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
@@ -75,11 +67,15 @@ def breakdown_plot(breakdowns: Sequence[Breakdown]) -> Figure:
 
 
 def _time_table(breakdowns: Sequence[Breakdown]) -> Table:
-    def cell(one: Breakdown, part: str) -> str:
-        seconds = one.parts[part].seconds
-        return f"{1000 * seconds:.1f} ({seconds / one.attributed:.0%})" if seconds else ""
-
-    rows = [[PARTS[part], *(cell(one, part) for one in breakdowns)] for part in _shown(breakdowns)]
+    rows = _rows(
+        lambda part: (
+            (
+                one.parts[part].seconds,
+                f"{1000 * one.parts[part].seconds:.1f} ({one.parts[part].seconds / one.attributed:.0%})",
+            )
+            for one in breakdowns
+        )
+    )
     rows.append(["sum of the parts", *(f"{1000 * one.attributed:.1f}" for one in breakdowns)])
     rows.append(["whole pass", *(f"{1000 * one.whole.median:.1f} ± {one.whole.spread:.0%}" for one in breakdowns)])
     rows.append(["sum ÷ whole", *(f"{one.coverage:.1%}" for one in breakdowns)])
@@ -94,30 +90,20 @@ def _time_table(breakdowns: Sequence[Breakdown]) -> Table:
 
 def _layer_table(breakdowns: Sequence[Breakdown]) -> Table:
     columns = [(f"{one.name}, {layer.kind}", layer.parts) for one in breakdowns for layer in one.layers]
-    rows = []
-    for part in _shown(breakdowns):
-        seconds = [parts[part].seconds for _, parts in columns]
-        if any(seconds):
-            rows.append([PARTS[part], *(f"{1000 * taken:.2f}" if taken else "" for taken in seconds)])
+    rows = _rows(lambda part: ((parts[part].seconds, f"{1000 * parts[part].seconds:.2f}") for _, parts in columns))
     sums = (sum(cost.seconds for cost in parts.values()) for _, parts in columns)
     rows.append(["layer", *(f"{1000 * taken:.2f}" for taken in sums)])
     return Table(f"{breakdowns[0].batch}: milliseconds per layer", ["", *(name for name, _ in columns)], rows)
 
 
 def _flop_table(breakdowns: Sequence[Breakdown]) -> Table:
-    def cell(flops: int) -> str:
-        return f"{flops / 1e9:.3g}" if flops else ""
-
-    parts = [part for part in _shown(breakdowns) if any(one.parts[part].flops for one in breakdowns)]
-    rows = [[PARTS[part], *(cell(one.parts[part].flops) for one in breakdowns)] for part in parts]
-    rows.append(["sum", *(cell(sum(part.flops for part in one.parts.values())) for one in breakdowns)])
+    rows = _rows(lambda part: ((one.parts[part].flops, f"{one.parts[part].flops / 1e9:.3g}") for one in breakdowns))
+    sums = (sum(part.flops for part in one.parts.values()) for one in breakdowns)
+    rows.append(["sum", *(f"{flops / 1e9:.3g}" for flops in sums)])
     return Table(f"{breakdowns[0].batch}: GFLOPs", ["", *(one.name for one in breakdowns)], rows)
 
 
-def _shown(breakdowns: Sequence[Breakdown]) -> list[str]:
-    """The parts that at least one of the models has."""
-    return [part for part in PARTS if any(one.parts[part].seconds or one.parts[part].flops for one in breakdowns)]
-
-
-def _parts_data(parts: dict[str, PartCost]) -> dict[str, dict[str, float]]:
-    return {part: {"seconds": cost.seconds, "flops": cost.flops} for part, cost in parts.items()}
+def _rows(cells: Callable[[str], Iterable[tuple[float, str]]]) -> list[list[str]]:
+    """A row for each part: its cost in each column, and the text of the cell. Costs of 0 stay empty."""
+    rows = [[title, *(text if cost else "" for cost, text in cells(part))] for part, title in PARTS.items()]
+    return [row for row in rows if any(row[1:])]

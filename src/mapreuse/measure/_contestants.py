@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from mapreuse.models import apply, copy_with_same_weights, find_stack, optimize
+from mapreuse.models import apply, check_batch, copy_with_same_weights, find_stack, optimize
 from mapreuse.plan import ReusePlan
 
 SHARING = "mapreuse"
 OPTIMIZE, COMPILE = "+optimize", "+compile"
 _GROUPS = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
+
+Batch = Mapping[str, Any]
 
 Attention = Callable[[nn.Module], object]
 """Changes the attention of a model in place."""
@@ -159,3 +161,15 @@ def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
     for plan in plans:
         plan_of_notation(plan, num_layers)
     return tuple(plans)
+
+
+def named_batches(batches: Iterable[Batch] | Mapping[str, Batch]) -> dict[str, Batch]:
+    """Batches by name; if they have none, by the shape of their first tensor, such as "input_ids 8 × 128"."""
+    if isinstance(batches, Mapping):
+        return dict(batches)
+    named: dict[str, Batch] = {}
+    for batch in batches:
+        check_batch(batch)
+        name, tensor = next((name, value) for name, value in batch.items() if isinstance(value, Tensor))
+        named.setdefault(f"{name} {' × '.join(map(str, tensor.shape))}", batch)
+    return named

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +48,15 @@ class Latency:
         """
         deviation = self.spread / statistics.NormalDist().inv_cdf(0.75)
         return math.sqrt(math.pi / 2 / len(self.seconds)) * deviation
+
+    def speed_up_over(self, slower: Latency) -> dict[str, float]:
+        """Median and spread of the quotients of two contestants' times in the same turn."""
+        quotients = Latency(tuple(a / b for a, b in zip(slower.seconds, self.seconds, strict=True)))
+        return {"median": quotients.median, "spread": quotients.spread}
+
+    def data(self) -> dict[str, Any]:
+        """Median, spread and seconds, for JSON."""
+        return {"median": self.median, "spread": self.spread, "seconds": list(self.seconds)}
 
 
 def time_interleaved(
