@@ -104,7 +104,8 @@ def _figure(figure: Figure, *, with_script: bool) -> Markup:
     from plotly.io import to_html
 
     shown = Figure(figure)
-    shown.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+    clear = "rgba(0,0,0,0)"
+    shown.update_layout(paper_bgcolor=clear, plot_bgcolor=clear, modebar_bgcolor=clear)
     shown.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_GRID)
     shown.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, linecolor=_GRID)
     return Markup(to_html(shown, full_html=False, include_plotlyjs=with_script, config={"displaylogo": False}))
