@@ -317,12 +317,8 @@ def bench(
     chosen = comma_separated_integers("--lengths", lengths)
     with progress_bar("Preparing") as progress:
         if kernels:
-            if (
-                plans
-                or memory
-                or training
-                or (encoder, batch_size, part, storage) != ("conformer-m", 1, "layers", "dense")
-            ):
+            others = (encoder, plans, storage, batch_size, part, memory, training)
+            if others != ("conformer-m", "", "dense", 1, "layers", False, False):
                 raise ValueError("--kernels takes --lengths, --threads, --dtype, --device, --repeats and --json only")
             options |= {"lengths": chosen} if chosen else {}
             results = benchmarks.bench_kernels(**options, progress=progress)

@@ -1,6 +1,7 @@
 """Compiled and exported models give the same output, or are refused.
 
-The checks of shapes in a test run cannot be traced, so the models run in another process, as `python test_compiling.py`.
+The checks of shapes in a test run cannot be traced, so the models run in another process, as
+`python test_compiling.py`.
 """
 
 import os

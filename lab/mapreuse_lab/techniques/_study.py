@@ -5,16 +5,16 @@ from __future__ import annotations
 from mapreuse_lab.techniques._technique import Technique, parse
 
 
-def study_techniques(num_layers: int, num_heads: int = 4) -> list[Technique]:
-    """The techniques of the study's default table, for an encoder of this size and utterances of a few seconds.
+def study_techniques(num_layers: int) -> list[Technique]:
+    """The techniques of the study's default table, for an encoder of 4 heads and utterances of a few seconds.
 
     Layers share maps in groups of 2, 4, 8 and all layers.
 
     Raises:
-        ValueError: fewer than 4 layers or 2 heads.
+        ValueError: fewer than 4 layers.
     """
-    if num_layers < 4 or num_heads < 2:
-        raise ValueError(f"the study needs at least 4 layers and 2 heads, got {num_layers} and {num_heads}")
+    if num_layers < 4:
+        raise ValueError(f"the study needs at least 4 layers, got {num_layers}")
     half, rest = num_layers // 2, num_layers - num_layers // 2
     in_pairs = _groups(num_layers, 2)
     reuse = [in_pairs, *(_groups(num_layers, size) for size in (4, 8, num_layers))]
@@ -22,12 +22,12 @@ def study_techniques(num_layers: int, num_heads: int = 4) -> list[Technique]:
     names = [
         "full",
         *(f"reuse-{plan}" for plan in dict.fromkeys(reuse)),
-        f"reuse-{in_pairs}-partial-{num_heads // 2}",
-        f"heads-{num_heads // 2}",
+        f"reuse-{in_pairs}-partial-2",
+        "heads-2",
         "wide-heads-1",
         "qk-dim-8",
         "gqa-1",
-        *([f"gqa-{num_heads // 2}"] if num_heads > 2 else []),
+        "gqa-2",
         "cla-2",
         "window-16",
         "window-64",
@@ -45,7 +45,7 @@ def study_techniques(num_layers: int, num_heads: int = 4) -> list[Technique]:
         "diagonal",
         f"layers-{half}",
         f"window-16+reuse-{in_pairs}",
-        f"heads-{num_heads // 2}+reuse-{in_pairs}",
+        f"heads-2+reuse-{in_pairs}",
     ]
     return [parse(name) for name in names]
 

@@ -7,7 +7,7 @@ from mapreuse_lab.training._evaluation import ErrorRates, error_counts, error_ra
 from mapreuse_lab.training._features import FeatureConfig, features
 from mapreuse_lab.training._files import CorpusError, cache_dir, write_whole
 from mapreuse_lab.training._normalise import LANGUAGES, alphabet, normalise
-from mapreuse_lab.training._phonemes import PAUSE, Phone, SpokenPhonemes, phoneme_batches, speak_with_phonemes
+from mapreuse_lab.training._phonemes import PAUSE, phoneme_batches, speak_with_phonemes
 from mapreuse_lab.training._prompts import fetch_packages
 from mapreuse_lab.training._recogniser import BASELINE, Recogniser
 from mapreuse_lab.training._sentences import generate_sentences
@@ -22,9 +22,7 @@ __all__ = [
     "CorpusError",
     "ErrorRates",
     "FeatureConfig",
-    "Phone",
     "Recogniser",
-    "SpokenPhonemes",
     "TrainConfig",
     "alphabet",
     "cache_dir",

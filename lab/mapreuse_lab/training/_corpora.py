@@ -55,8 +55,11 @@ class Corpus:
         return sorted({cut.supervisions[0].text for cut in (*self.dev, *self.test)})
 
 
-def open_corpus(name: str, *, seed: int = 0) -> Corpus:
+def open_corpus(name: str) -> Corpus:
     """Open a corpus. Prompts are downloaded and synthetic speech is generated if they are not in the cache.
+
+    `split_by_transcript` makes the parts. LibriSpeech keeps its official splits, but training utterances whose
+    transcript is in dev or test are left out.
 
     Args:
         name: one of the following, with en, fr, es, it or ru as `<language>`:
@@ -69,8 +72,6 @@ def open_corpus(name: str, *, seed: int = 0) -> Corpus:
               `utt2lang`.
 
             Manifests and Kaldi directories are English unless their supervisions, or `utt2lang`, name a language.
-        seed: of the split into train, dev and test; see `split_by_transcript`. LibriSpeech keeps its official splits,
-            but training utterances whose transcript is in dev or test are left out.
 
     Raises:
         CorpusError: with one line, for an unknown name, a missing or unreadable file, or a recording that only a
@@ -91,10 +92,10 @@ def open_corpus(name: str, *, seed: int = 0) -> Corpus:
             raise CorpusError(f"{name}: no such language; choose one of {', '.join(LANGUAGES)}")
     elif not Path(where).exists():
         raise CorpusError(f"{name}: {where} does not exist")
-    return openers[kind](name, where, seed)
+    return openers[kind](name, where)
 
 
-def split_by_transcript(cuts: Iterable[MonoCut], *, seed: int) -> tuple[CutSet, CutSet, CutSet]:
+def split_by_transcript(cuts: Iterable[MonoCut], *, seed: int = 0) -> tuple[CutSet, CutSet, CutSet]:
     """Split cuts into train, dev and test sets that have no transcript in common.
 
     Only transcripts with at least three words are held out: 10 % of them for dev, 20 % for test. The split depends
@@ -115,22 +116,22 @@ def split_by_transcript(cuts: Iterable[MonoCut], *, seed: int) -> tuple[CutSet, 
     return train, dev_cuts, test_cuts
 
 
-def _open_prompts(name: str, language: str, seed: int) -> Corpus:
+def _open_prompts(name: str, language: str) -> Corpus:
     cuts = []
     for prompt, path, written in read_prompts(language):
         if text := normalise(written, language):
             recording = Recording.from_file(path, recording_id=f"{language}-{prompt.replace('/', '-')}")
             cuts.append(whole_cut(recording, text, language))
-    return Corpus(name, language, 8000, ATTRIBUTIONS[language], *split_by_transcript(cuts, seed=seed))
+    return Corpus(name, language, 8000, ATTRIBUTIONS[language], *split_by_transcript(cuts))
 
 
-def _open_synthetic(name: str, language: str, seed: int) -> Corpus:
-    texts = generate_sentences(_SYNTHETIC_UTTERANCES, language, seed=seed)
-    cuts = synthesise(texts, language, cache_dir() / "synthetic", seed=seed)
-    return Corpus(name, language, 8000, "synthetic speech by espeak-ng", *split_by_transcript(cuts, seed=seed))
+def _open_synthetic(name: str, language: str) -> Corpus:
+    texts = generate_sentences(_SYNTHETIC_UTTERANCES, language, seed=0)
+    cuts = synthesise(texts, language, cache_dir() / "synthetic", seed=0)
+    return Corpus(name, language, 8000, "synthetic speech by espeak-ng", *split_by_transcript(cuts))
 
 
-def _open_librispeech(name: str, where: str, seed: int) -> Corpus:
+def _open_librispeech(name: str, where: str) -> Corpus:
     parts = {part: sorted(Path(where).glob(f"{part}-*")) for part in ("train", "dev", "test")}
     if not any(parts.values()):
         raise CorpusError(f"{name}: {where} contains no directory train-*, dev-* or test-*")
@@ -163,18 +164,17 @@ def _librispeech_cuts(name: str, directory: Path) -> list[MonoCut]:
     return [whole_cut(_recording(name, file, key), text) for key, (file, text) in files.items()]
 
 
-def _open_cuts(name: str, where: str, seed: int) -> Corpus:
+def _open_cuts(name: str, where: str) -> Corpus:
     try:
         manifest = load_manifest(where)
     except Exception as problem:  # whatever lhotse's parsers raise
         raise CorpusError(f"{name}: not a lhotse manifest ({one_line(problem)})") from None
     if not isinstance(manifest, CutSet):
         raise CorpusError(f"{name}: expected a CutSet, got a {type(manifest).__name__}")
-    cuts = _normalised(name, manifest)
-    return _split_corpus(name, cuts, seed)
+    return _split_corpus(name, _normalised(name, manifest))
 
 
-def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
+def _open_kaldi(name: str, where: str) -> Corpus:
     directory = Path(where)
     texts = dict(_keyed_lines(name, directory / "text"))
     recordings = {}
@@ -203,7 +203,7 @@ def _open_kaldi(name: str, where: str, seed: int) -> Corpus:
                 key, recording_id, 0.0, duration, text=texts[key], language=languages.get(key)
             )
             cuts.append(MonoCut(key, start, duration, 0, supervisions=[supervision], recording=recording))
-    return _split_corpus(name, _normalised(name, cuts), seed)
+    return _split_corpus(name, _normalised(name, cuts))
 
 
 def _keyed_lines(name: str, path: Path) -> list[tuple[str, str]]:
@@ -296,10 +296,10 @@ def _recording(name: str, file: Path, recording_id: str) -> Recording:
         raise CorpusError(f"{name}: {file} cannot be read as audio ({one_line(problem)})") from None
 
 
-def _split_corpus(name: str, cuts: list[MonoCut], seed: int) -> Corpus:
+def _split_corpus(name: str, cuts: list[MonoCut]) -> Corpus:
     languages = {cut.supervisions[0].language for cut in cuts}
     if len(languages) > 1:
         raise CorpusError(f"{name}: contains several languages ({', '.join(sorted(languages))}); expected one")
     attribution = "unknown; see the source of the recordings"
-    train, dev, test = split_by_transcript(cuts, seed=seed)
+    train, dev, test = split_by_transcript(cuts)
     return Corpus(name, languages.pop(), cuts[0].sampling_rate, attribution, train, dev, test)
