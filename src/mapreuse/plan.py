@@ -65,16 +65,19 @@ class ReusePlan:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("a plan needs at least one layer")
+        numbers = {layer: len(heads) for layer, heads in enumerate(self.layers) if isinstance(heads, list | tuple)}
+        if len(set(numbers.values())) > 1:
+            given = ", ".join(f"{number} heads for layer {layer}" for layer, number in numbers.items())
+            raise ValueError(f"all layers of a plan must have the same number of heads, got {given}")
         layers = tuple(_normalised(source, layer) for layer, source in enumerate(self.layers))
         object.__setattr__(self, "layers", layers)
-        self._check_number_of_heads()
         for layer, source in enumerate(layers):
             if isinstance(source, int):
-                self._check_layer_source(layer, source)
-            elif source is not None:
-                for head, head_source in enumerate(source):
-                    if head_source is not None:
-                        self._check_head_source(layer, head, head_source)
+                self._check_source(f"layer {layer}", layer, source, range(self.num_heads or 1))
+                continue
+            for head, entry in enumerate(source or ()):
+                if entry is not None:
+                    self._check_source(f"layer {layer}, head {head}", layer, entry[0], entry[1:])
 
     @classmethod
     def full(cls, num_layers: int) -> ReusePlan:
@@ -115,10 +118,6 @@ class ReusePlan:
             ((2, 1), (2, 1), (2, 0), None)
         """
         layers: list[LayerSource] = [None if source == layer else source for layer, source in enumerate(sources)]
-        numbers = {layer: len(assignment) for layer, assignment in (heads or {}).items()}
-        if len(set(numbers.values())) > 1:
-            given = ", ".join(f"{number} heads for layer {layer}" for layer, number in numbers.items())
-            raise ValueError(f"all layers of a plan must have the same number of heads, got {given}")
         for layer, assignment in (heads or {}).items():
             if not _is_index(layer) or not 0 <= layer < len(layers):
                 raise ValueError(f"heads assigns heads to layer {layer}, but the plan has layers 0–{len(layers) - 1}")
@@ -254,50 +253,25 @@ class ReusePlan:
             lines.append(f"layer {layer:>{width}}  {_describe(source)}")
         return "\n".join(lines)
 
-    def _check_number_of_heads(self) -> None:
-        by_head = [(layer, len(source)) for layer, source in enumerate(self.layers) if isinstance(source, tuple)]
-        for layer, number in by_head:
-            if number != by_head[0][1]:
+    def _check_source(self, name: str, layer: int, source: int, source_heads: Sequence[int]) -> None:
+        """Raise `ValueError` unless `source` is an earlier layer that computes these heads."""
+        if not 0 <= source < layer:
+            earlier = f" (0–{layer - 1}) that computes its own" if layer else "; layer 0 must compute"
+            raise ValueError(
+                f"{name} reuses layer {source}'s map, but a source must be an earlier layer{earlier}; see ReusePlan"
+            )
+        for head in source_heads:
+            entries = self.heads(source, self.num_heads or 1)
+            if not 0 <= head < len(entries):
                 raise ValueError(
-                    f"layer {layer} has {number} heads, but layer {by_head[0][0]} has {by_head[0][1]}; "
-                    "all layers of a plan must have the same number of heads"
+                    f"{name} reuses head {head} of layer {source}, but its heads are 0–{len(entries) - 1}"
                 )
-
-    def _check_layer_source(self, layer: int, source: int) -> None:
-        self._check_earlier(f"layer {layer}", layer, source)
-        if self.layers[source] is not None:
-            head = next((h for h, s in enumerate(self.heads(source, 1)) if s is not None), 0)
-            raise ValueError(
-                f"layer {layer} reuses layer {source}'s map, but layer {source} does not compute head {head}: "
-                f"it reuses layer {self.sources(source)[0]}'s map; name that layer as the source instead"
-            )
-
-    def _check_head_source(self, layer: int, head: int, head_source: tuple[int, int]) -> None:
-        source, source_head = head_source
-        name = f"layer {layer}, head {head}"
-        self._check_earlier(name, layer, source)
-        entry, num_heads = self.layers[source], self.num_heads or 0
-        if not 0 <= source_head < num_heads:
-            raise ValueError(
-                f"{name} reuses head {source_head} of layer {source}, but its heads are 0–{num_heads - 1}"
-            )
-        computes = entry is None or (isinstance(entry, tuple) and entry[source_head] is None)
-        if not computes:
-            raise ValueError(
-                f"{name} reuses head {source_head} of layer {source}, but that head does not compute its own map; "
-                "name the head that it reuses instead"
-            )
-
-    @staticmethod
-    def _check_earlier(name: str, layer: int, source: int) -> None:
-        if 0 <= source < layer:
-            return
-        allowed = (
-            f"an earlier layer (0–{layer - 1}) that computes its own"
-            if layer
-            else "an earlier layer; layer 0 must compute"
-        )
-        raise ValueError(f"{name} reuses layer {source}'s map, but a source must be {allowed}; see ReusePlan")
+            entry = entries[head]
+            if entry is not None:
+                raise ValueError(
+                    f"{name} reuses head {head} of layer {source}, but that head does not compute its own map: it "
+                    f"reuses layer {entry[0]}'s map; name that layer as the source instead"
+                )
 
 
 def _normalised(source: Any, layer: int) -> LayerSource:
