@@ -48,6 +48,8 @@ _PART_OF_PROJECTION = {
     for name in names
 }
 
+_LINEAR, _CONVOLUTION = (nn.Linear, Conv1D), (nn.Conv1d, nn.Conv2d)
+
 PartCosts: TypeAlias = dict[tuple[int | None, str], float]
 """Seconds or FLOPs by layer (None outside the layers) and part."""
 
@@ -312,13 +314,13 @@ def _layer_ranges(layer: Layer, index: int, computes: bool) -> Iterator[tuple[nn
                 yield from inside(child, True)
             elif _is_norm(child):
                 yield child, Range(index, "norms")
-            elif is_beside and _is_linear(child):
+            elif is_beside and isinstance(child, _LINEAR):
                 yield child, Range(index, _PART_OF_PROJECTION.get(name, "projections"))
-            elif is_beside or _has(child, lambda module: module is layer.attention):
+            elif is_beside or any(module is layer.attention for module in child.modules()):
                 yield from inside(child, is_beside)
-            elif _has(child, _is_convolution):
+            elif _has(child, _CONVOLUTION):
                 yield child, Range(index, "convolution")
-            elif _has(child, _is_linear) and not _has(child, _is_norm):
+            elif _has(child, _LINEAR) and not any(map(_is_norm, child.modules())):
                 yield child, Range(index, "feed_forward")
             else:
                 yield from inside(child, False)
@@ -328,25 +330,17 @@ def _layer_ranges(layer: Layer, index: int, computes: bool) -> Iterator[tuple[nn
 
 
 def _outside_part(module: nn.Module) -> str:
-    if _has(module, _is_convolution):
+    if _has(module, _CONVOLUTION):
         return "subsampling"
-    if _has(module, lambda one: isinstance(one, nn.Embedding)):
+    if _has(module, (nn.Embedding,)):
         return "embeddings"
     if "position" in type(module).__name__.lower():
         return "positions"
     return "norms" if _is_norm(module) else "rest"
 
 
-def _has(module: nn.Module, is_one: Callable[[nn.Module], bool]) -> bool:
-    return any(is_one(one) for one in module.modules())
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d)
+def _has(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    return any(isinstance(one, kinds) for one in module.modules())
 
 
 def _is_norm(module: nn.Module) -> bool:

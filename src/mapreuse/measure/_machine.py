@@ -40,17 +40,14 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Commit of the checkout that holds this package, with "+" if files have changed; else "unknown"."""
-    here = Path(__file__).parent
+    """Commit of the checkout that holds this package, with "+" if files in `src` have changed; else "unknown"."""
     try:
-        commit = _git(here, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no", "--", "src") else "")
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", ":/src") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _git(directory: Path, *arguments: str) -> str:
-    root = ["git", "-C", str(directory)]
-    top = subprocess.run([*root, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
-    command = ["git", "-C", top.stdout.strip(), *arguments]
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-_PEAK, _NOW = "VmHWM", "VmRSS"
-
 
 class Killed(RuntimeError):
     """A signal ended the process. The system does that when memory runs out."""
@@ -41,9 +39,9 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         raise ValueError("peak memory on the CPU is read from /proc, which this system does not have")
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _resident(_NOW)
+    before = _resident("VmRSS")
     call()
-    return _resident(_PEAK) - before
+    return _resident("VmHWM") - before
 
 
 def memory_in_fresh_process(function: Callable[..., int], request: dict[str, Any]) -> int:
@@ -70,8 +68,5 @@ def memory_in_fresh_process(function: Callable[..., int], request: dict[str, Any
 
 
 def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,28 +75,25 @@ def write_page(path: str | Path, title: str, sections: Iterable[Section]) -> Non
     environment = Environment(
         loader=PackageLoader("mapreuse.measure", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    shown: list[dict[str, Any]] = []
-    has_script = False
-    for section in sections:
-        blocks = list(_rendered(section.blocks, has_script))
-        has_script = has_script or any(kind == "figure" for kind, _ in blocks)
-        shown.append({"heading": section.heading, "blocks": blocks})
+    figures = itertools.count()
+    shown = [
+        {"heading": section.heading, "blocks": [_rendered(block, figures) for block in section.blocks]}
+        for section in sections
+    ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(environment.get_template("page.html.j2").render(title=title, sections=shown), encoding="utf-8")
 
 
-def _rendered(blocks: Iterable[Block], has_script: bool) -> Iterator[tuple[str, Any]]:
-    for block in blocks:
-        if isinstance(block, str):
-            yield "paragraph", block
-        elif isinstance(block, Table):
-            yield "table", block
-        elif isinstance(block, Image):
-            yield "image", block
-        else:
-            yield "figure", _figure(block, with_script=not has_script)
-            has_script = True
+def _rendered(block: Block, figures: Iterator[int]) -> tuple[str, Any]:
+    """Kind of a block, and what the template shows. The first figure brings the script of all."""
+    if isinstance(block, str):
+        return "paragraph", block
+    if isinstance(block, Table):
+        return "table", block
+    if isinstance(block, Image):
+        return "image", block
+    return "figure", _figure(block, with_script=next(figures) == 0)
 
 
 def _figure(figure: Figure, *, with_script: bool) -> Markup:
