@@ -60,13 +60,7 @@ def error_against_speed(results: Results) -> Figure:
 def speedup_by_length(
     measured: Mapping[str, Mapping[str, Any]], baseline: str, shown: Sequence[str] | None = None
 ) -> Figure:
-    """Speed-up over the baseline by length, one line for each contestant.
-
-    Args:
-        measured: as `speedup_table` takes it.
-        baseline: the contestant that the others are compared with.
-        shown: contestants whose lines are visible at first; None for all. The legend switches lines on and off.
-    """
+    """Speed-up over the baseline by length; only the lines of `shown` are visible at first (None for all)."""
     figure = Figure()
     for name in dict.fromkeys(name for one in measured.values() for name in one):
         ratios = [one[baseline]["median"] / one[name]["median"] for one in measured.values()]
@@ -77,11 +71,7 @@ def speedup_by_length(
 
 
 def breakdown_bars(entries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """Time of each part of the forward pass by length and contestant, relative to the first contestant.
-
-    Args:
-        entries: by contestant, length and part: seconds.
-    """
+    """Time of each part by length and contestant, relative to the first contestant. `entries` are in seconds."""
     first = next(iter(entries.values()))
     timed = sorted(first, key=int)
     sums = {length: sum(first[length].values()) for length in timed}
@@ -98,11 +88,7 @@ def breakdown_bars(entries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
 
 
 def heat_maps(panels: Mapping[str, tuple[Sequence[Sequence[float | None]], str, str]]) -> Figure:
-    """Matrices of values from 0 to 1, side by side.
-
-    Args:
-        panels: by title, a matrix and the names of its rows and columns.
-    """
+    """Matrices of values from 0 to 1, side by side. A panel is a matrix, and the names of its rows and columns."""
     figure = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.08)
     for place, (matrix, rows, columns) in enumerate(panels.values(), 1):
         figure.add_trace(Heatmap(z=matrix, zmin=0, zmax=1, colorscale="Viridis", showscale=place == 1), 1, place)

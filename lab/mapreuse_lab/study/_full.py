@@ -52,7 +52,7 @@ _NO_LIMIT = 1.0
 
 def run_full(
     config: FullConfig, out_dir: Path, work_dir: Path, *, workers: int = 1, training_only: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run the full study, or what is left of it, and write `results.json` and its report to `out_dir`.
 
     Each run leaves its result in `out_dir/runs`; other machines that share this directory can help. Checkpoints and
@@ -66,7 +66,7 @@ def run_full(
         training_only: train only, to help another machine; no report is written.
 
     Returns:
-        The results, as in `results.json`.
+        The results, as in `results.json`; None with `training_only`.
 
     Raises:
         ValueError: if a corpus cannot be opened, `workers` is below 1, or `out_dir` has a run with other references.
@@ -86,7 +86,7 @@ class _Full:
         self.runs = RunDirectory(out_dir / "runs", work_dir / "runs")
         self.techniques: list[Technique] = [parse(name) for name in config.techniques]
 
-    def run(self, training_only: bool) -> dict[str, Any]:
+    def run(self, training_only: bool) -> dict[str, Any] | None:
         runs, longer = self.config.runs(), self.config.longer_runs()
         self._check_references([*runs, *longer])
         self._train(runs)
@@ -96,11 +96,12 @@ class _Full:
             runs.append(Run(searched.name, self.config.corpus, 0, self.config.recipe))
             self._train(runs[-1:])
         self._train(longer)
-        collect = partial(study_results, self.config, self.techniques, runs, self.runs, self.corpora)
         if training_only:
-            return collect({}, longer=longer, searched=searched)
+            return None
         measured = self._costs() | findings(self.config, self.runs, self.out_dir / "findings")
-        results = collect(measured, longer=longer, searched=searched)
+        results = study_results(
+            self.config, self.techniques, runs, longer, self.runs, self.corpora, measured, searched=searched
+        )
         write_results(results, self.out_dir)
         write_report(json.loads(json.dumps(results)), self.out_dir)
         return results

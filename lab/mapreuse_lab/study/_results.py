@@ -28,27 +28,28 @@ def study_results(
     config: FullConfig,
     techniques: Sequence[Technique],
     runs: Sequence[Run],
+    longer: Sequence[Run],
     directory: RunDirectory,
     corpora: Mapping[str, Corpus],
     measured: Mapping[str, Any],
     *,
-    longer: Sequence[Run] = (),
     searched: Technique | None = None,
 ) -> Results:
-    """The results of finished runs and of measurements on this machine. What is not known is left out.
+    """The results of finished runs and of measurements on this machine.
 
     Args:
         config: settings of the study.
         techniques: all techniques.
         runs: all runs with the standard recipe.
+        longer: runs with the longer recipe, which are compared with each other.
         directory: where the results of the runs are.
         corpora: the corpora, by name.
-        measured: costs and findings, by field.
-        longer: runs with the longer recipe, which are compared with each other.
+        measured: costs and findings, by field. Findings that are missing are left out.
         searched: the technique whose plan was found by the search.
     """
-    scores = _scores(_finished(runs, directory))
-    results: Results = {
+    scores = _scores(runs, directory)
+    fields = ("similarity", "maps", "phonemes", "breakdown")
+    return {
         "schema": SCHEMA,
         "preset": "full",
         "command": full_command(config),
@@ -60,13 +61,10 @@ def study_results(
             for technique in techniques
         ],
         "runs": [_run(run, directory) for run in runs],
+        **({"longer": _longer(config, longer, techniques, directory)} if longer else {}),
+        "references": {name: _costs(name, measured) for name in REFERENCES},
+        **{name: measured[name] for name in fields if name in measured},
     }
-    if longer:
-        results["longer"] = _longer(config, longer, techniques, directory)
-    if "latency" in measured:
-        results["references"] = {name: _costs(name, measured) for name in REFERENCES}
-    fields = ("similarity", "maps", "phonemes", "breakdown")
-    return results | {name: measured[name] for name in fields if name in measured}
 
 
 def full_command(config: FullConfig) -> str:
@@ -86,14 +84,10 @@ def study_command(preset: str, options: Mapping[str, tuple[str, str | None]]) ->
     return shlex.join(["mapreuse-lab", "study", "--preset", preset, *words])
 
 
-def _finished(runs: Sequence[Run], directory: RunDirectory) -> dict[Run, dict[str, Any]]:
-    return {run: result for run in runs if (result := directory.finished(run)) is not None}
-
-
 def _longer(
     config: FullConfig, runs: Sequence[Run], techniques: Sequence[Technique], directory: RunDirectory
 ) -> dict[str, Any]:
-    scores, names = _scores(_finished(runs, directory)), {run.technique for run in runs}
+    scores, names = _scores(runs, directory), {run.technique for run in runs}
     return {
         "description": config.longer_recipe.description,
         "techniques": [
@@ -105,8 +99,9 @@ def _longer(
     }
 
 
-def _scores(finished: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By technique and corpus: error rates over all seeds, and their difference to full attention."""
+def _scores(runs: Sequence[Run], directory: RunDirectory) -> dict[str, dict[str, dict[str, Any]]]:
+    """By technique and corpus: error rates over the seeds of finished runs, and their difference to full attention."""
+    finished = {run: result for run in runs if (result := directory.finished(run)) is not None}
     errors: dict[str, dict[str, _PooledErrors]] = {}
     for corpus in dict.fromkeys(run.corpus for run in finished):
         here = sorted((run for run in finished if run.corpus == corpus), key=lambda run: run.seed)
@@ -154,7 +149,7 @@ def _technique(
     technique: Technique, scores: Mapping[str, Any], config: FullConfig, measured: Mapping[str, Any], searched: bool
 ) -> dict[str, Any]:
     model = config.recipe.create("en", technique.name, 0).model
-    entry = {
+    return {
         "name": technique.name,
         "title": technique.title + (", searched" if searched else ""),
         "source": technique.source,
@@ -162,8 +157,8 @@ def _technique(
         "kind": _kind(technique),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "scores": dict(scores),
+        **_costs(technique.name, measured),
     }
-    return entry | (_costs(technique.name, measured) if "latency" in measured else {})
 
 
 def _kind(technique: Technique) -> str:

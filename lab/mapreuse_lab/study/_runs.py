@@ -86,11 +86,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LongRecipe(Recipe):
-    """The same recogniser, trained longer, on recordings and synthetic speech.
-
-    Attributes:
-        synthetic_utterances, real_share: fields of `TrainConfig`.
-    """
+    """The same recogniser, trained longer, on recordings and synthetic speech. Fields are those of `TrainConfig`."""
 
     steps: int = 4000
     evaluate_every: int = 500

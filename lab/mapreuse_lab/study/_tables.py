@@ -102,13 +102,7 @@ def against_full(scores: Mapping[str, Any], metric: str) -> str:
 
 
 def speedup_table(title: str, measured: Mapping[str, Mapping[str, Any]], baseline: str) -> Table:
-    """Latency of the baseline, and speed-ups of the other contestants over it, with the spread of the repeats.
-
-    Args:
-        title: title of the table.
-        measured: by length and contestant: "median" in seconds, and "spread" as a fraction of it.
-        baseline: the contestant that the others are compared with.
-    """
+    """Latency of the baseline, and speed-ups of the other contestants over it, by length; with their spread."""
     names = dict.fromkeys(name for one in measured.values() for name in one)
     rows = []
     for name in names:
@@ -199,19 +193,16 @@ def _error_rows(
 def cost_table(results: Results) -> Table:
     """Parameters, FLOPs, peak memory and training steps: of full attention, and as ratios to it."""
     full, rows = by_name(results)["full"], []
-    flops, memory, steps = ({**full.get(field, {})} for field in ("flops", "memory", "training_step"))
+    flops, memory, steps = full["flops"], full.get("memory", {}), full["training_step"]
     header = ["", "parameters", *(f"FLOPs, T = {length}" for length in flops)]
     header += [f"peak memory, T = {length}" for length in memory]
     header += [f"training step, {batch if batch == 'utterances' else f'T = {batch}'}" for batch in steps]
     contestants = [(t["title"], t) for t in results["techniques"]] + list(results["references"].items())
     for title, one in contestants:
+        measured = one.get("memory", {})
         cells = [title, _relative(one.get("parameters"), full["parameters"], one is full, _millions)]
-        cells += [
-            _relative(one.get("flops", {}).get(at), number, one is full, _gigaflops) for at, number in flops.items()
-        ]
-        cells += [
-            _relative(one.get("memory", {}).get(at), nbytes, one is full, _mebibytes) for at, nbytes in memory.items()
-        ]
+        cells += [_relative(one["flops"][at], number, one is full, _gigaflops) for at, number in flops.items()]
+        cells += [_relative(measured.get(at), nbytes, one is full, _mebibytes) for at, nbytes in memory.items()]
         for batch, base in steps.items():
             step = one["training_step"][batch]
             ratio = _relative(step["median"], base["median"], one is full, _time)

@@ -184,11 +184,8 @@ def test_a_second_call_repeats_nothing(done, monkeypatch):
 def test_another_machine_continues_from_the_results_without_the_weights(done, tmp_path, monkeypatch):
     results, place = done
     monkeypatch.setattr(runs_internals, "perform_all", refused)
-    there = run_full(CONFIG, place / "out", tmp_path / "work", training_only=True)
-    assert there["runs"] == results["runs"]
+    assert run_full(CONFIG, place / "out", tmp_path / "work", training_only=True) is None
     assert read_results(place / "out") == json.loads(json.dumps(results)), "training_only writes no results"
-    assert "latency" not in by_name(there)["full"]
-    assert by_name(there)["full"]["scores"] == by_name(results)["full"]["scores"]
 
 
 def test_runs_on_other_transcripts_are_refused(done, tmp_path):
@@ -206,17 +203,13 @@ def test_memory_that_cannot_be_measured_is_left_out(done, monkeypatch, capsys):
     _, place = done
 
     def killed(function, request):
-        raise RuntimeError("its process was ended by SIGKILL")
+        raise RuntimeError("killed")
 
     monkeypatch.setattr(internals, "write_report", lambda *results: None)
-    for name in ("search", "technique_latency", "training_latency"):
-        monkeypatch.setattr(internals, name, refused)
     monkeypatch.setattr(internals, "memory_in_fresh_process", killed)
     results = run_full(replace(CONFIG, memory_length=41), place / "out", place / "work")
     assert all("memory" not in technique for technique in results["techniques"])
-    assert "memory of full: not measured, its process was ended by SIGKILL" in capsys.readouterr().out.replace(
-        "\n", " "
-    )
+    assert "memory of full: not measured, killed" in capsys.readouterr().out
 
 
 def test_only_prompts_have_longer_runs_by_default():
@@ -232,12 +225,8 @@ def test_an_invalid_study_is_refused_before_anything_is_written(tmp_path):
         run_full(CONFIG, tmp_path / "out", tmp_path / "work", workers=0)
     with pytest.raises(ValueError, match="no corpus 'nonsense'"):
         run_full(replace(CONFIG, corpus="nonsense"), tmp_path / "out", tmp_path / "work")
-    for changed, message in (
-        ({"device": "gpu"}, "--device must be cpu or cuda"),
-        ({"other_corpus": CONFIG.corpus}, "the study needs two corpora"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            replace(CONFIG, **changed)
+    with pytest.raises(ValueError, match="the study needs two corpora"):
+        replace(CONFIG, other_corpus=CONFIG.corpus)
     assert list(tmp_path.iterdir()) == []
 
 

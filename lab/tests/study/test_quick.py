@@ -136,9 +136,3 @@ def test_a_recogniser_without_the_letters_of_the_corpus_is_refused_with_a_comman
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert (stopped.value.code, budgets) == (0, [3600])
-
-
-def test_cuda_without_a_gpu_is_refused(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="no CUDA GPU"):
-        run(replace(config, device="cuda"), tmp_path)
