@@ -37,13 +37,12 @@ def blocked(
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Compute the context block by block, without gradients.
 
-    A block computes its scores in place, from the content product and, with relative positions, the product with the
-    T + rows − 1 distances that its rows span, which is read through a slanted view. Padding beyond the valid lengths
-    is not computed, nor, if the scores are causal, the keys after a block's last row.
+    A block computes its scores in place. With relative positions, it also multiplies its queries by the keys of the
+    T + rows − 1 distances that its rows span, and adds a slanted view of the products. Padding is not computed. If
+    the scores are causal, the keys after a block's last row are not computed either.
 
     Args:
-        scores: scores before the softmax.
-        values: values, with as many heads as the scores.
+        scores, values: as for `attend`.
         map_of: computes the weights of a block, and may store them.
         dropout: dropout of the weights.
     """
@@ -230,11 +229,8 @@ def blocked_with_gradients(
 
         dV = Pᵀ dC,    dP = dC Vᵀ + G,    dS = P ∘ (dP − rowsum(P ∘ dP))
 
-    Only the inputs are saved for the backward pass, and the map if it is kept. Otherwise the rows of the map are
-    computed again (Dao et al. 2022), so that no other T × T tensor is ever stored.
-
-    Returns:
-        The context, and the map or None.
+    The backward pass saves the inputs, and the map if it is kept. Otherwise it computes the rows of the map again
+    (Dao et al. 2022). No other T × T tensor is stored.
     """
     relative = scores.relative
     tensors = (scores.query, scores.key, values, scores.bias)

@@ -159,8 +159,8 @@ def compute(
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Compute the context of a computing layer and, in `weights`, its map.
 
-    Each thread takes some rows of a head through scores, softmax and context inside its own cache. Padding beyond the
-    valid lengths is not computed, nor, if the scores are causal, the keys after the last of those rows.
+    Each thread takes some rows of a head through scores, softmax and context inside its own cache. Padding is not
+    computed. If the scores are causal, the keys after the last of these rows are not computed either.
 
     Args:
         scores, values: as for `attend`.

@@ -1,4 +1,4 @@
-"""Attention scores before the softmax, kept as the tensors that any block of them can be computed from."""
+"""Attention scores before the softmax, kept as queries, keys and masks: any block can be computed from them."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Scores:
 
     @cached_property
     def valid_lengths(self) -> tuple[tuple[int, int], ...]:
-        """For each item of the batch, the numbers of queries and keys up to the last one that the mask uses.
+        """Numbers of queries and keys of each item, up to the last ones that the mask uses.
 
-        Everything after them is padding and is not computed.
+        The rest is padding and is not computed.
         """
         batch, _, num_queries, num_keys = self.shape
         if self.mask is None:
@@ -138,8 +138,7 @@ def shift(
 ) -> Float[Tensor, "batch heads query key"]:
     """Turn scores by distance into scores by key: `shift(P)[i, j] = P[i, T − 1 − i + j]`.
 
-    The result is a view of `scores` if they are contiguous: it starts at column T − 1 of row 0 and reads rows that
-    are one element shorter.
+    If `scores` are contiguous, the result is a view of them, with rows that are one element shorter.
     """
     rows, distances = scores.shape[-2:]
     if rows == 1:

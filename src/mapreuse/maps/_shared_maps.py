@@ -17,7 +17,7 @@ from mapreuse.maps._storage_choice import MapCounts, choose_storage
 
 logger = logging.getLogger("mapreuse")
 
-_DIFFERENTIABLE = ("dense", "recompute")
+_DIFFERENTIABLE: tuple[str, ...] = ("dense", "recompute")
 
 
 class _Maps(dict[int, Any]):
@@ -39,9 +39,8 @@ class SharedMaps:
 
     Args:
         storage: one of `STORAGES`, or "auto" to let `choose_storage` decide when the first map is computed.
-        counts: numbers of maps in the pass; "auto" and a budget need them.
-        budget: maximum size in bytes of the maps alive at once. None means no limit, or for "auto" the default of
-            `choose_storage`.
+        counts: numbers of maps in the pass. Needed for "auto" and for a budget.
+        budget: maximum size in bytes of the maps alive at once. None: no limit; for "auto", a quarter of the memory.
         retain: keep every map until the end of the pass. Passes with gradients need it: autograd keeps the maps
             anyway, and gradient checkpointing runs layers again.
         differentiable: gradients will flow through the pass, so publishing a map without gradients is an error.
@@ -90,15 +89,14 @@ class SharedMaps:
                     f"memory_budget={self._budget}"
                 )
             self._storage, self._is_chosen = exact, True
+            return exact
+        if self._storage == "auto":
+            names = _DIFFERENTIABLE if torch.is_grad_enabled() else STORAGES
         else:
-            names: tuple[str, ...] = (exact if torch.is_grad_enabled() else self._storage,)
-            if self._storage == "auto":
-                names = _DIFFERENTIABLE if torch.is_grad_enabled() else STORAGES
-            choice = choose_storage(
-                scores, values, self._counts, storages=names, budget=self._budget, retain=self._retain
-            )
-            self._storage, self._is_chosen = choice.storage, True
-            logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
+            names = (exact if torch.is_grad_enabled() else self._storage,)
+        choice = choose_storage(scores, values, self._counts, names, budget=self._budget, retain=self._retain)
+        self._storage, self._is_chosen = choice.storage, True
+        logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
         return self._storage
 
     def publish(self, layer: int, attention_map: Any) -> None:
@@ -119,16 +117,13 @@ class SharedMaps:
 
     def read(self, layer: int) -> Any:
         """The map that `layer` published, or None if LayerDrop skipped that layer."""
-        return self._alive().get(layer)
-
-    def _alive(self) -> _Maps:
         maps = self._kept() if self._maps is None and self._kept is not None else self._maps
         if maps is None:
             raise RuntimeError(
                 "gradient checkpointing runs a layer again, but the output of the forward pass was deleted and the "
                 "shared maps with it; keep the output until the backward pass is done"
             )
-        return maps
+        return maps.get(layer)
 
     def close(self, output: Any) -> None:
         """End the pass: from now on, the autograd graph of its output keeps the maps alive.

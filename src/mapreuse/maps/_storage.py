@@ -14,10 +14,10 @@ from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import BlockDropout, softmax_dtype
 
 STORAGES = ("dense", "dense16", "dense8", "recompute")
-"""The weights; weights in 16 or 8 bits with a scale per row; or the queries and keys instead of the weights."""
+"""Weights; weights in 16 or 8 bits with a scale per row; or queries and keys, to compute the weights again."""
 
 _COMPRESSED = {"dense16": (torch.float16, 1.0), "dense8": (torch.uint8, 255.0)}
-"""Type of compressed weights, and the number that stands for the maximum of a row."""
+"""Type of compressed weights, and the number that stores the maximum of a row."""
 
 
 def compute(
@@ -30,21 +30,16 @@ def compute(
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], AttentionMap]:
     """Compute the context of a computing layer, and its map in the given storage.
 
-    "dense" and "recompute" are exact. Compressed weights are relative to the maximum of their row: "dense16" rounds
-    to 11 significant bits, "dense8" to multiples of 1/255, and then rows are scaled to sum to one. The layer's own
-    context always uses the exact weights.
-
-    Compressed maps have no gradient. With gradients enabled, and under `torch.compile`, "dense16" and "dense8" store
-    the weights like "dense".
+    "dense" and "recompute" are exact. "dense16" and "dense8" divide each row by its maximum, round it to 11
+    significant bits or to multiples of 1/255, and scale it to a sum of one. The layer's own context always uses the
+    exact weights. Compressed maps have no gradient: with gradients enabled, and under `torch.compile`, "dense16" and
+    "dense8" store the weights like "dense".
 
     Args:
         scores, values, dropout_p: as for `attend`.
         storage: one of `STORAGES`.
         buffer: memory for the weights, of the map's shape and `stored_dtype`, that may be overwritten. Used only
             without gradients.
-
-    Returns:
-        The context and the map.
     """
     if storage == "recompute":
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)

@@ -16,18 +16,18 @@ from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._storage import STORAGES, compute, nbytes
 
 _MIN_LENGTH, _MAX_LENGTH = 64, 1024
-"""Range of lengths that are timed; the cost of longer maps grows with the square of the length."""
+"""Range of lengths that are timed. The cost of other lengths is scaled by the square of the length."""
 _REPEATS = 3
 
 
 @dataclass(frozen=True)
 class MapCounts:
-    """How many maps a plan computes, applies and keeps in one forward pass.
+    """Numbers of shared maps in one forward pass.
 
     Attributes:
         computed: number of maps that are computed for other layers.
-        applied: number of times that they are applied.
-        heads_published: number of heads of all published maps.
+        applied: number of times that other layers apply them.
+        heads_published: number of heads of all these maps.
         heads_alive: maximum number of heads alive at once if each map is dropped after its last reader.
     """
 
@@ -44,7 +44,7 @@ class MapCounts:
 
 @dataclass(frozen=True)
 class StorageCost:
-    """Cost of a storage in one forward pass: time to compute and apply all maps, and size of those alive at once."""
+    """Cost of a storage in one forward pass: time to compute and apply maps, and size of the maps alive."""
 
     storage: str
     seconds: float
@@ -88,21 +88,21 @@ def choose_storage(
     scores: Scores,
     values: Tensor,
     counts: MapCounts,
-    *,
     storages: Sequence[str] = STORAGES,
+    *,
     budget: int | None = None,
     retain: bool = False,
 ) -> StorageChoice:
-    """Choose a storage for maps like those of `scores`.
+    """Choose a storage for maps of the size of these scores.
 
     Computing and applying a map is timed on random numbers, once per process for each device, type, number of
     threads, number and size of heads, and power of two below the length. The times are scaled to the size of the map.
 
     Args:
-        scores, values: of the first map of the pass.
+        scores, values: from the layer that computes the first map of the pass.
         counts: numbers of maps in the pass.
-        storages: storages to choose from.
-        budget: maximum size in bytes of the maps alive at once; None for a quarter of the device's memory.
+        storages: the storages to choose from.
+        budget: maximum size in bytes of the maps alive at once. None: a quarter of the device's memory.
         retain: maps stay alive until the end of the pass.
     """
     batch, heads, num_queries, num_keys = scores.shape
