@@ -100,7 +100,7 @@ def _longer(
 
 
 def _scores(runs: Sequence[Run], directory: RunDirectory) -> dict[str, dict[str, dict[str, Any]]]:
-    """By technique and corpus: error rates over the seeds of finished runs, and their difference to full attention."""
+    """By technique and corpus: error rates over the seeds of finished runs, and differences to full attention."""
     finished = {run: result for run in runs if (result := directory.finished(run)) is not None}
     errors: dict[str, dict[str, _PooledErrors]] = {}
     for corpus in dict.fromkeys(run.corpus for run in finished):

@@ -200,13 +200,13 @@ def cost_table(results: Results) -> Table:
     contestants = [(t["title"], t) for t in results["techniques"]] + list(results["references"].items())
     for title, one in contestants:
         measured = one.get("memory", {})
-        cells = [title, _relative(one.get("parameters"), full["parameters"], one is full, _millions)]
-        cells += [_relative(one["flops"][at], number, one is full, _gigaflops) for at, number in flops.items()]
-        cells += [_relative(measured.get(at), nbytes, one is full, _mebibytes) for at, nbytes in memory.items()]
+        cells = [title, _relative(one.get("parameters"), full["parameters"], one is full, "{:.2f} M", 1e6)]
+        cells += [_relative(one["flops"][at], n, one is full, "{:.3g} GFLOP", 1e9) for at, n in flops.items()]
+        cells += [_relative(measured.get(at), n, one is full, "{:,.0f} MiB", 2**20) for at, n in memory.items()]
         for batch, base in steps.items():
             step = one["training_step"][batch]
-            ratio = _relative(step["median"], base["median"], one is full, _time)
-            cells.append(f"{ratio} ± {step['spread']:.0%}")
+            shown = _time(step["median"]) if one is full else f"{step['median'] / base['median']:.2f}"
+            cells.append(f"{shown} ± {step['spread']:.0%}")
         rows.append(cells)
     return Table("Other costs, as ratios to full attention", header, rows)
 
@@ -295,10 +295,11 @@ def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _relative(number: float | None, base: float, is_base: bool, show: Callable[[float], str]) -> str:
+def _relative(number: float | None, base: float, is_base: bool, text: str, unit: float) -> str:
+    """The ratio to the base, or the base itself as text."""
     if number is None:
         return MISSING
-    return show(number) if is_base else f"{number / base:.2f}"
+    return text.format(number / unit) if is_base else f"{number / base:.2f}"
 
 
 def _time(seconds: float) -> str:
@@ -307,11 +308,3 @@ def _time(seconds: float) -> str:
 
 def _millions(number: float) -> str:
     return f"{number / 1e6:.2f} M"
-
-
-def _gigaflops(number: float) -> str:
-    return f"{number / 1e9:.3g} GFLOP"
-
-
-def _mebibytes(nbytes: float) -> str:
-    return f"{nbytes / 2**20:,.0f} MiB"

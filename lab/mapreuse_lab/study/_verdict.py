@@ -93,14 +93,15 @@ def _fastest_by_length(results: Results, techniques: Sequence[Mapping[str, Any]]
     wins: dict[str, list[str]] = {}
     for length in lengths(results):
         best = min(techniques, key=lambda t: t["latency"][length]["median"])
-        equal = [t for t in techniques if t is best or _within_noise(t["latency"][length], best["latency"][length])]
-        titles = " or ".join(t["title"] for t in sorted(equal, key=lambda t: t["latency"][length]["median"]))
+        fastest = best["latency"][length]
+        equal = []  # within timing noise of the fastest
+        for technique in sorted(techniques, key=lambda t: t["latency"][length]["median"]):
+            one = technique["latency"][length]
+            if one["median"] <= fastest["median"] * (1 + one["spread"] + fastest["spread"]):
+                equal.append(technique)
+        titles = " or ".join(t["title"] for t in equal)
         wins.setdefault(titles, []).append(f"{length} ({speedup(results, best, length):.1f}×)")
     return [f"{titles} at T = {', '.join(at)}" for titles, at in wins.items()]
-
-
-def _within_noise(one: Mapping[str, float], best: Mapping[str, float]) -> bool:
-    return one["median"] <= best["median"] * (1 + one["spread"] + best["spread"])
 
 
 def _without_attention(results: Results) -> list[str]:
