@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from mapreuse.data import OpenedModel
 
-_MIN_BATCHES = 16  # batches are made smaller than 8 samples rather than fewer than this
+_MIN_BATCHES = 16  # with little data, batches hold fewer than 8 samples instead
 
 app = command_app(
     "mapreuse",

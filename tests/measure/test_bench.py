@@ -16,7 +16,6 @@ from mapreuse import cli
 from mapreuse.maps import StorageChoice, StorageCost
 from mapreuse.measure import (
     Contestant,
-    Latency,
     bench,
     bench_tables,
     memory_in_fresh_process,
@@ -85,13 +84,6 @@ def test_batches_are_named_by_the_shape_of_their_input_and_progress_rises_to_its
     assert list(results["batches"]) == ["input_ids 3 × 9", "input_ids 3 × 4"]
     assert list(bench(model, {"short": short}, **OPTIONS)["batches"]) == ["short"]
     assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
-
-
-def test_speed_ups_are_medians_of_quotients_of_the_same_turn():
-    latency, slower = Latency((1.0, 4.0, 2.0)), Latency((4.0, 8.0, 6.0))
-
-    assert latency.speed_up_over(slower) == {"median": 3.0, "spread": (3.5 - 2.5) / 2 / 3}  # of 4, 2 and 3
-    assert latency.speed_up_over(latency) == {"median": 1.0, "spread": 0.0}
 
 
 def wrong(model):

@@ -52,26 +52,17 @@ def test_the_flops_of_all_parts_are_those_of_the_whole_pass(measured):
 
 
 def test_flops_of_parakeets_parts_are_those_of_their_formulas(measured):
-    eager = flops(next(one for one in measured if one.name == "eager"))
+    eager, fused = (flops(next(one for one in measured if one.name == name)) for name in ("eager", "sdpa"))
     width, distances = 32, 2 * FRAMES - 1
-    linear = LAYERS * 2 * FRAMES * width**2
 
-    assert {part: eager[part] for part in ("query", "key", "value", "output")} == dict.fromkeys(
-        ("query", "key", "value", "output"), linear
-    )
+    for part in ("query", "key", "value", "output"):
+        assert eager[part] == LAYERS * 2 * FRAMES * width**2
     assert eager["positions"] == LAYERS * 2 * distances * width**2
     assert eager["positional_scores"] == LAYERS * 2 * FRAMES * distances * width
     assert eager["scores"] == eager["context"] == LAYERS * 2 * FRAMES**2 * width
     assert eager["feed_forward"] == LAYERS * 2 * (2 * 2 * FRAMES * width * 64)
-    assert "softmax" not in eager
-    assert "norms" not in eager
-
-
-def test_fused_attention_has_the_flops_of_its_products(measured):
-    fused, eager = (flops(next(one for one in measured if one.name == name)) for name in ("sdpa", "eager"))
-
+    assert not {"softmax", "norms"} & eager.keys()
     assert fused["fused"] == eager["scores"] + eager["context"]
-    assert sum(fused.values()) == sum(eager.values())
 
 
 @pytest.mark.parametrize(
@@ -249,15 +240,11 @@ def test_a_layer_with_heads_of_both_kinds_is_partly_reusing():
 
 
 def test_every_contestant_has_its_own_phases(measured):
-    phases = {one.name: {part for part in ATTENTION if one.parts[part].seconds > 0} for one in measured}
     unfused = {"positional_scores", "scores", "softmax", "context"}
 
-    assert phases == {
-        "sdpa": {"positional_scores", "fused"},
-        "eager": unfused,
-        "mapreuse full": unfused,
-        "mapreuse 4x1": unfused,
-    }
+    for one in measured:
+        phases = {part for part in ATTENTION if one.parts[part].seconds > 0}
+        assert phases == ({"positional_scores", "fused"} if one.name == "sdpa" else unfused), one.name
 
 
 def test_the_model_is_left_as_it_was():

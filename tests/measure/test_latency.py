@@ -10,13 +10,18 @@ import torch
 from mapreuse.measure import Latency, _latency, machine, time_interleaved
 
 
-def test_contestants_take_turns_and_the_warm_up_does_not_count():
-    calls = []
-    contestants = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    measured = time_interleaved(contestants, repeats=3, warmup=2)
+def test_contestants_take_turns_without_gradients_and_the_warm_up_does_not_count():
+    calls, modes, advanced = [], [], []
+    contestants = {
+        "a": lambda: calls.append("a"),
+        "b": lambda: (calls.append("b"), modes.append(torch.is_inference_mode_enabled())),
+    }
+    measured = time_interleaved(contestants, repeats=3, warmup=2, advance=lambda: advanced.append(1))
 
     assert calls == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 3
     assert {name: len(latency.seconds) for name, latency in measured.items()} == {"a": 3, "b": 3}
+    assert all(modes)
+    assert len(advanced) == 2 * (2 + 3)
 
 
 def test_the_second_call_of_a_turn_is_timed():
@@ -49,6 +54,13 @@ def test_the_uncertainty_is_the_standard_deviation_of_medians():
     assert Latency((5.0,)).uncertainty == 0.0
 
 
+def test_speed_ups_are_medians_of_quotients_of_the_same_turn():
+    latency, slower = Latency((1.0, 4.0, 2.0)), Latency((4.0, 8.0, 6.0))
+
+    assert latency.speed_up_over(slower) == {"median": 3.0, "spread": (3.5 - 2.5) / 2 / 3}  # of 4, 2 and 3
+    assert latency.speed_up_over(latency) == {"median": 1.0, "spread": 0.0}
+
+
 @pytest.mark.parametrize(
     ("seconds", "repeats"),
     [([1.0], 8), ([1.0, 1.2], 32), ([1.0, 1.2] * 4 + [1.1], 16)],
@@ -65,20 +77,6 @@ def test_timing_goes_on_until_it_is_precise_or_four_times_as_long(monkeypatch, s
 
     assert len(measured["a"].seconds) == repeats
     assert repeats == 32 or measured["a"].uncertainty <= 0.02
-
-
-def test_contestants_run_without_gradients():
-    modes = []
-    time_interleaved({"a": lambda: modes.append(torch.is_inference_mode_enabled())}, repeats=1, warmup=0)
-
-    assert modes == [True, True]
-
-
-def test_progress_advances_once_for_each_turn():
-    advanced = []
-    time_interleaved({"a": lambda: None, "b": lambda: None}, repeats=2, warmup=1, advance=lambda: advanced.append(1))
-
-    assert len(advanced) == 6
 
 
 @pytest.mark.cuda

@@ -1,4 +1,4 @@
-"""Measures of a model's attention maps, as means over queries; each batch runs once."""
+"""Similarity, entropy, diagonality and concentration of attention maps, measured in one pass."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def analyze(
     epsilon: float = 0.02,
     progress: ProgressCallback = lambda doing, done, total: None,
 ) -> Analysis:
-    """Similarity, entropy, diagonality and concentration of all maps of `model`. Each batch runs once.
+    """Measure similarity, entropy, diagonality and concentration of all maps of `model`, in one pass.
 
     Args:
         model: a model that `apply` accepts. It is not changed.

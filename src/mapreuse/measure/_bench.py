@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -229,9 +229,10 @@ class _Bench:
             if "not_measured" in cell:
                 continue
             try:
-                if entry.uncompiled not in self.models:
-                    self.models[entry.uncompiled] = self._build(entry)
-                model = self.models[entry.uncompiled]
+                uncompiled = replace(entry, compiled=False)
+                if uncompiled not in self.models:
+                    self.models[uncompiled] = self._build(entry)
+                model = self.models[uncompiled]
                 if valid is None:
                     valid = _valid(self.model, batch)
                 breaks = _num_graph_breaks()

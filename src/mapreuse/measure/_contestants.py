@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -67,11 +67,6 @@ class Contestant:
             words += [self.plan] if self.storage == "dense" else [self.plan, self.storage]
         return " ".join(words) + OPTIMIZE * self.optimized + COMPILE * self.compiled
 
-    @property
-    def uncompiled(self) -> Contestant:
-        """The same without `torch.compile`."""
-        return replace(self, compiled=False)
-
     def build(self, model: nn.Module, attentions: Mapping[str, Attention] = ATTENTIONS) -> nn.Module:
         """A copy of `model` that runs as this contestant does, uncompiled. Weights are shared where possible."""
         built = copy_with_same_weights(model)
@@ -126,8 +121,8 @@ def default_plans(num_layers: int) -> tuple[str, ...]:
 def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
     """Several notations, separated by commas, as a list.
 
-    A notation may contain commas: groups belong to one plan until they make up all `num_layers` layers. A JSON plan
-    ends at its closing bracket.
+    A notation may contain commas. Groups belong to one plan until they have `num_layers` layers. A JSON plan ends at
+    its closing bracket.
 
     Example:
         >>> split_plans("full,1x4,4x3,8x2", 16)
