@@ -169,5 +169,6 @@ def _add_menu(figure: Figure, groups: Sequence[_Group], active: int = 0) -> None
         buttons.append({"label": label, "method": "update", "args": [{"visible": visible}, layout]})
     for index, trace in enumerate(figure.data):
         trace.visible = index in groups[active][1]
-    menu = {"buttons": buttons, "active": active, "x": 1, "xanchor": "right", "y": 1.2, "yanchor": "top"}
+    menu = {"buttons": buttons, "active": active, "x": 1, "xanchor": "right", "y": 1.16, "yanchor": "top"}
+    menu["bgcolor"] = "white"  # its text is dark, also on a dark page
     figure.update_layout(updatemenus=[menu])
