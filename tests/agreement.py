@@ -1,4 +1,4 @@
-"""`python tests/agreement.py` prints a table of the differences between each family and the definition."""
+"""Plans for the families, and how far each family under a plan is from the definition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from families import FAMILIES, build
+from families import build
 from oracle import defined_output, disagreement, valid_rows
 
 import mapreuse as mr
@@ -22,7 +22,7 @@ PLANS = {
     "two sources": mr.ReusePlan((None, None, ((1, 0), (0, 3), (1, 2), (0, 0)), ((0, 1), None, (1, 1), (1, 1)))),
 }
 STORAGES = ("dense", "recompute")
-"""The exact ones."""
+"""The storages that are exact."""
 IMPLEMENTATIONS = ("eager", "sdpa")
 
 
@@ -34,7 +34,7 @@ def _built(family: str, implementation: str):
 @functools.cache
 @torch.no_grad()
 def errors(family: str, plan: mr.ReusePlan) -> tuple[dict[tuple[str, str], float], float]:
-    """Disagreement with the definition by (implementation, storage), and how far the plan moves the output."""
+    """Errors relative to the definition, by (implementation, storage), and how far the plan moves the output."""
     eager, batch = _built(family, "eager")
     untouched = eager(**batch)
     rows = valid_rows(eager, batch, untouched)
@@ -43,32 +43,17 @@ def errors(family: str, plan: mr.ReusePlan) -> tuple[dict[tuple[str, str], float
     for implementation in IMPLEMENTATIONS:
         for storage in STORAGES:
             model = mr.apply(copy.deepcopy(_built(family, implementation)[0]), plan, storage=storage)
-            ours = model(**batch).last_hidden_state
-            assert ours.isfinite().all(), "padding rows must be finite"
-            found[implementation, storage] = disagreement(ours, reference, rows)
+            output = model(**batch).last_hidden_state
+            assert output.isfinite().all(), "padding rows must be finite"
+            found[implementation, storage] = disagreement(output, reference, rows)
     return found, disagreement(untouched.last_hidden_state, reference, rows)
 
 
 @torch.no_grad()
 def rounding(family: str) -> float:
-    """Disagreement of the untouched model with itself in float64: less cannot be asked of anything in float32."""
+    """Error of the original model in float32 relative to itself in float64."""
     model, batch = _built(family, "eager")
     output = model(**batch)
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
     reference = defined_output(copy.deepcopy(model).double(), exact, PLANS["full"])
     return disagreement(output.last_hidden_state.double(), reference, valid_rows(model, batch, output))
-
-
-def table() -> str:
-    """Worst disagreement of each family under each plan; the last column is the least that reuse moved the output."""
-    lines = ["".join([f"{'family':30}", *(f"{name:>14}" for name in PLANS), f"{'moved':>14}"])]
-    for family in FAMILIES:
-        results = {name: errors(family, plan) for name, plan in PLANS.items()}
-        worst = [max(found.values()) for found, _ in results.values()]
-        moved = min(by for name, (_, by) in results.items() if name != "full")
-        lines.append("".join([f"{family:30}", *(f"{error:14.1e}" for error in worst), f"{moved:14.2f}"]))
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())

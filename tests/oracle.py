@@ -17,11 +17,11 @@ from mapreuse.models import find_stack
 
 @contextmanager
 def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = None) -> Iterator[list[Tensor]]:
-    """While open, the n-th softmax of a forward is layer n's, and its reusing heads take their sources' weights.
+    """While open, the n-th softmax of a forward is that of layer n, and reusing heads get their sources' weights.
 
-    Where the layers' attention modules are given, only what runs inside one of them counts (experts have a softmax
-    of their own, and so have other stacks). Yields the weights in effect, layer by layer. Fails where a forward ran
-    another number of softmaxes.
+    If the attention modules of the layers are given, only a softmax inside one of them counts (experts and other
+    stacks have their own). Yields the weights in effect, layer by layer. Fails if a forward runs another number of
+    softmaxes.
     """
     original = nn.functional.softmax
     own: list[Tensor] = []
@@ -32,7 +32,7 @@ def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = No
         if attentions is not None and not inside:
             return original(*args, **kwargs)
         if args[0].dtype == torch.float64:
-            kwargs.pop("dtype", None)  # many families ask for float32, which is a loss here
+            kwargs.pop("dtype", None)  # many families request float32, which is less precise
         weights = original(*args, **kwargs)
         own.append(weights)
         in_effect.append(map_in_effect(plan, own))
@@ -119,7 +119,7 @@ def defined_packed_output(model: nn.Module, plan: ReusePlan, *args: Any, **kwarg
 
 
 def valid_rows(model: nn.Module, batch: dict[str, Tensor], output: Any) -> Tensor:
-    """Which rows (batch, position) of the last hidden states are not padding."""
+    """True for each row (batch, position) of the last hidden states that is not padding."""
     hidden = output.last_hidden_state
     mask = batch.get("attention_mask")
     if mask is None:
@@ -131,10 +131,10 @@ def valid_rows(model: nn.Module, batch: dict[str, Tensor], output: Any) -> Tenso
     return mask.bool()
 
 
-def disagreement(ours: Tensor, reference: Tensor, rows: Tensor) -> float:
-    """max |ours − reference| / max |reference| over these rows."""
-    ours, reference = ours[rows], reference[rows]
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
+def disagreement(output: Tensor, reference: Tensor, rows: Tensor) -> float:
+    """max |output − reference| / max |reference| over these rows."""
+    output, reference = output[rows], reference[rows]
+    return ((output - reference).abs().max() / reference.abs().max()).item()
 
 
 def size_of(attention_map: AttentionMap) -> int:
@@ -145,7 +145,7 @@ def size_of(attention_map: AttentionMap) -> int:
 
 
 def output_of_layer(model: nn.Module, index: int, batch: dict[str, Tensor]) -> Tensor:
-    """What a layer puts out in a whole pass, by a hook, of a model of any family."""
+    """The output of one layer in a forward pass of the whole model."""
     seen: list[Any] = []
     handle = find_stack(model).layers[index].layer.register_forward_hook(lambda *call: seen.append(call[-1]))
     with torch.no_grad(), handle:

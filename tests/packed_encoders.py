@@ -1,4 +1,4 @@
-"""`torch.nn.TransformerEncoder`s with weights that make peaked maps."""
+"""A `torch.nn.TransformerEncoder` with weights that make peaked maps."""
 
 import warnings
 
@@ -18,8 +18,8 @@ def peaked(model):
 
 
 def encoder(dropout=0.0, norm=True, bias=True, **settings):
-    """A `TransformerEncoder` that takes its fast path wherever it may."""
+    """A `TransformerEncoder` in evaluation mode, in which it takes its fast path if it can."""
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, dropout=dropout, bias=bias, **settings)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why nested tensors will not be used
+        warnings.simplefilter("ignore")  # about nested tensors
         return peaked(nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH) if norm else None))

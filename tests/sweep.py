@@ -1,7 +1,7 @@
 """Builds a tiny random model of each type of `transformers`, and compares it with the definition of shared maps.
 
-The sizes in its configuration are shrunk, by the names of the fields. Each stack runs inside the smallest model
-around it for which inputs can be made.
+The sizes in its configuration are reduced, by the names of the fields. Each stack runs inside the smallest model
+around it that accepts one of the inputs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _SIZES: dict[str, int | float] = {
 """Values of configuration fields, by their names."""
 
 _UNLESS_NONE = {HEADS // 2, WIDTH // HEADS}
-"""Sizes that a field takes even where its default is None: key/value heads and head dimensions are derived there."""
+"""Sizes that a field gets even if its default is None: key/value heads and head dimensions."""
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
@@ -80,14 +80,13 @@ class Result:
     """The result for one stack of one model type.
 
     Attributes:
-        status: "exact", "inexact", "refused" or "not built"; the latter where no tiny model, or no input for it,
-            could be made.
+        status: "exact", "inexact", "refused" or "not built" (no tiny model or no input could be made).
         stack: path of the module that holds the layers ("" for the model itself).
         attention: name of the attention class.
-        reason: why it is refused or was not built; what went wrong where it is inexact.
-        full: disagreement with the untouched model under a plan that reuses nothing.
-        reuse: disagreement with the definition under a plan that reuses.
-        moved: how far that plan moves the output.
+        reason: why it is refused, not built or inexact.
+        full: relative error with respect to the original model, under a plan that reuses nothing.
+        reuse: relative error with respect to the definition, under a plan that reuses maps.
+        moved: relative change of the output by that plan.
     """
 
     status: str
@@ -100,13 +99,13 @@ class Result:
 
 
 def sweep(model_type: str) -> list[Result]:
-    """Build a tiny model of this type, and test each of its stacks."""
+    """Build a tiny model of this type and test each of its stacks."""
     logging.set_verbosity_error()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of families that are outdated, or of settings that are odd because tiny
+        warnings.simplefilter("ignore")  # about deprecated families and unusual settings
         try:
             model = _built(model_type)
-        except Exception as error:  # whatever a constructor makes of a configuration is the reason
+        except Exception as error:  # constructors fail in many ways; the error is the reason
             return [Result("not built", reason=_one_line(error))]
         found = [_measured(model, path) for path in _stack_paths(model)]
     return found or [Result("refused", reason=f"{type(model).__name__} holds no list of layers with attention in it")]
@@ -160,7 +159,7 @@ def _tiny_settings(config_class: type) -> dict[str, Any]:
 
 
 def _model_class(config_class: type) -> type[PreTrainedModel] | None:
-    """The model that `transformers` maps to a configuration, or else the first in its module that uses it."""
+    """The model class of a configuration: by the mapping of `transformers`, else the first one in its module."""
     if config_class in MODEL_MAPPING:
         mapped = MODEL_MAPPING[config_class]
         return mapped[0] if isinstance(mapped, tuple) else mapped
@@ -182,12 +181,12 @@ def _model_class(config_class: type) -> type[PreTrainedModel] | None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    text = re.sub(r"/\S*/site-packages/", "", text)  # where this machine keeps its packages
+    text = re.sub(r"/\S*/site-packages/", "", text)  # the location of packages
     return text if isinstance(error, Unsupported | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _stack_paths(model: nn.Module) -> list[str]:
-    """Paths of the modules that hold a list of layers with something called attention in each."""
+    """Paths of the modules that hold a list of layers, each with a module named attention."""
     lists = [
         name
         for name, module in model.named_modules()
@@ -217,7 +216,7 @@ def _measured(model: PreTrainedModel, path: str) -> Result:
                 try:
                     eager, sdpa = _original(owner, "eager", stds), _original(owner, "sdpa", stds)
                     reference, other = _run(eager, inner, batch), _run(sdpa, inner, batch)
-                except Exception:  # whatever a forward makes of an input that it was not written for
+                except Exception:  # forwards fail in many ways on an unsuitable input
                     break
                 rows = _rows(reference, batch)
                 if not disagreement(other, reference, rows) <= FULL_TOLERANCE / 3:
@@ -225,7 +224,7 @@ def _measured(model: PreTrainedModel, path: str) -> Result:
                     continue
                 result = _compared(path, attention, eager, sdpa, inner, batch)
                 if result.status == "refused":
-                    refused = result  # this input, perhaps, and not the next
+                    refused = result  # another input may be accepted
                     break
                 found.append(result)
                 if found[-1].status != "exact" or found[-1].moved > 0.1:
@@ -236,11 +235,11 @@ def _measured(model: PreTrainedModel, path: str) -> Result:
 
 
 _STDS = ((0.45, 0.35, 0.35), (0.45, 0.35, 0.05), (0.22, 0.18, 0.05), (0.11, 0.09, 0.05))
-"""Of weights, embeddings and convolutions, tried in turn: peaked maps first, then milder ones."""
+"""Standard deviations of weights, embeddings and convolutions: first for peaked maps, then for milder ones."""
 
 
 def _owners(model: PreTrainedModel, path: str) -> Iterator[tuple[PreTrainedModel, str]]:
-    """The models around a stack, from the smallest to the whole, and the path of the stack inside each."""
+    """The models around a stack, from the smallest to the largest, and the path of the stack in each."""
     names = path.split(".") if path else []
     for length in range(len(names), -1, -1):
         owner = model.get_submodule(".".join(names[:length]))
@@ -261,7 +260,7 @@ def _original(owner: PreTrainedModel, implementation: str, stds: tuple[float, fl
 
 
 def _batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Inputs of every kind that the model's forward names, some of which it will not take."""
+    """Inputs of every kind that the model's forward names; it may reject some of them."""
     parameters = inspect.signature(model.forward).parameters
     size = _Sizes(model.config)
     torch.manual_seed(0)
@@ -300,7 +299,7 @@ def _batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 class _Sizes:
-    """Sizes that a configuration, or one inside it, gives under one of several names."""
+    """Looks up a size in a configuration and its sub-configurations, under one of several names."""
 
     def __init__(self, config: Any) -> None:
         inner = [getattr(config, name, None) for name in config.sub_configs or ()]
@@ -314,7 +313,7 @@ class _Sizes:
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, inner: str, batch: dict[str, Any]) -> Tensor:
-    """The output of the stack at `inner` in a forward of the whole model, which must run it once."""
+    """The output of the stack at `inner` in a forward of the whole model. The stack must run once."""
     outputs: list[Any] = []
     torch.manual_seed(0)
     with model.get_submodule(inner).register_forward_hook(lambda *call: outputs.append(call[-1])):
@@ -326,7 +325,7 @@ def _run(model: PreTrainedModel, inner: str, batch: dict[str, Any]) -> Tensor:
 
 
 def _rows(output: Tensor, batch: dict[str, Any]) -> Tensor:
-    """Which rows of the output are not padding."""
+    """True for each row of the output that is not padding."""
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape == output.shape[:2]:
         return mask.bool()
@@ -334,7 +333,7 @@ def _rows(output: Tensor, batch: dict[str, Any]) -> Tensor:
 
 
 def _plans(num_layers: int, num_heads: int) -> Iterator[mr.ReusePlan]:
-    """Plans that reuse, the most telling first: other heads, the same heads, then whichever two layers are alike."""
+    """Plans that reuse maps: by other heads, by the same heads, then by each pair of layers."""
     pairs = [layer - layer % 2 for layer in range(num_layers)]
     backwards = list(range(num_heads))[::-1]
     yield mr.ReusePlan.from_sources(pairs, heads={layer: backwards for layer in range(1, num_layers, 2)})
@@ -365,20 +364,20 @@ def _compared(
         nothing = mr.ReusePlan.full(len(layers))
         full = disagreement(converted(nothing), reference, rows)
         untouched, num_heads = defined(nothing)
-        assert torch.equal(untouched, reference), "the definition of a plan that reuses nothing is another output"
+        assert torch.equal(untouched, reference), "the definition without reuse must equal the original output"
         refusal = ""
         for plan in _plans(len(layers), num_heads):
             try:
-                ours = converted(plan)
+                output = converted(plan)
             except ValueError as error:
                 refusal = refusal or _one_line(error)
                 continue
             definition, _ = defined(plan)
-            reuse, moved = disagreement(ours, definition, rows), disagreement(definition, reference, rows)
-            exact = full <= FULL_TOLERANCE and reuse <= REUSE_TOLERANCE and bool(ours.isfinite().all())
+            reuse, moved = disagreement(output, definition, rows), disagreement(definition, reference, rows)
+            exact = full <= FULL_TOLERANCE and reuse <= REUSE_TOLERANCE and bool(output.isfinite().all())
             return Result("exact" if exact else "inexact", path, attention, "", full, reuse, moved)
         return Result("refused", path, attention, refusal, full)
     except ValueError as error:
         return Result("refused", path, attention, _one_line(error))
-    except Exception as error:  # a converted model that fails where the original runs: reported, never hidden
+    except Exception as error:  # the original runs; the failure is reported
         return Result("inexact", path, attention, _one_line(error))

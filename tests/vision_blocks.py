@@ -22,7 +22,7 @@ def resolve_self_attn_mask(
 
 
 class Attention(nn.Module):
-    """As timm writes it today."""
+    """The attention of current versions of timm."""
 
     def __init__(self, dim, num_heads, qk_norm=False, scale_norm=False, attn_drop=0.0, fused_attn=True):
         super().__init__()
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        B, N, C = x.shape  # noqa: RUF059  as it is written there
+        B, N, C = x.shape  # noqa: RUF059  as in timm
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -65,11 +65,11 @@ class Attention(nn.Module):
         x = self.norm(x)
         x = self.proj(x)
         x = self.proj_drop(x)
-        return x  # noqa: RET504  as it is written there
+        return x  # noqa: RET504  as in timm
 
 
 class OldAttention(nn.Module):
-    """As timm wrote it years ago, and many still do."""
+    """The attention of early versions of timm."""
 
     def __init__(self, dim, num_heads, **settings):
         super().__init__()
@@ -90,7 +90,7 @@ class OldAttention(nn.Module):
         x = (attn @ v).transpose(1, 2).reshape(B, N, C)
         x = self.proj(x)
         x = self.proj_drop(x)
-        return x  # noqa: RET504  as it is written there
+        return x  # noqa: RET504  as in timm
 
 
 class Block(nn.Module):
@@ -129,7 +129,7 @@ class VisionTransformer(nn.Module):
 
 
 class MaskedTransformer(nn.Module):
-    """The same blocks in a loop that hands them a mask."""
+    """The same blocks in a loop, with a mask."""
 
     def __init__(self, dim=32, depth=4, num_heads=4, **settings):
         super().__init__()

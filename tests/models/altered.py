@@ -1,4 +1,4 @@
-"""Attention modules whose forward was changed in one place each: a reader must notice, or get it right."""
+"""Attention modules with a forward that differs from the usual pattern in one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttent
 
 
 class FaithfulAttention(LlamaAttention):
-    """The pattern, written anew."""
+    """The usual pattern."""
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         input_shape = hidden_states.shape[:-1]
@@ -40,80 +40,63 @@ class FaithfulAttention(LlamaAttention):
         return attn_output, attn_weights
 
 
+VALUES = "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)"
+ROTARY = "cos, sin = position_embeddings"
+OUTPUT = "attn_output = self.o_proj(attn_output)"
+RETURN = "return attn_output, attn_weights"
+CALL = "attn_output, attn_weights = attention_interface("
+
 ALTERATIONS = {
-    "values scaled": (
-        "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "value_states = 2 * self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "values are computed as",
-    ),
-    "values negated": (
-        "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "value_states = -self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "values are computed as",
-    ),
+    "values scaled": (VALUES, VALUES.replace("= ", "= 2 * "), "values are computed as"),
     "values scaled in place": (
-        "cos, sin = position_embeddings",
-        "cos, sin = position_embeddings\n    value_states *= 2",
+        *(ROTARY, f"{ROTARY}\n    value_states *= 2"),
         "values are computed as <value_states, after value_states \\*= 2>",
     ),
-    "values clamped in place": (
-        "cos, sin = position_embeddings",
-        "cos, sin = position_embeddings\n    value_states.clamp_(-1, 1)",
-        "values are computed as",
-    ),
     "values replaced under a condition": (
-        "cos, sin = position_embeddings",
-        "cos, sin = position_embeddings\n    if self.training:\n        value_states = value_states * 2",
+        *(ROTARY, f"{ROTARY}\n    if self.training:\n        value_states = value_states * 2"),
         "values are computed as",
     ),
-    "every second value": (
-        "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)[:, ::2]",
-        "values are computed as",
-    ),
+    "every second value": (VALUES, f"{VALUES}[:, ::2]", "values are computed as"),
     "heads interleaved": (
-        "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "value_states = self.v_proj(hidden_states).view(*input_shape, self.head_dim, -1).transpose(1, 2)",
+        *(VALUES, VALUES.replace("view(hidden_shape)", "view(*input_shape, self.head_dim, -1)")),
         "values are computed as",
     ),
-    "other axes swapped": (
-        "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 3)",
+    "values of an unknown shape": (
+        VALUES,
+        VALUES.replace("hidden_shape", "attention_mask"),
         "values are computed as",
     ),
-    "values of another tensor": (
-        "value_states = self.v_proj(hidden_states)",
-        "value_states = self.v_proj(position_embeddings[0])",
-        "values are computed as",
-    ),
-    "hidden states normed first": (
-        "input_shape = hidden_states.shape[:-1]",
-        "input_shape = hidden_states.shape[:-1]\n    hidden_states = self.norm(hidden_states)",
+    "values of normed hidden states": (
+        *("input_shape = hidden_states", "hidden_states = self.norm(hidden_states)\n    input_shape = hidden_states"),
         "values are computed as self.v_proj\\(self.norm\\(hidden_states\\)\\)",
     ),
     "values from the key projection": (
-        "self.v_proj(hidden_states)",
-        "self.k_proj(hidden_states)",
+        *("self.v_proj(hidden_states)", "self.k_proj(hidden_states)"),
         "k_proj projects queries or keys together with values",
     ),
     "values from two projections": (
-        "self.v_proj(hidden_states).view",
-        "(self.v_proj(hidden_states) + self.k_proj(hidden_states)).view",
+        *("self.v_proj(hidden_states).view", "(self.v_proj(hidden_states) + self.k_proj(hidden_states)).view"),
         "values are computed as",
     ),
+    "values of a grid": (
+        "input_shape = hidden_states",
+        "batch, height, width, _ = hidden_states.shape\n    input_shape = hidden_states",
+        r"its hidden states have 4 dimensions, expected 3: \(batch, positions, width\)",
+    ),
+    "no values": (
+        *("value_states, attention_mask,", "attention_mask=attention_mask,"),
+        "attention_interface is called without value",
+    ),
     "a loop before attention": (
-        "cos, sin = position_embeddings",
-        "cos, sin = position_embeddings\n    for _ in range(2):\n        query_states = query_states * 2",
+        *(ROTARY, f"{ROTARY}\n    for _ in range(2):\n        query_states = query_states * 2"),
         "unexpected step before attention: for _ in range",
     ),
     "an early return": (
-        "cos, sin = position_embeddings",
-        "cos, sin = position_embeddings\n    if self.training:\n        return hidden_states, None",
+        *(ROTARY, f"{ROTARY}\n    if self.training:\n        return hidden_states, None"),
         "unexpected step before attention: return",
     ),
     "attention under a condition": (
-        "attn_output, attn_weights = attention_interface(",
-        "if self.training:\n     attn_output, attn_weights = attention_interface(",
+        *(CALL, f"if self.training:\n     {CALL}"),
         "does not always call attention_interface",
     ),
     "attention twice": (
@@ -123,100 +106,53 @@ ALTERATIONS = {
         "calls attention_interface 2 times",
     ),
     "another interface": (
-        "self.config._attn_implementation",
-        "self.implementation",
+        *("self.config._attn_implementation", "self.implementation"),
         "not chosen by self.config._attn_implementation",
     ),
     "an argument that changes the map": (
-        "scaling=self.scaling,",
-        "scaling=self.scaling, s_aux=self.sinks,",
+        *("scaling=self.scaling,", "scaling=self.scaling, s_aux=self.sinks,"),
         "its attention takes s_aux",
     ),
-    "the output gated": (
-        "attn_output = self.o_proj(attn_output)",
-        "attn_output = self.o_proj(attn_output) * self.gate",
-        "unexpected step after attention",
-    ),
-    "the output normed under a condition": (
-        "attn_output = self.o_proj(attn_output)",
-        "if self.training:\n        attn_output = self.norm(attn_output)\n    attn_output = self.o_proj(attn_output)",
-        "a step after attention is conditional",
-    ),
-    "the output projected with an extra argument": (
-        "self.o_proj(attn_output)",
-        "self.o_proj(attn_output, scale=2)",
-        "unexpected step after attention",
-    ),
-    "values of a grid": (
-        "input_shape = hidden_states.shape[:-1]",
-        "batch, height, width, _ = hidden_states.shape\n    input_shape = hidden_states.shape[:-1]",
-        r"its hidden states have 4 dimensions, expected 3: \(batch, positions, width\)",
-    ),
-    "an interface that other names do not reach": (
-        "ALL_ATTENTION_FUNCTIONS.get_interface(\n        self",
-        "getattr(\n        ALL_ATTENTION_FUNCTIONS, self",
-        "is not chosen by self.config._attn_implementation from ALL_ATTENTION_FUNCTIONS",
-    ),
-    "the output under another name, and the old one returned": (
-        "attn_output = self.o_proj(attn_output)",
-        "projected = self.o_proj(attn_output)",
-        "unexpected step after attention: attn_output",
-    ),
-    "the weights projected": (
-        "attn_output = self.o_proj(attn_output)",
-        "attn_weights = self.o_proj(attn_output)",
-        "unexpected step after attention: attn_weights = ",
-    ),
-    "a projection after dropout of the output": (
-        "attn_output = self.o_proj(attn_output)",
-        "attn_output = nn.functional.dropout(attn_output, p=self.dropout, training=self.training)\n"
-        "    attn_output = self.o_proj(attn_output)",
-        "unexpected step after dropout of the output",
-    ),
-    "dropout of the output that is not for training alone": (
-        "attn_output = self.o_proj(attn_output)",
-        "attn_output = self.o_proj(attn_output)\n"
-        "    attn_output = nn.functional.dropout(attn_output, p=self.dropout)",
-        "unexpected step after attention",
-    ),
-    "a shape that is not only a shape": (
-        "attn_output = self.o_proj(attn_output)",
-        "scale = attn_output.size() + self.norm(attn_output)\n    attn_output = self.o_proj(attn_output)",
-        "unexpected step after attention",
-    ),
-    "values not handed over": (
-        "value_states, attention_mask,",
-        "attention_mask=attention_mask,",
-        "attention_interface is called without value",
-    ),
-    "values not split into heads": (
-        "self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "self.v_proj(hidden_states).transpose(1, 2)",
-        "values are computed as",
-    ),
-    "values of an unknown shape": (
-        "self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-        "self.v_proj(hidden_states).view(position_embeddings).transpose(1, 2)",
-        "values are computed as",
-    ),
     "context and weights in one": (
-        "attn_output, attn_weights = attention_interface(",
-        "attn_output = attention_interface(",
+        *(CALL, "attn_output = attention_interface("),
         "attention_interface is not unpacked into context and weights",
     ),
-    "no return": ("    return attn_output, attn_weights\n", "", "it returns nothing after attention"),
-    "three things returned": (
-        "return attn_output, attn_weights",
-        "return attn_output, attn_weights, None",
-        "it returns",
+    "a gated output": (OUTPUT, f"{OUTPUT} * self.gate", "unexpected step after attention"),
+    "an output normed under a condition": (
+        *(OUTPUT, f"if self.training:\n        attn_output = self.norm(attn_output)\n    {OUTPUT}"),
+        "a step after attention is conditional",
     ),
-    "nothing returned": ("return attn_output, attn_weights", "pass", "unexpected step after attention: pass"),
+    "an output projected with an extra argument": (
+        *(OUTPUT, OUTPUT.replace(")", ", scale=2)")),
+        "unexpected step after attention",
+    ),
+    "a projection after dropout": (
+        *(
+            OUTPUT,
+            f"attn_output = nn.functional.dropout(attn_output, p=self.p, training=self.training)\n    {OUTPUT}",
+        ),
+        "unexpected step after dropout of the output",
+    ),
+    "dropout in evaluation too": (
+        *(OUTPUT, f"{OUTPUT}\n    attn_output = nn.functional.dropout(attn_output, p=self.p)"),
+        "unexpected step after attention",
+    ),
+    "a shape that depends on a module": (
+        *(OUTPUT, f"scale = attn_output.size() + self.norm(attn_output)\n    {OUTPUT}"),
+        "unexpected step after attention",
+    ),
+    "an output that is not returned": (
+        *(OUTPUT, OUTPUT.replace("attn_output =", "projected =")),
+        "unexpected step after attention: attn_output",
+    ),
+    "no return": (f"    {RETURN}\n", "", "it returns nothing after attention"),
+    "an unknown statement": (RETURN, "pass", "unexpected step after attention: pass"),
 }
-"""What to replace in `FaithfulAttention.forward`, by what, and what the refusal says."""
+"""Text of `FaithfulAttention.forward`, its replacement, and the message of the refusal."""
 
 
 def rewritten(cls: type, old: str, new: str) -> Callable:
-    """The forward of a class with one piece of its source replaced; `inspect` can read the result."""
+    """The forward of a class with a part of its source replaced; `inspect` finds the new source."""
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
     source = source[source.index("def forward") :]
     assert source.count(old) >= 1, source

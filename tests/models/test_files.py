@@ -13,8 +13,10 @@ import safetensors.torch
 import torch
 import transformers as tf
 from agreement import PLANS, STORAGES
-from families import FAMILIES, build
+from families import FAMILIES, SIZE, build
+from packed_encoders import encoder
 from torch import nn
+from vision_blocks import VisionTransformer
 
 import mapreuse as mr
 from mapreuse.models import _files, applied_plans
@@ -22,20 +24,35 @@ from mapreuse.models import _files, applied_plans
 GROUPS = PLANS["groups of 2"]
 
 
-def assert_same_model(ours, theirs):
-    """The models have the same classes, and the same names, types and bits of all parameters and buffers."""
-    assert not ours.training
-    assert [str(type(module)) for module in ours.modules()] == [str(type(module)) for module in theirs.modules()]
+def save_and_load(model, path):
+    mr.save(model, path)
+    return mr.load(path)
+
+
+def assert_same_model(loaded, model, batch=None):
+    """The models have the same plan, classes, parameters and buffers bit by bit, and output for `batch`."""
+    assert not loaded.training
+    assert [str(type(module)) for module in loaded.modules()] == [str(type(module)) for module in model.modules()]
+    assert {path: one.plan for path, one in applied_plans(loaded).items()} == {
+        path: one.plan for path, one in applied_plans(model).items()
+    }
     for named in ("named_parameters", "named_buffers"):
-        ours_named, theirs_named = dict(getattr(ours, named)()), dict(getattr(theirs, named)())
-        assert ours_named.keys() == theirs_named.keys()
-        for name, tensor in ours_named.items():
-            assert tensor.dtype == theirs_named[name].dtype, name
-            assert torch.equal(tensor, theirs_named[name]), name
+        found, expected = dict(getattr(loaded, named)()), dict(getattr(model, named)())
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == expected[name].dtype, name
+            assert torch.equal(tensor, expected[name]), name
+    if batch is not None:
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
+def files_of(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def task_head(name):
-    """Models with a head around the stack, or parameters that are tied."""
+    """A model with a head around its stack."""
     torch.manual_seed(0)
     if name == "ParakeetForCTC":
         encoder = build("parakeet")[0].config.to_dict()
@@ -53,74 +70,70 @@ def task_head(name):
 def test_a_saved_model_is_loaded_bit_for_bit(tmp_path, family, plan):
     model, batch = build(family)
     mr.apply(model, PLANS[plan], storage=STORAGES[len(family) % 2])
-    mr.save(model, tmp_path / "model")
-    loaded = mr.load(tmp_path / "model")
-    assert_same_model(loaded, model)
-    assert mr.plan_of(loaded) == PLANS[plan]
-    with torch.no_grad():
-        assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    assert_same_model(save_and_load(model, tmp_path / "model"), model, batch)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_model_without_a_plan_is_loaded_bit_for_bit(tmp_path, implementation):
     model, batch = build("bert", implementation=implementation)
-    mr.save(model, tmp_path)
-    loaded = mr.load(tmp_path)
-    assert_same_model(loaded, model)
-    assert mr.plan_of(loaded) is None
+    loaded = save_and_load(model, tmp_path)
+    assert_same_model(loaded, model, batch)
     assert loaded.config._attn_implementation == implementation
-    with torch.no_grad():
-        assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", ["ParakeetForCTC", "BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"])
-def test_a_model_with_a_head_around_its_stack_is_loaded_bit_for_bit(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("ParakeetForCTC", "encoder"),
+        ("BertForMaskedLM", "bert.encoder"),
+        ("GPT2LMHeadModel", "transformer"),
+        ("LlamaForCausalLM", "model"),
+    ],
+)
+def test_a_model_with_a_head_is_loaded_bit_for_bit_and_its_tied_parameters_are_stored_once(tmp_path, name, stack):
     model = mr.apply(task_head(name), PLANS["in part"])
-    mr.save(model, tmp_path)
-    loaded = mr.load(tmp_path)
+    loaded = save_and_load(model, tmp_path)
     assert_same_model(loaded, model)
     tied = [len({id(p) for _, p in m.named_parameters(remove_duplicate=False)}) for m in (model, loaded)]
-    assert tied[0] == tied[1], "what was tied is tied again"
-    stored = safetensors.torch.load_file(next(tmp_path.glob("*.safetensors")))
-    assert sum(tensor.numel() for tensor in stored.values()) == sum(
-        tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
-    )
-    config = json.loads((tmp_path / "config.json").read_text())
-    wanted = {"ParakeetForCTC": "encoder", "BertForMaskedLM": "bert.encoder", "GPT2LMHeadModel": "transformer"}
-    assert config["reuse"][0]["stack"] == wanted.get(name, "model")
+    assert tied[0] == tied[1]
+    stored = safetensors.torch.load_file(weights_of(tmp_path))
+    distinct = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    assert sum(tensor.numel() for tensor in stored.values()) == sum(tensor.numel() for tensor in distinct.values())
+    assert list(applied_plans(loaded)) == [stack]
+
+
+def test_parameters_that_were_untied_stay_untied(tmp_path):
+    model = task_head("GPT2LMHeadModel")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+    assert_same_model(save_and_load(model, tmp_path), model)
 
 
 def test_each_of_two_stacks_keeps_its_plan(tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-    config = tf.CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 16, "patch_size": 4})
+    config = tf.CLIPConfig(text_config=SIZE, vision_config=SIZE | {"image_size": 16, "patch_size": 4})
     model = tf.CLIPModel(config).eval()
     mr.apply(model.text_model, GROUPS)
     mr.apply(model.vision_model, PLANS["in part"], storage="recompute")
-    mr.save(model, tmp_path)
-    loaded = mr.load(tmp_path)
+    loaded = save_and_load(model, tmp_path)
     assert_same_model(loaded, model)
-    assert mr.plan_of(loaded.text_model) == GROUPS
-    assert mr.plan_of(loaded.vision_model) == PLANS["in part"]
+    assert [one.storage for one in applied_plans(loaded).values()] == ["dense", "recompute"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_halves_the_file_and_changes_nothing_else(tmp_path, dtype):
+def test_half_precision_rounds_the_stored_numbers_and_changes_nothing_else(tmp_path, dtype):
     model = mr.apply(build("parakeet")[0], GROUPS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    mr.save(model, tmp_path / "whole")
-    mr.save(model, tmp_path / "half", dtype=dtype)
+    mr.save(model, tmp_path, dtype=dtype)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    stored = safetensors.torch.load_file(next((tmp_path / "half").glob("*.safetensors")))
+    stored = safetensors.torch.load_file(weights_of(tmp_path))
     assert {t.dtype for t in stored.values() if t.is_floating_point()} == {dtype}
-    loaded = mr.load(tmp_path / "half")
-    for name, tensor in loaded.state_dict().items():
+    for name, tensor in mr.load(tmp_path).state_dict().items():
         assert tensor.dtype == before[name].dtype
         rounded = before[name].to(dtype) if tensor.is_floating_point() else before[name]
         assert torch.equal(tensor, rounded.to(tensor.dtype)), name
 
 
 @pytest.mark.parametrize("how", ["made in half precision", "converted to half precision", "some parts in float32"])
-def test_every_tensor_gets_its_own_type_back(tmp_path, how):
+def test_every_tensor_keeps_its_type(tmp_path, how):
     """Rotary frequencies stay in float32 in a model made in half precision, and are rounded in a converted one."""
     model, batch = build("llama")
     if how == "made in half precision":
@@ -129,75 +142,60 @@ def test_every_tensor_gets_its_own_type_back(tmp_path, how):
             model = tf.LlamaModel(model.config).eval()
         finally:
             torch.set_default_dtype(torch.float32)
-    elif how == "converted to half precision":
-        model.bfloat16()
     else:
         model.bfloat16()
+    if how == "some parts in float32":
         model.norm.float()
+        batch = None  # such a model does not run without autocast
     mr.apply(model, GROUPS)
-    mr.save(model, tmp_path)
-    loaded = mr.load(tmp_path)
-    assert_same_model(loaded, model)
-    if how != "some parts in float32":
-        with torch.no_grad():
-            assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    assert_same_model(save_and_load(model, tmp_path), model, batch)
 
 
 def test_generation_settings_are_kept(tmp_path):
     model = task_head("ParakeetForCTC")
     model.generation_config.max_length = 77
-    mr.save(model, tmp_path)
-    assert mr.load(tmp_path).generation_config.max_length == 77
+    assert save_and_load(model, tmp_path).generation_config.max_length == 77
 
 
 def test_a_loaded_model_does_not_change_with_its_file(tmp_path):
     model, _ = build("bert")
-    mr.save(model, tmp_path)
-    loaded = mr.load(tmp_path)
-    weights = next(tmp_path.glob("*.safetensors"))
-    with weights.open("r+b") as file:
-        file.write(bytes(weights.stat().st_size))
+    loaded = save_and_load(model, tmp_path)
+    with weights_of(tmp_path).open("r+b") as file:
+        file.write(bytes(weights_of(tmp_path).stat().st_size))
     assert_same_model(loaded, model)
 
 
-def test_a_pipeline_takes_a_loaded_model(tmp_path):
-    import tokenizers
+@pytest.mark.parametrize("removed", ["before applying", "when the model was made"])
+def test_a_model_without_its_pooler_is_saved_without_it(tmp_path, removed):
+    model, batch = build("bert")
+    if removed == "before applying":
+        model.pooler = None
+    else:
+        model = tf.BertModel(model.config, add_pooling_layer=False).eval()
+    loaded = save_and_load(mr.apply(model, GROUPS), tmp_path)
+    assert loaded.pooler is None
+    assert_same_model(loaded, model, batch)
 
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[MASK]", "the", "cat", "sat"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, mask_token="[MASK]", pad_token="[PAD]", unk_token="[UNK]"
-    )
-    model = mr.apply(task_head("BertForMaskedLM"), GROUPS)
-    tokenizer.save_pretrained(tmp_path)
+
+@pytest.mark.parametrize("family", ["parakeet", "vit"])
+def test_saving_draws_no_random_numbers(tmp_path, family):
+    model, _ = build(family)
+    before = torch.get_rng_state()
     mr.save(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_directory_that_mapreuse_0_1_0_saved_still_opens(tmp_path):
+    model = mr.load(Path(__file__).parent / "saved_by_0_1_0")
+    assert mr.plan_of(model) == mr.ReusePlan.from_sources([0, 0, 2], {1: [1, 0]})
+    (applied,) = applied_plans(model).values()
+    assert (applied.storage, applied.memory_budget) == ("recompute", 10**6)
     with torch.no_grad():
-        logits = model(**tokenizer("the [MASK] sat", return_tensors="pt")).logits[0, 1]
-    fill = tf.pipeline("fill-mask", model=mr.load(tmp_path), tokenizer=tokenizer, device="cpu", top_k=1)
-    assert fill("the [MASK] sat")[0]["token"] == logits.argmax().item()
-    assert tf.AutoTokenizer.from_pretrained(tmp_path).vocab == words, "the tokenizer beside the model still opens"
-
-
-class TestPlainTransformers:
-    """A saved model opened without `mapreuse` must be refused, never filled with random projections."""
-
-    @pytest.fixture
-    def saved(self, tmp_path):
-        mr.save(mr.apply(build("bert")[0], GROUPS), tmp_path)
-        return tmp_path
-
-    def test_auto_model_refuses(self, saved):
-        with pytest.raises(ValueError, match="mapreuse"):
-            tf.AutoModel.from_pretrained(saved)
-
-    def test_the_models_own_class_refuses(self, saved):
-        with pytest.raises(OSError, match=r"no file named model.safetensors"):
-            tf.BertModel.from_pretrained(saved)
-
-    def test_a_pipeline_of_the_directory_refuses(self, saved):
-        with pytest.raises((ValueError, OSError)):
-            tf.pipeline("fill-mask", model=str(saved))
+        states = model(input_ids=torch.tensor([[1, 2, 3, 4]])).last_hidden_state[0, :, 0]
+    torch.testing.assert_close(states, torch.tensor([-1.5749, 0.0597, 0.1603, -0.3018]), atol=1e-4, rtol=0)
+    assert_same_model(save_and_load(model, tmp_path), model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["version"], config["reuse"][0]["storage"]) == (3, "recompute")
 
 
 @pytest.fixture
@@ -225,85 +223,103 @@ def assert_refused(path, problem):
     assert "\n" not in str(error.value)
 
 
-def test_a_truncated_file_is_refused(saved):
-    size = weights_of(saved).stat().st_size
-    os.truncate(weights_of(saved), size - 1)
-    assert_refused(saved, "truncated or damaged: its checksum is not the one in config.json")
-    os.truncate(weights_of(saved), 0)
-    assert_refused(saved, "truncated or damaged")
+def test_transformers_alone_refuses_a_saved_model_and_fills_no_projection_with_random_numbers(saved):
+    with pytest.raises(ValueError, match="mapreuse"):
+        tf.AutoModel.from_pretrained(saved)
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        tf.BertModel.from_pretrained(saved)
+    with pytest.raises((ValueError, OSError)):
+        tf.pipeline("fill-mask", model=str(saved))
 
 
-@pytest.mark.parametrize("position", [0.0, 0.5, 0.999])
-def test_a_flipped_bit_is_refused(saved, position):
-    data = bytearray(weights_of(saved).read_bytes())
+def change_byte(path, position):
+    data = bytearray(weights_of(path).read_bytes())
     data[int(position * len(data))] ^= 4
-    weights_of(saved).write_bytes(data)
-    assert_refused(saved, "truncated or damaged")
+    weights_of(path).write_bytes(data)
 
 
-def test_missing_weights_are_refused(saved):
-    weights_of(saved).unlink()
-    assert_refused(saved, r"mapreuse-\w+.safetensors is missing; copy the whole directory")
+def replace_weights(path, data):
+    """Replace the stored weights, checksum included, by these bytes or tensors."""
+    weights_of(path).write_bytes(data if isinstance(data, bytes) else safetensors.torch.save(data))
+    edit(path, sha256=hashlib.sha256(weights_of(path).read_bytes()).hexdigest())
 
 
-def test_a_missing_config_is_refused(saved, tmp_path):
-    (saved / "config.json").unlink()
-    assert_refused(saved, "is not a saved model: it holds no config.json")
-    assert_refused(tmp_path / "nowhere", "is not a saved model")
+def change_weights(path, **changes):
+    """Replace stored weights by name (`__` for a point); None removes one."""
+    tensors = safetensors.torch.load_file(weights_of(path))
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    replace_weights(path, {name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"model_type": "mapre', "\x00\x01", "not json"])
-def test_a_corrupt_config_is_refused(saved, text):
-    (saved / "config.json").write_text(text)
-    assert_refused(saved, "is not JSON: it is truncated or damaged")
+OTHER_WEIGHTS = "does not hold the weights of this BertModel: "
+DAMAGES = {
+    "last byte missing": (
+        lambda path: os.truncate(weights_of(path), weights_of(path).stat().st_size - 1),
+        "truncated or damaged: its checksum is not the one in config.json",
+    ),
+    "empty": (lambda path: os.truncate(weights_of(path), 0), "truncated or damaged"),
+    "first bytes": (lambda path: change_byte(path, 0), "truncated or damaged"),
+    "a number": (lambda path: change_byte(path, 0.999), "truncated or damaged"),
+    "no weights": (
+        lambda path: weights_of(path).unlink(),
+        r"mapreuse-\w+.safetensors is missing; copy the whole directory",
+    ),
+    "no config": (
+        lambda path: (path / "config.json").unlink(),
+        "is not a saved model: it holds no config.json",
+    ),
+    "no directory": (shutil.rmtree, "is not a saved model"),
+    "config empty": (lambda path: (path / "config.json").write_text(""), "is not JSON: it is truncated or damaged"),
+    "config truncated": (
+        lambda path: (path / "config.json").write_text('{"model_type": "mapre'),
+        "is not JSON: it is truncated or damaged",
+    ),
+    "config not text": (
+        lambda path: (path / "config.json").write_bytes(b"\xff\xfe\xff"),
+        "is not JSON: it is truncated or damaged",
+    ),
+    "config a list": (lambda path: (path / "config.json").write_text("[1, 2]"), "was not written by mapreuse.save"),
+    "not safetensors": (lambda path: replace_weights(path, b"pickle, say"), "is not a safetensors file"),
+    "a tensor too many": (
+        lambda path: change_weights(path, extra=torch.zeros(2)),
+        f"{OTHER_WEIGHTS}extra is not part of it",
+    ),
+    "a tensor missing": (
+        lambda path: change_weights(path, pooler__dense__weight=None),
+        f"{OTHER_WEIGHTS}pooler.dense.weight is missing",
+    ),
+    "a tensor of another shape": (
+        lambda path: change_weights(path, pooler__dense__weight=torch.zeros(3, 2)),
+        r"pooler.dense.weight is \(3, 2\), not \(32, 32\)",
+    ),
+}
 
 
-def test_a_config_that_is_no_text_is_refused(saved):
-    (saved / "config.json").write_bytes(b"\xff\xfe\xff")
-    assert_refused(saved, "is not JSON: it is truncated or damaged")
+@pytest.mark.parametrize(("damage", "problem"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_directory_is_refused(saved, damage, problem):
+    damage(saved)
+    assert_refused(saved, problem)
 
 
-def test_a_foreign_directory_is_refused(tmp_path):
+def test_a_directory_that_transformers_wrote_is_refused(tmp_path):
     build("bert")[0].save_pretrained(tmp_path)
     assert_refused(tmp_path, "was not written by mapreuse.save; open it with transformers' from_pretrained")
-    (tmp_path / "config.json").write_text("[1, 2]")
-    assert_refused(tmp_path, "was not written by mapreuse.save")
 
 
-@pytest.mark.parametrize("version", [4, "2", -1])
-def test_another_version_is_refused(saved, version):
-    edit(saved, version=version)
-    assert_refused(saved, f"format version {version!r} is not supported; this mapreuse reads versions 1 to 3")
-
-
-def test_a_directory_that_mapreuse_0_1_0_saved_still_opens(tmp_path):
-    model = mr.load(Path(__file__).parent / "saved_by_0_1_0")
-    assert mr.plan_of(model) == mr.ReusePlan.from_sources([0, 0, 2], {1: [1, 0]})
-    (applied,) = applied_plans(model).values()
-    assert (applied.storage, applied.memory_budget) == ("recompute", 10**6)
-    with torch.no_grad():
-        states = model(input_ids=torch.tensor([[1, 2, 3, 4]])).last_hidden_state[0, :, 0]
-    torch.testing.assert_close(states, torch.tensor([-1.5749, 0.0597, 0.1603, -0.3018]), atol=1e-4, rtol=0)
-    mr.save(model, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["version"], config["reuse"][0]["storage"]) == (3, "recompute")
-    assert_same_model(mr.load(tmp_path), model)
-
-
-def test_the_first_version_is_read_where_heads_are_in_the_same_order(tmp_path):
-    for name, plan in (("whole", PLANS["groups of 2"]), ("by heads", PLANS["in part"])):
-        mr.save(mr.apply(build("bert")[0], plan), tmp_path / name)
-        edit(tmp_path / name, version=1)
-    mr.load(tmp_path / "whole")
-    assert_refused(
-        tmp_path / "by heads", "format version 1 stored the heads of this plan in another order; convert the original"
-    )
+def test_the_first_version_is_read_if_the_heads_are_in_the_same_order(tmp_path):
+    for plan in ("groups of 2", "in part"):
+        mr.save(mr.apply(build("bert")[0], PLANS[plan]), tmp_path / plan)
+        edit(tmp_path / plan, version=1)
+    mr.load(tmp_path / "groups of 2")
+    problem = "format version 1 stored the heads of this plan in another order; convert the original"
+    assert_refused(tmp_path / "in part", problem)
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"class": "NoSuchModel"}, "has no model class 'NoSuchModel'"),
+        ({"version": 4}, "format version 4 is not supported; this mapreuse reads versions 1 to 3"),
+        ({"version": "2"}, "format version '2' is not supported"),
         ({"class": "BertConfig"}, "has no model class 'BertConfig'"),
         ({"class": "torch"}, "has no model class 'torch'"),
         ({"module": "os", "class": "system"}, "os.system is not a model class that transformers defines"),
@@ -312,7 +328,6 @@ def test_the_first_version_is_read_where_heads_are_in_the_same_order(tmp_path):
         ({"class": None}, "'class' is missing"),
         ({"dtype": None}, "'dtype' is missing"),
         ({"dtype": "nn"}, "'nn' is not a floating-point type"),
-        ({"dtypes": {"embeddings.word_embeddings.weight": "float"}}, None),
         ({"dtypes": {"embeddings.word_embeddings.weight": 3}}, "config.json: 3 is not a floating-point type"),
         ({"sha256": "0"}, "truncated or damaged"),
         ({"config": []}, r"'config' must be a dict, got \[\]"),
@@ -321,14 +336,15 @@ def test_the_first_version_is_read_where_heads_are_in_the_same_order(tmp_path):
         ({"weights": "../other.safetensors"}, "'weights' must name a file in the same directory"),
         ({"weights": "other.safetensors"}, "other.safetensors is missing"),
         ({"attn_implementation": "no_such"}, "config.json does not describe a BertModel"),
+        ({"absent": ["encoder.pooler"]}, "lists 'encoder.pooler' as absent, but BertModel has no such module"),
+        ({"reuse": []}, f"{OTHER_WEIGHTS}encoder.layer.1.attention.self.key.bias is missing and 7"),
+        ({"reuse": [{}]}, "its plan does not fit BertModel"),
+        ({"reuse": [3]}, "its plan does not fit BertModel"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused(saved, changes, problem):
+def test_an_invalid_config_is_refused(saved, changes, problem):
     edit(saved, **changes)
-    if problem is None:
-        mr.load(saved)
-    else:
-        assert_refused(saved, problem)
+    assert_refused(saved, problem)
 
 
 @pytest.mark.parametrize(
@@ -348,80 +364,6 @@ def test_a_plan_that_does_not_fit_is_refused(saved, changes, problem):
     reuse = json.loads((saved / "config.json").read_text())["reuse"]
     edit(saved, reuse=[reuse[0] | changes])
     assert_refused(saved, problem)
-
-
-@pytest.mark.parametrize("reuse", [[{}], [3], ["encoder"], [[]]])
-def test_a_plan_of_another_kind_is_refused(saved, reuse):
-    edit(saved, reuse=reuse)
-    assert_refused(saved, "its plan does not fit BertModel")
-
-
-def test_weights_of_another_plan_are_refused(saved):
-    edit(saved, reuse=[])
-    assert_refused(
-        saved, "does not hold the weights of this BertModel: encoder.layer.1.attention.self.key.bias is missing and 7"
-    )
-
-
-def put(path, tensors, **changes):
-    """Replace the stored weights, checksum included."""
-    safetensors.torch.save_file(tensors, weights_of(path))
-    edit(path, sha256=hashlib.sha256(weights_of(path).read_bytes()).hexdigest(), **changes)
-
-
-def test_weights_of_other_names_or_shapes_are_refused(saved):
-    tensors = safetensors.torch.load_file(weights_of(saved))
-    name = "pooler.dense.weight"
-    put(saved, tensors | {"extra": torch.zeros(2)})
-    assert_refused(saved, "does not hold the weights of this BertModel: extra is not part of it")
-    put(saved, {key: tensor for key, tensor in tensors.items() if key != name})
-    assert_refused(saved, f"does not hold the weights of this BertModel: {name} is missing")
-    put(saved, tensors | {name: torch.zeros(3, 2)})
-    assert_refused(saved, rf"{name} is \(3, 2\), not \(32, 32\)")
-
-
-def test_a_file_that_is_no_safetensors_file_is_refused_though_its_checksum_is_right(saved):
-    weights_of(saved).write_bytes(b"pickle, say")
-    edit(saved, sha256=hashlib.sha256(b"pickle, say").hexdigest())
-    assert_refused(saved, "is not a safetensors file")
-
-
-def test_only_models_that_transformers_defines_are_saved(tmp_path):
-    class Own(tf.BertModel):
-        pass
-
-    with pytest.raises(
-        ValueError, match="only a whole model of a class that transformers defines can be saved, got Own"
-    ):
-        mr.save(Own(build("bert")[0].config), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def without_pooler(model):
-    built = tf.BertModel(model.config, add_pooling_layer=False).eval()
-    return mr.apply(built, GROUPS)
-
-
-def with_pooler_removed(model):
-    model.pooler = None
-    return mr.apply(model, GROUPS)
-
-
-@pytest.mark.parametrize("change", [without_pooler, with_pooler_removed])
-def test_a_model_without_its_pooler_is_saved_without_it(tmp_path, change):
-    model, batch = build("bert")
-    model = change(model)
-    mr.save(model, tmp_path / "new")
-    loaded = mr.load(tmp_path / "new")
-    assert loaded.pooler is None
-    assert mr.plan_of(loaded) == GROUPS
-    assert_same_model(loaded, model)
-    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
-
-
-def test_an_absent_module_that_the_model_does_not_have_is_refused(saved):
-    edit(saved, absent=["encoder.pooler"])
-    assert_refused(saved, "lists 'encoder.pooler' as absent, but BertModel has no such module")
 
 
 def with_a_buffer(model):
@@ -446,81 +388,50 @@ def with_its_head_untied(model):
     return mr.apply(whole, GROUPS)
 
 
-DIFFERENT = {
-    "a buffer": (with_a_buffer, "seen is not part of it"),
-    "a wrapped output": (with_a_wrapped_output, r"attention.output.dense.bias is missing.* and 1 others"),
-    "a wider output": (with_a_wider_output, r"pooler.dense.bias is \(48,\), not \(32,\)"),
-    "an untied head": (with_its_head_untied, "cls.predictions.decoder.weight is not part of it"),
+def with_a_config_that_is_not_json(model):
+    model.config.extra = object()
+    return model
+
+
+class OwnModel(tf.BertModel):
+    pass
+
+
+NOT_ITS_CONFIG = "cannot be saved, because it is not the model that its .*"
+NOT_OF_TRANSFORMERS = "only a whole model of a class that transformers defines can be saved"
+UNSAVABLE = {
+    "a buffer": (with_a_buffer, f"{NOT_ITS_CONFIG}seen is not part of it"),
+    "a wrapped output": (
+        with_a_wrapped_output,
+        f"{NOT_ITS_CONFIG}attention.output.dense.bias is missing.* and 1 others",
+    ),
+    "a wider output": (with_a_wider_output, rf"{NOT_ITS_CONFIG}pooler.dense.bias is \(48,\), not \(32,\)"),
+    "an untied head": (with_its_head_untied, f"{NOT_ITS_CONFIG}cls.predictions.decoder.weight is not part of it"),
+    "no numbers": (
+        lambda model: model.to("meta"),
+        r"embeddings\.\w+\.weight of this BertModel is on the meta device",
+    ),
+    "a config that is not JSON": (
+        with_a_config_that_is_not_json,
+        "the configuration of this BertModel cannot be written as JSON",
+    ),
+    "a subclass": (lambda model: OwnModel(model.config), f"{NOT_OF_TRANSFORMERS}, got OwnModel"),
+    "torch's encoder": (lambda model: encoder(batch_first=True), NOT_OF_TRANSFORMERS),
+    "timm's style": (lambda model: mr.apply(VisionTransformer(), GROUPS), NOT_OF_TRANSFORMERS),
 }
 
 
-@pytest.mark.parametrize("difference", DIFFERENT)
-def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path, difference):
-    change, problem = DIFFERENT[difference]
+@pytest.mark.parametrize(("change", "problem"), UNSAVABLE.values(), ids=UNSAVABLE)
+def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path, change, problem):
     model = change(build("bert")[0])
-    with pytest.raises(
-        ValueError, match=f"cannot be saved, because it is not the model that its .*{problem}"
-    ) as error:
+    with pytest.raises(ValueError, match=problem) as error:
         mr.save(model, tmp_path / "new")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
-
-
-def test_a_refused_save_leaves_the_old_model(saved):
-    before = {file: file.read_bytes() for file in saved.iterdir()}
-    with pytest.raises(ValueError, match="cannot be saved"):
-        mr.save(with_a_buffer(build("bert", seed=1)[0]), saved)
-    assert {file: file.read_bytes() for file in saved.iterdir()} == before
-
-
-def test_a_model_without_numbers_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match=r"embeddings\.\w+\.weight of this BertModel is on the meta device") as error:
-        mr.save(build("bert")[0].to("meta"), tmp_path / "new")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_configuration_that_is_no_json_is_not_saved(tmp_path):
-    model, _ = build("bert")
-    model.config.extra = object()
-    with pytest.raises(ValueError, match="the configuration of this BertModel cannot be written as JSON"):
-        mr.save(model, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("family", ["parakeet", "vit"])
-def test_saving_draws_no_random_numbers(tmp_path, family):
-    model, _ = build(family)
-    before = torch.get_rng_state()
-    mr.save(model, tmp_path)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_weights_that_transformers_wrote_are_not_left_beside_a_saved_model(tmp_path):
-    """Plain `from_pretrained` would open them and never know of the plan."""
-    model, _ = build("bert")
-    model.save_pretrained(tmp_path)
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    mr.apply(model, PLANS["groups of 2"])
-    with pytest.raises(ValueError, match=r"another model's weights \(model.safetensors\)"):
-        mr.save(model, tmp_path)
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("loaded", [False, True])
-def test_save_pretrained_of_a_model_that_shares_maps_is_refused(tmp_path, loaded):
-    model = tf.BertForMaskedLM(build("bert")[0].config)
-    mr.apply(model, PLANS["groups of 2"])
-    if loaded:
-        mr.save(model, tmp_path / "ours")
-        model = mr.load(tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"mapreuse\.save"):
-        model.save_pretrained(tmp_path / "theirs")
-    assert not (tmp_path / "theirs").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, "float16", 16])
-def test_weights_are_stored_as_floating_point_numbers(tmp_path, monkeypatch, dtype):
+def test_a_type_that_is_not_floating_point_is_refused(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside tests
     with pytest.raises(ValueError, match=re.escape(f"got {dtype!r}")) as error:
         mr.save(build("bert")[0], tmp_path / "new", dtype=dtype)
@@ -528,31 +439,47 @@ def test_weights_are_stored_as_floating_point_numbers(tmp_path, monkeypatch, dty
     assert not (tmp_path / "new").exists()
 
 
-def test_a_model_whose_parameters_were_untied_stays_untied(tmp_path):
-    model = task_head("GPT2LMHeadModel")
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
-    mr.save(model, tmp_path)
-    assert_same_model(mr.load(tmp_path), model)
+def test_a_refused_save_leaves_the_old_model(saved):
+    before = files_of(saved)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        mr.save(with_a_buffer(build("bert", seed=1)[0]), saved)
+    assert files_of(saved) == before
 
 
-def test_saving_over_a_directory_keeps_its_other_files_and_drops_the_old_weights(saved):
+def test_a_model_is_not_saved_beside_weights_of_transformers(tmp_path):
+    """Plain `from_pretrained` would open those without the plan."""
+    model, _ = build("bert")
+    model.save_pretrained(tmp_path)
+    before = files_of(tmp_path)
+    mr.apply(model, GROUPS)
+    with pytest.raises(ValueError, match=r"another model's weights \(model.safetensors\)"):
+        mr.save(model, tmp_path)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_save_pretrained_of_a_model_that_shares_maps_is_refused(tmp_path, loaded):
+    model = mr.apply(task_head("BertForMaskedLM"), GROUPS)
+    if loaded:
+        model = save_and_load(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"mapreuse\.save"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_saving_into_a_directory_keeps_its_other_files_and_replaces_the_old_weights(saved):
     (saved / "tokenizer.json").write_text("{}")
     old = weights_of(saved)
     model = mr.apply(build("bert", seed=1)[0], PLANS["in part"])
-    mr.save(model, saved)
-    assert sorted(file.name for file in saved.iterdir()) == sorted(
-        ["config.json", "tokenizer.json", weights_of(saved).name]
-    )
+    for _ in range(2):
+        assert_same_model(save_and_load(model, saved), model)
+        assert set(files_of(saved)) == {"config.json", "tokenizer.json", weights_of(saved).name}
     assert weights_of(saved).name != old.name
-    assert_same_model(mr.load(saved), model)
-    mr.save(model, saved)
-    assert_same_model(mr.load(saved), model)
 
 
 @pytest.mark.parametrize("moment", ["writing weights", "describing", "moving weights", "moving config"])
 def test_an_interrupted_save_leaves_the_old_model(monkeypatch, saved, moment):
-    before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    replace, moved = os.replace, []
+    before, replace = files_of(saved), os.replace
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -560,7 +487,6 @@ def test_an_interrupted_save_leaves_the_old_model(monkeypatch, saved, moment):
     def interrupted_move(source, target):
         if Path(target).suffix == (".json" if moment == "moving config" else ".safetensors"):
             raise KeyboardInterrupt
-        moved.append(target)
         replace(source, target)
 
     if moment == "writing weights":
@@ -572,14 +498,11 @@ def test_an_interrupted_save_leaves_the_old_model(monkeypatch, saved, moment):
     with pytest.raises(KeyboardInterrupt):
         mr.save(build("bert", seed=1)[0], saved)
     monkeypatch.undo()
-    for name, data in before.items():
-        assert (saved / name).read_bytes() == data
+    assert before.items() <= files_of(saved).items()
     assert not list(saved.glob(".saving-*"))
     assert mr.plan_of(mr.load(saved)) == GROUPS
 
 
-def test_a_directory_can_be_moved_and_copied(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "copy")
-    shutil.rmtree(saved)
-    assert mr.plan_of(mr.load(tmp_path / "copy")) == GROUPS
-    assert mr.plan_of(mr.load(str(tmp_path / "copy"))) == GROUPS
+def test_a_directory_can_be_moved(saved, tmp_path):
+    saved.rename(tmp_path / "moved")
+    assert mr.plan_of(mr.load(str(tmp_path / "moved"))) == GROUPS

@@ -1,13 +1,14 @@
 """Training converted models: removed parameters, gradients, dropout, checkpointing, dropped layers."""
 
 import copy
-import functools
 import gc
 import logging
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers as tf
 from agreement import PLANS, STORAGES
 from families import FAMILIES, build
 from oracle import defined_output, disagreement, softmax_follows, valid_rows
@@ -18,10 +19,11 @@ from torch.nn import functional
 import mapreuse as mr
 from mapreuse.maps import DenseMap, SharedMaps, _blocked
 from mapreuse.maps._softmax import BlockDropout
+from mapreuse.models import find_stack
 
 GROUPS = PLANS["groups of 2"]
 SAMPLE = ["parakeet", "wav2vec2-conformer-relative", "bert", "modernbert", "gpt2", "llama"]
-"""One family for each way of computing."""
+"""One family for each kind of adapter."""
 
 QUERIES_AND_KEYS = {
     "parakeet": {"q_proj", "k_proj", "relative_k_proj", "bias_u", "bias_v"},
@@ -32,7 +34,7 @@ QUERIES_AND_KEYS = {
     "electra": {"query", "key"},
     "distilbert": {"q_lin", "k_lin"},
 }
-"""Names of what makes queries, keys and positional keys; `q_proj` and `k_proj` in the families not named."""
+"""Names of the projections of queries, keys and positions; `q_proj` and `k_proj` in other families."""
 
 
 def training(family, **settings):
@@ -47,6 +49,16 @@ def training(family, **settings):
     return model.train(), batch
 
 
+def set_attention_dropout(model, p):
+    for module in model.modules():
+        if "attention" in type(module).__name__.lower():
+            for name in ("attention_dropout", "dropout", "attn_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, p)
+                elif isinstance(getattr(module, name, None), nn.Dropout):
+                    getattr(module, name).p = p
+
+
 def backward(model, batch):
     """Gradients by name, and the output."""
     model.zero_grad()
@@ -57,7 +69,7 @@ def backward(model, batch):
 
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"modernbert", "gpt2"}))
-def test_a_reusing_layer_loses_its_queries_and_keys_and_nothing_else(family):
+def test_a_reusing_layer_loses_only_its_projections_of_queries_and_keys(family):
     model, _ = build(family)
     before = {name: parameter.shape for name, parameter in model.named_parameters()}
     mr.apply(model, GROUPS)
@@ -74,14 +86,14 @@ def test_a_reusing_layer_loses_its_queries_and_keys_and_nothing_else(family):
 
 
 @pytest.mark.parametrize(("family", "fused", "output_dim"), [("modernbert", "Wqkv", 0), ("gpt2", "c_attn", 1)])
-def test_a_fused_projection_of_a_reusing_layer_keeps_its_third_of_values(family, fused, output_dim):
+def test_a_fused_projection_of_a_reusing_layer_keeps_only_the_values(family, fused, output_dim):
     model, _ = build(family)
     mr.apply(model, GROUPS)
     sizes = [p.shape[output_dim] for n, p in model.named_parameters() if n.endswith(f"{fused}.weight")]
     assert sizes == [96, 32, 96, 32]
 
 
-def test_the_parameters_removed_are_reported(caplog):
+def test_the_number_of_removed_parameters_is_logged(caplog):
     model, _ = build("bert")
     before = sum(parameter.numel() for parameter in model.parameters())
     with caplog.at_level(logging.INFO, "mapreuse"):
@@ -91,19 +103,20 @@ def test_the_parameters_removed_are_reported(caplog):
     assert caplog.messages == [f"2 of 4 layers reuse attention maps: {removed:,} of {before:,} parameters removed"]
 
 
-@pytest.mark.parametrize(("family", "projections"), [("parakeet", ("q_proj", "k_proj", "relative_k_proj")),
-                                                     ("whisper-encoder", ("q_proj", "k_proj"))])  # fmt: skip
-def test_a_layer_that_computes_in_part_keeps_just_those_heads(family, projections):
+@pytest.mark.parametrize("family", ["parakeet", "whisper-encoder"])
+def test_a_layer_that_computes_in_part_keeps_the_projections_of_those_heads(family):
     model, _ = build(family)
     mr.apply(model, mr.ReusePlan.from_sources([0, 0, 2, 3], heads={1: [None, 2, None, 0]}))
     attention = model.layers[1].self_attn
+    projections = ["q_proj", "k_proj", "relative_k_proj"][: 3 if family == "parakeet" else 2]
     assert {getattr(attention, name).weight.shape for name in projections} == {(16, 32)}
     assert attention.v_proj.weight.shape == (32, 32)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", SAMPLE)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_was_frozen_stays_frozen(family, frozen):
+def test_frozen_parameters_stay_frozen(family, frozen):
     model, _ = build(family)
     model.requires_grad_(not frozen)
     mr.apply(model, PLANS["in part"])
@@ -115,20 +128,20 @@ def test_what_was_frozen_stays_frozen(family, frozen):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_gradients_are_those_of_the_definition(family, plan, storage):
-    """In float64, for every parameter that is not removed; heads of an attention may be in another order."""
+    """In float64, for all parameters that are not removed. Heads may be in another order."""
     model, batch = build(family)
     eager, _ = build(family, implementation="eager")
     batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
-    ours, output = backward(mr.apply(model.double(), PLANS[plan], storage=storage), batch)
+    gradients, output = backward(mr.apply(model.double(), PLANS[plan], storage=storage), batch)
 
     rows = valid_rows(model, batch, output)
     defined_output(eager.double(), batch, PLANS[plan])[rows].square().mean().backward()
     by_heads = any(isinstance(source, tuple) for source in PLANS[plan].layers)
     compared = []
     for name, parameter in eager.named_parameters():
-        if parameter.grad is None or name not in ours or ours[name].shape != parameter.shape:
+        found, expected = gradients.get(name), parameter.grad
+        if found is None or expected is None or found.shape != expected.shape:
             continue
-        found, expected = ours[name], parameter.grad
         if by_heads and "att" in name and "norm" not in name.lower():
             found, expected = found.flatten().sort().values, expected.flatten().sort().values
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-5)
@@ -140,8 +153,8 @@ def test_gradients_are_those_of_the_definition(family, plan, storage):
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
-def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypatch, family, storage):
-    """Its gradient is another one when the map that the readers get is cut from it."""
+def test_a_computing_layer_gets_gradients_from_the_layers_that_apply_its_map(monkeypatch, family, storage):
+    """Its gradient changes if those layers get a detached map."""
     model, batch = training(family)
     mr.apply(model, PLANS["all from one"], storage=storage)
     names = ("q_proj.weight", "linear_q.weight", "query.weight", "Wqkv.weight", "c_attn.weight")
@@ -154,17 +167,12 @@ def test_the_computing_layer_learns_from_the_layers_that_apply_its_map(monkeypat
     assert (whole[name] - own[name]).abs().max() > 1e-2 * whole[name].abs().max()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", SAMPLE)
-def test_every_layer_draws_its_own_attention_dropout_from_the_map_before_dropout(monkeypatch, family):
+def test_every_layer_draws_its_own_dropout_of_the_map_before_dropout(monkeypatch, family):
     monkeypatch.setattr(_blocked, "_MAX_SHORT", 0)
     model, batch = training(family)
-    for module in model.modules():
-        if "attention" in type(module).__name__.lower():
-            for name in ("attention_dropout", "dropout", "attn_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.5)
-                elif isinstance(getattr(module, name, None), nn.Dropout):
-                    getattr(module, name).p = 0.5
+    set_attention_dropout(model, 0.5)
     mr.apply(model, GROUPS)
     original, drawn = functional.dropout, []
 
@@ -194,11 +202,9 @@ def test_every_layer_draws_its_own_attention_dropout_from_the_map_before_dropout
     assert ((one_dropped == 0) != (other_dropped == 0)).float().mean() > 0.1
 
 
-def test_computing_layers_of_short_maps_draw_dropout_too():
+def test_computing_layers_draw_dropout_of_short_maps():
     model, batch = training("parakeet")
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.5
+    set_attention_dropout(model, 0.5)
     mr.apply(model, mr.ReusePlan.full(4))
     torch.manual_seed(0)
     first = model(**batch).last_hidden_state
@@ -208,15 +214,9 @@ def test_computing_layers_of_short_maps_draw_dropout_too():
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
-def test_fused_attention_draws_dropout_in_every_layer_too(monkeypatch, family):
+def test_fused_attention_draws_dropout_in_every_layer(monkeypatch, family):
     model, batch = training(family)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.5
-        if "SelfAttention" in type(module).__name__:
-            module.dropout.p = 0.5
-        if "GPT2Attention" in type(module).__name__:
-            module.attn_dropout.p = 0.5
+    set_attention_dropout(model, 0.5)
     mr.apply(model, GROUPS, storage="recompute")
     original, drawn = functional.scaled_dot_product_attention, []
 
@@ -233,37 +233,37 @@ def test_fused_attention_draws_dropout_in_every_layer_too(monkeypatch, family):
 
 
 @pytest.mark.sample(5)
+@pytest.mark.parametrize("how", ["by transformers", "by wrapping layers after apply"])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("family", SAMPLE)
-def test_gradient_checkpointing_gives_the_same_gradients(family, storage):
+def test_gradient_checkpointing_gives_the_same_gradients(family, storage, how):
     model, batch = training(family)
     mr.apply(model, PLANS["in part"], storage=storage)
     expected, _ = backward(copy.deepcopy(model), batch)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if how == "by transformers":
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        stack = find_stack(model)
+        layers = stack.module.get_submodule(stack.list_name)
+        for index, layer in enumerate(layers):
+            layers[index] = checkpoint_wrapper(layer)
     found, _ = backward(model, batch)
+    found = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_layers_wrapped_for_checkpointing_after_applying_give_the_same_gradients(storage):
-    model, batch = training("bert")
-    mr.apply(model, PLANS["in part"], storage=storage)
-    expected, _ = backward(copy.deepcopy(model), batch)
-    for index, layer in enumerate(model.encoder.layer):
-        model.encoder.layer[index] = checkpoint_wrapper(layer)
-    found, _ = backward(model, batch)
-    found = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-7, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", SAMPLE)
-def test_reentrant_checkpointing_is_refused(family):
+def checkpointed_model(family, use_reentrant=False):
     model, batch = training(family)
     mr.apply(model, GROUPS)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return model, batch
+
+
+@pytest.mark.parametrize("family", ["bert", "parakeet", "gpt2"])
+def test_reentrant_checkpointing_is_refused(family):
+    model, batch = checkpointed_model(family, use_reentrant=True)
     with pytest.raises(ValueError, match="use_reentrant=False") as error:
         model(**batch)
     assert "\n" not in str(error.value)
@@ -272,11 +272,11 @@ def test_reentrant_checkpointing_is_refused(family):
 @pytest.mark.parametrize("checkpointed", [True, False])
 @pytest.mark.parametrize("with_backward", [True, False])
 def test_maps_are_freed_with_the_output(monkeypatch, checkpointed, with_backward):
-    """A pass whose maps outlived it would fill the memory, step by step."""
-    model, batch = training("bert")
-    mr.apply(model, GROUPS)
     if checkpointed:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model, batch = checkpointed_model("bert")
+    else:
+        model, batch = training("bert")
+        mr.apply(model, GROUPS)
     published, publish = [], SharedMaps.publish
 
     def recording(maps, layer, attention_map):
@@ -293,10 +293,8 @@ def test_maps_are_freed_with_the_output(monkeypatch, checkpointed, with_backward
     assert [reference() for reference in published] == [None] * len(published)
 
 
-def test_checkpointed_layers_run_again_as_often_as_there_are_backward_passes():
-    model, batch = training("bert")
-    mr.apply(model, GROUPS)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+def test_checkpointed_layers_allow_a_second_backward_pass():
+    model, batch = checkpointed_model("bert")
     loss = model(**batch).last_hidden_state.square().mean()
     parameters = list(model.encoder.parameters())
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -304,10 +302,8 @@ def test_checkpointed_layers_run_again_as_often_as_there_are_backward_passes():
         torch.testing.assert_close(once, again)
 
 
-def test_a_gradient_after_the_output_and_its_maps_are_gone_is_refused():
-    model, batch = training("bert")
-    mr.apply(model, GROUPS)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+def test_a_backward_pass_after_the_output_was_deleted_is_refused():
+    model, batch = checkpointed_model("bert")
     between = []
     model.encoder.layer[1].register_forward_hook(lambda layer, inputs, output: between.append(output))
     model(**batch)
@@ -319,11 +315,11 @@ def test_a_gradient_after_the_output_and_its_maps_are_gone_is_refused():
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "hubert", "wav2vec2-conformer-relative"])
 @pytest.mark.parametrize("plan", ["groups of 2", "all from one", "two sources", "in part"])
-def test_layer_drop_never_crashes(family, plan):
+def test_a_plan_trains_with_dropped_layers(family, plan):
     model, batch = training(family)
     mr.apply(model, PLANS[plan])
     drop_layers(model, 0.5)
-    for seed in range(12):
+    for seed in range(6):
         torch.manual_seed(seed)
         gradients, output = backward(model, batch)
         assert output.last_hidden_state.isfinite().all()
@@ -331,8 +327,8 @@ def test_layer_drop_never_crashes(family, plan):
 
 
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "hubert", "wav2vec2-conformer-relative"])
-def test_the_reader_of_a_dropped_layer_attends_nothing_rather_than_an_old_map(monkeypatch, family):
-    """The definition with layer 0 skipped, and layer 1's softmax all zero: a map from the pass before would show."""
+def test_a_layer_whose_source_was_dropped_attends_nothing(monkeypatch, family):
+    """The definition has no layer 0, and zeros as the map of layer 1. A map of an earlier pass would change the output."""
     model, batch = training(family)
     eager, _ = training(family, implementation="eager")
     mr.apply(model, GROUPS)
@@ -348,13 +344,13 @@ def test_the_reader_of_a_dropped_layer_attends_nothing_rather_than_an_old_map(mo
 
     monkeypatch.setattr(torch, "rand", dropping_layer_0())
     with torch.no_grad():
-        ours = model(**batch)
+        output = model(**batch)
     monkeypatch.setattr(torch, "rand", dropping_layer_0())
     with torch.no_grad(), first_softmax_is_zero(), softmax_follows(mr.ReusePlan.from_sources([0, 1, 1])):
-        theirs = eager(**batch)
+        expected = eager(**batch)
     monkeypatch.undo()
-    rows = valid_rows(model, batch, ours)
-    assert disagreement(ours.last_hidden_state, theirs.last_hidden_state, rows) <= 1e-4
+    rows = valid_rows(model, batch, output)
+    assert disagreement(output.last_hidden_state, expected.last_hidden_state, rows) <= 1e-4
 
 
 def drop_layers(model, probability):
@@ -365,24 +361,21 @@ def drop_layers(model, probability):
             module.config.layerdrop = probability
 
 
-class first_softmax_is_zero:
+@contextmanager
+def first_softmax_is_zero():
     """While open, the first softmax of a forward returns zeros."""
-
-    def __enter__(self):
-        self.original = original = nn.functional.softmax
-        calls = iter([0.0])
-        nn.functional.softmax = lambda *args, **kwargs: original(*args, **kwargs) * next(calls, 1.0)
-
-    def __exit__(self, *error):
-        nn.functional.softmax = self.original
+    original, factors = nn.functional.softmax, iter([0.0])
+    nn.functional.softmax = lambda *args, **kwargs: original(*args, **kwargs) * next(factors, 1.0)
+    try:
+        yield
+    finally:
+        nn.functional.softmax = original
 
 
-def test_what_a_trainer_passes_to_a_loss_does_not_disturb():
-    import transformers as tf
-
+def test_a_decoder_under_a_plan_returns_a_loss_with_the_arguments_of_a_trainer():
     model = tf.LlamaForCausalLM(build("llama")[0].config)
     _, batch = build("llama")
     mr.apply(model, GROUPS)
     loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=torch.tensor(10)).loss
     loss.backward()
-    assert functools.reduce(max, (p.grad.abs().max() for p in model.parameters())) > 0
+    assert max(p.grad.abs().max() for p in model.parameters()) > 0

@@ -1,4 +1,4 @@
-"""The reader of forwards: it serves what follows the pattern, and refuses, with the reason, what does not."""
+"""Attention classes are read from their source: those of the usual pattern are accepted, others refused with the reason."""
 
 import copy
 
@@ -7,6 +7,9 @@ import torch
 from agreement import PLANS
 from altered import (
     ALTERATIONS,
+    OUTPUT,
+    ROTARY,
+    VALUES,
     AlteredModernBertAttention,
     AlteredParakeetAttention,
     FaithfulAttention,
@@ -38,37 +41,28 @@ from mapreuse.models._adapters import attention_form
 from mapreuse.models._reading import AttentionForm, read_attention
 from mapreuse.models._source import fingerprint_of
 
+SWIN_KEYS = ("k_proj", "relative_position_bias")
+FORMS = {
+    LlamaAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout"),
+    FaithfulAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout"),
+    BertSelfAttention: AttentionForm(("query",), ("key",), "value", (), "dropout.p"),
+    BartAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("out_proj",), "dropout"),
+    Qwen3Attention: AttentionForm(
+        ("q_norm", "q_proj"), ("k_norm", "k_proj"), "v_proj", ("o_proj",), "attention_dropout"
+    ),
+    SwinAttention: AttentionForm(
+        ("q_proj",), SWIN_KEYS, "v_proj", ("o_proj",), "attention_dropout", ("relative_position_bias",)
+    ),
+}
 
-@pytest.mark.parametrize(
-    ("cls", "form"),
-    [
-        (LlamaAttention, AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout")),
-        (FaithfulAttention, AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout")),
-        (BertSelfAttention, AttentionForm(("query",), ("key",), "value", (), "dropout.p")),
-        (BartAttention, AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("out_proj",), "dropout")),
-        (
-            Qwen3Attention,
-            AttentionForm(("q_norm", "q_proj"), ("k_norm", "k_proj"), "v_proj", ("o_proj",), "attention_dropout"),
-        ),
-        (
-            SwinAttention,
-            AttentionForm(
-                ("q_proj",),
-                ("k_proj", "relative_position_bias"),
-                "v_proj",
-                ("o_proj",),
-                "attention_dropout",
-                ("relative_position_bias",),
-            ),
-        ),
-    ],
-)
-def test_a_form_says_which_attribute_plays_which_part(cls, form):
-    assert read_attention(cls) == form
+
+@pytest.mark.parametrize("cls", FORMS)
+def test_the_role_of_each_attribute_is_read(cls):
+    assert read_attention(cls) == FORMS[cls]
 
 
 @pytest.mark.parametrize("alteration", ALTERATIONS)
-def test_a_forward_that_was_changed_is_refused_with_the_reason(monkeypatch, alteration):
+def test_an_altered_forward_is_refused_with_the_reason(monkeypatch, alteration):
     old, new, problem = ALTERATIONS[alteration]
     monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, old, new))
     with pytest.raises(Unsupported, match=f"^FaithfulAttention: .*{problem}") as error:
@@ -76,72 +70,68 @@ def test_a_forward_that_was_changed_is_refused_with_the_reason(monkeypatch, alte
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        # Queries and keys may be made in any way: a computing layer runs its own forward.
-        ("key_states = self.k_proj(hidden_states)", "key_states = 2 * self.k_proj(hidden_states)"),
-        ("cos, sin = position_embeddings", "cos, sin = position_embeddings\n    query_states *= 3"),
-        # A branch for a cache or cross-attention is never taken.
-        (
-            "if past_key_values is not None:\n        key_states",
-            "if past_key_values is not None and self.training:\n        key_states",
-        ),
-        ("dropout=0.0 if not self.training else self.attention_dropout, ", ""),
-        # Maps that are not handed on as an argument are borne.
-        ("scaling=self.scaling, **kwargs", "scaling=self.scaling"),
-        # Other ways of saying the same.
-        (
-            "value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
-            "values = self.v_proj(hidden_states)\n"
-            "    value_states = values.reshape(*hidden_shape).transpose(1, 2).contiguous()",
-        ),
-        (
-            "attn_output = self.o_proj(attn_output)\n    return attn_output",
-            "projected = self.o_proj(attn_output)\n    return projected",
-        ),
-        (
-            "attn_output = attn_output.reshape(*input_shape, -1)",
-            "shape = attn_output.size()[:-2] + (-1,)\n    attn_output = attn_output.reshape(shape)",
-        ),
-        (
-            "attn_output = self.o_proj(attn_output)",
-            "attn_output = self.o_proj(attn_output)\n    attn_output = nn.functional.dropout(attn_output, "
-            "p=self.attention_dropout, training=self.training)",
-        ),
-    ],
-)
-def test_a_forward_changed_where_it_does_not_matter_is_served_and_agrees(monkeypatch, old, new):
-    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, old, new))
+HARMLESS = {
+    "other queries": (ROTARY, f"{ROTARY}\n    query_states *= 3"),
+    "other keys": ("key_states = self.k_proj(hidden_states)", "key_states = 2 * self.k_proj(hidden_states)"),
+    "another condition for a cache": (
+        "past_key_values is not None:\n        key_states",
+        "past_key_values is not None and self.training:\n        key_states",
+    ),
+    "no dropout": ("dropout=0.0 if not self.training else self.attention_dropout, ", ""),
+    "no keyword arguments for attention": ("scaling=self.scaling, **kwargs", "scaling=self.scaling"),
+    "values in two steps": (
+        VALUES,
+        "values = self.v_proj(hidden_states)\n"
+        "    value_states = values.reshape(*hidden_shape).transpose(1, 2).contiguous()",
+    ),
+    "another name for the output": (
+        f"{OUTPUT}\n    return attn_output",
+        "projected = self.o_proj(attn_output)\n    return projected",
+    ),
+    "another way to a shape": (
+        "attn_output = attn_output.reshape(*input_shape, -1)",
+        "shape = attn_output.size()[:-2] + (-1,)\n    attn_output = attn_output.reshape(shape)",
+    ),
+    "dropout of the output": (
+        OUTPUT,
+        f"{OUTPUT}\n    attn_output = nn.functional.dropout(attn_output, p=self.attention_dropout, "
+        "training=self.training)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS)
+def test_a_forward_with_a_harmless_change_is_accepted_and_agrees(monkeypatch, change):
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, *HARMLESS[change]))
     plan = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [3, 1, 1, 0]})
 
-    def llama(implementation):
-        model, batch = build("llama", implementation=implementation)
-        for layer in model.layers:
-            layer.self_attn.__class__ = FaithfulAttention
-        return model, batch
-
-    (eager, batch), (model, _) = llama("eager"), llama("sdpa")
+    (eager, batch), (model, _) = faithful_llama("eager"), faithful_llama()
     with torch.no_grad():
         reference = defined_output(eager, batch, plan)
-        ours = mr.apply(model, plan)(**batch).last_hidden_state
-    assert disagreement(ours, reference, batch["attention_mask"].bool()) <= 1e-4
+        output = mr.apply(model, plan)(**batch).last_hidden_state
+    assert disagreement(output, reference, batch["attention_mask"].bool()) <= 1e-4
+
+
+def faithful_llama(implementation="sdpa"):
+    model, batch = build("llama", implementation=implementation)
+    for layer in model.layers:
+        layer.self_attn.__class__ = FaithfulAttention
+    return model, batch
 
 
 def scaled(monkeypatch, width):
-    """Queries are scaled by a parameter of this width, inside a method."""
+    """A model whose queries are scaled inside a method by a parameter of this width."""
     monkeypatch.setattr(FaithfulAttention, "scaled", lambda self, query: query * self.scale, raising=False)
     new = "query_states = self.scaled(self.q_proj(hidden_states)).view"
     forward = rewritten(FaithfulAttention, "query_states = self.q_proj(hidden_states).view", new)
     monkeypatch.setattr(FaithfulAttention, "forward", forward)
-    model, batch = build("llama")
+    model, batch = faithful_llama()
     for layer in model.layers:
-        layer.self_attn.__class__ = FaithfulAttention
         layer.self_attn.scale = nn.Parameter(torch.ones(width))
     return model, batch
 
 
-def test_what_a_method_mentions_belongs_to_the_part_that_calls_it(monkeypatch):
+def test_attributes_used_by_a_method_have_the_role_of_its_caller(monkeypatch):
     model, batch = scaled(monkeypatch, 32)
     assert read_attention(FaithfulAttention).query == ("q_proj", "scale", "scaled")
     mr.apply(model, mr.ReusePlan.grouped(4, 2))
@@ -159,27 +149,28 @@ def test_a_parameter_that_spans_all_heads_cannot_compute_in_part(monkeypatch):
     ("old", "new", "problem"),
     [
         ("self.q_proj(hidden_states)", "hidden_states", "no query projection was found"),
-        ("self.k_proj(hidden_states)", "self.k_proj(self.k_a_proj(hidden_states))", None),
         ("self.v_proj(hidden_states)", "self.project_values(hidden_states)", "project_values is not a module"),
     ],
 )
-def test_projections_must_be_found_among_the_modules(monkeypatch, old, new, problem):
+def test_an_attention_without_its_projections_as_modules_is_refused(monkeypatch, old, new, problem):
     monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, old, new))
-    model, _ = build("llama")
-    for layer in model.layers:
-        layer.self_attn.__class__ = FaithfulAttention
-        layer.self_attn.k_a_proj = nn.Linear(32, 32)
-    if problem is None:
-        with pytest.raises(Unsupported, match=r"layer 1 .*: partial reuse needs one plain projection each"):
-            mr.apply(model, PLANS["in part"])
-        mr.apply(model, mr.ReusePlan.grouped(4, 2))
-        assert not hasattr(model.layers[1].self_attn, "k_a_proj")
-        return
     with pytest.raises(Unsupported, match=problem):
-        mr.apply(model, mr.ReusePlan.grouped(4, 2))
+        mr.apply(faithful_llama()[0], mr.ReusePlan.grouped(4, 2))
 
 
-def test_a_forward_replaced_on_the_class_is_read_anew(monkeypatch):
+def test_keys_from_two_projections_cannot_be_computed_in_part_and_are_both_removed(monkeypatch):
+    new = "self.k_proj(self.k_a_proj(hidden_states))"
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, "self.k_proj(hidden_states)", new))
+    model, _ = faithful_llama()
+    for layer in model.layers:
+        layer.self_attn.k_a_proj = nn.Linear(32, 32)
+    with pytest.raises(Unsupported, match=r"layer 1 .*: partial reuse needs one plain projection each"):
+        mr.apply(model, PLANS["in part"])
+    mr.apply(model, mr.ReusePlan.grouped(4, 2))
+    assert not {"k_proj", "k_a_proj"} & model.layers[1].self_attn._modules.keys()
+
+
+def test_a_forward_replaced_on_the_class_is_read_again(monkeypatch):
     changed = rewritten(LlamaAttention, "self.v_proj(hidden_states)", "2 * self.v_proj(hidden_states)")
     monkeypatch.setattr(LlamaAttention, "forward", changed)
     with pytest.raises(Unsupported, match="LlamaAttention: values are computed as"):
@@ -203,7 +194,7 @@ def test_a_forward_replaced_on_one_module_is_refused():
         ("wav2vec2-conformer-relative", Wav2Vec2ConformerSelfAttention, "self.scaling"),
     ],
 )
-def test_a_family_with_an_adapter_is_refused_when_its_forward_changes(monkeypatch, family, cls, old):
+def test_a_class_with_an_adapter_is_refused_if_its_forward_has_changed(monkeypatch, family, cls, old):
     model, _ = build(family)
     monkeypatch.setattr(cls, "forward", rewritten(cls, old, f"{old} * 2"))
     with pytest.raises(
@@ -231,8 +222,8 @@ def test_comments_and_docstrings_do_not_change_a_fingerprint():
 
     class Commented(nn.Module):
         def forward(self, x):
-            """Says what it does."""
-            return self.layer(x)  # and why
+            """A docstring."""
+            return self.layer(x)  # a comment
 
     class Other(nn.Module):
         def forward(self, x):
@@ -247,65 +238,48 @@ def test_a_forward_without_source_is_refused():
 
 
 LOOP = "for i, layer_module in enumerate(self.layer):"
+AGAIN = "hidden_states = self.layer[1](hidden_states, attention_mask)"
+ONE_AFTER_THE_OTHER = "does not run its layer one after the other, once"
 
 
 @pytest.mark.parametrize(
-    ("cls", "old", "new", "problem"),
+    ("old", "new", "problem"),
     [
-        (
-            BertEncoder,
-            LOOP,
-            LOOP.replace("self.layer", "self.layer[1:]"),
-            "does not run its layer one after the other",
-        ),
-        (BertEncoder, LOOP, LOOP.replace("self.layer", "reversed(self.layer)"), "does not run its layer one after"),
-        (BertEncoder, LOOP, f"for _ in range(2):\n      {LOOP}", "does not run its layer one after the other"),
-        (BertEncoder, LOOP, LOOP.replace("self.layer", "self.layer[: self.config.num_hidden_layers]"), None),
-        (BertEncoder, "layer_module(", "self.call(layer_module,", "does not call its layer in their loop"),
+        (LOOP, LOOP.replace("self.layer", "self.layer[1:]"), ONE_AFTER_THE_OTHER),
+        (LOOP, LOOP.replace("self.layer", "reversed(self.layer)"), ONE_AFTER_THE_OTHER),
+        (LOOP, f"for _ in range(2):\n      {LOOP}", ONE_AFTER_THE_OTHER),
+        (LOOP, f"{AGAIN}\n    {LOOP}", ONE_AFTER_THE_OTHER),
+        ("return BaseModelOutput", f"{AGAIN}\n    return BaseModelOutput", ONE_AFTER_THE_OTHER),
+        ("layer_module(", "self.call(layer_module,", "does not call its layer in their loop"),
     ],
 )
-def test_maps_must_be_able_to_travel_from_the_stack_to_every_attention(monkeypatch, cls, old, new, problem):
+def test_a_stack_that_does_not_run_every_layer_once_in_order_is_refused(monkeypatch, old, new, problem):
     model, _ = build("bert")
-    forward = rewritten(cls, old, new)
-    monkeypatch.setattr(cls, "forward", forward)
-    if problem is None:
-        mr.apply(model, mr.ReusePlan.grouped(4, 2))
-        return
-    with pytest.raises(Unsupported, match=f"^{cls.__name__}: its forward {problem}"):
+    monkeypatch.setattr(BertEncoder, "forward", rewritten(BertEncoder, old, new))
+    with pytest.raises(Unsupported, match=f"^BertEncoder: its forward {problem}"):
         mr.apply(model, mr.ReusePlan.grouped(4, 2))
 
 
-@pytest.mark.parametrize("old", ["for i, layer_module", "return BaseModelOutputWithPast"])
-def test_layers_that_also_run_outside_the_loop_are_refused(monkeypatch, old):
+def test_a_loop_over_as_many_layers_as_the_config_counts_is_accepted(monkeypatch):
     model, _ = build("bert")
-    again = "hidden_states = self.layer[1](hidden_states, attention_mask)"
-    monkeypatch.setattr(BertEncoder, "forward", rewritten(BertEncoder, old, f"{again}\n    {old}"))
-    with pytest.raises(
-        Unsupported, match="BertEncoder: its forward does not run its layer one after the other, once"
-    ):
-        mr.apply(model, mr.ReusePlan.grouped(4, 2))
-
-
-def bert_that_passes_nothing_on(monkeypatch, cls, implementation="sdpa"):
-    """A BERT whose stack, layers or attentions do not hand their keyword arguments to the next."""
-    model, batch = build("bert", implementation=implementation)
-    monkeypatch.setattr(cls, "forward", rewritten(cls, "**kwargs,", ""))
-    return model, batch
+    loop = LOOP.replace("self.layer", "self.layer[: self.config.num_hidden_layers]")
+    monkeypatch.setattr(BertEncoder, "forward", rewritten(BertEncoder, LOOP, loop))
+    mr.apply(model, mr.ReusePlan.grouped(4, 2))
 
 
 @pytest.mark.parametrize("cls", [BertEncoder, BertLayer, BertAttention])
-def test_where_no_keyword_arguments_are_passed_on_maps_are_borne(monkeypatch, cls):
-    with monkeypatch.context() as patched:
-        eager, batch = bert_that_passes_nothing_on(patched, cls, "eager")
-    with monkeypatch.context() as patched, torch.no_grad():
-        model, _ = bert_that_passes_nothing_on(patched, cls)
+def test_maps_are_injected_if_keyword_arguments_are_not_passed_on(monkeypatch, cls):
+    eager, batch = build("bert", implementation="eager")
+    model, _ = build("bert")
+    monkeypatch.setattr(cls, "forward", rewritten(cls, "**kwargs,", ""))
+    with torch.no_grad():
         for plan in (PLANS["full"], PLANS["other heads"], PLANS["two sources"]):
-            ours = mr.apply(copy.deepcopy(model), plan)(**batch).last_hidden_state
+            output = mr.apply(copy.deepcopy(model), plan)(**batch).last_hidden_state
             reference = defined_output(eager, batch, plan)
-            assert disagreement(ours, reference, batch["attention_mask"].bool()) <= 1e-4
+            assert disagreement(output, reference, batch["attention_mask"].bool()) <= 1e-4
 
 
-def test_maps_are_not_borne_to_an_attention_that_is_called_twice(monkeypatch):
+def test_maps_are_not_injected_into_an_attention_that_is_called_twice(monkeypatch):
     model, _ = build("bert")
     once = "attention_output, attn_weights = self.self("
     new = f"self.self(hidden_states)\n    kwargs = {{}}\n    {once}"
@@ -326,7 +300,9 @@ def test_maps_are_not_borne_to_an_attention_that_is_called_twice(monkeypatch):
         (BertSelfOutput, "self.dense(hidden_states)", "self.dense(self.LayerNorm(hidden_states))"),
     ],
 )  # fmt: skip
-def test_heads_are_not_reordered_where_the_context_takes_another_way_out(monkeypatch, cls, old, new):
+def test_heads_are_not_reordered_if_the_context_does_not_go_straight_to_the_output_projection(
+    monkeypatch, cls, old, new
+):
     model, _ = build("bert")
     monkeypatch.setattr(cls, "forward", rewritten(cls, old, new))
     with pytest.raises(Unsupported, match=r"layer 1 .*no plain output projection directly after its context"):
