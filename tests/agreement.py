@@ -8,6 +8,7 @@ import functools
 import torch
 from families import build
 from oracle import defined_output, disagreement, valid_rows
+from torch import nn
 
 import mapreuse as mr
 
@@ -26,9 +27,20 @@ STORAGES = ("dense", "recompute")
 IMPLEMENTATIONS = ("eager", "sdpa")
 
 
+@torch.no_grad()
+def randomize_biases(model: nn.Module) -> None:
+    """Give the biases of projections random values, because most families start them at zero."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.dim() == 1 and "norm" not in name.lower():
+            nn.init.normal_(parameter, std=0.3)
+
+
 @functools.cache
 def _built(family: str, implementation: str):
-    return build(family, implementation=implementation)
+    model, batch = build(family, implementation=implementation)
+    randomize_biases(model)
+    return model, batch
 
 
 @functools.cache

@@ -97,11 +97,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "distilbert": _distilbert,
     "electra": lambda: _text(tf.ElectraConfig, tf.ElectraModel, embedding_size=32),
     "modernbert": lambda: _text(
-        tf.ModernBertConfig,
-        tf.ModernBertModel,
-        cls_token_id=1,
-        sep_token_id=2,
-        layer_types=["full_attention"] * 4,
+        tf.ModernBertConfig, tf.ModernBertModel, cls_token_id=1, sep_token_id=2, layer_types=["full_attention"] * 4
     ),
     "vit": lambda: _image(tf.ViTConfig, tf.ViTModel),
     "deit": lambda: _image(tf.DeiTConfig, tf.DeiTModel),

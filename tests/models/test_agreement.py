@@ -23,6 +23,7 @@ def peaked(model, seed=0):
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.35 if "emb" in name else 0.45)
+    agreement.randomize_biases(model)
     return model.eval()
 
 

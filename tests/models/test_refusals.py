@@ -11,7 +11,6 @@ from agreement import PLANS
 from families import FAMILIES, SIZE, build
 from packed_encoders import WIDTH, encoder, peaked
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
@@ -222,6 +221,10 @@ REFUSED = {
         reconfigured("gpt2", reorder_and_upcast_attn=True),
         "GPT2Attention: reorder_and_upcast_attn=True",
     ),
+    "layers of ALBERT": (
+        lambda: tf.AlbertModel(tf.AlbertConfig(**SIZE | TEXT, embedding_size=16)),
+        "AlbertModel runs the layers .* perhaps more than once",
+    ),
 }
 
 
@@ -266,7 +269,7 @@ def test_layers_of_a_decoder_share_maps_only_with_layers_of_their_type():
 
 def wrapped_output(model):
     output = model.encoder.layer[1].attention.output
-    output.dense = LoraLinear(output.dense)
+    output.dense = nn.Sequential(output.dense)
 
 
 def tied_output(model):
@@ -334,19 +337,6 @@ def test_generate_with_a_decoder_under_a_plan_is_refused(cls):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
 
 
-class LoraLinear(nn.Module):
-    """Wrapped as in PEFT: a projection and low-rank terms."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.Linear(base_layer.in_features, 2, bias=False)
-        self.lora_B = nn.Linear(2, base_layer.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base_layer(x) + self.lora_B(self.lora_A(x))
-
-
 class Int8Linear(nn.Linear):
     """Quantised as in bitsandbytes: a subclass of the plain projection."""
 
@@ -372,7 +362,7 @@ def offloaded(linear):
 
 
 WRAPPINGS = {
-    "LoRA": (LoraLinear, "LoraLinear, not a plain projection"),
+    "wrapped": (nn.Sequential, "Sequential, not a plain projection"),
     "int8": (int8, "Int8Linear, not a plain projection"),
     "torchao": (quantised_weight, "is stored as QuantisedTensor"),
     "weight norm": (nn.utils.parametrizations.weight_norm, "ParametrizedLinear, not a plain projection"),
@@ -394,7 +384,7 @@ def test_a_projection_that_is_not_plain_is_refused_by_name(wrapping, projection)
 
 def test_wrapped_layers_outside_attention_are_accepted():
     model, batch = build("llama")
-    model.layers[2].mlp.up_proj = LoraLinear(model.layers[2].mlp.up_proj)
+    model.layers[2].mlp.up_proj = nn.Sequential(model.layers[2].mlp.up_proj)
     mr.apply(model, GROUPS)
     model(**batch)
 
@@ -406,17 +396,22 @@ def test_a_dynamically_quantised_model_is_refused_by_name():
     assert_refused(quantised, GROUPS, "layer 0: query is a torch.ao.nn.quantized.*Linear, not a plain projection")
 
 
-def test_an_implementation_switched_after_apply_is_refused_at_the_next_pass():
+@pytest.fixture
+def bert():
+    """A BERT under a plan, and its batch."""
     model, batch = build("bert")
-    mr.apply(model, GROUPS)
+    return mr.apply(model, GROUPS), batch
+
+
+def test_an_implementation_switched_after_apply_is_refused_at_the_next_pass(bert):
+    model, batch = bert
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="BertEncoder makes masks for 'flash_attention_2'"):
         model(**batch)
 
 
-def test_a_mask_of_two_dimensions_is_refused():
-    model, batch = build("bert")
-    mr.apply(model, GROUPS)
+def test_a_mask_of_two_dimensions_is_refused(bert):
+    model, batch = bert
     model.encoder.layer[0].register_forward_pre_hook(
         lambda module, args, kwargs: ((args[0], batch["attention_mask"], *args[2:]), kwargs), with_kwargs=True
     )
@@ -432,33 +427,18 @@ def test_an_argument_that_could_change_the_map_is_refused(family):
         model(**batch, softcap=30.0)
 
 
-def test_encoder_states_that_could_reach_a_planned_attention_are_refused():
-    model, _ = build("bert")
-    mr.apply(model, GROUPS)
+def test_encoder_states_that_could_reach_a_planned_attention_are_refused(bert):
     with pytest.raises(ValueError, match="cannot take encoder_hidden_states"):
-        model.encoder(torch.randn(2, 9, 32), encoder_hidden_states=torch.randn(2, 7, 32))
+        bert[0].encoder(torch.randn(2, 9, 32), encoder_hidden_states=torch.randn(2, 7, 32))
 
 
-def test_a_layer_cannot_run_outside_its_stack():
-    model, _ = build("bert")
-    mr.apply(model, GROUPS)
+def test_a_layer_cannot_run_outside_its_stack(bert):
     with pytest.raises(ValueError, match="layer 1 of a model that shares attention maps was called by itself"):
-        model.encoder.layer[1](torch.randn(1, 3, 32))
+        bert[0].encoder.layer[1](torch.randn(1, 3, 32))
 
 
-def test_a_source_that_does_not_run_is_an_error_outside_training():
-    model, batch = build("bert")
-    mr.apply(model, GROUPS)
+def test_a_source_that_does_not_run_is_an_error_outside_training(bert):
+    model, batch = bert
     model.encoder.layer[0].forward = lambda hidden_states, *args, **kwargs: hidden_states
     with pytest.raises(RuntimeError, match="layer 1 reuses layer 0's map, but layer 0 did not run"):
         model(**batch)
-
-
-def test_a_transposed_projection_keeps_its_kind():
-    """GPT-2's Conv1D stores (inputs, outputs)."""
-    model, _ = build("gpt2")
-    mr.apply(model, GROUPS)
-    projection = model.h[1].attn.c_attn
-    assert type(projection) is Conv1D
-    assert projection.weight.shape == (32, 32)
-    assert projection.nf == 32

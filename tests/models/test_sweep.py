@@ -72,7 +72,6 @@ def test_types_listed_as_exact_are_exact(model_type):
         ("longformer", "does not go through transformers' attention interface"),
         ("olmo", "clamp_"),
         ("phi3", "qkv_proj"),
-        ("albert", "perhaps more than once"),
         ("qwen2_5_vl_vision", "calls attention_interface 2 times"),
         ("sam3_vit_model", "its hidden states have 4 dimensions"),
         ("kosmos_2_5_vision_model", "is not chosen by"),
