@@ -269,7 +269,7 @@ def test_layers_of_a_decoder_share_maps_only_with_layers_of_their_type():
 
 def wrapped_output(model):
     output = model.encoder.layer[1].attention.output
-    output.dense = nn.Sequential(output.dense)
+    output.dense = WrappedLinear(output.dense)
 
 
 def tied_output(model):
@@ -337,6 +337,17 @@ def test_generate_with_a_decoder_under_a_plan_is_refused(cls):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
 
 
+class WrappedLinear(nn.Module):
+    """Wrapped as in PEFT."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
 class Int8Linear(nn.Linear):
     """Quantised as in bitsandbytes: a subclass of the plain projection."""
 
@@ -362,7 +373,7 @@ def offloaded(linear):
 
 
 WRAPPINGS = {
-    "wrapped": (nn.Sequential, "Sequential, not a plain projection"),
+    "wrapped": (WrappedLinear, "WrappedLinear, not a plain projection"),
     "int8": (int8, "Int8Linear, not a plain projection"),
     "torchao": (quantised_weight, "is stored as QuantisedTensor"),
     "weight norm": (nn.utils.parametrizations.weight_norm, "ParametrizedLinear, not a plain projection"),
@@ -384,7 +395,7 @@ def test_a_projection_that_is_not_plain_is_refused_by_name(wrapping, projection)
 
 def test_wrapped_layers_outside_attention_are_accepted():
     model, batch = build("llama")
-    model.layers[2].mlp.up_proj = nn.Sequential(model.layers[2].mlp.up_proj)
+    model.layers[2].mlp.up_proj = WrappedLinear(model.layers[2].mlp.up_proj)
     mr.apply(model, GROUPS)
     model(**batch)
 
