@@ -1,11 +1,11 @@
 """Where does attention live in a model family, and how is it made to share maps?"""
 
-from mapreuse.models import _fused, _parakeet, _timm, _torch_encoder, _wav2vec2_conformer  # noqa: F401  register adapters
+from mapreuse.models import _fused, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
 from mapreuse.models._apply import applied_plans, apply, plan_of, with_projections
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._optimize import optimize, optimized
 from mapreuse.models._plan_conversions import possible_sources
-from mapreuse.models._projections import ValueProjection, output_projection, value_projection
+from mapreuse.models._projections import output_projection, value_projection
 from mapreuse.models._recording import MapRecorder, Recording, check_batch, not_padding, recorded_states
 from mapreuse.models._runtime import MAPS_ARGUMENT, observing_inputs
 from mapreuse.models._snapshots import copy_with_same_weights
@@ -18,7 +18,6 @@ __all__ = [
     "MapRecorder",
     "Recording",
     "Unsupported",
-    "ValueProjection",
     "applied_plans",
     "apply",
     "check_batch",

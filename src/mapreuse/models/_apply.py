@@ -104,7 +104,7 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
             convert_attention(conversion)
         refuse_save_pretrained(model)
         if not by_keyword:
-            inject_maps(stack.module, stack.attention_paths)
+            inject_maps(stack)
         stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
         stack.module.register_forward_hook(_close_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())

@@ -14,6 +14,7 @@ from mapreuse.models._linear import (
     OptimizedHeadSubsetLinear,
     OptimizedLinear,
     head_rows,
+    selected,
     take_inputs,
     take_outputs,
 )
@@ -78,7 +79,7 @@ def convert_attention(conversion: Conversion) -> None:
 
 
 def _take_fused(conversion: Conversion) -> None:
-    """Of a fused projection, keep the queries and keys of the heads that compute, and all values."""
+    """Reduce a fused projection to the queries and keys of the heads that compute, and all values."""
     layout, dim = conversion.layout, conversion.heads.head_dim
     width = layout.num_heads * dim
     own_rows = head_rows(layout.order[: layout.computing], dim)
@@ -104,5 +105,4 @@ def _keep_heads(conversion: Conversion) -> None:
                 else:
                     take_outputs(module, rows)
             elif parameter is not None and not keeps_forward:
-                kept = parameter.detach()[list(heads)].clone()
-                setattr(attention, attribute, nn.Parameter(kept, parameter.requires_grad))
+                setattr(attention, attribute, selected(parameter, 0, heads))

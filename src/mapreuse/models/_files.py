@@ -32,7 +32,7 @@ _CONFIG = "config.json"
 _WEIGHTS = "mapreuse.safetensors"
 _MODELS = "transformers.models."
 _FOREIGN = ("model*.safetensors*", "pytorch_model*.bin*")
-_FIELDS = {"class": str, "config": dict, "dtype": str, "sha256": str}
+_REQUIRED = {"class": str, "config": dict, "dtype": str, "sha256": str}
 _OPTIONAL = {
     "absent": list,
     "attn_implementation": str,
@@ -73,8 +73,12 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
     path = Path(path)
     if foreign := sorted(file.name for pattern in _FOREIGN for file in path.glob(pattern)):
         raise ValueError(f"{path} holds another model's weights ({foreign[0]}); save to another directory")
-    stored, description = dict(_stored_tensors(model)), _describe(path, model)
-    _check_rebuilt(path, stored, description)
+    stored, description = dict(_stored_tensors(model)), _describe(model)
+    rebuilt = _rebuilt(path, description, "meta")
+    if absent := list(_absent(model, rebuilt)):
+        description["absent"] = absent
+        _remove(path, rebuilt, absent)
+    _check_rebuilt(rebuilt, stored)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as directory:
         weights, config_file = Path(directory) / _WEIGHTS, Path(directory) / _CONFIG
@@ -107,7 +111,15 @@ def load(path: str | Path) -> PreTrainedModel:
     if _sha256(weights) != config["sha256"]:
         raise ValueError(f"{weights} is truncated or damaged: its checksum is not the one in {_CONFIG}")
     model = _rebuilt(path, config)
-    _fill(model, weights)
+    try:
+        stored = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a safetensors file: {_one_line(error)}") from None
+    destinations = _destinations(model, stored)
+    if differences := _differences(stored, destinations):
+        raise ValueError(f"{weights} does not hold the weights of this {type(model).__name__}: {differences}")
+    for key, tensor in destinations.items():
+        tensor.data = stored[key].to(tensor.dtype, copy=True)  # without a copy, the model would change with the file
     return model.eval()
 
 
@@ -137,30 +149,35 @@ def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrai
     modules = dict(model.named_modules())
     for reuse in config.get("reuse", []):
         problem = f"{path}: its plan does not fit {config['class']}"
-        entry = reuse if isinstance(reuse, dict) else {}
-        stack, budget = entry.get("stack"), entry.get("memory_budget")
-        storage = entry.get("storage", entry.get("strategy"))
+        entry: dict[str, Any] = reuse if isinstance(reuse, dict) else {}
+        stack, storage = entry.get("stack"), entry.get("storage") or entry.get("strategy", "")
         if not (isinstance(stack, str) and stack in modules):
             raise ValueError(f"{problem}: it has no module {stack!r}")
-        if not (isinstance(storage, str) and isinstance(budget, int | None)):
-            raise ValueError(f"{problem}: storage {storage!r} or memory_budget {budget!r} is of a wrong type")
         try:
             plan = ReusePlan.from_json(json.dumps(entry.get("plan")))
-            apply(modules[stack], plan, storage=storage, memory_budget=budget)
+            apply(modules[stack], plan, storage=storage, memory_budget=entry.get("memory_budget"))
         except ValueError as error:
             raise ValueError(f"{problem}: {_one_line(error)}") from None
         if config["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
             raise ValueError(
                 f"{path}: format version 1 stored the heads of this plan in another order; convert the original again"
             )
-    for name in config.get("absent", []):
-        if not (isinstance(name, str) and name in modules):
-            raise ValueError(f"{path}: {_CONFIG} lists {name!r} as absent, but {config['class']} has no such module")
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, None)
+    _remove(path, model, config.get("absent", []))
     if applied_plans(model):
         refuse_save_pretrained(model)
     return model
+
+
+def _remove(path: Path, model: PreTrainedModel, absent: list[Any]) -> None:
+    """Replace modules by None."""
+    modules = dict(model.named_modules())
+    for name in absent:
+        if not (isinstance(name, str) and name in modules):
+            raise ValueError(
+                f"{path}: {_CONFIG} lists {name!r} as absent, but {type(model).__name__} has no such module"
+            )
+        parent, _, last = name.rpartition(".")
+        setattr(modules[parent], last, None)
 
 
 def _build(path: Path, config: dict[str, Any], device: str) -> PreTrainedModel:
@@ -191,22 +208,20 @@ def _build(path: Path, config: dict[str, Any], device: str) -> PreTrainedModel:
     return model
 
 
-def _check_rebuilt(path: Path, stored: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Raise `ValueError` if `load` could not fill the model that `description` describes with these tensors."""
-    name = description["class"]
+def _check_rebuilt(rebuilt: PreTrainedModel, stored: dict[str, Tensor]) -> None:
+    """Raise `ValueError` if `load` could not fill the model that it rebuilds with these tensors."""
+    name = type(rebuilt).__name__
     if empty := [key for key, tensor in stored.items() if tensor.is_meta]:
         raise ValueError(f"{empty[0]} of this {name} is on the meta device and has no data; load its weights first")
-    expected = _destinations(_rebuilt(path, description, "meta"), stored)
-    if differences := _differences(stored, expected):
-        more = f" and {len(differences) - 3} others" if len(differences) > 3 else ""
+    if differences := _differences(stored, _destinations(rebuilt, stored)):
         raise ValueError(
             f"this {name} cannot be saved, because it is not the model that its configuration describes, and load "
-            f"would refuse it: {'; '.join(differences[:3])}{more}"
+            f"would refuse it: {differences}"
         )
 
 
-def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """How stored tensors differ from the expected ones, in names and shapes."""
+def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """How stored tensors differ from the expected ones, in names and shapes; empty if they do not."""
     missing = [f"{key} is missing" for key in expected.keys() - stored.keys()]
     extra = [f"{key} is not part of it" for key in stored.keys() - expected.keys()]
     shapes = [
@@ -214,24 +229,12 @@ def _differences(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> list
         for key in stored.keys() & expected.keys()
         if stored[key].shape != expected[key].shape
     ]
-    return [*sorted(missing), *sorted(extra), *sorted(shapes)]
+    found = [*sorted(missing), *sorted(extra), *sorted(shapes)]
+    return "; ".join(found[:3]) + (f" and {len(found) - 3} others" if len(found) > 3 else "")
 
 
-def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """The contents of `config.json`, without name and checksum of the weights.
-
-    Raises:
-        ValueError: if the configuration cannot be written as JSON, or describes no model.
-    """
-    reuse = [
-        {
-            "stack": stack,
-            "storage": applied.storage,
-            "memory_budget": applied.memory_budget,
-            "plan": json.loads(applied.plan.to_json()),
-        }
-        for stack, applied in applied_plans(model).items()
-    ]
+def _describe(model: PreTrainedModel) -> dict[str, Any]:
+    """The contents of `config.json`, without absent modules and without name and checksum of the weights."""
     config = {
         "model_type": _FORMAT,
         "version": _VERSIONS[-1],
@@ -240,20 +243,25 @@ def _describe(path: Path, model: PreTrainedModel) -> dict[str, Any]:
         "dtype": _name(model.dtype),
         "dtypes": {name: _name(t.dtype) for name, t in _floating_tensors(model) if t.dtype != model.dtype},
         "attn_implementation": model.config._attn_implementation,
-        "reuse": reuse,
+        "reuse": [
+            {
+                "stack": stack,
+                "storage": applied.storage,
+                "memory_budget": applied.memory_budget,
+                "plan": json.loads(applied.plan.to_json()),
+            }
+            for stack, applied in applied_plans(model).items()
+        ],
         "transformers_version": transformers.__version__,
         "config": model.config.to_dict(),
     }
     if (generation := getattr(model, "generation_config", None)) is not None:
         config["generation_config"] = generation.to_dict()
     try:
-        text = json.dumps(config)
+        return json.loads(json.dumps(config))
     except TypeError as error:
         name = config["class"]
         raise ValueError(f"the configuration of this {name} cannot be written as JSON: {_one_line(error)}") from None
-    config = json.loads(text)
-    absent = list(_absent(model, _rebuilt(path, config, "meta")))
-    return config | {"absent": absent} if absent else config
 
 
 def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
@@ -263,22 +271,6 @@ def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
         parent, _, last = name.rpartition(".")
         if parent in modules and getattr(modules[parent], last, described) is None:
             yield name
-
-
-def _fill(model: PreTrainedModel, weights: Path) -> None:
-    """Copy the weights of a file to a model. The file must hold exactly the weights of the model."""
-    try:
-        stored = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is not a safetensors file: {_one_line(error)}") from None
-    destinations = _destinations(model, stored)
-    if differences := _differences(stored, destinations):
-        more = f" and {len(differences) - 1} others" if len(differences) > 1 else ""
-        raise ValueError(
-            f"{weights} does not hold the weights of this {type(model).__name__}: {differences[0]}{more}"
-        )
-    for key, tensor in destinations.items():
-        tensor.data = stored[key].to(tensor.dtype, copy=True)  # without a copy, the model would change with the file
 
 
 def _destinations(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -328,8 +320,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: format version {config.get('version')!r} is not supported; this mapreuse reads versions "
             f"{_VERSIONS[0]} to {_VERSIONS[-1]}"
         )
-    for name, kind in (_FIELDS | _OPTIONAL).items():
-        if name in _FIELDS and name not in config:
+    for name, kind in (_REQUIRED | _OPTIONAL).items():
+        if name in _REQUIRED and name not in config:
             raise ValueError(f"{file}: {name!r} is missing")
         if name in config and not isinstance(config[name], kind):
             raise ValueError(f"{file}: {name!r} must be a {kind.__name__}, got {config[name]!r}")

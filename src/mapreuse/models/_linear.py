@@ -39,9 +39,8 @@ class HeadSubsetLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, len(rows)
         self.padding = linear.out_features - len(rows)
-        self.weight = nn.Parameter(linear.weight.detach()[rows].clone(), linear.weight.requires_grad)
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone(), bias.requires_grad)
+        self.weight = selected(linear.weight, 0, rows)
+        self.bias = None if linear.bias is None else selected(linear.bias, 0, rows)
         self.train(linear.training)
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch whole"]:
@@ -100,20 +99,19 @@ def head_rows(heads: Sequence[int], head_dim: int) -> list[int]:
 
 def take_outputs(projection: nn.Linear | Conv1D, rows: list[int]) -> None:
     """Keep these outputs of a projection, in this order, in place."""
-    with torch.no_grad():
-        if isinstance(projection, Conv1D):
-            projection.weight = nn.Parameter(projection.weight[:, rows].clone(), projection.weight.requires_grad)
-            projection.nf = len(rows)
-        else:
-            projection.weight = nn.Parameter(projection.weight[rows].clone(), projection.weight.requires_grad)
-            projection.out_features = len(rows)
-        if projection.bias is not None:
-            projection.bias = nn.Parameter(projection.bias[rows].clone(), projection.bias.requires_grad)
+    conv1d = isinstance(projection, Conv1D)
+    projection.weight = selected(projection.weight, 1 if conv1d else 0, rows)
+    if projection.bias is not None:
+        projection.bias = selected(projection.bias, 0, rows)
+    setattr(projection, "nf" if conv1d else "out_features", len(rows))
 
 
 def take_inputs(projection: nn.Linear | Conv1D, columns: list[int]) -> None:
     """Put the inputs of a projection in this order, in place."""
-    with torch.no_grad():
-        weight = projection.weight
-        reordered = weight[columns] if isinstance(projection, Conv1D) else weight[:, columns]
-        projection.weight = nn.Parameter(reordered.clone(), weight.requires_grad)
+    projection.weight = selected(projection.weight, 0 if isinstance(projection, Conv1D) else 1, columns)
+
+
+def selected(parameter: Tensor, dim: int, indices: Sequence[int]) -> nn.Parameter:
+    """A new parameter with some rows or columns of another."""
+    kept = parameter.detach().index_select(dim, torch.tensor(indices, device=parameter.device))
+    return nn.Parameter(kept, parameter.requires_grad)

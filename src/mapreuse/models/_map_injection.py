@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from mapreuse.maps import SharedMaps
 from mapreuse.models._runtime import INJECTED_MAPS
 from mapreuse.models._sharing_classes import sharing_class
 from mapreuse.models._source import Unsupported
+from mapreuse.models._stack import Stack
 
 _Paths = dict[str, Any]
 """A tree of names: {"layers": {"0": {"self_attn": {}}}}."""
@@ -38,15 +38,15 @@ class MapInjection(nn.Module):
         return super(MapInjection, copied).forward(*args, **kwargs)
 
 
-def inject_maps(stack: Any, paths: Iterable[str]) -> None:
-    """Make a stack pass maps to the attention modules at these paths."""
-    tree: _Paths = {}
-    for path in paths:
-        branch = tree
-        for name in path.split("."):
+def inject_maps(stack: Stack) -> None:
+    """Make a stack pass maps to its attention modules."""
+    module: Any = stack.module
+    module._paths = {}
+    for index, layer in zip(module.get_submodule(stack.list_name)._modules, stack.layers, strict=True):
+        branch = module._paths
+        for name in filter(None, f"{stack.list_name}.{index}.{layer.path}".split(".")):
             branch = branch.setdefault(name, {})
-    stack._paths = tree
-    stack.__class__ = sharing_class(MapInjection, type(stack))  # type: ignore[arg-type]
+    module.__class__ = sharing_class(MapInjection, type(module))  # type: ignore[arg-type]
 
 
 def _copy_with_maps(module: nn.Module, paths: _Paths, maps: SharedMaps | None) -> nn.Module:

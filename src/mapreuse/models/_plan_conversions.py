@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mapreuse.models._adapters import attention_form
 from mapreuse.models._conversion import Conversion
@@ -90,13 +90,10 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
 def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> None:
     """Projections must be plain. Wrapped ones (LoRA) and other formats (quantised) cannot be split by heads."""
     for attribute in dict.fromkeys((*form.query, *form.key, form.value, *form.output)):
-        parameter, module = attention._parameters.get(attribute), attention._modules.get(attribute)
-        needed = attribute == form.value or attribute in form.output
-        if module is None:
-            if needed:
-                raise Unsupported(f"{name}: {type(attention).__name__}.{attribute} is not a module")
-            stored = [] if parameter is None else [parameter]
-        else:
+        module = attention._modules.get(attribute)
+        if module is None and attribute in (form.value, *form.output):
+            raise Unsupported(f"{name}: {type(attention).__name__}.{attribute} is not a module")
+        if module is not None:
             cls = type(module)
             plain = is_plain_linear(module) or (attribute != form.value and cls.__module__.startswith(_PLAIN_MODULES))
             if not plain or "forward" in vars(module):
@@ -109,9 +106,9 @@ def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> 
                     f"{name}: the weight of {attribute} is computed from other parameters; remove the "
                     "parametrisation first"
                 )
-            stored = list(module.parameters())
+        stored = (attention._parameters.get(attribute),) if module is None else module.parameters()
         for one in stored:
-            if type(one) is not nn.Parameter:
+            if one is not None and type(one) is not nn.Parameter:
                 raise Unsupported(
                     f"{name}: {attribute} is stored as {type(one).__name__}, expected a plain Parameter; load the "
                     "model unquantised and unsharded"
@@ -124,17 +121,15 @@ def _inseparable(attention: nn.Module, form: AttentionForm, heads: HeadCounts) -
         return None
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
-        parameters = {a: attention._parameters[a] for a in attributes if a in attention._parameters}
         linear = [a for a, module in modules.items() if isinstance(module, nn.Linear) and is_plain_linear(module)]
         if len(linear) != 1:
             return "partial reuse needs one plain projection each of queries and keys"
-        for attribute, module in modules.items():
-            shapes = {tuple(parameter.shape) for parameter in module.parameters()} or {()}
-            separable = shapes == {(heads.head_dim,)} or type(module) in (nn.Identity, nn.Dropout)
+        stored: dict[str, list[Tensor | None]] = {a: [*module.parameters()] for a, module in modules.items()}
+        stored |= {a: [attention._parameters[a]] for a in attributes if a in attention._parameters}
+        for attribute, parameters in stored.items():
+            same_for_heads = {None if p is None else tuple(p.shape) for p in parameters} == {(heads.head_dim,)}
+            separable = same_for_heads or type(modules.get(attribute)) in (nn.Identity, nn.Dropout)
             if attribute in form.bias or (attribute not in linear and not separable):
-                return f"{attribute} spans all heads, so they cannot compute in part"
-        for attribute, parameter in parameters.items():
-            if attribute in form.bias or parameter is None or tuple(parameter.shape) != (heads.head_dim,):
                 return f"{attribute} spans all heads, so they cannot compute in part"
     return None
 

@@ -138,7 +138,7 @@ def _form_of(layer: Layer) -> AttentionForm:
 
 
 def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Conv1D | None:
-    """The same, or None if there is no such projection."""
+    """The output projection of a layer whose attention has this form, or None if there is no such projection."""
     for attribute in form.output:
         module = layer.attention.get_submodule(attribute)
         if isinstance(module, nn.Linear | Conv1D):

@@ -8,6 +8,7 @@ the pattern and refuses all others with the reason, including classes whose forw
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -24,17 +25,22 @@ HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"
 _CALL = "attention_interface"
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _ARGUMENTS = ("module", "query", "key", "value", "attention_mask")
-_UNDERSTOOD = {
-    *_ARGUMENTS,
-    "scaling",
-    "dropout",
-    "is_causal",
-    "position_bias",
-    "sliding_window",
-    "output_attentions",
+INERT = {
+    "is_causal",  # either part of the mask, or a parameter of the attention function
+    "sliding_window",  # already part of the mask
     "deterministic",
     "position_ids",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_cache",
+    "cache_position",
+    "output_attention_mask",
+    "token_type_ids",
+    "num_items_in_batch",  # for the loss
 }
+"""Keyword arguments that do not change a map."""
+
 CACHES = (
     "cache",  # transformers 5.24 and later
     "past_key_values",
@@ -148,24 +154,20 @@ def _straight_line(body: Iterable[ast.stmt], *, certain: bool) -> Iterator[_Step
 
 def _truth(test: ast.expr) -> bool | None:
     """The value of a condition if all names in `ABSENT` are None or False; None if that does not determine it."""
-    if isinstance(test, ast.Name) and test.id in ABSENT:
-        return False
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        operand = _truth(test.operand)
-        return None if operand is None else not operand
-    if isinstance(test, ast.BoolOp):
-        decisive = isinstance(test.op, ast.Or)
-        operands = [_truth(value) for value in test.values]
-        if decisive in operands:
-            return decisive
-        return None if None in operands else not decisive
-    if (
-        isinstance(test, ast.Compare)
-        and isinstance(test.left, ast.Name)
-        and test.left.id in ABSENT
-        and ast.unparse(test.comparators[0]) == "None"
-    ):
-        return isinstance(test.ops[0], ast.Is)
+    match test:
+        case ast.Name(id=name) if name in ABSENT:
+            return False
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            holds = _truth(operand)
+            return None if holds is None else not holds
+        case ast.BoolOp(op=op, values=values):
+            decisive = isinstance(op, ast.Or)
+            operands = [_truth(value) for value in values]
+            if decisive in operands:
+                return decisive
+            return None if None in operands else not decisive
+        case ast.Compare(left=ast.Name(id=name), ops=[op], comparators=[ast.Constant(value=None)]) if name in ABSENT:
+            return isinstance(op, ast.Is)
     return None
 
 
@@ -199,7 +201,7 @@ def _call_arguments(cls: type, call: ast.Assign) -> dict[str, ast.expr]:
     assert isinstance(call.value, ast.Call)
     arguments = dict(zip(_ARGUMENTS, call.value.args, strict=False))
     arguments |= {keyword.arg: keyword.value for keyword in call.value.keywords if keyword.arg is not None}
-    if unknown := sorted(set(arguments) - _UNDERSTOOD):
+    if unknown := sorted(arguments.keys() - {*_ARGUMENTS, "scaling", "dropout", "position_bias"} - INERT):
         raise Unsupported(f"{cls.__name__}: its attention takes {', '.join(unknown)}, which may change the map")
     if missing := [name for name in ("query", "key", "value") if name not in arguments]:
         raise Unsupported(f"{cls.__name__}: {_CALL} is called without {', '.join(missing)}")
@@ -208,13 +210,13 @@ def _call_arguments(cls: type, call: ast.Assign) -> dict[str, ast.expr]:
 
 def _assignment(step: _Step) -> tuple[set[str], ast.expr | None]:
     """The names that a step assigns, and their value. A method call on a name counts, as it may work in place."""
-    statement = step.statement
-    if isinstance(statement, ast.Assign):
-        return set().union(*map(_names, statement.targets)), statement.value
-    if isinstance(statement, ast.AnnAssign | ast.AugAssign):
-        return _names(statement.target), statement.value
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        return _names(statement.value.func), statement.value
+    match step.statement:
+        case ast.Assign(targets=targets, value=value):
+            return set().union(*map(_names, targets)), value
+        case ast.AnnAssign(target=target, value=value) | ast.AugAssign(target=target, value=value):
+            return _names(target), value
+        case ast.Expr(value=ast.Call(func=function) as value):
+            return _names(function), value
     return set(), None
 
 
@@ -277,14 +279,10 @@ def _resolve(expression: ast.expr, before: list[_Step]) -> ast.expr:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
         plain = isinstance(statement, ast.Assign | ast.AnnAssign)
         if step.certain and plain and isinstance(target, ast.Name) and value is not None:
-            known[target.id] = _Substitute(known).visit(_copied(value))
+            known[target.id] = _Substitute(known).visit(copy.deepcopy(value))
             continue
         known |= {name: ast.Name(f"<{name}, after {step.first_line}>") for name in names}
-    return _Substitute(known).visit(_copied(expression))
-
-
-def _copied(expression: ast.expr) -> ast.expr:
-    return ast.parse(ast.unparse(expression), mode="eval").body
+    return _Substitute(known).visit(copy.deepcopy(expression))
 
 
 def _check_dimensions(cls: type, before: list[_Step], hidden_states: str) -> None:
@@ -303,41 +301,36 @@ def _check_dimensions(cls: type, before: list[_Step], hidden_states: str) -> Non
 
 def _inlined(cls: type, expression: ast.expr) -> ast.expr:
     """The body of a method, if the expression calls one that only returns an expression."""
-    if not (isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute)):
-        return expression
-    method = getattr(cls, expression.func.attr, None)
-    if ast.unparse(expression.func.value) != "self" or not inspect.isfunction(method) or expression.keywords:
-        return expression
-    function = definition_of(method)
-    if not isinstance(function, ast.FunctionDef) or len(function.args.args) != len(expression.args) + 1:
-        return expression
-    statement = function.body[0]
-    if len(function.body) != 1 or not isinstance(statement, ast.Return) or statement.value is None:
-        return expression
-    names = [argument.arg for argument in function.args.args[1:]]
-    return _Substitute(dict(zip(names, expression.args, strict=True))).visit(_copied(statement.value))
+    match expression:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name), args=arguments, keywords=[]):
+            method = getattr(cls, name, None)
+        case _:
+            return expression
+    match definition_of(method) if inspect.isfunction(method) else None:
+        case ast.FunctionDef(
+            args=ast.arguments(args=[_, *parameters]), body=[ast.Return(value=ast.expr() as returned)]
+        ):
+            if len(parameters) == len(arguments):
+                known = {parameter.arg: value for parameter, value in zip(parameters, arguments, strict=True)}
+                return _Substitute(known).visit(copy.deepcopy(returned))
+    return expression
 
 
 def _value_projection(cls: type, values: ast.expr, hidden_states: str) -> str:
     """The module `v` of `self.v(hidden_states).view(batch, positions, heads, head_dim).transpose(1, 2)`."""
+    calls: list[ast.Call] = []
     expression = values
-    shapes: dict[str, list[ast.expr]] = {}
-    order: list[str] = []
     while isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
-        owner, name = expression.func.value, expression.func.attr.replace("reshape", "view")
-        if isinstance(owner, ast.Name) and owner.id == "self":
-            if (
-                [ast.unparse(argument) for argument in expression.args] == [hidden_states]
-                and not expression.keywords
-                and [step for step in order if step != "contiguous"] == ["transpose", "view"]
-                and [ast.unparse(argument) for argument in shapes["transpose"]] == ["1", "2"]
-                and _splits_heads(shapes["view"])
-            ):
-                return expression.func.attr
-            break
-        order.append(name)
-        shapes[name] = expression.args
-        expression = owner
+        if expression.func.attr != "contiguous":
+            calls.append(expression)
+        expression = expression.func.value
+    match calls:
+        case [
+            ast.Call(func=ast.Attribute(attr="transpose"), args=[ast.Constant(value=1), ast.Constant(value=2)]),
+            ast.Call(func=ast.Attribute(attr="view" | "reshape"), args=shape),
+            ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name), args=[ast.Name(id=of)], keywords=[]),
+        ] if of == hidden_states and _splits_heads(shape):
+            return name
     raise Unsupported(
         f"{cls.__name__}: values are computed as {ast.unparse(values)}, not as one projection of {hidden_states}, "
         "reshaped into heads"
@@ -412,13 +405,12 @@ def _functional_dropout(expression: ast.expr, context: str) -> str | None:
 
 def _chain(cls: type, expression: ast.expr, context: str) -> list[str]:
     """[a, b] for `self.b(self.a(context))`, without reshaping."""
-    if isinstance(expression, ast.Name) and expression.id == context:
-        return []
-    if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute) and not expression.keywords:
-        owner, name = expression.func.value, expression.func.attr
-        if isinstance(owner, ast.Name) and owner.id == "self" and len(expression.args) == 1:
-            return [*_chain(cls, expression.args[0], context), name]
-        if name in ("reshape", "contiguous", "view"):
+    match expression:
+        case ast.Name(id=name) if name == context:
+            return []
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name), args=[inner], keywords=[]):
+            return [*_chain(cls, inner, context), name]
+        case ast.Call(func=ast.Attribute(value=owner, attr="reshape" | "contiguous" | "view"), keywords=[]):
             return _chain(cls, owner, context)
     raise Unsupported(f"{cls.__name__}: unexpected step after attention: {ast.unparse(expression)}")
 

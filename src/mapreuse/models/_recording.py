@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ from mapreuse.maps import SharedMaps
 from mapreuse.models._apply import applied_plans, apply
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._optimize import optimize
-from mapreuse.models._projections import value_projection
-from mapreuse.models._runtime import MAPS_ARGUMENT
+from mapreuse.models._projections import ValueProjection, value_projection
+from mapreuse.models._runtime import MAPS_ARGUMENT, batch_first, inputs_of
 from mapreuse.models._snapshots import copy_with_same_weights
-from mapreuse.models._stack import Layer, find_stack
+from mapreuse.models._stack import find_stack
 from mapreuse.plan import ReusePlan
 
 
@@ -55,17 +56,20 @@ class MapRecorder:
         if not (under_plan and applied_plans(self._model)):
             apply(self._model, ReusePlan.full(self.num_layers))
         stack = find_stack(self._model)  # `apply` may have replaced its attention modules
-        # Hooks must not refer to the model. Otherwise only the garbage collector would free the copy.
         self._values: dict[int, Tensor] = {}
-        self._maps: list[SharedMaps] = []
         self._layouts: list[LayerLayout] = []
+        self._maps: list[SharedMaps] = []
+        maps = self._maps  # hooks must not refer to the model: only the garbage collector would free the copy
         for index, layer in enumerate(stack.layers):
             attention: Any = layer.attention
             layout: LayerLayout = attention._layout
             attention._layout = replace(layout, published=layout.computing, releases=())
             self._layouts.append(attention._layout)
-            attention.register_forward_pre_hook(_record_values(self._values, index, layer), with_kwargs=True)
-        stack.module.register_forward_hook(_record_maps(self._maps), with_kwargs=True)
+            record = partial(_record_values, self._values, index, value_projection(layer))
+            attention.register_forward_pre_hook(record, with_kwargs=True)
+        stack.module.register_forward_hook(
+            lambda module, args, kwargs, output: maps.append(kwargs[MAPS_ARGUMENT]), with_kwargs=True
+        )
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Recording:
@@ -88,28 +92,18 @@ class MapRecorder:
         return _in_order(weights[0] if len(weights) == 1 else torch.cat(weights, 1), layout.order)
 
     def _dense(self, layer: int) -> Tensor:
-        return self._maps[0].read(layer).dense()
+        return self._maps[-1].read(layer).dense()
 
 
-def _record_maps(maps: list[SharedMaps]) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
-        maps[:] = [kwargs[MAPS_ARGUMENT]]
-
-    return hook
-
-
-def _record_values(values: dict[int, Tensor], index: int, layer: Layer) -> Callable:
-    projection = value_projection(layer)
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        values[index] = projection(_batch_first(module, args[0] if args else kwargs["hidden_states"]))
-
-    return hook
-
-
-def _batch_first(attention: nn.Module, states: Tensor) -> Tensor:
-    """States as (batch, positions, width). Torch's own attention may have the positions first."""
-    return states if getattr(attention, "batch_first", True) else states.transpose(0, 1)
+def _record_values(
+    values: dict[int, Tensor],
+    index: int,
+    projection: ValueProjection,
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> None:
+    values[index] = projection(inputs_of(module, args, kwargs))
 
 
 def check_batch(batch: object) -> None:
@@ -138,16 +132,14 @@ def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[objec
     stack = find_stack(model)
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
-        states.append(_batch_first(stack.layers[0].attention, output[0] if isinstance(output, tuple) else output))
+        states.append(batch_first(stack.layers[0].attention, output[0] if isinstance(output, tuple) else output))
 
     layers = [layer.layer for layer in stack.layers]
-    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [layer.register_forward_hook(after) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(before, with_kwargs=True))
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(after))
         yield states, masks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def not_padding(mask: object, states: Float[Tensor, "batch positions width"]) -> Bool[Tensor, "batch positions"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, as_index, attend, compute
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._reading import CACHES
-
-_OptionalTensor = TypeVar("_OptionalTensor", Tensor, Tensor | None)
+from mapreuse.models._reading import CACHES, INERT
 
 MAPS_ARGUMENT = "attention_maps"
 """The keyword argument that passes the `SharedMaps` of a forward pass from layer to layer."""
@@ -24,28 +22,11 @@ MAPS_ARGUMENT = "attention_maps"
 INJECTED_MAPS = "_injected_maps"
 """The attribute that holds the `SharedMaps` if no keyword argument can; see `MapInjection`."""
 
-_OBSERVER = "_observer"
-"""The attribute of an attention module that holds its `_Observer`, inside `observing_inputs`."""
+_OBSERVED = "_observed"
+"""The attribute of an attention module that holds its inputs and a callback, inside `observing_inputs`."""
 
 IMPLEMENTATION = "mapreuse"
 """The name of `_attention_function` in the attention interface of `transformers`."""
-
-_INERT = {
-    MAPS_ARGUMENT,
-    "is_causal",  # either part of the mask, or a parameter of the attention function
-    "sliding_window",  # already part of the mask
-    "deterministic",
-    "position_ids",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "use_cache",
-    "cache_position",
-    "output_attention_mask",
-    "token_type_ids",
-    "num_items_in_batch",  # for the loss
-}
-"""Keyword arguments that do not change a map."""
 
 
 def share(
@@ -77,9 +58,9 @@ def share(
         raise ValueError(
             f"layer {layout.layer} of a model that shares attention maps was called by itself; call the whole model"
         )
-    observer: _Observer | None = vars(module).get(_OBSERVER)
-    if observer is not None:
-        values = observer.inputs_as_values(values.shape[1])
+    inputs, found = vars(module).get(_OBSERVED, (None, None))
+    if inputs is not None:
+        values = inputs[:, None].expand(-1, values.shape[1], -1, -1)
     contexts: list[Tensor] = []
     weights: list[Tensor] = []
     if scores is not None:
@@ -91,7 +72,12 @@ def share(
     for source, pairs in layout.parts:
         source_map = maps.read(source)
         if source_map is None:
-            contexts.append(_context_without_source(module, layout, source, values, pairs))
+            if not module.training:
+                raise RuntimeError(
+                    f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run"
+                )
+            batch, _, num_queries, dim = values.shape
+            contexts.append(values.new_zeros(batch, len(pairs), num_queries, dim))  # LayerDrop skipped the source
         else:
             contexts.append(source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p))
             if maps.output_attentions:
@@ -106,8 +92,8 @@ def share(
     if maps.output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
         slots = [layout.order.index(head) for head in range(layout.num_heads)]
         in_order = torch.cat(weights, 1)[:, slots]
-    if observer is not None:
-        observer.found(context)
+    if found is not None:
+        found(context)
     return context, in_order
 
 
@@ -120,11 +106,9 @@ def _compute(
     own: list[AttentionMap] = []
     published, others = slice(layout.published), slice(layout.published, layout.computing)
     if layout.published:
-        some, some_values = (
-            (scores, own_values)
-            if layout.published == layout.computing
-            else (scores.of_heads(published), own_values[:, published])
-        )
+        some, some_values = scores, own_values
+        if layout.published < layout.computing:
+            some, some_values = scores.of_heads(published), own_values[:, published]
         storage = maps.storage(some, some_values)
         if storage == "recompute" and some is not scores:
             some = scores.of_heads(list(range(layout.published)))  # a slice would keep all heads in memory
@@ -145,31 +129,6 @@ def _unless_one_to_one(pairs: HeadPairs, values: Tensor, source_map: AttentionMa
     return None if one_to_one else pairs
 
 
-def _context_without_source(
-    module: nn.Module, layout: LayerLayout, source: int, values: Tensor, pairs: HeadPairs
-) -> Tensor:
-    """Zeros, if LayerDrop skipped the source layer in this training step."""
-    if not module.training:
-        raise RuntimeError(f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run")
-    batch, _, num_queries, dim = values.shape
-    return values.new_zeros(batch, len(pairs), num_queries, dim)
-
-
-class _Observer:
-    """Applies the maps of an attention module to its inputs instead of its values."""
-
-    def __init__(self, found: Callable[[Tensor], None]) -> None:
-        self.found = found
-        self._inputs = torch.empty(0)
-
-    def on_call(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else kwargs["hidden_states"]
-        self._inputs = inputs if getattr(attention, "batch_first", True) else inputs.transpose(0, 1)
-
-    def inputs_as_values(self, num_heads: int) -> Tensor:
-        return self._inputs[:, None].expand(-1, num_heads, -1, -1)
-
-
 @contextmanager
 def observing_inputs(
     attention: nn.Module, found: Callable[[Float[Tensor, "batch query heads width"]], None]
@@ -181,14 +140,25 @@ def observing_inputs(
     The heads are in the order of the module's layout. The rest of the module cannot process this result, so `found`
     must stop the forward pass by an exception.
     """
-    observer = _Observer(found)
-    handle = attention.register_forward_pre_hook(observer.on_call, with_kwargs=True)
-    setattr(attention, _OBSERVER, observer)
+
+    def store_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        setattr(module, _OBSERVED, (inputs_of(module, args, kwargs), found))
+
     try:
-        yield
+        with attention.register_forward_pre_hook(store_inputs, with_kwargs=True):
+            yield
     finally:
-        handle.remove()
-        delattr(attention, _OBSERVER)
+        vars(attention).pop(_OBSERVED, None)
+
+
+def inputs_of(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Float[Tensor, "batch positions width"]:
+    """The hidden states that an attention module is called with."""
+    return batch_first(attention, args[0] if args else kwargs["hidden_states"])
+
+
+def batch_first(attention: nn.Module, states: Tensor) -> Float[Tensor, "batch positions width"]:
+    """States of a layer with the batch first. Torch's own attention may have the positions first."""
+    return states if getattr(attention, "batch_first", True) else states.transpose(0, 1)
 
 
 def refuse_cache(module: nn.Module, arguments: dict[str, Any], allowed: str | None = None) -> None:
@@ -203,11 +173,11 @@ def refuse_cache(module: nn.Module, arguments: dict[str, Any], allowed: str | No
 
 def refuse_unknown(module: nn.Module, arguments: dict[str, Any]) -> None:
     """Raise `ValueError` for arguments that may change the map."""
-    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in _INERT)
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in INERT)
     if unknown:
         raise ValueError(
             f"{type(module).__name__} was given {', '.join(unknown)}, which may change its attention map; call a "
-            "model that shares maps without"
+            "model that shares maps without these arguments"
         )
 
 
@@ -227,15 +197,8 @@ def _attention_function(
     """The attention function that the original forward of a computing module calls."""
     refuse_unknown(module, kwargs)
     layout: LayerLayout = module._layout  # type: ignore[assignment]
-    scores = make_scores(
-        module,
-        query[:, : layout.computing],
-        key[:, as_index(layout.keys)],
-        attention_mask,
-        scaling,
-        is_causal,
-        position_bias,
-    )
+    query, key = query[:, : layout.computing], key[:, as_index(layout.keys)]
+    scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
     return share(module, attention_maps, value, scores, dropout_p=dropout)
 
 
@@ -277,7 +240,8 @@ def mask_and_bias(
     """A boolean mask (True attends) and an additive bias for the heads that compute, from a mask of either kind."""
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     own = layout.order[: layout.computing]
-    position_bias = _of_heads(position_bias, own)
+    if position_bias is not None:
+        position_bias = _of_heads(position_bias, own)
     if attention_mask is None:
         return None, position_bias
     if attention_mask.dim() != 4:
@@ -293,6 +257,6 @@ def mask_and_bias(
     return None, bias if position_bias is None else bias + position_bias
 
 
-def _of_heads(tensor: _OptionalTensor, heads: tuple[int, ...]) -> _OptionalTensor:
+def _of_heads(tensor: Tensor, heads: tuple[int, ...]) -> Tensor:
     """The part of some heads; the whole tensor if it is the same for all heads."""
-    return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, as_index(heads)]
+    return tensor if tensor.dim() < 4 or tensor.shape[1] == 1 else tensor[:, as_index(heads)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -35,11 +36,6 @@ class SharingAttention(nn.Module):
         values = getattr(self, self._form.value)(hidden_states)
         return values.unflatten(-1, (len(self._layout.value_order), -1)).transpose(1, 2)
 
-    def _dropout_p(self) -> float:
-        if not self.training or self._form.dropout is None:
-            return 0.0
-        return functools.reduce(getattr, self._form.dropout.split("."), self)  # type: ignore[return-value]
-
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call, by the names that they have in the original forward."""
         arguments = dict(zip(self._parameter_names[1:], args, strict=False)) | kwargs
@@ -48,13 +44,16 @@ class SharingAttention(nn.Module):
 
     def _share(self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]) -> Any:
         """The output of the module, with the map if the original forward returns one."""
-        context, weights = share(self, arguments.get(MAPS_ARGUMENT), values, scores, dropout_p=self._dropout_p())
+        form, dropout_p = self._form, 0.0
+        if self.training and form.dropout is not None:
+            dropout_p = attrgetter(form.dropout)(self)
+        context, weights = share(self, arguments.get(MAPS_ARGUMENT), values, scores, dropout_p=dropout_p)
         context = context.flatten(2)
-        for name in self._form.output:
+        for name in form.output:
             context = getattr(self, name)(context)
-        if self._form.output_dropout is not None:
-            context = functional.dropout(context, getattr(self, self._form.output_dropout), self.training)
-        return (context, weights) if self._form.returns_map else context
+        if form.output_dropout is not None:
+            context = functional.dropout(context, getattr(self, form.output_dropout), self.training)
+        return (context, weights) if form.returns_map else context
 
 
 class ComputingAttention(SharingAttention):
@@ -62,7 +61,9 @@ class ComputingAttention(SharingAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
-        refuse_unknown(self, {name: arguments[name] for name in arguments.keys() - self._parameter_names})
+        refuse_unknown(
+            self, {name: arguments[name] for name in arguments.keys() - self._parameter_names - {MAPS_ARGUMENT}}
+        )
         scores, values = self._project(hidden_states, **arguments)
         return self._share(values, scores, arguments)
 

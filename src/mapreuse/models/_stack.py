@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from mapreuse.models._source import (
     Unsupported,
+    body_of,
     calls_with_kwargs,
     count_calls,
     definition_of,
@@ -48,23 +49,14 @@ class Stack:
     """A module that runs a list of layers one after the other.
 
     Attributes:
-        path: path of that module inside the model ("" for the model itself).
         module: the module.
         list_name: name of its attribute with the layers ("" if it is itself an `nn.Sequential` of layers).
         layers: its layers, in order.
     """
 
-    path: str
     module: nn.Module
     list_name: str
     layers: tuple[Layer, ...]
-
-    @property
-    def attention_paths(self) -> list[str]:
-        """Paths of the attention modules inside the module that runs the layers."""
-        names = self.module.get_submodule(self.list_name)._modules
-        parts = ((self.list_name, name, layer.path) for name, layer in zip(names, self.layers, strict=True))
-        return [".".join(filter(None, one)) for one in parts]
 
 
 def find_stack(model: nn.Module) -> Stack:
@@ -96,8 +88,16 @@ def find_stack(model: nn.Module) -> Stack:
         )
     # A sequence runs its layers itself. The layers of a list are run by the module that holds the list.
     path, _, list_name = (name, "", "") if isinstance(layers, nn.Sequential) else name.rpartition(".")
-    found = tuple(_layer(layer, index) for index, layer in enumerate(_elements(layers)))
-    return Stack(path, model.get_submodule(path), list_name, found)
+    found = []
+    for index, layer in enumerate(_elements(layers)):
+        attentions = _attentions(layer)
+        if len(attentions) != 1:
+            raise Unsupported(
+                f"layer {index} ({type(layer).__name__}) holds {len(attentions)} self-attentions "
+                f"({', '.join(path for path, _ in attentions)}), expected one"
+            )
+        found.append(Layer(layer, *attentions[0]))
+    return Stack(model.get_submodule(path), list_name, tuple(found))
 
 
 def _is_list(module: nn.Module) -> bool:
@@ -114,32 +114,19 @@ def _elements(layers: nn.Module) -> list[nn.Module]:
 
 def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     """The innermost modules of a layer whose class is named attention, without cross-attention."""
-    named = [
-        (path, module)
+    named = {
+        path: module
         for path, module in layer.named_modules()
         if "attention" in type(module).__name__.lower() and any(True for _ in module.children())
-    ]
-    return [
-        (path, module)
-        for path, module in named
-        if not any(other.startswith(f"{path}." if path else "") and other != path for other, _ in named)
-        and not _is_cross(path, module)
-    ]
-
-
-def _is_cross(path: str, module: nn.Module) -> bool:
-    words = f"{path} {type(module).__name__}".lower()
-    return "cross" in words or "encoder_attn" in words or bool(getattr(module, "is_cross_attention", False))
-
-
-def _layer(layer: nn.Module, index: int) -> Layer:
-    found = _attentions(layer)
-    if len(found) != 1:
-        paths = ", ".join(path for path, _ in found)
-        raise Unsupported(
-            f"layer {index} ({type(layer).__name__}) holds {len(found)} self-attentions ({paths}), expected one"
-        )
-    return Layer(layer, *found[0])
+    }
+    found = []
+    for path, module in named.items():
+        holds_another = any(other.startswith(f"{path}." if path else "") and other != path for other in named)
+        words = f"{path} {type(module).__name__}".lower()
+        is_cross = "cross" in words or "encoder_attn" in words or getattr(module, "is_cross_attention", False)
+        if not (holds_another or is_cross):
+            found.append((path, module))
+    return found
 
 
 def maps_travel_by_keyword(stack: Stack) -> bool:
@@ -168,14 +155,13 @@ def maps_travel_by_keyword(stack: Stack) -> bool:
 def _loop_passes_keywords(stack: Stack) -> bool:
     cls = type(stack.module)
     function = forward_of(cls)
+    outer = [node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
     loops = [
-        node
-        for node in ast.walk(function)
-        if isinstance(node, ast.For) and _iterated(node.iter) == f"self.{stack.list_name}"
+        node for node in outer if isinstance(node, ast.For) and _iterated(node.iter) == f"self.{stack.list_name}"
     ]
     if (
         len(loops) != 1
-        or _is_repeated(function, loops[0])
+        or sum(loops[0] in ast.walk(loop) for loop in outer) > 1
         or _runs_elsewhere(cls, function, loops[0], stack.list_name)
     ):
         raise Unsupported(
@@ -225,28 +211,27 @@ def _passes_states_to(owner: type[nn.Module], attention: str) -> bool:
 
 def _calls_inside(stack: Stack) -> list[tuple[type[nn.Module], str]]:
     """The classes from the layers down to their attention, each with the attribute that it calls."""
-    return list(dict.fromkeys(pair for layer in stack.layers for pair in _calls_inside_layer(layer)))
-
-
-def _calls_inside_layer(layer: Layer) -> Iterator[tuple[type[nn.Module], str]]:
-    module, owner, called = layer.layer, type(layer.layer), ""
-    for child in filter(None, layer.path.split(".")):
-        if isinstance(module, nn.ModuleList):
-            called = f"{called}[{child}]"
-        else:
-            owner, called = type(module), child
-        module = module.get_submodule(child)
-        if not isinstance(module, nn.ModuleList):
-            yield owner, called
+    calls = []
+    for layer in stack.layers:
+        module, owner, called = layer.layer, type(layer.layer), ""
+        for child in filter(None, layer.path.split(".")):
+            if isinstance(module, nn.ModuleList):
+                called = f"{called}[{child}]"
+            else:
+                owner, called = type(module), child
+            module = module.get_submodule(child)
+            if not isinstance(module, nn.ModuleList):
+                calls.append((owner, called))
+    return list(dict.fromkeys(calls))
 
 
 def _iterated(expression: ast.expr) -> str:
     """`self.layers` for a loop over it, over its enumeration, or over its first elements."""
-    if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "enumerate" and len(expression.args) == 1:
-        return _iterated(expression.args[0])
-    part = expression.slice if isinstance(expression, ast.Subscript) else None
-    if isinstance(expression, ast.Subscript) and isinstance(part, ast.Slice) and part.lower is part.step is None:
-        return _iterated(expression.value)
+    match expression:
+        case ast.Call(func=ast.Name(id="enumerate"), args=[inner]):
+            return _iterated(inner)
+        case ast.Subscript(value=inner, slice=ast.Slice(lower=None, step=None)):
+            return _iterated(inner)
     return ast.unparse(expression)
 
 
@@ -255,26 +240,15 @@ def _runs_elsewhere(cls: type[nn.Module], function: ast.FunctionDef, loop: ast.F
     if cls is nn.TransformerEncoder:
         return False  # it only inspects its first layer, and its fingerprint is checked
     methods = [vars(cls).get(name) for name in self_attributes(function)]
-    within = set(ast.walk(loop.iter))
     for tree in (function, *(definition_of(method) for method in methods if inspect.isfunction(method))):
-        counted = {
-            id(node.args[0])
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "len" and node.args
-        }
-        for node in ast.walk(tree):
-            mentioned = isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{list_name}"
-            if mentioned and node not in within and id(node) not in counted:
-                return True
+        allowed = set(ast.walk(loop.iter))
+        for node in ast.walk(tree):  # a call comes before its arguments
+            match node:
+                case ast.Call(func=ast.Name(id="len"), args=[argument]):
+                    allowed.add(argument)
+                case ast.Attribute(value=ast.Name(id="self"), attr=name) if name == list_name and node not in allowed:
+                    return True
     return False
-
-
-def _is_repeated(function: ast.FunctionDef, loop: ast.For) -> bool:
-    return any(
-        loop is not outer and loop in ast.walk(outer)
-        for outer in ast.walk(function)
-        if isinstance(outer, ast.For | ast.While)
-    )
 
 
 def feeds_output(layer: Layer) -> bool:
@@ -285,25 +259,17 @@ def feeds_output(layer: Layer) -> bool:
     """
     function = forward_of(type(layer.parent))
     child = layer.path.rpartition(".")[2]
-    contexts = {
-        name.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Call)
-        and ast.unparse(node.value.func) == f"self.{child}"
-        for name in [node.targets[0].elts[0] if isinstance(node.targets[0], ast.Tuple) else node.targets[0]]
-        if isinstance(name, ast.Name)
-    }
-    into_output = [
-        ast.unparse(node.args[0]).removesuffix("[0]") in contexts
-        for node in ast.walk(function)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.output" and node.args
-    ]
-    output = getattr(layer.parent, "output", None)
-    if into_output != [True] or not isinstance(output, nn.Module):
+    contexts, into_output = set(), []
+    for node in ast.walk(function):
+        match node:
+            case ast.Assign(
+                targets=[ast.Name(id=name) | ast.Tuple(elts=[ast.Name(id=name), *_])], value=ast.Call(func=called)
+            ) if ast.unparse(called) == f"self.{child}":
+                contexts.add(name)
+            case ast.Call(func=called, args=[argument, *_]) if ast.unparse(called) == "self.output":
+                into_output.append(ast.unparse(argument).removesuffix("[0]"))
+    output = layer.parent._modules.get("output")
+    if len(into_output) != 1 or into_output[0] not in contexts or output is None:
         return False
-    inside = forward_of(type(output))
-    first = next(
-        step for step in inside.body if not (isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant))
-    )
-    return isinstance(first, ast.Assign) and ast.unparse(first.value) == f"self.dense({inside.args.args[1].arg})"
+    parameter = parameter_names(type(output))[0]
+    return re.match(rf"\w+ = self\.dense\({parameter}\)\n", body_of(type(output))) is not None

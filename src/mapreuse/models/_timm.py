@@ -97,23 +97,20 @@ def _timm(module: nn.Module) -> AttentionForm | None:
 
 def _check_mask_functions(cls: Any, body: str) -> None:
     """Call timm's two mask functions, if the class uses them, and compare their results with those of timm."""
-    names = cls.forward.__globals__
     scores = torch.zeros(1, 1, 2, 2)
     mask = torch.tensor([[0.0, -1.0], [-2.0, 0.0]])
     allowed = torch.tensor([[True, False], [True, True]])
     lowest = torch.tensor([[0.0, float("-inf")], [0.0, 0.0]])
-    right = True
-    if "maybe_add_mask" in body:
-        add = names["maybe_add_mask"]
-        right = torch.equal(add(scores, mask), scores + mask) and torch.equal(add(scores, None), scores)
-    if "resolve_self_attn_mask" in body:
-        resolve = names["resolve_self_attn_mask"]
-        right = (
-            right
-            and resolve(2, scores, None, False) is None
-            and torch.equal(resolve(2, scores, mask, False), mask)
-            and torch.equal(resolve(2, scores, allowed, False), lowest)
-            and torch.equal(resolve(2, scores, None, True), lowest)
-        )
-    if not right:
-        raise Unsupported(f"{cls.__name__}: its functions on masks are not those of timm")
+    calls: list[tuple[str, tuple, Tensor | None]] = [
+        ("maybe_add_mask", (scores, mask), scores + mask),
+        ("maybe_add_mask", (scores, None), scores),
+        ("resolve_self_attn_mask", (2, scores, None, False), None),
+        ("resolve_self_attn_mask", (2, scores, mask, False), mask),
+        ("resolve_self_attn_mask", (2, scores, allowed, False), lowest),
+        ("resolve_self_attn_mask", (2, scores, None, True), lowest),
+    ]
+    for name, arguments, expected in calls:
+        found: Any = cls.forward.__globals__[name](*arguments) if name in body else expected
+        same = torch.equal(found, expected) if isinstance(expected, Tensor) else found is None
+        if not same:
+            raise Unsupported(f"{cls.__name__}: its functions on masks are not those of timm")
