@@ -7,8 +7,7 @@ import torch
 from families import build
 
 import mapreuse as mr
-from mapreuse.conversion import align_by, group_by
-from mapreuse.conversion._align import _assign, output_errors
+from mapreuse.conversion import align_by, group_by, output_errors
 from mapreuse.measure import Similarity, similarity
 from mapreuse.models import MapRecorder, find_stack, output_projection
 from mapreuse.plan import ReusePlan
@@ -19,7 +18,7 @@ def random_similarity(seed, layers=6, heads=3):
     return Similarity(torch.rand(layers, heads, layers, heads, generator=generator), 100)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_one_to_one_assignment_is_the_best_permutation(seed):
     measured = random_similarity(seed)
     plan = align_by(measured, ReusePlan.grouped(6, 2), mode="one-to-one")
@@ -30,7 +29,7 @@ def test_one_to_one_assignment_is_the_best_permutation(seed):
         assert heads == list(best)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_best_assignment_takes_the_most_similar_head_for_each_head(seed):
     measured = random_similarity(seed)
     plan = align_by(measured, ReusePlan.from_sources([0, 0, 2, 2, 2, 5]))
@@ -48,7 +47,7 @@ def test_layers_planned_head_by_head_keep_their_heads():
     assert aligned.layers[2] == plan.layers[2]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 6])
 def test_grouping_by_similarity_finds_the_best_of_all_partitions(seed, num_groups):
     measured = random_similarity(seed)
@@ -93,25 +92,14 @@ def test_a_layer_with_its_sources_heads_in_another_order_is_aligned_without_erro
     assert [pair[1] for pair in mr.plan_of(aligned).heads(2, 4)] == shuffle
 
 
-def test_alignment_finds_shuffled_heads():
-    measured = random_similarity(1, layers=2, heads=4)
-    shuffle = [2, 0, 3, 1]
-    heads = measured.heads.clone()
-    heads[0, :, 1] = 0.1
-    for head, source in enumerate(shuffle):
-        heads[0, source, 1, head] = 0.9
-    for mode in ("best", "one-to-one"):
-        plan = align_by(Similarity(heads, 10), ReusePlan.grouped(2, 2), mode=mode)
-        assert [pair[1] for pair in plan.heads(1, 4)] == shuffle
-
-
-def test_align_measures_and_assigns_in_one_call_and_is_deterministic():
+def test_align_takes_the_most_similar_heads_or_those_with_the_least_error():
     model, batch = build("llama")
     plan = ReusePlan.grouped(4, 2)
-    aligned = mr.align(model, plan, [batch], mode="best")
-
-    assert aligned == align_by(similarity(model, [batch]), plan)
-    assert aligned == mr.align(model, plan, [batch], mode="best")
+    assert mr.align(model, plan, [batch], mode="best") == align_by(similarity(model, [batch]), plan)
+    by_error = mr.align(model, plan, [batch])
+    for layer in (1, 3):
+        errors = output_errors(model, {layer: (layer - 1,)}, [batch])[layer][0]
+        assert [pair[1] for pair in by_error.heads(layer, 4)] == errors.argmin(0).tolist()
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "parakeet"])
@@ -144,35 +132,19 @@ def test_the_error_of_an_assignment_is_the_change_of_the_layers_output(family):
             )
 
 
-def test_align_takes_the_head_with_the_least_error_by_default():
-    model, batch = build("bert")
-    plan = mr.align(model, mr.ReusePlan.grouped(4, 2), [batch])
-    for layer in (1, 3):
-        errors = output_errors(model, {layer: (layer - 1,)}, [batch])[layer][0]
-        assert [pair[1] for pair in plan.heads(layer, 4)] == errors.argmin(0).tolist()
-
-
-def test_a_plan_for_another_depth_and_an_unknown_mode_are_refused():
+def test_a_plan_for_another_depth_and_an_impossible_number_of_groups_are_refused():
     with pytest.raises(ValueError, match="plan has 4 layers, but the model has 6"):
         align_by(random_similarity(0), ReusePlan.full(4))
-    with pytest.raises(ValueError, match="mode must be error, best or one-to-one"):
-        _assign(random_similarity(0).heads[0, :, 1], "closest")
     with pytest.raises(ValueError, match="num_groups must be between 1 and"):
         group_by(random_similarity(0), 7)
 
 
 @pytest.mark.parametrize("mode", ["error", "best"])
-@pytest.mark.parametrize("depth", [3, 7])
-def test_align_refuses_a_plan_of_another_depth(mode, depth):
-    model, batch = build("bert")
-    with pytest.raises(ValueError, match=f"the plan has {depth} layers, but the model has"):
-        mr.align(model, mr.ReusePlan.full(depth), [batch], mode=mode)
-
-
-@pytest.mark.parametrize("mode", ["error", "best", "one-to-one"])
-def test_a_converted_model_and_empty_batches_are_refused(mode):
+def test_a_converted_model_another_depth_and_empty_batches_are_refused(mode):
     model, batch = build("bert")
     plan = mr.ReusePlan.grouped(4, 2)
+    with pytest.raises(ValueError, match="the plan has 3 layers, but the model has 4"):
+        mr.align(model, mr.ReusePlan.full(3), [batch], mode=mode)
     with pytest.raises(ValueError, match="the model shares attention maps already"):
         mr.align(mr.convert(model, plan), plan, [batch], mode=mode)
     padding = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
-from oracle import valid_rows
+from oracle import output_of_layer, valid_rows
 from text_batches import random_batches
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -28,7 +28,7 @@ def original():
 
 
 def make_original():
-    """With BERT's usual initial weights maps are similar, so that distillation can recover everything."""
+    """BERT's initial weights make similar maps, so that distillation can recover everything."""
     config = dict(vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
     torch.manual_seed(0)
     return BertModel(BertConfig(**config)).eval()
@@ -47,13 +47,14 @@ def converted(original):
 
 @torch.no_grad()
 def distance(model, original, batches):
-    """Relative error of the last hidden states, with the oracle's definition of padding."""
+    """Relative error of the output of the last layer, with the oracle's definition of padding."""
     wrong = size = 0.0
+    last = len(find_stack(original).layers) - 1
     for batch in batches:
-        target = original(**batch)
-        rows = valid_rows(original, batch, target)
-        wrong += (model(**batch).last_hidden_state - target.last_hidden_state)[rows].square().sum()
-        size += target.last_hidden_state[rows].square().sum()
+        rows = valid_rows(original, batch, original(**batch))
+        target, actual = (output_of_layer(one, last, batch)[rows] for one in (original, model))
+        wrong += (actual - target).square().sum()
+        size += target.square().sum()
     return (wrong / size).sqrt().item()
 
 
@@ -65,24 +66,6 @@ def test_a_classifier_with_as_many_labels_as_tokens_in_a_sentence_learns(length)
     shared = mr.convert(model, mr.ReusePlan.grouped(4, 2))
     report = mr.distill(shared, model, random_batches(8, length=length), DistillConfig(steps=2, evaluate_every=1))
     assert report.after <= report.before
-
-
-def test_unusable_batches_and_models_are_refused_before_anything_changes(original):
-    batches, config = random_batches(8), DistillConfig(steps=2)
-    padding = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches]
-    half = original.__class__(original.config).bfloat16()
-    for model, given, message in (
-        (original, (batch for batch in batches), "give a list, not a generator"),
-        (original, padding, "the held-out batches hold no position but padding"),
-        (half, batches, "in bfloat16 on the CPU"),
-    ):
-        shared = mr.convert(model, mr.ReusePlan.grouped(4, 2))
-        before = copy.deepcopy(shared.state_dict())
-        with pytest.raises(ValueError, match=message):
-            mr.distill(shared, model, given, config)
-        assert all(torch.equal(before[name], now) for name, now in shared.state_dict().items())
-    with pytest.raises(ValueError, match="give a list, not a generator"):
-        mr.distill(converted(original), original, batches, config, held_out=iter(batches))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -165,12 +148,6 @@ def test_a_given_precision_is_used_without_timing(original, monkeypatch, chosen)
     assert seen == {torch.bfloat16 if chosen else torch.float32}, "in training passes"
 
 
-def test_every_eighth_batch_is_held_out_by_default(original):
-    batches = random_batches(16)
-    report = mr.distill(converted(original), original, batches, CONFIG)
-    assert report.before == pytest.approx(distance(converted(original), original, batches[7::8]), rel=1e-4)
-
-
 @pytest.mark.parametrize(
     "family", ["parakeet", "gpt2", *(pytest.param(one, marks=pytest.mark.full) for one in ("vit", "distilbert"))]
 )
@@ -181,29 +158,19 @@ def test_padding_is_left_out_in_families_with_other_masks_and_outputs(family):
     report = mr.distill(copy.deepcopy(shared), model, batches, DistillConfig(steps=3, evaluate_every=3))
     assert report.before > 0.05
     assert report.after <= report.before
-    if "attention_mask" not in batch:
-        return
-    rows = valid_rows(model, batch, model(**batch))
-    assert not rows.all(), "the family's batch has padding"
-    layers = [layer.layer for layer in find_stack(model).layers]
-    seen = {}
-    for name, one in (("target", layers[-1]), ("shared", find_stack(shared).layers[-1].layer)):
-        one.register_forward_hook(
-            lambda m, a, out, name=name: seen.update({name: out[0] if isinstance(out, tuple) else out})
-        )
-    with torch.no_grad():
-        model(**batch), shared(**batch)
-    off = (seen["shared"] - seen["target"])[rows].square().sum() / seen["target"][rows].square().sum()
-    assert report.before == pytest.approx(off.sqrt().item(), rel=1e-3)
+    if "attention_mask" in batch:
+        assert not valid_rows(model, batch, model(**batch)).all(), "the family's batch has padding"
+    assert report.before == pytest.approx(distance(shared, model, [batch]), rel=1e-3)
 
 
 def test_training_that_does_not_help_keeps_the_weights(original):
-    model = converted(original)
+    batches, model = random_batches(16), converted(original)
     before = copy.deepcopy(model.state_dict())
     wild = DistillConfig(steps=20, learning_rate=3.0, evaluate_every=5, patience=2)
-    report = mr.distill(model, original, random_batches(16), wild)
+    report = mr.distill(model, original, batches, wild)
     assert report.best_step == 0
     assert report.after == report.before
+    assert report.before == pytest.approx(distance(model, original, batches[7::8]), rel=1e-4), "every eighth held out"
     assert report.step == 10, "two evaluations without improvement"
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -234,6 +201,9 @@ def test_an_interrupted_run_continues_with_the_same_bits(original, tmp_path):
     broken = converted(original)
     with pytest.raises(Interrupted):
         mr.distill(broken, original, Breaking(batches, 18), CONFIG, held_out=unseen, out_dir=tmp_path)
+    best = min(expected.errors[step] for step in (0, 10))
+    assert distance(broken, original, unseen) == pytest.approx(best, rel=1e-4), "the best weights so far"
+    assert all(parameter.grad is None for parameter in broken.parameters())
     resumed = converted(original)
     report = mr.distill(resumed, original, batches, CONFIG, held_out=unseen, out_dir=tmp_path)
 
@@ -262,33 +232,48 @@ def test_the_same_call_continues_with_the_model_that_the_run_left(original, tmp_
         )
 
 
-def test_a_directory_of_another_run_is_refused(original, tmp_path):
-    mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=1), out_dir=tmp_path)
-    with pytest.raises(ValueError, match="holds a run with other settings, batches or weights"):
-        mr.distill(converted(original), original, random_batches(8), DistillConfig(steps=2), out_dir=tmp_path)
-
-
-def test_bad_input_is_refused_in_one_line(original):
-    with pytest.raises(ValueError, match="apply a plan to it first"):
-        mr.distill(copy.deepcopy(original), original, random_batches(8), CONFIG)
-    with pytest.raises(ValueError, match="no batches held out: give at least 8"):
-        mr.distill(converted(original), original, random_batches(7), CONFIG)
-    with pytest.raises(ValueError, match="no batches to learn from"):
-        mr.distill(converted(original), original, [], CONFIG)
-    broken = converted(original)
+def with_nan(model):
     with torch.no_grad():
-        broken.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="hidden states are not finite"):
-        mr.distill(broken, original, random_batches(8), CONFIG)
-    frozen = converted(original).requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter of the layers that share maps learns"):
-        mr.distill(frozen, original, random_batches(8), CONFIG)
-    padded = random_batches(16)
-    padded[3]["attention_mask"].zero_()
-    with pytest.raises(ValueError, match="the batch of step 3 holds no position but padding; leave it out"):
-        mr.distill(converted(original), original, padded, CONFIG)
-    with pytest.raises(ValueError, match="got a str"):
-        mr.distill(converted(original), original, Breaking(["ids"], 9), CONFIG, held_out=random_batches(1))
+        find_stack(model).layers[1].layer.output.dense.weight[0, 0] = float("nan")
+    return model
+
+
+def padded(batches):
+    return [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("change", "batches", "options", "message"),
+    [
+        (copy.deepcopy, random_batches(8), {}, "apply a plan to it first"),
+        (converted, random_batches(7), {}, "or none held out: give at least 8"),
+        (converted, [], {}, "no batches to learn from"),
+        (lambda original: with_nan(converted(original)), random_batches(8), {}, "hidden states are not finite"),
+        (
+            lambda original: converted(original).requires_grad_(False),
+            random_batches(8),
+            {},
+            "no parameter of the layers",
+        ),
+        (converted, iter(random_batches(8)), {}, "give a list, not a generator"),
+        (converted, random_batches(8), {"held_out": iter(random_batches(1))}, "give a list, not a generator"),
+        (converted, padded(random_batches(8)), {}, "the held-out batches contain only padding"),
+        (
+            converted,
+            padded(random_batches(1)),
+            {"held_out": random_batches(1)},
+            "the batch of step 0 contains only padding",
+        ),
+        (converted, ["ids"] * 8, {}, "got a str"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_no_weights(original, change, batches, options, message):
+    model = change(original)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        mr.distill(model, original, batches, CONFIG, **options)
+    for name, now in model.state_dict().items():
+        assert torch.equal(before[name].nan_to_num(7.0), now.nan_to_num(7.0))
 
 
 SCRIPT = """
@@ -333,7 +318,6 @@ def test_a_run_with_another_model_or_other_batches_is_not_continued(original, tm
     reshaped = [{name: value.view(2, -1) for name, value in batch.items()} for batch in random_batches(8)]
     for model, batches in (
         (other, random_batches(8)),
-        (converted(original), random_batches(8, seed=2)),
         (converted(original), others_held_out),
         (converted(original), reshaped),
     ):
@@ -347,26 +331,15 @@ def test_a_run_with_another_model_or_other_batches_is_not_continued(original, tm
         mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
 
 
-def test_other_folders_named_like_checkpoints_are_not_touched(original, tmp_path):
-    (tmp_path / "checkpoint-old").mkdir()
-    config = DistillConfig(steps=2, evaluate_every=1)
-    for _ in range(2):
-        mr.distill(converted(original), original, random_batches(8), config, out_dir=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-old", "checkpoint-2"}
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"steps": None}, "budget as steps or as seconds"),
-        ({"seconds": 1.0}, "budget as steps or as seconds"),
         ({"steps": 0}, "must be positive, finite"),
         ({"evaluate_every": 0}, "at least 1"),
-        ({"patience": 0}, "at least 1"),
         ({"learning_rate": -1.0}, "must be positive"),
-        ({"clip": 0.0}, "must be positive"),
         ({"warmup": 1.0}, "warmup from 0 to less than 1"),
-        ({"hidden": 0.0, "logits": 0.0}, "weigh the loss"),
+        ({"hidden": 0.0, "logits": 0.0}, "not both 0"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):
@@ -410,36 +383,11 @@ def test_earlier_gradients_are_ignored(original):
     assert all(parameter.grad is None for name, parameter in used.named_parameters() if "encoder" in name)
 
 
-def test_a_run_stopped_within_a_step_leaves_no_gradients(original, monkeypatch):
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    model = converted(original)
-    monkeypatch.setattr(torch.optim.AdamW, "step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        mr.distill(model, original, random_batches(8), CONFIG)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_an_unwritable_checkpoint_directory_is_refused_before_training(original, tmp_path):
+def test_an_unwritable_checkpoint_directory_is_refused(original, tmp_path):
     (tmp_path / "file").write_text("mine")
-    model = converted(original)
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="cannot make this directory of checkpoints"):
-        mr.distill(model, original, random_batches(8), CONFIG, out_dir=tmp_path / "file")
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        mr.distill(converted(original), original, random_batches(8), CONFIG, out_dir=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_stopped_run_leaves_the_best_weights_so_far(original):
-    model, unseen, batches = converted(original), random_batches(5, seed=1), random_batches(24)
-    before = distance(model, original, unseen)
-    with pytest.raises(Interrupted):
-        mr.distill(model, original, Breaking(batches, 26), CONFIG, held_out=unseen)
-    assert distance(model, original, unseen) < before
-
-    errors = mr.distill(converted(original), original, batches, CONFIG, held_out=unseen).errors
-    assert min(errors[at] for at in (0, 10, 20)) == pytest.approx(distance(model, original, unseen), rel=1e-4)
 
 
 def test_shuffled_batches_need_held_out_batches(original):
@@ -453,7 +401,7 @@ def test_shuffled_batches_need_held_out_batches(original):
     with pytest.raises(ValueError, match="give held_out, or batches that are not shuffled"):
         mr.distill(converted(original), original, Shuffled(), CONFIG)
     config = DistillConfig(steps=2)
-    assert mr.distill(converted(original), original, Shuffled(), config, held_out=random_batches(2)).finished
+    assert mr.distill(converted(original), original, Shuffled(), config, held_out=random_batches(2)).step == 2
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors", "best.safetensors"])

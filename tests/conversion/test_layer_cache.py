@@ -13,7 +13,7 @@ from vision_blocks import VisionTransformer
 import mapreuse as mr
 from mapreuse.conversion import PlanEvaluator
 from mapreuse.conversion._layer_cache import LayerCache
-from mapreuse.models import find_stack, output_projection
+from mapreuse.models import find_stack, layout_of, output_projection
 
 FAMILIES_AND_ENCODERS = {
     **{family: functools.partial(build, family) for family in FAMILIES},
@@ -50,6 +50,14 @@ def run_by(model, call):
     return found
 
 
+def assert_unchanged(model):
+    """No hooks or other forwards are left in the layers, and layers release maps as `PLAN` says."""
+    layers = find_stack(model).layers
+    assert not any("forward" in vars(one.layer) for one in layers)
+    assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in layers)
+    assert [layout_of(one).releases for one in layers] == [(), (), (0,), (1,)]
+
+
 def test_outputs_after_weight_changes_equal_those_of_complete_passes(made):
     """Also with cached earlier layers; the layer is the last to apply a map, which must not be released."""
     model, batch = made
@@ -72,9 +80,7 @@ def test_outputs_after_weight_changes_equal_those_of_complete_passes(made):
         for factor, output in zip(factors, found, strict=True):
             change(factor)
             torch.testing.assert_close(output, by_batch(model, output_of_layer(model, 2, batch)))
-    assert not any("forward" in vars(one.layer) for one in find_stack(model).layers)
-    assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in find_stack(model).layers)
-    assert layer.attention._layout.releases == (0,)
+    assert_unchanged(model)
 
 
 def test_contexts_equal_those_of_complete_passes(made):
@@ -97,32 +103,26 @@ def test_contexts_equal_those_of_complete_passes(made):
 
 
 @pytest.mark.parametrize(
-    ("index", "runs"), [(1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3])], ids=["once", "a chain", "a longer chain"]
+    ("plan", "runs"),
+    [(None, [3]), (PLAN, [1, 3]), (mr.ReusePlan.from_sources([0, 0, 2, 2]), [2, 3]), (CHAIN, [0, 1, 2, 3])],
 )
-def test_cached_layers_run_again_if_their_maps_are_applied(index, runs):
-    """In a chain of sources, all of them."""
-    model, batch = build("bert")
-    mr.apply(model, CHAIN)
-    cache = LayerCache(model, [batch], CHAIN)
-    assert run_by(model, lambda: cache.outputs(3, 0)) == [0, 1, 2, 3]
-    assert run_by(model, lambda: cache.outputs(index, 0)) == runs
-
-
-@pytest.mark.parametrize(
-    ("plan", "runs"), [(None, [3]), (PLAN, [1, 3]), (mr.ReusePlan.from_sources([0, 0, 2, 2]), [2, 3])]
-)
-def test_cached_layers_do_not_run_again_if_their_maps_are_not_applied(plan, runs):
+def test_cached_layers_run_again_only_up_to_maps_that_are_applied(plan, runs):
+    """In a chain of sources, all of them; their feed-forward modules do not run."""
     model, batch = build("bert")
     if plan is not None:
         mr.apply(model, plan)
-    cache = LayerCache(model, [batch, batch], plan)
+    cache, completed = LayerCache(model, [batch, batch], plan), []
     expected = output_of_layer(model, 3, batch)
+    for index, layer in enumerate(model.encoder.layer):
+        layer.intermediate.register_forward_hook(lambda *_, index=index: completed.append(index))
     for again in (False, True):
         for number in range(2):
+            completed.clear()
             found = run_by(
                 model, lambda number=number: torch.testing.assert_close(cache.outputs(3, number)[0], expected)
             )
             assert found == (runs if again else [0, 1, 2, 3])
+            assert completed == ([3] if again else [0, 1, 2, 3])
 
 
 def test_a_layer_that_is_not_cached_yet_gets_the_maps_that_it_applies():
@@ -133,19 +133,6 @@ def test_a_layer_that_is_not_cached_yet_gets_the_maps_that_it_applies():
     cache.outputs(2, 0)
     expected = output_of_layer(model, 3, batch)
     assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
-
-
-def test_a_layer_that_runs_again_for_its_map_stops_there():
-    model, batch = build("bert")
-    mr.apply(model, PLAN)
-    cache, runs = LayerCache(model, [batch], PLAN), []
-    expected = output_of_layer(model, 3, batch)
-    for index, layer in enumerate(model.encoder.layer):
-        layer.intermediate.register_forward_hook(lambda *_, index=index: runs.append(index))
-    for again in ([0, 1, 2, 3], [3]):
-        runs.clear()
-        torch.testing.assert_close(cache.outputs(3, 0)[0], expected)
-        assert runs == again
 
 
 PAIRS = mr.ReusePlan.from_sources([0, 0, 2, 2])
@@ -220,10 +207,7 @@ def test_a_stopped_pass_leaves_the_model_unchanged(call):
 
     with layers[3].attention.register_forward_pre_hook(stopped), pytest.raises(KeyboardInterrupt):
         getattr(cache, call)(3, 0)
-    assert not any("forward" in vars(one.layer) for one in layers)
-    assert not any(one.layer._forward_hooks or one.layer._forward_pre_hooks for one in layers)
-    assert layers[2].attention._layout.releases == (0,)
-    assert layers[3].attention._layout.releases == (1,)
+    assert_unchanged(model)
 
 
 def test_a_refit_runs_the_first_layer_once_for_each_batch():

@@ -44,38 +44,25 @@ def test_the_examples_run():
     assert not outcome.failed
 
 
-def test_convert_leaves_the_original_as_it_is():
-    model, batch = build("bert")
-    with torch.no_grad():
-        before = model(**batch).last_hidden_state
-        shared = mr.convert(model, GROUPS, [batch] * 4)
-        after = model(**batch).last_hidden_state
-    assert torch.equal(before, after)
-    assert mr.plan_of(model) is None
-    assert mr.plan_of(shared).layers[1] is not None
-
-
-def test_convert_with_batches_aligns_applies_and_refits(bert):
-    batches = random_batches(8)
+def test_convert_with_batches_aligns_applies_and_refits_a_copy(bert):
+    batches, before = random_batches(8), copy.deepcopy(bert.state_dict())
     by_hand = mr.apply(copy.deepcopy(bert), mr.align(bert, GROUPS, batches))
     mr.refit(by_hand, bert, batches)
     shared = mr.convert(bert, GROUPS, iter(batches))
     assert mr.plan_of(shared) == mr.plan_of(by_hand)
-    for name, weight in by_hand.state_dict().items():
-        assert torch.equal(weight, shared.state_dict()[name])
+    assert mr.plan_of(bert) is None
+    assert all(torch.equal(before[name], weight) for name, weight in bert.state_dict().items())
+    assert all(torch.equal(by_hand.state_dict()[name], weight) for name, weight in shared.state_dict().items())
 
 
-def test_convert_without_batches_applies_the_plan_as_it_is(bert):
-    plan = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [3, 3, 0, 1]})
-    assert mr.plan_of(mr.convert(bert, plan)) == plan
-
-
-def test_convert_passes_the_storage_on():
+def test_convert_without_batches_applies_the_plan_as_it_is_with_the_given_storage():
     model, batch = build("bert")
+    plan = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [3, 3, 0, 1]})
+    dense, recomputed = (mr.convert(model, plan, storage=storage) for storage in ("dense", "recompute"))
+    assert mr.plan_of(dense) == mr.plan_of(recomputed) == plan
     with torch.no_grad():
-        dense = mr.convert(model, GROUPS)(**batch).last_hidden_state
-        recomputed = mr.convert(model, GROUPS, storage="recompute")(**batch).last_hidden_state
-    torch.testing.assert_close(dense, recomputed, atol=1e-4, rtol=1e-4)
+        outputs = [one(**batch).last_hidden_state for one in (dense, recomputed)]
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_conversion_stopped_in_distillation_continues_with_its_plan_and_weights(
@@ -133,11 +120,10 @@ def test_work_that_is_damaged_or_of_another_conversion_is_not_used(bert, tmp_pat
 
     stopped(random_batches(8))
     whole = {name: (work / name).read_bytes() for name in ("model.safetensors", "found.json")}
-    for name, content in whole.items():
-        for damage in (content[:9], b"{}", b"[1]"):
-            (work / name).write_bytes(damage)
-            stopped(random_batches(8))
-            assert (work / name).read_bytes() == content
+    for name, damage in (("model.safetensors", whole["model.safetensors"][:9]), ("found.json", b"[1]")):
+        (work / name).write_bytes(damage)
+        stopped(random_batches(8))
+        assert (work / name).read_bytes() == whole[name]
     for batches, plan in ((random_batches(8, seed=5), GROUPS), (random_batches(8), mr.ReusePlan.grouped(4, 4))):
         stopped(batches, plan)
         assert (work / "found.json").read_bytes() != whole["found.json"]

@@ -1,6 +1,7 @@
 """Search: candidates have the error of a conversion by hand, and no plan beats another."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -19,7 +20,7 @@ from mapreuse.conversion import (
     hidden_state_error,
     relative_latencies,
 )
-from mapreuse.conversion._search import _CostModel, _extensions, _front
+from mapreuse.conversion._search import _CostModel, _extensions
 from mapreuse.measure import Latency
 
 
@@ -28,12 +29,14 @@ def bert():
     return build("bert")[0]
 
 
-def test_candidates_have_the_error_and_weights_of_a_conversion_by_hand(bert, tmp_path, regular_times):
+def test_candidates_have_the_error_and_weights_of_a_conversion_by_hand(bert, regular_times):
     batches = random_batches(12)
-    found = mr.search(bert, batches, error=0.5, breadth=2, cache=tmp_path / "evaluated.jsonl")
+    found = mr.search(bert, batches, error=0.4, breadth=1)
 
     assert len(found) > 2
     assert found[0].plan.is_full
+    for one, other in itertools.permutations(found, 2):
+        assert one.error < other.error or one.latency < other.latency, "no plan beats another"
     for candidate in found:
         model = mr.apply(copy.deepcopy(bert), candidate.plan)
         if not candidate.plan.is_full:
@@ -45,19 +48,11 @@ def test_candidates_have_the_error_and_weights_of_a_conversion_by_hand(bert, tmp
                 actual, target = (m(**batch).last_hidden_state[rows] for m in (model, bert))
                 cosines.append(functional.cosine_similarity(actual, target, dim=-1))
         assert candidate.error == pytest.approx(1 - torch.cat(cosines).mean().item(), abs=1e-5)
-        assert candidate.error <= 0.5
+        assert candidate.error <= 0.4
         assert candidate.latency == pytest.approx(candidate.predicted_latency)
         assert candidate.parameters == sum(p.numel() for p in model.parameters())
         for name, weight in candidate.build().state_dict().items():
             torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-3, atol=1e-5)
-
-
-def test_no_candidate_is_both_slower_and_worse_than_another(bert):
-    found = mr.search(bert, random_batches(8), error=0.3, breadth=2)
-    for one in found:
-        assert not any(
-            other.error <= one.error and other.latency <= one.latency for other in found if other is not one
-        )
 
 
 def test_a_second_search_evaluates_no_plan_again(bert, tmp_path, regular_times):
@@ -69,27 +64,29 @@ def test_a_second_search_evaluates_no_plan_again(bert, tmp_path, regular_times):
         return error(model)
 
     cache = tmp_path / "evaluated.jsonl"
-    first = mr.search(bert, random_batches(8), error=0.1, breadth=2, metric=metric, cache=cache)
+    first = mr.search(bert, random_batches(8), error=0.05, breadth=2, metric=metric, cache=cache)
     number = len(cache.read_text().splitlines())
     assert len(evaluated) == number + 1  # and the original
     cache.write_text("".join(line + "\n" for line in cache.read_text().splitlines()[: number - 1]))
     evaluated.clear()
-    second = mr.search(bert, random_batches(8), error=0.1, breadth=2, metric=metric, cache=cache)
+    second = mr.search(bert, random_batches(8), error=0.05, breadth=2, metric=metric, cache=cache)
 
     assert second == first
     assert len(evaluated) == 3  # the original, the first plan, which identifies the metric, and the forgotten one
-    other = mr.search(bert, random_batches(8, seed=5), error=0.1, breadth=2, metric=metric, cache=cache)
+    other = mr.search(bert, random_batches(8, seed=5), error=0.05, breadth=2, metric=metric, cache=cache)
     assert [c.error for c in other] != [c.error for c in first]
 
 
-@pytest.mark.parametrize("heads", [[(2, 0)], [(1, 1), (1, 3)], [(3, 0), (3, 1), (3, 2)], [(2, h) for h in range(4)]])
-def test_the_cost_model_counts_the_heads_that_reuse(bert, regular_times, heads):
+@pytest.fixture(scope="module")
+def heuristic(bert):
     batches = random_batches(4)
-    heuristic = SearchHeuristic(bert, batches, PlanEvaluator(bert, batches, hidden_state_error(bert, batches)))
+    return SearchHeuristic(bert, batches, PlanEvaluator(bert, batches, hidden_state_error(bert, batches)))
 
-    assert _CostModel(bert, batches[0], heuristic, precision=0.05).of(frozenset(heads)) == pytest.approx(
-        1 - len(heads) / 20
-    )
+
+def test_the_cost_model_counts_the_heads_that_reuse(bert, heuristic, regular_times):
+    costs = _CostModel(bert, random_batches(1)[0], heuristic, precision=0.05)
+    for heads in ([(2, 0)], [(1, 1), (1, 3)], [(3, 0), (3, 1), (3, 2)], [(2, head) for head in range(4)]):
+        assert costs.of(frozenset(heads)) == pytest.approx(1 - len(heads) / 20)
 
 
 def test_a_latency_budget_is_met(bert, regular_times):
@@ -99,9 +96,7 @@ def test_a_latency_budget_is_met(bert, regular_times):
     assert latencies[-1] <= 0.65 < latencies[0]
 
 
-def test_heads_whose_source_starts_to_reuse_get_a_source_that_still_computes(bert):
-    batches = random_batches(4)
-    heuristic = SearchHeuristic(bert, batches, PlanEvaluator(bert, batches, hidden_state_error(bert, batches)))
+def test_heads_whose_source_starts_to_reuse_get_a_source_that_still_computes(heuristic):
     smaller = frozenset((3, head) for head in range(4))
     larger = smaller | {(2, head) for head in range(4)} | {(1, 0), (1, 1)}
     for reusing in (smaller, larger):
@@ -110,10 +105,8 @@ def test_heads_whose_source_starts_to_reuse_get_a_source_that_still_computes(ber
         assert heuristic.predicted(larger) >= heuristic.predicted(smaller)
 
 
-def test_extensions_add_a_whole_layer_or_half_as_many_heads(bert):
-    batches = random_batches(4)
-    heuristic = SearchHeuristic(bert, batches, PlanEvaluator(bert, batches, hidden_state_error(bert, batches)))
-    costs = _CostModel(bert, batches[0], heuristic, precision=0.05)
+def test_extensions_add_a_whole_layer_or_half_as_many_heads(bert, heuristic, regular_times):
+    costs = _CostModel(bert, random_batches(1)[0], heuristic, precision=0.05)
     start = frozenset((2, head) for head in range(4))
     found = _extensions(heuristic, start, costs)
 
@@ -121,38 +114,32 @@ def test_extensions_add_a_whole_layer_or_half_as_many_heads(bert):
     assert {len(extension) - len(start) for extension in found} == {2, 4}
 
 
-def test_a_front_keeps_unbeaten_points():
-    points = {"a": (0.0, 1.0), "b": (0.1, 0.5), "c": (0.1, 0.6), "d": (0.2, 0.5), "e": (0.3, 0.1)}
-    assert _front(points) == ["a", "b", "e"]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give exactly one budget"),
+        ({"error": 0.1, "latency": 0.5}, "give exactly one budget"),
+        ({"latency": 1.5}, r"between 0 and 1, got 1\.5"),
+        ({"error": float("nan")}, "error must be at least 0, got nan"),
+        ({"error": 0.1, "breadth": 0}, "breadth must be at least 1, got 0"),
+        ({"error": 0.1, "batches": random_batches(3)}, "search needs at least 8 calibration batches, got 3"),
+        ({"error": 0.1, "batches": iter(["input_ids"] * 8)}, "got a str"),
+        ({"error": 0.1, "metric": lambda model: float("nan")}, "the metric must be finite, got nan"),
+    ],
+)
+def test_bad_budgets_batches_and_metrics_are_refused(bert, options, message):
+    with pytest.raises(ValueError, match=message):
+        mr.search(**{"original": bert, "batches": random_batches(8)} | options)
 
 
-def test_bad_budgets_batches_and_caches_are_refused(bert, tmp_path):
-    batches = random_batches(8)
-    with pytest.raises(ValueError, match="one of the two"):
-        mr.search(bert, batches)
-    with pytest.raises(ValueError, match="one of the two"):
-        mr.search(bert, batches, error=0.1, latency=0.5)
-    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
-        mr.search(bert, batches, latency=1.5)
-    with pytest.raises(ValueError, match="error must be at least 0, got nan"):
-        mr.search(bert, batches, error=float("nan"))
-    with pytest.raises(ValueError, match="breadth must be at least 1, got 0"):
-        mr.search(bert, batches, error=0.1, breadth=0)
-    with pytest.raises(ValueError, match="search needs at least 8 calibration batches, got 3"):
-        mr.search(bert, batches[:3], error=0.1)
-    with pytest.raises(ValueError, match=r"no plan has a latency of 0\.001 times"):
-        mr.search(bert, batches, latency=0.001, breadth=1)
+def test_models_in_half_precision_or_with_nan_are_refused(bert):
     with pytest.raises(ValueError, match="in bfloat16 on the CPU"):
-        mr.search(copy.deepcopy(bert).bfloat16(), batches, error=0.1)
+        mr.search(copy.deepcopy(bert).bfloat16(), random_batches(8), error=0.1)
     spoilt = copy.deepcopy(bert)
     with torch.no_grad():
         next(spoilt.encoder.layer[1].parameters())[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        mr.search(spoilt, batches, error=0.1)
-    with pytest.raises(ValueError, match="the metric must be finite, got nan"):
-        mr.search(bert, batches, error=0.1, metric=lambda model: float("nan"))
-    with pytest.raises(ValueError, match=r"got a str"):
-        mr.search(bert, iter(["input_ids"] * 8), error=0.1)
+        mr.search(spoilt, random_batches(8), error=0.1)
 
 
 @pytest.mark.parametrize("content", [b"{}\n", b'{"a": 1}', b'{"a": 1,\n "b": 2}', b"\xff\xfe\x00", None])
@@ -167,9 +154,8 @@ def test_a_file_with_other_content_is_refused_as_cache_and_not_changed(bert, tmp
 
 def test_an_unreachable_latency_is_refused_before_any_refit(bert, regular_times, monkeypatch):
     monkeypatch.setattr(_evaluation, "refit_layers", None)
-    with pytest.raises(
-        ValueError, match=r"no plan has a latency of 0\.1 times the original's: with all maps shared it is 0\.\d"
-    ):
+    message = r"no plan has a latency of 0\.1 times the original's: with all maps shared it is 0\.\d"
+    with pytest.raises(ValueError, match=message):
         mr.search(bert, random_batches(8), latency=0.1)
 
 
@@ -227,33 +213,34 @@ def test_a_latency_budget_is_met_by_measurement_if_the_cost_model_is_optimistic(
 
 
 def test_a_latency_budget_that_the_cost_model_barely_misses_is_measured(bert, monkeypatch):
+    (timed,) = random_batches(1, seed=7)
+
     def times(models, batch, **options):
         """Sharing all maps takes 0.93 in the cost model and 0.89 in the candidate."""
+        assert batch is timed
         shares = {"all": 0.93, "half": 0.965}
         return {name: 0.89 if name.isdigit() else shares.get(name, 1.0) for name in models}
 
     monkeypatch.setattr(_search, "_times", times)
-    found = mr.search(bert, random_batches(8), latency=0.9, breadth=1)
+    found = mr.search(bert, random_batches(8), latency=0.9, breadth=1, timed=timed)
     assert min(candidate.latency for candidate in found) == 0.89
 
 
 @pytest.mark.parametrize(("more", "logged"), [pytest.param(0.05, False, marks=pytest.mark.full), (0.15, True)])
-def test_a_latency_that_deviates_from_the_prediction_by_more_than_10_percent_is_logged(
-    bert, monkeypatch, caplog, more, logged
-):
+def test_a_latency_that_deviates_from_the_prediction_by_more_than_10_percent_is_logged(bert, monkeypatch, caplog):
     def times(models, batch, **options):
-        """5 % less for each reusing layer; candidates take more than that."""
+        """5 % less for each reusing layer; candidates take 15 % more than that."""
         found = {}
         for name, model in models.items():
             plan = mr.plan_of(model)
             saved = 0.0 if plan is None else sum(plan.reuses(layer) for layer in range(plan.num_layers)) / 20
-            found[name] = (1 - saved) * (1 + more * name.isdigit())
+            found[name] = (1 - saved) * (1.15 if name.isdigit() else 1.0)
         return found
 
     monkeypatch.setattr(_search, "_times", times)
     with caplog.at_level("WARNING", logger="mapreuse"):
         mr.search(bert, random_batches(8), error=1.0, breadth=1)
-    assert ("predicted latency of a plan: 0.85 times the original's; measured: 0.98" in caplog.text) is logged
+    assert "predicted latency of a plan: 0.85 times the original's; measured: 0.98" in caplog.text
 
 
 def test_reported_latencies_are_precise(bert, monkeypatch):
@@ -296,20 +283,6 @@ def test_a_torch_encoder_is_searched_without_its_padding(regular_times):
     found = mr.search(model, batches, error=2.0, breadth=1)
     assert found[0].error == pytest.approx(0, abs=1e-6)
     assert len(found) > 1
-
-
-def test_a_given_batch_is_timed(bert, monkeypatch):
-    seen = []
-
-    def times(models, batch, **options):
-        seen.append(batch)
-        return dict.fromkeys(models, 1.0)
-
-    monkeypatch.setattr(_search, "_times", times)
-    (timed,) = random_batches(1, seed=7)
-    mr.search(bert, random_batches(8), error=0.0, breadth=1, timed=timed)
-    assert seen
-    assert all(batch is timed for batch in seen)
 
 
 def test_the_original_keeps_its_training_mode_also_after_errors(bert):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -30,32 +31,31 @@ Head: TypeAlias = tuple[int, int]
 
 Mode = Literal["error", "best", "one-to-one"]
 
-_WRONG_DEPTH = "the plan has {} layers, but the model has {}"
-
 
 def align(
     original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], *, mode: Mode = "error"
 ) -> ReusePlan:
     """Assign a source head to each head of the layers that reuse all their maps.
 
-    With A the maps, V the values and O a head's part of the output projection, head h of layer l applies the head of
-    its source layer that changes the output of layer l least over the calibration batches, padding left out:
+    Each head applies the source head that changes the output of its layer least:
 
         assignment[l][h] = argmin_g Σ ‖(A[source(l), g] − A[l, h]) V[l, h] O[l, h]‖²
+
+    with A the maps, V the values and O a head's part of the output projection. The sum is over all positions of the
+    calibration batches except padding.
 
     Args:
         original: the model before `apply`; it is not changed.
         plan: which layers share. Layers planned head by head keep their assignment.
         batches: calibration batches, keyword dictionaries for the model's forward.
-        mode: "error" as above; "best" the source head with the most similar map; "one-to-one" the most similar maps
-            with every source head used once (Hungarian algorithm). The last two ignore values; see `align_by`.
+        mode: "error" as above; "best" or "one-to-one" by the similarity of maps, see `align_by`.
 
     Returns:
         The plan, head by head.
 
     Raises:
-        ValueError: if there are no batches, the plan does not fit the model, the mode is unknown, or the model has a
-            plan already or is in half precision on a CPU.
+        ValueError: if there are no batches, the plan does not fit the model, the mode is unknown, the model has a plan
+            already, or it is in half precision on a CPU.
     """
     check_plan(plan)
     check_precision(original)
@@ -65,8 +65,7 @@ def align(
         raise ValueError("the model shares attention maps already; align the heads of the original model instead")
     if mode != "error":
         return align_by(similarity(original, batches), plan, mode=mode)
-    if plan.num_layers != (num_layers := len(find_stack(original).layers)):
-        raise ValueError(_WRONG_DEPTH.format(plan.num_layers, num_layers))
+    _check_depth(plan, len(find_stack(original).layers))
     layers = list(plan.layers)
     sources = {layer: (source,) for layer, source in enumerate(plan.layers) if isinstance(source, int)}
     for layer, errors in output_errors(original, sources, batches).items():
@@ -75,14 +74,19 @@ def align(
     return ReusePlan(tuple(layers))
 
 
+def _check_depth(plan: ReusePlan, num_layers: int) -> None:
+    if plan.num_layers != num_layers:
+        raise ValueError(f"the plan has {plan.num_layers} layers, but the model has {num_layers}")
+
+
 def output_errors(
     original: nn.Module, sources: Mapping[int, tuple[int, ...]], batches: Iterable[Mapping[str, Any]]
 ) -> dict[int, Float[Tensor, "sources source_heads heads"]]:
-    """Error of a layer's output when a head applies the map of a head of an earlier layer.
+    """Error of a layer's output if head h applies the map of head g of an earlier layer s.
 
         errors[l][s, g, h] = Σ ‖(A[s, g] − A[l, h]) V[l, h] O[l, h]‖² / Σ Σ_h ‖A[l, h] V[l, h] O[l, h]‖²
 
-    summed over the queries of `batches` that are not padding, one batch at a time.
+    The sums are over all queries of the batches except padding.
 
     Args:
         original: the model before `apply`.
@@ -99,11 +103,11 @@ def output_errors(
     roots: dict[int, Tensor] = {}
     summed: dict[int, Tensor] = {}
     sizes: dict[int, Tensor] = {}
-    seen = False
+    any_valid = False
     for batch in batches:
         check_batch(batch)
         maps, valid, values = recorder(batch)
-        seen |= bool(valid.any())
+        any_valid |= bool(valid.any())
         rows = valid[..., None].double()
         for layer, candidates in sources.items():
             num_heads = maps[layer].shape[1]
@@ -126,7 +130,7 @@ def output_errors(
             errors = torch.stack(found).view(len(candidates), num_heads, num_heads)
             summed[layer] = summed.get(layer, 0) + errors.cpu()
             sizes[layer] = sizes.get(layer, 0) + (own * rows).square().sum().cpu()
-    if not seen:
+    if not any_valid:
         raise ValueError(
             "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
         )
@@ -138,8 +142,8 @@ def output_factors(
 ) -> tuple[Float[Tensor, "heads head_dim rank"], Float[Tensor, "heads rank width"]]:
     """U S and Vᵀ of the singular value decomposition O[h] = U S Vᵀ of each head's output projection, in float64.
 
-    ‖x U S‖ = ‖x O[h]‖, at the width of a head. `max_rank` keeps the largest singular values. A layer without a plain
-    output projection has the identity in its place.
+    ‖x U S‖ = ‖x O[h]‖ at the width of a head. `max_rank` keeps the largest singular values. The identity stands in for
+    an output projection that is not a plain linear layer.
     """
     dim = values.shape[-1]
     try:
@@ -154,21 +158,24 @@ def output_factors(
 
 
 def align_by(measured: Similarity, plan: ReusePlan, *, mode: Literal["best", "one-to-one"] = "best") -> ReusePlan:
-    """Assign heads, in the layers that reuse all their maps, by the similarity of maps.
+    """Assign heads by the similarity of maps, in the layers that reuse all their maps.
 
         assignment[l] = argmax Σ_h similarity(source(l), assignment[l][h]; l, h)
 
-    over all assignments ("best"), or over those that use every source head once ("one-to-one").
+    "best" maximises over all assignments, "one-to-one" over permutations of the source heads (Hungarian algorithm).
     """
-    if plan.num_layers != len(measured.heads):
-        raise ValueError(_WRONG_DEPTH.format(plan.num_layers, len(measured.heads)))
-    layers: list[LayerSource] = []
+    _check_depth(plan, len(measured.heads))
+    if mode not in ("best", "one-to-one"):
+        raise ValueError(f"mode must be best or one-to-one: got {mode!r}")
+    layers: list[LayerSource] = list(plan.layers)
     for layer, source in enumerate(plan.layers):
         if isinstance(source, int):
-            heads = _assign(measured.heads[source, :, layer], mode)
-            layers.append(tuple((source, head) for head in heads))
-        else:
-            layers.append(source)
+            similarities = measured.heads[source, :, layer]  # source heads × heads
+            if mode == "best":
+                heads = similarities.argmax(dim=0).tolist()
+            else:
+                heads = linear_sum_assignment(similarities.T.numpy(), maximize=True)[1].tolist()
+            layers[layer] = tuple((source, head) for head in heads)
     return ReusePlan(tuple(layers))
 
 
@@ -182,33 +189,20 @@ def group_by(measured: Similarity, num_groups: int) -> ReusePlan:
     num_layers = len(layers)
     if not 1 <= num_groups <= num_layers:
         raise ValueError(f"num_groups must be between 1 and the model's {num_layers} layers, got {num_groups}")
-    # best[g][n]: the maximum similarity of the first n layers in g groups, and the first layer of the last group.
-    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-    for _ in range(num_groups):
-        row = {}
-        for stop in range(1, num_layers + 1):
-            options = [
-                (best[-1][start][0] + float(layers[start, start + 1 : stop].sum()), start)
-                for start in range(stop)
-                if start in best[-1]
-            ]
-            if options:
-                row[stop] = max(options)
-        best.append(row)
-    sources = [0] * num_layers
-    stop = num_layers
-    for groups in range(num_groups, 0, -1):
-        start = best[groups][stop][1]
-        sources[start:stop] = [start] * (stop - start)
-        stop = start
-    return align_by(measured, ReusePlan.from_sources(sources))
 
+    @functools.cache
+    def best(stop: int, groups: int) -> tuple[float, tuple[int, ...]]:
+        """The maximum similarity of the layers before `stop` in groups, and the first layers of these, last first."""
+        if groups == 0:
+            return 0.0, ()
+        options = []
+        for start in range(groups - 1, stop if groups > 1 else 1):
+            before, firsts = best(start, groups - 1)
+            options.append((before + float(layers[start, start + 1 : stop].sum()), (start, *firsts)))
+        return max(options)
 
-def _assign(similarities: Tensor, mode: str) -> list[int]:
-    """For each head of the reusing layer (columns), a head of the source layer (rows)."""
-    if mode == "best":
-        return similarities.argmax(dim=0).tolist()
-    if mode == "one-to-one":
-        heads, sources = linear_sum_assignment(similarities.T.numpy(), maximize=True)
-        return [int(source) for _, source in sorted(zip(heads, sources, strict=True))]
-    raise ValueError(f"mode must be error, best or one-to-one, got {mode!r}")
+    firsts = best(num_layers, num_groups)[1]
+    return align_by(
+        measured,
+        ReusePlan.from_sources([max(first for first in firsts if first <= layer) for layer in range(num_layers)]),
+    )

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from mapreuse.models import check_batch, find_stack, not_padding, plan_of, recor
 from mapreuse.plan import ReusePlan
 
 _HELD_OUT = 8
-"""Every eighth batch is held out for evaluation if no other batches are given for it."""
+"""Every eighth batch is held out if the caller gives no other batches for evaluation."""
 
 _MAX_BFLOAT16_TIME = 0.8
 """bfloat16 is chosen if a forward pass takes at most this fraction of the time in float32."""
@@ -41,8 +41,8 @@ class DistillConfig(LoopConfig):
     Attributes:
         hidden: weight of the hidden states in the loss.
         logits: weight of the logits in the loss.
-        bfloat16: whether matrix products are taken in bfloat16 (autocast). None: if a forward pass is measured to be
-            much faster so, which may come out differently on another day.
+        bfloat16: whether matrix products are taken in bfloat16 (autocast). None: if a short measurement shows that a
+            forward pass is much faster in bfloat16. The measurement may differ from run to run.
     """
 
     hidden: float = 1.0
@@ -52,27 +52,27 @@ class DistillConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.hidden, self.logits) < 0 or self.hidden == self.logits == 0:
-            raise ValueError(f"hidden and logits weigh the loss, got {self.hidden} and {self.logits}")
+            raise ValueError(
+                f"hidden and logits must be at least 0 and not both 0: got hidden={self.hidden}, logits={self.logits}"
+            )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Distillation:
     """The result of `distill`.
 
     Attributes:
-        errors: by step, the held-out error √(Σ ‖h − h°‖² / Σ ‖h°‖²) of the hidden states after the last layer, the
-            original's with °.
+        errors: by step, the held-out error √(Σ ‖h − h°‖² / Σ ‖h°‖²) of the hidden states h after the last layer; h°
+            are the original's.
         step: number of steps taken.
         elapsed: seconds of training.
-        finished: whether the budget or the patience was used up.
         bfloat16: whether products were taken in bfloat16.
     """
 
-    errors: dict[int, float] = field(default_factory=dict)
-    step: int = 0
-    elapsed: float = 0.0
-    finished: bool = False
-    bfloat16: bool | None = None
+    errors: dict[int, float]
+    step: int
+    elapsed: float
+    bfloat16: bool
 
     @property
     def before(self) -> float:
@@ -99,33 +99,31 @@ def distill(
     held_out: Iterable[Mapping[str, Any]] | None = None,
     out_dir: str | Path | None = None,
 ) -> Distillation:
-    """Train a converted model, in place, to match the original's hidden states and outputs; the best weights stay.
+    """Train a converted model, in place, to match the original's hidden states and outputs. It keeps the best weights.
 
-    With hₗ the hidden states after layer l at all positions that are not padding, p the output distributions of a
-    model with logits, and ° marking the original, AdamW minimises
+    AdamW minimises, without dropout,
 
         hidden · meanₗ ‖hₗ − hₗ°‖² / ‖hₗ°‖²  +  logits · KL(p° ‖ p)
 
-    without dropout. The layers from the first whose map is shared are trained; earlier layers, and modules outside the
-    layers, keep their weights. Weights keep their type. Runs on every process of `accelerate launch`, each with the
-    same model, or on a single one; on a GPU if there is one.
+    with hₗ the hidden states after layer l, padding left out, p the output distributions of a model with logits, and °
+    for the original. Training starts at the first layer that shares its map. Earlier layers and modules outside the
+    layers keep their weights. Runs on every process of `accelerate launch` or on a single one, on a GPU if there is
+    one. Afterwards both models are on their devices again.
 
     Args:
         model: a converted model with a plan in force.
-        original: the model it was converted from; it stays as it is. Afterwards both are on the device they came from.
-        batches: any re-iterable of keyword dictionaries for both models; read in its own order, epoch after epoch.
+        original: the model before its conversion; it is not changed.
+        batches: any re-iterable of keyword dictionaries for both models. The order of each epoch is its own.
         config: budget and hyper-parameters.
-        held_out: batches for evaluation. None: every eighth of `batches`, which is then not trained on.
-        out_dir: directory of checkpoints. The same call continues there, with the model as it was given or as the run
-            left it; under a budget in steps it gives the same bits as a run without interruption. None: nothing is
-            written.
+        held_out: batches for evaluation. None: every eighth of `batches`, which is then left out of training.
+        out_dir: directory of checkpoints. The same call continues an interrupted run from there. With a budget in
+            steps, the result has the same bits as without interruption. None: nothing is written.
 
     Raises:
-        ValueError: if no plan is in force, `original` has another depth or width or a plan, there are too few batches
-            or they can be read only once, a batch is nothing but padding, a model is in half precision on a CPU, no
-            parameter of a layer learns, an activation or the loss is not finite, `held_out` is None and batches differ
-            from one reading to the next, or `out_dir` cannot be written or holds another run. The model then has the
-            best weights found so far.
+        ValueError: if no plan is in force, the models do not belong together, one of them is in half precision on a
+            CPU, no parameter of a layer learns, there are too few batches, they can be read only once or contain only
+            padding, an activation or the loss is not finite, `held_out` is None and batches differ between readings,
+            or `out_dir` cannot be written or holds another run.
     """
     plan = plan_of(model)
     if plan is None:
@@ -142,16 +140,15 @@ def distill(
                 "distill holds out every eighth batch for evaluation, but the batches differ from one reading to the "
                 "next: give held_out, or batches that are not shuffled"
             )
-        training, evaluation = _EveryEighth(batches, chosen=False), _EveryEighth(batches, chosen=True)
-    first: list[Mapping[str, Any]] = []
-    for name, some in (("to learn from", training), ("held out", evaluation)):
-        if (one := next(iter(some), None)) is None:
-            raise ValueError(f"distill has no batches {name}: give at least {_HELD_OUT}, or some of each kind")
-        check_batch(one)
-        first.append(one)
+        training, evaluation = _Split(batches, held_out=False), _Split(batches, held_out=True)
+    first, first_held_out = (next(iter(some), None) for some in (training, evaluation))
+    if first is None or first_held_out is None:
+        raise ValueError(f"distill has no batches to learn from, or none held out: give at least {_HELD_OUT}")
+    check_batch(first)
+    check_batch(first_held_out)
     identity: dict[str, Any] = {"plan": json.loads(plan.to_json())}
     if out_dir is not None:
-        identity["given"] = digest(itertools.chain([original.state_dict(), first[0]], evaluation))
+        identity["given"] = digest(itertools.chain([original.state_dict(), first], evaluation))
     devices = [next(one.parameters()).device for one in (model, original)]
     try:
         with in_evaluation_mode(model, original), _only_sharing_layers_learn(model, plan):
@@ -169,19 +166,19 @@ def distill(
             )
             choices = loop.state.choices
             if "bfloat16" not in choices:
-                choices["bfloat16"] = objective.chooses_bfloat16(first[0])
+                choices["bfloat16"] = objective.chooses_bfloat16(first)
             objective.bfloat16 = choices["bfloat16"]
             state = loop.run()
     finally:
         for which, device in zip((model, original), devices, strict=True):
             which.to(device)
     errors = {entry["step"]: entry["error"] for entry in state.history}
-    return Distillation(errors, state.step, state.elapsed, state.finished, choices["bfloat16"])
+    return Distillation(errors, state.step, state.elapsed, choices["bfloat16"])
 
 
 @contextmanager
 def _only_sharing_layers_learn(model: nn.Module, plan: ReusePlan) -> Iterator[None]:
-    """Freeze parameters outside the layers from the first whose map is shared."""
+    """Freeze all parameters except those of the first layer that shares its map and of later layers."""
     first = min((source for layer in range(plan.num_layers) for source in plan.sources(layer)), default=0)
     learning = {parameter for layer in find_stack(model).layers[first:] for parameter in layer.layer.parameters()}
     others = [one for one in model.parameters() if one.requires_grad and one not in learning]
@@ -196,15 +193,16 @@ def _only_sharing_layers_learn(model: nn.Module, plan: ReusePlan) -> Iterator[No
             parameter.requires_grad_(True)
 
 
-class _EveryEighth:
+@dataclass(frozen=True)
+class _Split:
     """Every eighth of some batches, or all the others."""
 
-    def __init__(self, batches: Iterable[Mapping[str, Any]], *, chosen: bool) -> None:
-        self._batches, self._chosen = batches, chosen
+    batches: Iterable[Mapping[str, Any]]
+    held_out: bool
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for index, batch in enumerate(self._batches):
-            if (index % _HELD_OUT == _HELD_OUT - 1) == self._chosen:
+        for index, batch in enumerate(self.batches):
+            if (index % _HELD_OUT == _HELD_OUT - 1) == self.held_out:
                 yield batch
 
 
@@ -221,7 +219,7 @@ class _Objective:
         self._evaluation, self._config = evaluation, config
 
     def chooses_bfloat16(self, batch: Mapping[str, Any]) -> bool:
-        """The configured choice, or whether a forward pass of both models is measured to be much faster so."""
+        """The configured choice, or else True if forward passes of both models are much faster in bfloat16."""
         if self._config.bfloat16 is not None:
             return self._config.bfloat16
         calls = {
@@ -236,7 +234,7 @@ class _Objective:
     def loss(self, batch: Mapping[str, Any], step: int) -> Tensor:
         states, targets, rows, output, target = self._pair(batch, bfloat16=self.bfloat16)
         if not bool(rows.any()):
-            raise ValueError(f"distill: the batch of step {step} holds no position but padding; leave it out")
+            raise ValueError(f"distill: the batch of step {step} contains only padding; leave it out")
         distances = [_distance(a[rows], b[rows]) / _size(b[rows]) for a, b in zip(states, targets, strict=True)]
         loss = self._config.hidden * torch.stack(distances).mean()
         logits, target_logits = getattr(output, "logits", None), getattr(target, "logits", None)
@@ -256,13 +254,12 @@ class _Objective:
             sums += torch.stack([_distance(states[-1][rows], targets[-1][rows]), _size(targets[-1][rows])]).double()
         distance, size = self._accelerator.reduce(sums, "sum").tolist()
         if distance == size == 0:
-            raise ValueError("distill: the held-out batches hold no position but padding")
-        error = math.sqrt(distance / size) if size > 0 else math.nan
-        if not math.isfinite(error):
+            raise ValueError("distill: the held-out batches contain only padding")
+        if not (size > 0 and math.isfinite(distance / size)):
             raise ValueError(
                 "distill: hidden states are not finite; check the models' weights and the held-out batches"
             )
-        return {"error": error}
+        return {"error": math.sqrt(distance / size)}
 
     def _pair(
         self, batch: Mapping[str, Any], *, bfloat16: bool = False

@@ -30,10 +30,11 @@ _MAX_BYTES = 2**27
 def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Callable[[nn.Module], float]:
     """Make a function that gives the error of a converted model's last hidden states.
 
-        error = 1 − mean over positions of cos(h, h°)
+        error = 1 − mean of cos(h, h°)
 
-    with h and h° the states of the converted and the original model after the last layer; between 0 (equal) and 2.
-    Padding is left out. Raises `ValueError`, now or when the function is called, if states are not finite.
+    with h and h° the states of the converted and the original model after the last layer. The mean is over all
+    positions except padding. Errors are between 0 (equal) and 2. This function and the one it returns raise
+    `ValueError` if states are not finite.
     """
     batches = list(batches)
 
@@ -70,22 +71,20 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
 
 
 class PlanEvaluator:
-    """The error of a plan after `apply` and `refit`. Each plan is evaluated once, also over several runs with a file.
+    """The error of a plan after `apply` and `refit`. Each plan is evaluated once.
 
-    Layers that plans have in common, from the first on, are refitted once as long as they are cached. Errors in the
-    file are used if they belong to the same `identity` and the same metric. The metric is recognised by the error of
-    the first plan, which is evaluated in any case.
+    Plans that begin with the same layers share the refit of these. With a `cache`, errors of earlier runs with the same
+    `identity` and metric are used. Two metrics are the same if they agree on the first plan, which is always evaluated.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.
         batches: calibration batches for `refit`.
         metric: the error of a converted model.
-        cache: a file of evaluated plans, one JSON object per line; new ones are added.
-        identity: of the model and the batches.
+        cache: a file of evaluated plans, one JSON object per line. New plans are added.
+        identity: identifies the model and the batches.
 
     Raises:
-        ValueError: if the cache cannot be read or written or has other content, which is not changed then, or an error
-            is not finite.
+        ValueError: if the cache cannot be read or has other content, or an error is not finite.
     """
 
     def __init__(
@@ -93,12 +92,12 @@ class PlanEvaluator:
         original: nn.Module,
         batches: Sequence[Mapping[str, Any]],
         metric: Callable[[nn.Module], float],
-        cache: Path | None = None,
+        cache: str | Path | None = None,
         identity: str = "",
     ) -> None:
         self._original, self._batches, self._metric = original, batches, metric
-        self._path, self._identity = cache, identity
-        self._entries = [] if cache is None else _read_entries(cache)
+        self._path, self._identity = None if cache is None else Path(cache), identity
+        self._entries = [] if self._path is None else _read_entries(self._path)
         self._errors: dict[ReusePlan, float] = {}
         self._refits = RefitCache(_MAX_BYTES)
         self._first: tuple[str, float] | None = None
@@ -112,10 +111,16 @@ class PlanEvaluator:
             error = self._evaluate(self.refitted(plan))
             if self._first is None:
                 self._first = plan.to_json(), error
-                self._use_entries()
+                self._errors = self._cached_errors(*self._first)
             if plan not in self._errors:
                 self._errors[plan] = error
-                self._write(plan)
+                if self._path is not None:
+                    entry = {"search": self._identity, "first": self._first, "plan": plan.to_json(), "error": error}
+                    self._entries.append(entry)
+                    text = "".join(json.dumps(one) + "\n" for one in self._entries)
+                    partial = self._path.with_name(f"{self._path.name}.partial")
+                    partial.write_text(text)
+                    partial.replace(self._path)
         return self._errors[plan]
 
     def refitted(self, plan: ReusePlan) -> nn.Module:
@@ -134,32 +139,19 @@ class PlanEvaluator:
             raise ValueError(f"the metric must be finite, got {error}")
         return error
 
-    def _use_entries(self) -> None:
-        """Take errors of the same plans by the same metric from the file."""
-        assert self._first is not None
-        plan, error = self._first
-        for entry in self._entries:
-            first, first_error = entry["first"]
-            same_metric = first == plan and math.isclose(first_error, error, rel_tol=_SAME_ERROR)
-            if same_metric and entry["search"] == self._identity:
-                self._errors[ReusePlan.from_json(entry["plan"])] = float(entry["error"])
-
-    def _write(self, plan: ReusePlan) -> None:
-        if self._path is not None:
-            entry = {
-                "search": self._identity,
-                "first": self._first,
-                "plan": plan.to_json(),
-                "error": self._errors[plan],
-            }
-            self._entries.append(entry)
-            partial = self._path.with_name(f"{self._path.name}.partial")
-            partial.write_text("".join(json.dumps(one) + "\n" for one in self._entries))
-            partial.replace(self._path)
+    def _cached_errors(self, plan: str, error: float) -> dict[ReusePlan, float]:
+        """Errors from the file by the metric that gives the first plan this error."""
+        return {
+            ReusePlan.from_json(entry["plan"]): float(entry["error"])
+            for entry in self._entries
+            if entry["search"] == self._identity
+            and entry["first"][0] == plan
+            and math.isclose(entry["first"][1], error, rel_tol=_SAME_ERROR)
+        }
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a cache file, which need not exist yet."""
+    """The lines of a cache file; none if there is no file yet."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []

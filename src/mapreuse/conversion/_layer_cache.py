@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mapreuse.models import Layer, find_stack, not_padding, observing_inputs, output_projection, recorded_states
+from mapreuse.models import (
+    Layer,
+    find_stack,
+    keeping_maps,
+    not_padding,
+    observing_inputs,
+    output_projection,
+    recorded_states,
+)
 from mapreuse.plan import ReusePlan
 
 _MAX_BYTES = 2**28
@@ -23,17 +30,16 @@ _MAX_BYTES = 2**28
 class LayerCache:
     """Inputs and outputs of single layers, batch by batch; the outputs of earlier layers are cached.
 
-    A forward pass for layer l ends at layer l. Layers before it return their cached output instead of running. If a
-    layer that runs applies the map of a cached layer, the cached layer runs up to its map. Layers whose output does
-    not fit in the cache run every time. The weights of layers before l must not have changed since earlier passes;
-    those of layer l and later layers may. Layers pass on nothing but their output and their map.
+    A forward pass for layer l ends at layer l. Earlier layers return their cached output instead of running, or run up
+    to their map if a layer that runs applies it. Layers whose output does not fit in the cache run every time. Layers
+    before l must keep their weights from one pass to the next. Layers pass on their output and their map only.
 
     Args:
         model: in evaluation mode.
         batches: calibration batches.
         plan: the plan in force, if any.
-        original: a cache of the original model over the same batches. Its entries are used up to the first layer that
-            reuses a map; up to there both models must have the same weights.
+        original: a cache of the original model over the same batches. Its entries are used up to the first reusing
+            layer. Both models must have the same weights there.
         max_bytes: maximum size of the cached outputs.
     """
 
@@ -53,7 +59,7 @@ class LayerCache:
 
     @torch.no_grad()
     def valid(self, number: int) -> Bool[Tensor, "batch positions"]:
-        """Which positions of a batch are not padding."""
+        """True for positions of a batch that are not padding."""
         first = self.layers[0].layer
         with recorded_states(self._model) as (states, masks), first.register_forward_hook(_stop), suppress(_Done):
             self._model(**self._batches[number])
@@ -65,8 +71,7 @@ class LayerCache:
     ) -> tuple[Float[Tensor, "batch positions inputs"], Float[Tensor, "batch positions width"]]:
         """The input of a layer's output projection, and the input of the layer.
 
-        With `of_whole_inputs`, the former is replaced by A_h X for every head h: the layer's maps applied to the whole
-        input of its attention instead of to values.
+        With `of_whole_inputs`, the former is replaced by A_h X for every head h, with X the input of the attention.
         """
         layer, seen = self.layers[index], dict[str, Tensor]()
 
@@ -94,7 +99,7 @@ class LayerCache:
     def outputs(
         self, index: int, number: int, changes: Sequence[Callable[[], None]] = (lambda: None,)
     ) -> list[Float[Tensor, "batch positions width"]]:
-        """The output of a layer after each of these changes of its weights, from a single forward pass."""
+        """The output of a layer after each of these changes of its weights, from one forward pass."""
         layer = self.layers[index]
 
         def on_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -109,7 +114,7 @@ class LayerCache:
         with ExitStack() as hooks:
             hooks.enter_context(self._skipping(index, number))
             states, _ = hooks.enter_context(recorded_states(self._model))
-            hooks.enter_context(_keeping_maps(layer.attention))
+            hooks.enter_context(keeping_maps(layer))
             handle = layer.layer.register_forward_pre_hook(on_layer, with_kwargs=True, prepend=True)
             with handle, suppress(_Done):
                 self._model(**self._batches[number])
@@ -117,7 +122,7 @@ class LayerCache:
 
     @contextmanager
     def _skipping(self, index: int, number: int) -> Iterator[None]:
-        """Earlier layers return their cached output; the output of those that run is cached."""
+        """Earlier layers return their cached output. If a layer has none, it runs, and its output is cached."""
         outputs = [self._cached(before, number) for before in range(index)]
         sources = self._sources_of([*(before for before, output in enumerate(outputs) if output is None), index])
         with ExitStack() as hooks:
@@ -132,7 +137,7 @@ class LayerCache:
             yield
 
     def _sources_of(self, layers: list[int]) -> set[int]:
-        """Source layers of these layers, and the source layers of those."""
+        """The source layers of these layers, directly or through other layers."""
         found, left = set[int](), layers
         while self._plan is not None and left:
             sources = set(self._plan.sources(left.pop())) - found
@@ -155,7 +160,7 @@ class LayerCache:
 
 @contextmanager
 def in_evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode; at the end each module has its own mode again."""
+    """Put models in evaluation mode, and restore the mode of each module at the end."""
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
@@ -201,16 +206,3 @@ def _returning(layer: Layer, output: Any, *, with_map: bool) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
-
-
-@contextmanager
-def _keeping_maps(attention: Any) -> Iterator[None]:
-    """A planned attention releases no map, so that it can apply the same maps again."""
-    layout = vars(attention).get("_layout")
-    if layout is not None:
-        attention._layout = replace(layout, releases=())
-    try:
-        yield
-    finally:
-        if layout is not None:
-            attention._layout = layout

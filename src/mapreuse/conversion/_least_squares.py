@@ -42,7 +42,7 @@ class HeadProjections:
     def to_contexts(
         self, matrix: Float[Tensor, "inputs_and_one columns"]
     ) -> Float[Tensor, "context_and_one columns"]:
-        """Bᵀ matrix, where B maps inputs and a one to contexts and a one."""
+        """Bᵀ matrix, with B the map from inputs and a one to contexts and a one."""
         blocks = matrix[:-1].unflatten(0, (self.num_maps, -1))
         heads = [values.mT @ blocks[number] for values, number in zip(self.values, self.maps, strict=True)]
         context = torch.stack(heads) + self.value_bias[..., None] * matrix[-1]
@@ -73,13 +73,10 @@ class HeadProjections:
 class LeastSquares:
     """The regression of a layer's attention output on its inputs.
 
-    R are the inputs and a column of ones, with a row for each position. As long as R has no more rows than columns, R,
-    targets and drift are stored as they are, which takes less memory and fewer products than normal equations. With
-    more rows, Rᵀ R, Rᵀ target and Rᵀ drift are accumulated in float64. In the code, the `image` of a matrix is the
-    matrix itself in the first case, and Rᵀ times the matrix in the second.
-
-    Args:
-        start: the projections before the regression.
+    R are the inputs and a column of ones, with a row for each position. While R has no more rows than columns, R,
+    targets and drift are stored, which takes less memory and fewer products than normal equations. With more rows,
+    Rᵀ R, Rᵀ target and Rᵀ drift are accumulated in float64. In the code, the `image` of a matrix is the matrix itself
+    in the first case, and Rᵀ times the matrix in the second. `start` are the projections before the regression.
     """
 
     def __init__(self, start: HeadProjections) -> None:
@@ -89,7 +86,6 @@ class LeastSquares:
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
         self._target_size = 0.0
         self._sizes = dict.fromkeys(DRIFT_SHARES, 0.0)
-        self._eigen: list[tuple[Tensor, Tensor]] = []
 
     def add(
         self,
@@ -155,14 +151,17 @@ class LeastSquares:
         return torch.cat([*heads, one], 1)
 
     @functools.cached_property
+    def _eigen(self) -> list[tuple[Tensor, Tensor]]:
+        """Eigenvalues and eigenvectors of Zᵀ Z for each map."""
+        numbers = range(self._start.num_maps)
+        return [torch.linalg.eigh(self._to_inputs(number, self._inputs(number))) for number in numbers]
+
+    @functools.cached_property
     def _start_equations(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._reduced(self._start)
+        return self._equations(self._start)
 
     def _equations(self, projections: HeadProjections) -> tuple[Tensor, Tensor, Tensor]:
         """Cᵀ C, Cᵀ target and Cᵀ drift, with C the contexts and a one."""
-        return self._start_equations if projections is self._start else self._reduced(projections)
-
-    def _reduced(self, projections: HeadProjections) -> tuple[Tensor, Tensor, Tensor]:
         contexts = self._contexts(projections)
         images = contexts, *self._images[1:]
         gram, target, drift = (
@@ -171,27 +170,30 @@ class LeastSquares:
         return gram, target, drift
 
     def error(self, projections: HeadProjections, share: float) -> float:
-        """√(Σ ‖output − target − share · drift‖² / Σ ‖target‖²), or the numerator alone if the target is zero."""
+        """√(Σ ‖output − target − share · drift‖² / Σ ‖target‖²), or the numerator alone if the target is zero.
+
+        The output projection and the bias are applied to the contexts of the start.
+        """
         stacked = projections.stacked
-        gram, target, drift = self._equations(projections)
+        gram, target, drift = self._start_equations
         error = (stacked * (gram @ stacked - 2 * (target + share * drift))).sum()
         return (max(float(error) + self._sizes[share], 0.0) / (self._target_size or 1.0)) ** 0.5
 
-    def solve(self, start: HeadProjections, ridge: float, share: float, *, sweeps: int = 0) -> HeadProjections:
+    def solve(self, ridge: float, share: float, *, sweeps: int = 0) -> HeadProjections:
         """Solve for output projection and bias, then `sweeps` times for values and for output, each exactly.
 
-        The penalty is `ridge` times the squared distance from `start`.
+        The penalty is `ridge` times the squared distance from the start.
         """
-        projections = self._solve_output(start, start, share, ridge)
+        projections = self._solve_output(self._start, self._start_equations, share, ridge)
         for _ in range(sweeps):
-            projections = self._solve_values(start, projections, share, ridge)
-            projections = self._solve_output(start, projections, share, ridge)
+            projections = self._solve_values(projections, share, ridge)
+            projections = self._solve_output(projections, self._equations(projections), share, ridge)
         return projections
 
     def _solve_output(
-        self, start: HeadProjections, projections: HeadProjections, share: float, ridge: float
+        self, projections: HeadProjections, equations: tuple[Tensor, Tensor, Tensor], share: float, ridge: float
     ) -> HeadProjections:
-        gram, target, drift = self._equations(projections)
+        start, (gram, target, drift) = self._start, equations
         moment, anchor = target + share * drift, start.stacked
         size = len(gram) - 1
         if start.bias is None:
@@ -205,9 +207,7 @@ class LeastSquares:
             bias=None if start.bias is None else solved[size],
         )
 
-    def _solve_values(
-        self, start: HeadProjections, projections: HeadProjections, share: float, ridge: float
-    ) -> HeadProjections:
+    def _solve_values(self, projections: HeadProjections, share: float, ridge: float) -> HeadProjections:
         """Head by head, minimise ‖Z V output[h] − residual of the other heads‖² + λ ‖V − V₀‖² over V.
 
         Z is inputs[maps[h]]. The normal equations G V P + λ V = B are diagonal in the eigenvectors of G = Zᵀ Z and of
@@ -219,9 +219,6 @@ class LeastSquares:
         aim = target.double() + share * drift.double()
         if projections.bias is not None:
             aim -= extended[:, -1:].double() * projections.bias
-        if not self._eigen:
-            numbers = range(projections.num_maps)
-            self._eigen = [torch.linalg.eigh(self._to_inputs(number, self._inputs(number))) for number in numbers]
         for head, number in enumerate(projections.maps):
             onto = output[head].mT  # multiplied from the right first: a head is narrower than the output
             by_head[:, head] = extended[:, -1:] * projections.value_bias[head]
@@ -229,12 +226,12 @@ class LeastSquares:
             sizes, vectors = self._eigen[number]
             widths, turned = torch.linalg.eigh(output[head] @ onto)
             strength = ridge * _one_if_zero(sizes.mean() * widths.mean())
-            moment = vectors.mT @ (self._to_inputs(number, residual) + strength * start.values[head]) @ turned
+            moment = vectors.mT @ (self._to_inputs(number, residual) + strength * self._start.values[head]) @ turned
             values[head] = vectors @ (moment / (sizes[:, None] * widths + strength)) @ turned.mT
             by_head[:, head] += self._inputs(number) @ values[head]
         return replace(projections, values=values)
 
 
 def _one_if_zero(size: Tensor) -> Tensor:
-    """1 for a size of zero, as of a layer with values of zero: any penalty then keeps its weights."""
+    """1 for a size of zero. Any penalty then keeps the weights of a layer whose values are zero."""
     return torch.where(size > 0, size, torch.ones_like(size))

@@ -1,4 +1,4 @@
-"""Output directories of conversions, which appear only when they are complete, and the work beside them."""
+"""Output directories of conversions, which appear only when they are complete, and their work directories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NEVER_COPIED = (".git*", "__pycache__")
 
 
 def work_dir_of(out: str | Path) -> Path:
-    """`<out>.work`, where an interrupted conversion continues."""
+    """`<out>.work`, which holds the work of an unfinished conversion."""
     out = Path(out).resolve()
     return out.with_name(f"{out.name}.work")
 
@@ -58,12 +58,12 @@ def new_directory(out: str | Path) -> Iterator[Path]:
 def copy_companions(source: str | Path, written: str | Path) -> None:
     """Copy the files that belong to a model but are not its weights: tokenizer, feature extractor, model card.
 
-    Of a sentence-transformers model, the other modules are copied with their weights. Folders with weights of other
-    models are left out, for example checkpoints of a trainer.
+    The other modules of a sentence-transformers model are copied with their weights. Folders with weights of other
+    models, such as checkpoints of a trainer, are left out.
 
     Args:
         source: the model's directory.
-        written: from `new_directory`; its work directory is left out if it lies in `source`.
+        written: from `new_directory`. Its work directory is left out if it lies in `source`.
     """
     of_model, never = shutil.ignore_patterns(*_NOT_COPIED), shutil.ignore_patterns(*_NEVER_COPIED)
     weights, work = transformer_directory(source).resolve(), Path(written).resolve().parent
@@ -99,15 +99,11 @@ def _is_another_model(path: Path, parts: Set[Path]) -> bool:
 
 
 def _check_work(work: Path) -> None:
-    if not work.exists():
-        return
-    if not work.is_dir():
+    others = sorted({one.name for one in work.iterdir()} - set(_PARTS)) if work.is_dir() else []
+    problem = f"holds {others[0]}" if others else "is a file" if work.exists() and not work.is_dir() else None
+    if problem is not None:
         raise ValueError(
-            f"{work} is a file, but the conversion keeps its work there: move it, or choose another --out"
-        )
-    if others := sorted(one.name for one in work.iterdir() if one.name not in _PARTS):
-        raise ValueError(
-            f"{work} holds {others[0]}, but the conversion keeps its work there: move it, or choose another --out"
+            f"{work} {problem}, but the conversion keeps its work there: move it, or choose another --out"
         )
 
 

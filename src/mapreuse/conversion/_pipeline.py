@@ -28,7 +28,7 @@ from mapreuse.conversion._output_dir import (
     work_dir_of,
 )
 from mapreuse.conversion._refit import refit
-from mapreuse.conversion._search import MIN_SEARCH_BATCHES, Candidate, relative_latencies, search, split_batches
+from mapreuse.conversion._search import MIN_SEARCH_BATCHES, relative_latencies, search, split_batches
 from mapreuse.conversion._validation import check_plan, checked_batches, digest
 from mapreuse.data import check_precision
 from mapreuse.models import apply, copy_with_same_weights
@@ -51,10 +51,10 @@ class ConversionReport:
 
     Attributes:
         plan: the plan in force, with heads assigned.
-        errors: `hidden_state_error` on held-out calibration batches after each step: `aligned`, `refitted` and, if
-            asked for, `distilled`.
+        errors: `hidden_state_error` on held-out calibration batches, after the steps `aligned`, `refitted` and
+            `distilled`.
         latency: time of a forward pass on the calibration batch of median size, divided by the original's.
-        exact_latency: the same of a plan that reuses nothing.
+        exact_latency: the same for a plan that reuses nothing.
         parameters: number of parameters of the original and of the converted model.
     """
 
@@ -67,13 +67,10 @@ class ConversionReport:
     def lines(self) -> list[str]:
         """The report as lines of text."""
         before, after = self.parameters
+        nothing = ["No layer shares a map: nothing is saved, and there is nothing to distil."]
         return [
             str(self.plan),
-            *(
-                ["No layer shares a map: nothing is saved, and there is nothing to distil."]
-                if self.plan.is_full
-                else []
-            ),
+            *(nothing if self.plan.is_full else []),
             "error = 1 − cosine of the last hidden states to the original's, on held-out calibration batches",
             *(f"error, {step}: {error:.4f}" for step, error in self.errors.items()),
             f"latency: {self.latency:.2f} times the original's ({self.exact_latency:.2f} without sharing), both without "
@@ -93,14 +90,14 @@ def convert(
 ) -> Model:
     """A copy of a trained model whose layers share attention maps.
 
-    With batches, the steps are `align`, `apply`, `refit` and, with a `distillation`, `distill`. Without batches, each
-    head applies the map that the plan names, and weights stay.
+    With batches, the steps are `align`, `apply`, `refit` and, with a `distillation`, `distill`. Without batches, only
+    `apply`.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.
         plan: which layers share.
         batches: calibration batches, at least four.
-        distillation: how to distil from the original on the same batches.
+        distillation: settings of a distillation on the same batches.
         storage, memory_budget: as for `apply`.
 
     Raises:
@@ -154,34 +151,35 @@ def convert_to_directory(
 ) -> ConversionReport:
     """Convert a model by a given plan, or by the best plan within a budget, and save it to a new directory.
 
-    Among the plans that `search` finds within a budget of latency, the one with the least error is taken; within a
-    budget of error, the one with the least latency. Heads of a given plan are assigned by `align`. The copy is
-    refitted, and distilled if asked for. Three of every four batches are used for this, the others for evaluation.
+    With a budget, the plan comes from `search`: under a budget of latency the plan with the least error, under a budget
+    of error the fastest plan. The heads of a given plan are assigned by `align`. Then the copy is refitted, and
+    distilled if `distill_seconds` is given. Every fourth batch is held out for evaluation.
 
-    Work in progress is kept in `<out>.work`: evaluated plans, the refitted copy, checkpoints of the distillation. The
-    same call after an interrupt continues there. `out` appears when it is complete.
+    `<out>.work` holds the work in progress: evaluated plans, the refitted copy and checkpoints of the distillation.
+    The same call continues from it after an interrupt. `out` appears when it is complete.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.
-        batches: calibration batches, at least 8, or 11 to distil.
+        batches: calibration batches, at least 8, or 11 for a distillation.
         out: the new directory.
         save: `save(model, directory)` writes the converted copy into an existing, empty directory.
         budget: `{"latency": 0.7}`, relative to the original's, or `{"error": 0.02}`. Give this or `plan`.
         plan: which layers share.
-        distill_seconds: how long to distil.
+        distill_seconds: duration of the distillation.
 
     Raises:
-        ValueError: if not exactly one of budget and plan is given, no plan is within the budget, `out` exists or cannot
-            be made, or one of the steps raises.
+        ValueError: unless exactly one of budget and plan is given, if no plan is within the budget, `out` exists or
+            cannot be made, or one of the steps raises.
     """
     if (budget is None) == (plan is None):
         raise ValueError("give a budget, such as latency<=0.7, or a plan, such as 2x3; one of the two")
     check_output(out)
     check_precision(original)
-    given = checked_batches(batches, MIN_CONVERSION_BATCHES, "convert")
-    if distill_seconds is not None:
-        checked_batches(given, MIN_DISTILLATION_BATCHES, "convert with distillation")
     distillation = None if distill_seconds is None else DistillConfig(seconds=distill_seconds)
+    if distillation is None:
+        given = checked_batches(batches, MIN_CONVERSION_BATCHES, "convert")
+    else:
+        given = checked_batches(batches, MIN_DISTILLATION_BATCHES, "convert with distillation")
     calibration, evaluation = split_batches(given)
     metric = hidden_state_error(original, evaluation)
     work = work_dir_of(out)
@@ -194,7 +192,10 @@ def convert_to_directory(
     if found is None:
         latencies = None
         if budget is not None:
-            best = _best_within(budget, original, given, work / SEARCHED)
+            latency = budget.get("latency")
+            candidates = search(original, given, latency=latency, error=budget.get("error"), cache=work / SEARCHED)
+            within = [one for one in candidates if latency is None or one.latency <= latency]
+            best = within[-1] if latency is None else within[0]
             plan, model, latencies = best.plan, best.build(), (best.latency, best.exact_latency)
             errors = {"aligned": metric(apply(copy_with_same_weights(original), plan))}
         else:
@@ -204,10 +205,19 @@ def convert_to_directory(
             errors = {"aligned": metric(model)}
             refit(model, original, calibration)
         errors["refitted"] = metric(model)
-        described = {"asked": asked, "plan": plan.to_json(), "errors": errors, "latencies": latencies}
-        _save_refitted(work / REFITTED, model, described)
+        described: dict[str, Any] = {
+            "asked": asked,
+            "plan": plan.to_json(),
+            "errors": errors,
+            "latencies": latencies,
+        }
+        shutil.rmtree(work / REFITTED, ignore_errors=True)
+        (work / REFITTED).mkdir(parents=True)
+        save_model(model, str(work / REFITTED / "model.safetensors"))
+        (work / REFITTED / "found.json").write_text(json.dumps(described))
     else:
-        model, plan, errors, latencies = found
+        model, described = found
+        plan, errors, latencies = ReusePlan.from_json(described["plan"]), described["errors"], described["latencies"]
     if distillation is not None and not plan.is_full:
         shuffled = random.Random(0).sample(calibration, len(calibration))  # batches are sorted by length
         distill(model, original, shuffled, distillation, out_dir=work / DISTILLED)
@@ -222,40 +232,16 @@ def convert_to_directory(
     return ConversionReport(plan, errors, *latencies, (before, after))
 
 
-def _best_within(
-    budget: Mapping[str, float], original: nn.Module, batches: Sequence[Mapping[str, Any]], cache: Path
-) -> Candidate:
-    """The plan with the least error within a budget of latency, or with the least latency within one of error."""
-    latency = budget.get("latency")
-    found = search(original, batches, latency=latency, error=budget.get("error"), cache=cache)
-    if latency is None:
-        return min(found, key=lambda candidate: candidate.latency)
-    return min((one for one in found if one.latency <= latency), key=lambda candidate: candidate.error)
-
-
-def _save_refitted(directory: Path, model: nn.Module, described: dict[str, Any]) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    save_model(model, str(directory / "model.safetensors"))
-    (directory / "found.json").write_text(json.dumps(described))
-
-
 def _load_refitted(
     directory: Path, original: nn.Module, asked: Mapping[str, Any]
-) -> tuple[nn.Module, ReusePlan, dict[str, float], tuple[float, float] | None] | None:
-    """The refitted copy of the same conversion, its plan, errors, and latencies if measured; None if there is none,
-    or its files are damaged."""
+) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The refitted copy of the same conversion and its description; None if it is missing or damaged."""
     try:
-        found = json.loads((directory / "found.json").read_text())  # written last
-    except (OSError, ValueError):
-        return None
-    if not isinstance(found, dict) or found.get("asked") != asked:
-        return None
-    plan = ReusePlan.from_json(found["plan"])
-    model = apply(copy.deepcopy(original), plan)
-    try:
+        described = json.loads((directory / "found.json").read_text())  # written last
+        if not isinstance(described, dict) or described.get("asked") != asked:
+            return None
+        model = apply(copy.deepcopy(original), ReusePlan.from_json(described["plan"]))
         load_model(model, directory / "model.safetensors")
-    except (OSError, RuntimeError, SafetensorError):
+    except (OSError, ValueError, RuntimeError, SafetensorError):
         return None
-    latencies = found["latencies"]
-    return model, plan, found["errors"], None if latencies is None else (latencies[0], latencies[1])
+    return model, described

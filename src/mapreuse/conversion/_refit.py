@@ -18,7 +18,16 @@ from mapreuse.conversion._least_squares import DRIFT_SHARES, HeadProjections, Le
 from mapreuse.conversion._targets import Targets, is_held_out
 from mapreuse.conversion._validation import check_original
 from mapreuse.data import check_precision
-from mapreuse.models import Layer, find_stack, optimized, output_projection, plan_of, value_projection
+from mapreuse.models import (
+    Layer,
+    LayerLayout,
+    find_stack,
+    layout_of,
+    optimized,
+    output_projection,
+    plan_of,
+    value_projection,
+)
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -39,9 +48,9 @@ class LayerRefit:
 
     Attributes:
         layer: index of the layer.
-        before: held-out error of the layer's output, relative to its size, with the weights it had.
-        after: the same with the weights it has now; equal to `before` if the refit did not help.
-        ridge: the penalty chosen, or None if the layer kept its weights.
+        before: held-out relative error of the layer's output before the refit.
+        after: the same after the refit; equal to `before` if no candidate helped.
+        ridge: the chosen penalty, or None if the layer kept its weights.
         values: whether the value projection was refitted too.
     """
 
@@ -59,10 +68,10 @@ def refit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, 
 
         V, O, b = argmin ‖Σ_h A_h X V_h O_h + b − Y‖² + λ ‖V − V₀‖² + λ ‖O − O₀‖²
 
-    with X the input of the attention in the converted model, whose earlier layers are refitted already, A the maps it
-    applies, and Y the attention's output in the original. The regression is solved for O and b, then three times for V
-    (head by head) and for O and b. Every fourth batch is held out to choose λ, whether Y also corrects the error that
-    the layer's input has by then, and whether V changes. A layer that no candidate improves keeps its weights.
+    with X the input of the attention in the converted model after the refit of earlier layers, A the maps that the
+    attention applies, and Y its output in the original. The regression is solved for O and b, then three times for V
+    (head by head) and for O and b. Every fourth batch is held out. These batches decide about λ, about changing V, and
+    about correcting the error of the layer's input as well. A layer that no candidate improves keeps its weights.
 
     Padding is left out. Heads that apply the same map share its equations; heads that compute their own map are
     refitted too. Values keep their weights in layers where heads share them (grouped-query attention), and where the
@@ -112,11 +121,8 @@ def refit_layers(model: nn.Module, targets: Targets, cache: RefitCache | None = 
 class RefitCache:
     """Refitted weights of layers, for other plans of the same model.
 
-    Two plans that agree up to a layer refit that layer alike, if its heads and those of the refitted layers before it
-    are stored in the same order, which depends on later layers too.
-
-    Args:
-        max_bytes: maximum size; the least recently used layers are dropped.
+    Plans that agree up to a layer give it the same weights, unless they order the heads of the refitted layers
+    differently. That order also depends on later layers. The least recently used layers are dropped beyond `max_bytes`.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -124,22 +130,20 @@ class RefitCache:
         self._layers = dict[tuple[Any, ...], tuple[LayerRefit, HeadProjections]]()
 
     def restore(self, model: nn.Module, plan: ReusePlan, index: int) -> LayerRefit | None:
-        """Give a layer, in place, the weights it got under a plan that agrees up to it; None if there are none."""
+        """Write a layer's cached weights into the model; None if there are none."""
         key = _up_to(index, model, plan)
         if key not in self._layers:
             return None
         report, projections = self._layers[key] = self._layers.pop(key)
         if report.ridge is not None:
-            layer = find_stack(model).layers[index]
-            write(layer, output_projection(layer), projections, moved=report.values)
+            write(find_stack(model).layers[index], projections, moved=report.values)
         return report
 
     def store(self, model: nn.Module, plan: ReusePlan, report: LayerRefit) -> None:
         """Store the weights of a refitted layer."""
         layer = find_stack(model).layers[report.layer]
-        projection = output_projection(layer)
-        projections = read(layer, projection, maps_of(layer) if report.values else None)
-        dtype = projection.weight.dtype
+        projections = read(layer, with_values=report.values)
+        dtype = output_projection(layer).weight.dtype
         stored = replace(projections, output=projections.output.to(dtype), values=projections.values.to(dtype))
         self._layers[_up_to(report.layer, model, plan)] = report, stored
         while sum(one.output.nbytes + one.values.nbytes for _, one in self._layers.values()) > self._max_bytes:
@@ -147,17 +151,16 @@ class RefitCache:
 
 
 def _up_to(index: int, model: nn.Module, plan: ReusePlan) -> tuple[Any, ...]:
-    layouts: list[Any] = [layer.attention._layout for layer in find_stack(model).layers[: index + 1]]
+    layouts = [layout_of(layer) for layer in find_stack(model).layers[: index + 1]]
     return plan.layers[: index + 1], tuple(layout.order for layout in layouts if plan.reuses(layout.layer))
 
 
 def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit:
     layer = layers.layers[index]
-    projection = output_projection(layer)
-    maps = maps_of(layer)
-    inputs = len(set(maps)) * value_projection(layer).weight.shape[-1]
-    moves_values = value_projection(layer).num_heads == len(maps) and inputs <= _MAX_INPUTS
-    start = read(layer, projection, maps if moves_values else None)
+    maps, values = _maps_of(layout_of(layer)), value_projection(layer)
+    num_inputs = len(set(maps)) * values.weight.shape[-1]
+    moves_values = values.num_heads == len(maps) and num_inputs <= _MAX_INPUTS
+    start = read(layer, with_values=moves_values)
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Inputs, target and drift of each batch."""
@@ -173,11 +176,9 @@ def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit
             yield triple
 
     def solved(share: float) -> tuple[float, HeadProjections]:
-        """The penalty with the least held-out error of the attention's output, and its output projection."""
-        found = [(ridge, training.solve(start, ridge, share)) for ridge in _RIDGES]
-        return min(
-            found, key=lambda one: held_out.error(HeadProjections.of_contexts(one[1].output, one[1].bias), share)
-        )
+        """The penalty with the minimum held-out error of the attention's output, and its solution."""
+        found = [(ridge, training.solve(ridge, share)) for ridge in _RIDGES]
+        return min(found, key=lambda one: held_out.error(one[1], share))
 
     training = LeastSquares(start)
     held_out = LeastSquares(HeadProjections.of_contexts(start.output, start.bias))
@@ -185,92 +186,82 @@ def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit
         training.add(*triple)
     for given, target, drift in observed(held_out=True):
         held_out.add(start.contexts(given), target, drift)
-    errors = _OutputErrors(index, layers, targets)
-    restore = _restorer(layer, projection)
+    errors = _output_errors(index, layers, targets)
+    restore = functools.partial(write, layer, start, moved=moves_values)
     candidates = [(share, *solved(share)) for share in DRIFT_SHARES]
     try:
-        before, *after = errors(
-            [restore, *(functools.partial(write, layer, projection, one[2]) for one in candidates)]
-        )
+        before, *after = errors([restore, *(functools.partial(write, layer, one) for *_, one in candidates)])
         if not math.isfinite(before):
             raise ValueError(f"layer {index}: its output is not finite; check the calibration batches")
         best, (share, ridge, projections) = min(zip(after, candidates, strict=True), key=lambda pair: pair[0])
         moved = False
         if best < before and moves_values:
-            candidate = training.solve(start, ridge, share, sweeps=_SWEEPS)
-            (error,) = errors([functools.partial(write, layer, projection, candidate, moved=True)])
+            candidate = training.solve(ridge, share, sweeps=_SWEEPS)
+            (error,) = errors([functools.partial(write, layer, candidate, moved=True)])
             if error < best:
                 best, moved, projections = error, True, candidate
     finally:
         restore()  # also after an error or an interrupt: the model holds a candidate
     if best >= before:
         return LayerRefit(index, before, before, None, False)
-    write(layer, projection, projections, moved=moved)
+    write(layer, projections, moved=moved)
     return LayerRefit(index, before, best, ridge, moved)
 
 
-class _OutputErrors:
-    """Held-out error √(Σ ‖h − h°‖² / Σ ‖h°‖²) of a layer's output, the original's with °, after each of some changes
-    of its weights; infinite if the output is not finite."""
+def _output_errors(
+    index: int, layers: LayerCache, targets: Targets
+) -> Callable[[Sequence[Callable[[], None]]], list[float]]:
+    """Make a function that gives the held-out error of a layer's output after each of some changes of its weights.
 
-    def __init__(self, index: int, layers: LayerCache, targets: Targets) -> None:
-        self._index, self._layers, self._targets = index, layers, targets
-        self._held_out = {
-            number: targets.output(index, number) for number in range(len(targets.batches)) if is_held_out(number)
-        }
-        self._size = sum(float(output.double().square().sum()) for output in self._held_out.values())
+    The error is √(Σ ‖h − h°‖² / Σ ‖h°‖²), with h° the original's output; infinite if h is not finite.
+    """
+    held_out = {
+        number: targets.output(index, number) for number in range(len(targets.batches)) if is_held_out(number)
+    }
+    size = sum(float(output.double().square().sum()) for output in held_out.values())
 
-    def __call__(self, changes: Sequence[Callable[[], None]]) -> list[float]:
+    def errors(changes: Sequence[Callable[[], None]]) -> list[float]:
         sums = torch.zeros(len(changes), dtype=torch.float64)
-        for number, output in self._held_out.items():
-            rows = self._targets.valid[number]
-            found = self._layers.outputs(self._index, number, changes)
+        for number, output in held_out.items():
+            rows, found = targets.valid[number], layers.outputs(index, number, changes)
             sums += torch.stack([(one[rows] - output).double().square().sum() for one in found]).cpu()
-        errors = [(one / (self._size or 1.0)) ** 0.5 for one in sums.tolist()]
-        return [error if math.isfinite(error) else math.inf for error in errors]
+        found_errors = [(one / (size or 1.0)) ** 0.5 for one in sums.tolist()]
+        return [error if math.isfinite(error) else math.inf for error in found_errors]
+
+    return errors
 
 
-def maps_of(layer: Layer) -> tuple[int, ...]:
-    """For each head in the order of the layer's context, the number of the map that it applies."""
-    layout: Any = layer.attention._layout
+def _maps_of(layout: LayerLayout) -> tuple[int, ...]:
+    """For each head in the order of the context, the number of the map that it applies."""
     applied = [(layout.layer, slot) for slot in range(layout.computing)]
     applied += [(source, head) for source, pairs in layout.parts for head, _ in pairs]
     numbers = {one: number for number, one in enumerate(dict.fromkeys(applied))}
     return tuple(numbers[one] for one in applied)
 
 
-def read(layer: Layer, projection: nn.Linear | Conv1D, maps: tuple[int, ...] | None) -> HeadProjections:
-    """The projections of a layer that applies these maps, or its output projection alone if None."""
+def read(layer: Layer, *, with_values: bool) -> HeadProjections:
+    """Copies of the projections of a layer, or of its output projection alone."""
+    layout, projection = layout_of(layer), output_projection(layer)
     weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
-    layout: Any = layer.attention._layout
-    output = weight.detach().double().unflatten(0, (layout.num_heads, -1))
-    bias = None if projection.bias is None else projection.bias.detach().double()
-    if maps is None:
+    output = _copy(weight).unflatten(0, (layout.num_heads, -1))
+    bias = None if projection.bias is None else _copy(projection.bias)
+    if not with_values:
         return HeadProjections.of_contexts(output, bias)
     values = value_projection(layer)
-    value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else values.bias.double()
-    return HeadProjections(maps, values.weight.double().mT, value_bias, output, bias)
+    value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else _copy(values.bias)
+    return HeadProjections(_maps_of(layout), _copy(values.weight).mT, value_bias, output, bias)
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.float64, copy=True)
 
 
 @torch.no_grad()
-def write(layer: Layer, projection: nn.Linear | Conv1D, weights: HeadProjections, *, moved: bool = False) -> None:
+def write(layer: Layer, projections: HeadProjections, *, moved: bool = False) -> None:
     """Write the output projection, and the values if they `moved`, into a layer."""
-    output = weights.output.flatten(0, 1)
+    projection, output = output_projection(layer), projections.output.flatten(0, 1)
     projection.weight.copy_(output if isinstance(projection, Conv1D) else output.mT)
-    if weights.bias is not None:
-        projection.bias.copy_(weights.bias)
+    if projections.bias is not None:
+        projection.bias.copy_(projections.bias)
     if moved:
-        value_projection(layer).assign(weights.values.mT)
-
-
-def _restorer(layer: Layer, projection: nn.Linear | Conv1D) -> Callable[[], None]:
-    """A function that restores the projections of a layer as they are now."""
-    parameters = [*projection.parameters(), *value_projection(layer).module.parameters()]
-    before = [parameter.detach().clone() for parameter in parameters]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
-
-    return restore
+        value_projection(layer).assign(projections.values.mT)

@@ -32,7 +32,7 @@ _REPEATS = 7
 """Timed passes of each model; more if times vary."""
 
 _PRECISION, _COST_PRECISION = 0.02, 0.05
-"""Relative standard error of times that are reported or decide about the budget, and of times that guide the search."""
+"""Relative standard error of reported times, and of times that only guide the search."""
 
 _UNREACHABLE = "no plan has a latency of {} times the original's: with all maps shared it is {:.2f}"
 
@@ -47,8 +47,8 @@ class Candidate:
     Attributes:
         plan: the plan, head by head.
         error: held-out error after `apply` and `refit`.
-        latency: time of a forward pass, divided by the original's in the same run.
-        exact_latency: the same of a plan that reuses nothing, in the same run.
+        latency: time of a forward pass, divided by the original's.
+        exact_latency: the same for a plan that reuses nothing.
         predicted_latency: `latency` according to the cost model.
         parameters: number of parameters of the converted model.
     """
@@ -62,10 +62,10 @@ class Candidate:
     _refitted: Callable[[ReusePlan], nn.Module] = field(repr=False, compare=False)
 
     def build(self) -> nn.Module:
-        """The converted model: a copy of the original under this plan, refitted as in the search.
+        """A copy of the original under this plan, refitted as in the search.
 
-        The candidate keeps a reference to the original, which must not have changed since, to the calibration batches,
-        and to up to 400 MB of cached activations.
+        The candidate refers to the original, which must not change, to the calibration batches and to up to 400 MB of
+        cached activations.
         """
         return self._refitted(self.plan)
 
@@ -83,40 +83,37 @@ def search(
 ) -> list[Candidate]:
     """Search for plans with little error for the time they save.
 
-    A plan is a set of heads that reuse. Each applies the map, among the heads of earlier layers that still compute,
-    that changes its layer's output least (see `align`). A greedy search extends the set: by all heads of a layer, or
-    by half or all of the number of heads in a layer, chosen among all layers by predicted error. In each step the
-    `breadth` extensions with the least predicted error for the time they save are converted, refitted and evaluated;
-    the best of them is extended further, until the budget is met. See `SearchHeuristic` for the prediction.
+    A plan is a set of heads that reuse. Each of them applies the map that changes its layer's output least (see
+    `align`), among the heads of earlier layers that compute. A greedy search extends the set until the budget is met.
+    An extension adds all heads of a layer, or the half or full number of a layer's heads chosen from all layers. In
+    each step, the `breadth` extensions with the best predicted ratio of error to saved time are converted, refitted
+    and evaluated (see `SearchHeuristic`). The best one is extended further.
 
-    Latency counts what sharing saves and nothing else. It is relative to `original` as it is given: apply
-    `mapreuse.optimize` to it before the search to compare optimised models, or to neither. A cost model of three timed
-    plans guides the search. The plans that are returned are timed in turns with the original, and a budget of latency
-    is met by that measurement. A deviation of more than 10 % from the cost model is logged.
+    A cost model of three timed plans guides the search. Finally the returned plans are timed in turns with the
+    original. Only these measurements decide about a budget of latency. Deviations of more than 10 % from the cost
+    model are logged. To compare optimised models, apply `mapreuse.optimize` to the original before the search.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.
-        batches: calibration batches, at least eight; of every four, three are for `refit` and one for evaluation.
+        batches: calibration batches, at least eight. Every fourth batch is for evaluation, the others for `refit`.
         latency: stop at a plan with at most this latency, relative to the original's. Give this or `error`.
-        error: stop when every extension has a greater error; only plans within it are returned.
+        error: stop when every extension has a greater error.
         metric: the error of a converted model, 0 for the original. None: `hidden_state_error` on the held-out batches.
-        timed: the batch to time, for example one of the size used in production. None: the calibration batch of
-            median size.
+        timed: the batch to time, such as one of the size used in production. None: the calibration batch of median
+            size.
         breadth: number of extensions evaluated in each step.
-        cache: a file of evaluated plans, one JSON object per line. The same search continues from it; only its first
+        cache: a file of evaluated plans, one JSON object per line. The same search continues from it. Only its first
             plan is evaluated again.
 
     Returns:
         The plans that no other plan beats in both error and latency, from the least error to the least latency.
 
     Raises:
-        ValueError: if not exactly one budget is given, no plan meets it, there are too few batches, the model has a
+        ValueError: unless exactly one budget is given, if no plan meets it, there are too few batches, the model has a
             plan already, is in half precision on a CPU or unsupported, or the cache cannot be read.
     """
     if (latency is None) == (error is None):
-        raise ValueError(
-            "give exactly one budget: latency=0.7 (relative to the original's) or error=0.02, one of the two"
-        )
+        raise ValueError("give exactly one budget: latency=0.7 (relative to the original's) or error=0.02")
     if latency is not None and not 0 < latency < 1:
         raise ValueError(f"latency is relative to the original's and must be between 0 and 1, got {latency}")
     if error is not None and not error >= 0:
@@ -131,7 +128,7 @@ def search(
     metric = metric or hidden_state_error(original, evaluation)
     batch = timed or _of_median_size(given)
     identity = digest([original.state_dict(), *given])
-    evaluate = PlanEvaluator(original, calibration, metric, None if cache is None else Path(cache), identity)
+    evaluate = PlanEvaluator(original, calibration, metric, cache, identity)
     heuristic = SearchHeuristic(original, calibration, evaluate)
     precision = _COST_PRECISION if latency is None else _PRECISION
     costs = _CostModel(original, batch, heuristic, precision=precision)
@@ -153,8 +150,8 @@ def search(
             visited |= within
             if not within:
                 break
-            before, time = evaluate(visited[reusing]), costs.of(reusing)
-            reusing = min(within, key=lambda e: (evaluate(within[e]) - before) / _saved(time, costs.of(e)))
+            prices = {e: _price(costs, reusing, e, evaluate(visited[reusing]), evaluate(within[e])) for e in within}
+            reusing = min(prices, key=prices.__getitem__)
             description = (
                 f"searching: error {evaluate(visited[reusing]):.4f} at {costs.of(reusing):.2f} of the latency"
             )
@@ -175,39 +172,40 @@ def split_batches(
 def relative_latencies(
     original: nn.Module, models: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Times of the models' forward passes, divided by the original's, on the batch of median size."""
+    """Times of the models' forward passes on the batch of median size, divided by the original's."""
     times = _times({"": original} | dict(models), _of_median_size(batches))
     return {name: times[name] / times[""] for name in models}
 
 
 def _of_median_size(batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return sorted(batches, key=_size)[len(batches) // 2]
+    def size(batch: Mapping[str, Any]) -> int:
+        return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
+
+    return sorted(batches, key=size)[len(batches) // 2]
 
 
-def _saved(before: float, after: float) -> float:
-    """Time saved, with a minimum so that it can divide."""
-    return max(before - after, 1e-6)
+def _price(
+    costs: _CostModel, old: frozenset[Head], new: frozenset[Head], old_error: float, new_error: float
+) -> float:
+    """The growth of the error per saved time."""
+    return (new_error - old_error) / max(costs.of(old) - costs.of(new), 1e-6)
 
 
 def _extensions(heuristic: SearchHeuristic, reusing: frozenset[Head], costs: _CostModel) -> list[frozenset[Head]]:
-    """Ways to let more heads reuse, by predicted error for the time they save."""
+    """Larger sets of reusing heads, ordered by predicted growth of the error per saved time."""
     found = [reusing | heuristic.heads(layer) for layer in heuristic.sources]
     if heuristic.partial:
         half = heuristic.grown(reusing, heuristic.num_heads // 2)
         found += [half, heuristic.grown(half, heuristic.num_heads - heuristic.num_heads // 2)]
-    before, time = heuristic.predicted(reusing), costs.of(reusing)
-
-    def price(extension: frozenset[Head]) -> float:
-        return (heuristic.predicted(extension) - before) / _saved(time, costs.of(extension))
-
-    return sorted(dict.fromkeys(one for one in found if one != reusing), key=price)
+    error = heuristic.predicted(reusing)
+    prices = {e: _price(costs, reusing, e, error, heuristic.predicted(e)) for e in found if e != reusing}
+    return sorted(prices, key=prices.__getitem__)
 
 
 class _CostModel:
-    """Latency of a plan by the number of heads that reuse in each layer, from three plans timed with the original.
+    """Predicts the latency of a plan from the number of reusing heads in each layer.
 
-    Attributes:
-        exact: relative latency of the plan that reuses nothing.
+    Three plans are timed together with the original: no head, all heads, or half of the heads of each layer reuse.
     """
 
     def __init__(
@@ -223,11 +221,11 @@ class _CostModel:
         self.calibrate(_times({"original": original} | self.models(), batch, precision=precision))
 
     def models(self) -> dict[str, nn.Module]:
-        """Models under the three plans; made anew for each timing, so that they take memory only then."""
+        """New models under the three plans. They take memory only while they are timed."""
         return {name: apply(copy_with_same_weights(self._original), plan) for name, plan in self._plans.items()}
 
     def calibrate(self, times: Mapping[str, float]) -> None:
-        """Set the parameters from times of the original and of the three plans, measured in turns."""
+        """Set the parameters from times of the original and of the three plans."""
         self.exact = times["none"] / times["original"]
         self._saved = {
             name: (times["none"] - times[name]) / times["original"] / self._num_reusing_layers
@@ -236,7 +234,7 @@ class _CostModel:
         }
 
     def of(self, reusing: frozenset[Head]) -> float:
-        """Predicted relative latency of the plan in which these heads reuse."""
+        """Predicted relative latency of the plan with these reusing heads."""
         saved = 0.0
         for number in Counter(layer for layer, _ in reusing).values():
             if number == self._num_heads:
@@ -253,7 +251,7 @@ def _measured(
     costs: _CostModel,
     batch: Mapping[str, Any],
 ) -> list[Candidate]:
-    """Time the plans that no other plan beats; the cost model is calibrated in the same run."""
+    """Time the plans that no other plan beats, and calibrate the cost model in the same run."""
     heads = {plan: reusing for reusing, plan in visited.items()}
     chosen = _front({plan: (evaluate(plan), costs.of(reusing)) for plan, reusing in heads.items()})
     names = {plan: "none" if plan.is_full else str(number) for number, plan in enumerate(chosen)}
@@ -275,7 +273,7 @@ def _measured(
 
 
 def _front(points: Mapping[Any, tuple[float, float]]) -> list[Any]:
-    """The points that no other point beats in one number without being worse in the other."""
+    """The points that no other point beats: equal or better in both numbers, and better in one."""
     return [
         one
         for one, (error, time) in points.items()
@@ -292,7 +290,3 @@ def _times(
     with in_evaluation_mode(*models.values()):
         timed = time_interleaved(calls, repeats=_REPEATS, warmup=2, precision=precision, device=device)
     return {name: latency.median for name, latency in timed.items()}
-
-
-def _size(batch: Mapping[str, Any]) -> int:
-    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)

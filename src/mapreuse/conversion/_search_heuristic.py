@@ -35,27 +35,24 @@ _MAX_RANK = 32
 """Dimensions kept of each head's context: the largest singular values of its output projection."""
 
 _PART = 0.25
-"""Fraction of a layer's maximum output error at which the effect of the layer is measured."""
+"""The weight of a layer is measured at this fraction of the layer's maximum output error."""
 
 _RIDGE = 1e-3
 """Relative to the mean square of the inputs."""
 
 
 class RefitErrors:
-    """Error of a layer's output after heads apply other maps and the output projection is refitted.
-
-    With C[h] the context of head h by its own map, C[h, g] by map g, O the output projection, and m the map that each
-    head applies (None for its own):
+    """Error of a layer's output after its heads apply other maps and its output projection is refitted.
 
         error(m) = min over W of ‖Σ_h C[h, m[h]] W[h] − Σ_h C[h] O[h]‖² / ‖Σ_h C[h] O[h]‖²
 
-    over the positions of the calibration batches that are not padding. So a head costs nothing if the other heads of
-    its layer, or its own values under another map, can replace it. Contexts are reduced to the 32 dimensions with the
-    largest singular values of O. Each layer stores one float64 matrix of width heads · min(head_dim, 32) · 5.
+    with m[h] the map that head h applies, C[h, m] the context of head h by map m, C[h] by its own map, and O the output
+    projection. Padding is left out. Contexts are reduced to the 32 dimensions with the largest singular values of O.
+    Each layer stores one float64 matrix of width heads · min(head_dim, 32) · 5.
 
     Args:
         original: the model before `apply`; it is not changed.
-        errors: from `output_errors`; they choose the four maps that are tried for each head.
+        errors: from `output_errors`. They choose the four maps that are tried for each head.
         sources: the argument of `output_errors`.
         batches: calibration batches.
     """
@@ -85,13 +82,14 @@ class RefitErrors:
                     )
                     self._outputs[layer] = outputs.flatten(0, 1).cpu()
                 reduced = own_values.double() @ reduction[layer]
-                contexts = [_map_of(maps, layer, head, source).double() @ reduced[:, head] for head, source in parts]
+                applied = [(head, source or (layer, head)) for head, source in parts]
+                contexts = [maps[one][:, number].double() @ reduced[:, head] for head, (one, number) in applied]
                 inputs = torch.cat([*contexts, torch.ones_like(contexts[0][..., :1])], -1)[valid]
                 gram = (inputs.mT @ inputs).cpu()
                 self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
 
     def __call__(self, layer: int, applied: Sequence[Head | None]) -> float:
-        """The error of a layer whose heads apply these maps; a map that was not tried for its head counts as zero."""
+        """The error of a layer whose heads apply these maps (None: its own). An untried map counts as zero."""
         key = layer, tuple(applied)
         if key not in self._errors:
             self._errors[key] = self._solve(*key) if any(source is not None for source in applied) else 0.0
@@ -115,11 +113,14 @@ class RefitErrors:
 class SearchHeuristic:
     """Predicts errors of plans and proposes the next heads to reuse.
 
-    A plan is the set of heads that reuse. Each applies the head of an earlier computing layer that changes its layer's
-    output least (`output_errors`). The predicted error is a sum over layers: the error of the layer's output
-    (`RefitErrors`) times a weight. The weight is measured once for each layer, when it is first needed: the model's
-    error, after `refit`, divided by the layer's output error, when only heads of this layer reuse. These are the
-    heads with the least output error that together reach a quarter of the layer's maximum.
+    A plan is a set of reusing heads. Each applies the map that changes its layer's output least, among the heads of
+    earlier layers that compute. The predicted error is a sum over layers:
+
+        error = Σ_l weight[l] · (error of the output of layer l after a refit of its output projection)
+
+    A weight is measured once, with a plan in which only heads of this layer reuse: the model's error after `refit`,
+    divided by the error of the layer's output. The plan adds heads by least output error, up to a quarter of the
+    maximum of the layer.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.
@@ -127,9 +128,9 @@ class SearchHeuristic:
         evaluate: the error of a plan after `refit`, such as a `PlanEvaluator`.
 
     Attributes:
-        sources: for each layer that can reuse, the layers whose maps it can apply.
+        sources: for each layer that can reuse, the possible source layers.
         num_layers, num_heads: of the model.
-        partial: whether the model supports plans in which only some heads of a layer reuse.
+        partial: whether some heads of a layer can reuse while others compute.
 
     Raises:
         ValueError: if no layer can reuse another layer's maps.
@@ -156,7 +157,7 @@ class SearchHeuristic:
 
     @functools.cached_property
     def _weights(self) -> dict[int, float]:
-        """Growth of the model's error with each layer's output error, measured with heads of this layer alone."""
+        """Growth of the model's error with each layer's output error."""
         original_error, found = self._evaluate(ReusePlan.full(self.num_layers)), {}
         for layer in _tracked("measuring layers", list(self.sources)):
             part = self._part(layer)
@@ -174,10 +175,10 @@ class SearchHeuristic:
         return frozenset((layer, head) for head in range(self.num_heads))
 
     def plan(self, reusing: frozenset[Head]) -> ReusePlan:
-        """The plan in which these heads reuse, each with its best source; `ValueError` if a head has no source."""
+        """The plan with these reusing heads, each with its best source; `ValueError` if a head has no source."""
         layers: list[list[Head | None]] = [[None] * self.num_heads for _ in range(self.num_layers)]
         for layer, head in reusing:
-            left = (source for _, source in self._by_error.get((layer, head), []) if source not in reusing)
+            left = (source for source in self._by_error.get((layer, head), []) if source not in reusing)
             layers[layer][head] = next(left, None)
             if layers[layer][head] is None:
                 raise ValueError(
@@ -186,11 +187,11 @@ class SearchHeuristic:
         return ReusePlan(tuple(map(tuple, layers)))
 
     def predicted(self, reusing: frozenset[Head]) -> float:
-        """The predicted error of the plan in which these heads reuse."""
+        """The predicted error of the plan with these reusing heads."""
         return self._output_error(reusing, self._weights)
 
     def grown(self, reusing: frozenset[Head], number: int) -> frozenset[Head]:
-        """These heads and `number` more, added one by one by least predicted error; fewer if there are no more."""
+        """These heads and at most `number` more, added one by one by least predicted error."""
         for _ in range(number):
             if reusing == self.all:
                 break
@@ -212,7 +213,7 @@ class SearchHeuristic:
         return reusing | {min(errors, key=errors.__getitem__)}
 
     def _part(self, layer: int) -> frozenset[Head]:
-        """The heads of a layer that the layer's weight is measured with; all of them if not `partial`."""
+        """The reusing heads in the measurement of a layer's weight; all heads if not `partial`."""
         heads = self.heads(layer)
         if not self.partial:
             return heads
@@ -242,20 +243,15 @@ def _tracked(description: str, items: Sequence[Item]) -> Iterator[Item]:
 
 
 def _parts(errors: Tensor, sources: tuple[int, ...]) -> dict[tuple[int, Head | None], int]:
-    """Position among all contexts of each (head, map tried for it); the heads' own maps come first."""
-    num_heads = errors.shape[-1]
-    tried: list[tuple[int, Head | None]] = [(head, None) for head in range(num_heads)]
-    for head in range(num_heads):
-        tried += [(head, source) for _, source in _by_error(errors[..., head], sources)[:_NUM_MAPS]]
+    """Position among all contexts of each (head, map tried for it). The heads' own maps come first."""
+    heads = range(errors.shape[-1])
+    tried: list[tuple[int, Head | None]] = [(head, None) for head in heads]
+    tried += [(head, source) for head in heads for source in _by_error(errors[..., head], sources)[:_NUM_MAPS]]
     return {one: index for index, one in enumerate(tried)}
 
 
-def _by_error(errors: Float[Tensor, "sources source_heads"], sources: tuple[int, ...]) -> list[tuple[float, Head]]:
-    """The heads of these layers with the error of applying their map, in ascending order."""
+def _by_error(errors: Float[Tensor, "sources source_heads"], sources: tuple[int, ...]) -> list[Head]:
+    """The heads of these layers, ordered by the error of applying their map."""
     pairs = zip(sources, errors.tolist(), strict=True)
-    return sorted((error, (source, head)) for source, row in pairs for head, error in enumerate(row))
-
-
-def _map_of(maps: Sequence[Tensor], layer: int, head: int, source: Head | None) -> Float[Tensor, "batch query key"]:
-    source_layer, source_head = (layer, head) if source is None else source
-    return maps[source_layer][:, source_head]
+    found = sorted((error, (source, head)) for source, row in pairs for head, error in enumerate(row))
+    return [head for _, head in found]

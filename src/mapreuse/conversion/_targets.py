@@ -16,19 +16,15 @@ _HELD_OUT = 4
 """Every fourth batch is held out to choose between candidates."""
 
 _MIN_POSITIONS = 8
-"""With fewer held-out positions the choice would be left to chance."""
+"""Minimum number of positions to train and to evaluate on."""
 
 
 class Targets:
-    """Activations of the original model on calibration batches, at positions that are not padding.
-
-    Args:
-        original: the model before its conversion.
-        batches: calibration batches, at least four; every fourth is held out.
+    """Activations of the original model on calibration batches, without padding.
 
     Attributes:
-        batches: the batches as a list.
-        valid: for each batch, which positions are not padding.
+        batches: the batches as a list. Every fourth is held out.
+        valid: for each batch, True for positions that are not padding.
         cache: inputs and outputs of the original's layers.
 
     Raises:
@@ -40,10 +36,8 @@ class Targets:
         model = optimize(copy_with_same_weights(with_projections(original))).eval()
         self.cache = LayerCache(model, self.batches)
         self.valid = [self.cache.valid(number) for number in range(len(self.batches))]
-        training, held_out = (
-            sum(int(rows.sum()) for number, rows in enumerate(self.valid) if is_held_out(number) == chosen)
-            for chosen in (False, True)
-        )
+        held_out = sum(int(rows.sum()) for rows in self.valid[_HELD_OUT - 1 :: _HELD_OUT])
+        training = sum(int(rows.sum()) for rows in self.valid) - held_out
         if min(training, held_out) < _MIN_POSITIONS:
             raise ValueError(
                 f"refit needs at least {_MIN_POSITIONS} positions that are not padding in every fourth batch "
@@ -65,5 +59,5 @@ class Targets:
 
 
 def is_held_out(number: int) -> bool:
-    """Whether this batch is held out."""
+    """True for every fourth batch."""
     return number % _HELD_OUT == _HELD_OUT - 1

@@ -23,12 +23,12 @@ from mapreuse.console import progress_bar
 from mapreuse.conversion._validation import digest
 
 _FORMAT = 2
-"""Version of the checkpoints: 1 is that of mapreuse 0.1.0."""
+"""Version of the checkpoints; mapreuse 0.1.0 wrote version 1."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """When a training run ends, and how it learns until then.
+    """Budget and hyper-parameters of a training run.
 
     The learning rate rises linearly over the first `warmup` fraction of the budget, then falls to zero along a cosine
     (Loshchilov and Hutter, "SGDR", ICLR 2017).
@@ -37,11 +37,11 @@ class LoopConfig:
         steps: budget in steps. Give exactly one of `steps` and `seconds`.
         seconds: budget in seconds.
         learning_rate: peak learning rate.
-        warmup: fraction of the budget, from 0 to less than 1.
+        warmup: fraction of the budget, at least 0 and less than 1.
         weight_decay: of AdamW.
         clip: maximum norm of the gradient.
         evaluate_every: steps between two evaluations.
-        patience: evaluations in a row without improvement after which training ends.
+        patience: training ends after this number of evaluations without improvement.
     """
 
     steps: int | None = None
@@ -89,7 +89,7 @@ class LoopConfig:
 
 @dataclass
 class TrainingState:
-    """The position of a training run between two steps; a checkpoint stores it with weights and optimizer moments.
+    """The position of a training run between two steps. Checkpoints contain it.
 
     Attributes:
         step: number of steps taken.
@@ -100,7 +100,7 @@ class TrainingState:
         history: one entry per evaluation: `step`, `elapsed`, the mean training `loss` since the last one, and metrics.
         best_step: step of the best evaluation.
         finished: whether the budget or the patience is used up.
-        choices: what the caller decided at the start of the run and keeps when it resumes.
+        choices: decisions of the caller at the start of the run. A resumed run keeps them.
     """
 
     step: int = 0
@@ -117,28 +117,26 @@ class TrainingState:
 class TrainingLoop:
     """Trains a model in place with AdamW, keeps the best weights, and resumes from its checkpoints.
 
-    Runs on each process of `accelerate launch`, or on a single one; gradients are averaged over processes. A run with
-    a budget in steps that was interrupted and resumed gives the same bits as one that was not. When training ends, for
-    whatever reason, the model has the best weights so far.
+    Runs on each process of `accelerate launch`, or on a single one. Gradients are averaged over processes. With a
+    budget in steps, an interrupted and resumed run gives the same bits as a run without interruption. When training
+    ends or fails, the model has the best weights so far.
 
     Args:
-        model: trained where `requires_grad` is set; moved to the accelerator's device.
+        model: moved to the accelerator's device. Parameters with `requires_grad` are trained.
         config: budget and hyper-parameters.
-        batches: `batches(epoch, progress)` gives the batches of an epoch, `progress` being the fraction of the budget
-            used when it begins. Each process must get the same batches; each trains on its share.
+        batches: `batches(epoch, progress)` gives the batches of an epoch; `progress` is the fraction of the budget
+            used at its begin. Each process must get the same batches. It trains on its share of them.
         loss: `loss(batch, step)` gives the loss of one batch as a scalar tensor.
-        evaluate: gives metrics by name. Lower is better, and the first metric counts before the second. Called on
-            every process; the main process's metrics count. None: the latest weights are the best.
-        evaluate_first: also evaluate before the first step, so that the initial weights may be the best ones.
+        evaluate: gives metrics by name. Lower is better; later metrics break ties. Called on every process, but only
+            the main process's metrics count. None: the latest weights are the best.
+        evaluate_first: also evaluate before the first step, so that the initial weights can be the best.
         out_dir: directory of checkpoints. None: nothing is written.
-        identity: what must be equal for a run to be resumed, as JSON; weights are compared in any case.
-        on_evaluation: called on the main process after each evaluation, with the state and whether it is the best.
+        identity: JSON that identifies the run. A run is resumed only with the same identity, settings and weights.
+        on_evaluation: called on the main process after each evaluation, with the state and True for the best so far.
         name: of the caller, for messages.
 
     Attributes:
-        accelerator: of `accelerate`, which knows device and processes.
         state: the position of the run.
-        best: the best weights so far, a state dictionary; empty before the first evaluation.
     """
 
     def __init__(
@@ -155,9 +153,9 @@ class TrainingLoop:
         on_evaluation: Callable[[TrainingState, bool], None] = lambda state, improved: None,
         name: str = "training",
     ) -> None:
-        self.accelerator = Accelerator()
-        self.model, self.config, self.state = model.to(self.accelerator.device), config, TrainingState()
-        self.best: dict[str, Tensor] = {}
+        self._accelerator = Accelerator()
+        self._model, self._config, self.state = model.to(self._accelerator.device), config, TrainingState()
+        self._best: dict[str, Tensor] = {}
         self._batches, self._loss, self._evaluate, self._evaluate_first = batches, loss, evaluate, evaluate_first
         self._on_evaluation, self._name = on_evaluation, name
         self._out_dir = None if out_dir is None else Path(out_dir)
@@ -170,7 +168,7 @@ class TrainingLoop:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._optimizer = self.accelerator.prepare(optimizer)
+        self._optimizer = self._accelerator.prepare(optimizer)
         if self._out_dir is not None:
             try:
                 self._out_dir.mkdir(parents=True, exist_ok=True)
@@ -180,7 +178,7 @@ class TrainingLoop:
             self._resume()
 
     def run(self) -> TrainingState:
-        """Train until the budget or the patience is used up; returns at once if the run has ended before.
+        """Train until the budget or the patience is used up. Returns at once if the run has ended before.
 
         Raises `ValueError` if a loss or a metric is not finite, or there are no batches.
         """
@@ -190,18 +188,18 @@ class TrainingLoop:
                 self._train()
         finally:
             self._optimizer.zero_grad()
-            if self.best:
-                self.model.load_state_dict(self.best)
+            if self._best:
+                self._model.load_state_dict(self._best)
         return self.state
 
     def _train(self) -> None:
-        state, config = self.state, self.config
+        state, config = self.state, self._config
         if self._evaluate_first and not state.history:
             self._evaluate_now({})
         started = time.monotonic() - state.elapsed
         losses: list[float] = []
         batches = self._share()
-        with progress_bar("training", disable=not self.accelerator.is_main_process) as progress:
+        with progress_bar("training", disable=not self._accelerator.is_main_process) as progress:
             while not state.finished:
                 losses.append(self._step(next(batches)))
                 state.step += 1
@@ -217,7 +215,7 @@ class TrainingLoop:
 
     def _share(self) -> Iterator[Any]:
         """This process's batches, epoch after epoch, from the position of the state."""
-        state, world = self.state, self.accelerator.num_processes
+        state, world = self.state, self._accelerator.num_processes
         turn = 0
         while True:
             found = False
@@ -226,38 +224,38 @@ class TrainingLoop:
                 if index < state.position:
                     continue
                 state.position += 1
-                if turn % world == self.accelerator.process_index:
+                if turn % world == self._accelerator.process_index:
                     mine = batch
                 turn += 1
                 if turn % world == 0:
                     yield mine
             if not found:
                 raise ValueError(f"{self._name} has no batches to learn from")
-            progress = min(self.config.progress(state.step, state.elapsed), 1.0)
+            progress = min(self._config.progress(state.step, state.elapsed), 1.0)
             state.epoch, state.position, state.epoch_progress = state.epoch + 1, 0, progress
 
     def _step(self, batch: Any) -> float:
         state = self.state
         for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(state.step, state.elapsed)
+            group["lr"] = self._config.learning_rate_at(state.step, state.elapsed)
         loss = self._loss(batch, state.step)
         if not bool(torch.isfinite(loss)):
             raise ValueError(
                 f"{self._name}: the loss is not finite at step {state.step}; lower the learning rate, or check the "
                 "model and its batches"
             )
-        self.accelerator.backward(loss)
+        self._accelerator.backward(loss)
         self._average_gradients()
-        self.accelerator.clip_grad_norm_(self._parameters, self.config.clip)
+        self._accelerator.clip_grad_norm_(self._parameters, self._config.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss.item()
 
     def _average_gradients(self) -> None:
-        """The mean over processes, without those parameters that the loss does not depend on, such as a pooler's."""
-        if self.accelerator.num_processes > 1:
+        """Average over processes, except parameters without gradients, such as those of an unused pooler."""
+        if self._accelerator.num_processes > 1:
             gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-            averaged = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            averaged = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
             parts = averaged.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -265,8 +263,8 @@ class TrainingLoop:
     @torch.no_grad()
     def _evaluate_now(self, entry: dict[str, float]) -> None:
         state = self.state
-        if self.accelerator.num_processes > 1:  # running statistics, such as those of batch normalisation, differ
-            for buffer in self.model.buffers():
+        if self._accelerator.num_processes > 1:  # running statistics, such as those of batch normalisation, differ
+            for buffer in self._model.buffers():
                 buffer.copy_(broadcast(buffer))
         metrics = self._agreed(dict(self._evaluate())) if self._evaluate is not None else {}
         if not all(map(math.isfinite, metrics.values())):
@@ -276,9 +274,12 @@ class TrainingLoop:
         state.history.append({"step": state.step, "elapsed": state.elapsed, **entry, **metrics})
         if improved:
             state.best_step = state.step
-            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        if self.accelerator.is_main_process:
+            self._best = self._weights()
+        if self._accelerator.is_main_process:
             self._on_evaluation(state, improved)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
     def _description(self) -> str:
         best = next((entry for entry in self.state.history if entry["step"] == self.state.best_step), {})
@@ -287,30 +288,30 @@ class TrainingLoop:
 
     def _agreed(self, value: Any) -> Any:
         """The main process's value, on every process."""
-        if self.accelerator.num_processes > 1:
+        if self._accelerator.num_processes > 1:
             (value,) = broadcast_object_list([value])
         return value
 
     def _checkpoint(self) -> None:
         if self._out_dir is None:
             return
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
             partial, complete = self._out_dir / "checkpoint.partial", self._out_dir / f"checkpoint-{self.state.step}"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             _save_moments(self._optimizer, partial / "optimizer.safetensors")
-            save_model(self.model, str(partial / "model.safetensors"))
-            current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            self.model.load_state_dict(self.best)
-            save_model(self.model, str(partial / "best.safetensors"))
-            self.model.load_state_dict(current)
-            described = {"format": _FORMAT, "run": self._identity, "weights": [self._start, digest([self.best])]}
+            save_model(self._model, str(partial / "model.safetensors"))
+            current = self._weights()
+            self._model.load_state_dict(self._best)
+            save_model(self._model, str(partial / "best.safetensors"))
+            self._model.load_state_dict(current)
+            described = {"format": _FORMAT, "run": self._identity, "weights": [self._start, digest([self._best])]}
             (partial / "state.json").write_text(json.dumps(described | {"state": asdict(self.state)}))
             partial.rename(complete)
             for older in checkpoints(self._out_dir)[:-1]:
                 shutil.rmtree(older)
-        self.accelerator.wait_for_everyone()
+        self._accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         assert self._out_dir is not None
@@ -328,14 +329,14 @@ class TrainingLoop:
                 f"{self._out_dir} holds a run with other settings, batches or weights; choose another directory or "
                 "delete it"
             )
-        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        before = self._weights()
         try:
             _load_moments(self._optimizer, folder / "optimizer.safetensors")
-            load_model(self.model, str(folder / "best.safetensors"))
-            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            load_model(self.model, str(folder / "model.safetensors"))
+            load_model(self._model, str(folder / "best.safetensors"))
+            self._best = self._weights()
+            load_model(self._model, str(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            self.model.load_state_dict(before)
+            self._model.load_state_dict(before)
             raise ValueError(f"{folder}: not a checkpoint ({_one_line(error)}); delete it") from None
         self.state, self._start = TrainingState(**saved["state"]), saved["weights"][0]
 

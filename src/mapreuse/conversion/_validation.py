@@ -29,29 +29,28 @@ def checked_batches(batches: Iterable[Mapping[str, Any]], minimum: int, caller: 
 
 
 def check_plan(plan: object) -> None:
-    """Raises `ValueError` if this is no plan, for example its notation as text."""
+    """Raises `ValueError` if this is not a `ReusePlan`, for example text."""
     if not isinstance(plan, ReusePlan):
         raise ValueError(f"the plan must be a ReusePlan, such as ReusePlan.parse({str(plan)!r}): got {plan!r}")
 
 
 def check_original(model: nn.Module, original: nn.Module) -> None:
-    """Raises `ValueError` if `model` cannot have been converted from `original`, or that is in half precision."""
+    """Raises `ValueError` if the models do not belong together, or the original is in half precision on a CPU."""
     check_precision(original)
     if plan_of(original) is not None:
         raise ValueError("the original shares attention maps itself; give the model before its conversion")
-    (layers, width), (original_layers, original_width) = (
-        (len(find_stack(one).layers), getattr(getattr(one, "config", None), "hidden_size", None))
+    converted, expected = (
+        f"{len(find_stack(one).layers)} layers of width {getattr(getattr(one, 'config', None), 'hidden_size', None)}"
         for one in (model, original)
     )
-    if (layers, width) != (original_layers, original_width):
+    if converted != expected:
         raise ValueError(
-            f"the model has {layers} layers of width {width}, but its original has {original_layers} of width "
-            f"{original_width}; give the model before its conversion"
+            f"the model has {converted}, but its original has {expected}; give the model before its conversion"
         )
 
 
 def digest(given: Iterable[Mapping[str, Any]]) -> str:
-    """Sixteen hexadecimal digits for the content of these dictionaries, including shapes and types of tensors."""
+    """Sixteen hexadecimal digits for the content of dictionaries, including shapes and types of tensors."""
     hashed = hashlib.sha256()
     for named in given:
         for name, value in named.items():

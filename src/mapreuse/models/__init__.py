@@ -3,6 +3,7 @@
 from mapreuse.models import _fused, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
 from mapreuse.models._apply import applied_plans, apply, plan_of, with_projections
 from mapreuse.models._files import load, save, transformer_directory
+from mapreuse.models._layout import LayerLayout, keeping_maps, layout_of
 from mapreuse.models._optimize import optimize, optimized
 from mapreuse.models._plan_conversions import possible_sources
 from mapreuse.models._projections import output_projection, value_projection
@@ -15,6 +16,7 @@ from mapreuse.models._stack import Layer, find_stack
 __all__ = [
     "MAPS_ARGUMENT",
     "Layer",
+    "LayerLayout",
     "MapRecorder",
     "Recording",
     "Unsupported",
@@ -23,6 +25,8 @@ __all__ = [
     "check_batch",
     "copy_with_same_weights",
     "find_stack",
+    "keeping_maps",
+    "layout_of",
     "load",
     "not_padding",
     "observing_inputs",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mapreuse.maps import HeadPairs
+from mapreuse.models._stack import Layer
 from mapreuse.plan import ReusePlan
 
 
@@ -49,6 +52,26 @@ class LayerLayout:
     def reorders(self) -> bool:
         """True if the heads of the context are not in their original order."""
         return self.order != tuple(range(self.num_heads))
+
+
+def layout_of(layer: Layer) -> LayerLayout:
+    """The layout of a layer under the plan in force."""
+    attention: Any = layer.attention
+    return attention._layout
+
+
+@contextmanager
+def keeping_maps(layer: Layer) -> Iterator[None]:
+    """The layer releases no map, so that it can run again with the same maps. A layer without a plan is unchanged."""
+    attention: Any = layer.attention
+    layout = vars(attention).get("_layout")
+    if layout is not None:
+        attention._layout = replace(layout, releases=())
+    try:
+        yield
+    finally:
+        if layout is not None:
+            attention._layout = layout
 
 
 def lay_out(
