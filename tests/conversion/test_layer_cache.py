@@ -11,7 +11,7 @@ from text_batches import random_batches
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
-from mapreuse.conversion import PlanEvaluator
+from mapreuse.conversion import PlanEvaluator, _layer_cache
 from mapreuse.conversion._layer_cache import LayerCache
 from mapreuse.models import find_stack, layout_of, output_projection
 
@@ -153,22 +153,18 @@ def test_layers_before_the_first_reusing_layer_are_taken_from_the_originals_cach
     assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(index, 0)[0], expected)) == runs
 
 
-@pytest.mark.parametrize(("max_bytes", "number_kept"), [(0, 0), (2_000, 0), (3 * 4 * 7 * 32 * 4, 3), (2**20, 6)])
-def test_the_cache_keeps_to_its_size(max_bytes, number_kept):
+@pytest.mark.parametrize(("number", "runs"), [(0, [0, 1, 2, 3]), (2, [2, 3]), (3, [3])])
+def test_the_cache_keeps_to_its_size(monkeypatch, number, runs):
     """The output of a layer has 4 · 7 · 32 floats of four bytes."""
+    monkeypatch.setattr(_layer_cache, "_MAX_BYTES", number * 4 * 7 * 32 * 4)
     model, _ = build("bert")
-    batches = [{"input_ids": torch.randint(5, 40, (4, 7))} for _ in range(2)]
-    cache = LayerCache(model, batches, max_bytes=max_bytes)
-    expected = [output_of_layer(model, 3, batch) for batch in batches]
-    for _ in range(2):
-        for number, output in enumerate(expected):
-            torch.testing.assert_close(cache.outputs(3, number)[0], output)
-    assert len(cache._outputs) == number_kept
-    assert sum(output.nbytes for output in cache._outputs.values()) <= max_bytes
+    batch = {"input_ids": torch.randint(5, 40, (4, 7))}
+    cache, expected = LayerCache(model, [batch]), output_of_layer(model, 3, batch)
+    assert run_by(model, lambda: cache.outputs(3, 0)) == [0, 1, 2, 3]
+    assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(3, 0)[0], expected)) == runs
 
 
-@pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "a plan"])
-@pytest.mark.parametrize("with_hooks", [False, True])
+@pytest.mark.parametrize(("plan", "with_hooks"), [(None, True), (PLAN, False), (PLAN, True)])
 def test_layers_that_change_their_inputs_in_place_give_the_same_outputs(with_hooks, plan):
     """Also by hooks, and in layers that are cached, run up to their map, or run twice."""
     model, batch = build("bert")

@@ -328,9 +328,11 @@ def test_a_model_in_float64_is_refitted_like_one_in_float32():
     reports = []
     for dtype in (torch.float32, torch.float64):
         original = build("bert")[0].to(dtype)
-        model = mr.convert(original, mr.ReusePlan.from_sources([0, 0, 2, 3]))
+        model = mr.convert(original, mr.ReusePlan((None, ((0, 2), None, None, (0, 2)), None, None)))
+        torch.manual_seed(0)
         with torch.no_grad():
-            model.encoder.layer[1].attention.self.value.weight *= -1
+            value = model.encoder.layer[1].attention.self.value
+            value.weight.copy_(0.3 * torch.randn(value.weight.shape))
         reports += mr.refit(model, original, random_batches(60))
     assert reports[0].values
     assert reports[0].after == pytest.approx(reports[1].after, rel=1e-3)
@@ -362,19 +364,9 @@ def fitted(monkeypatch):
     return indices
 
 
-CACHED = [(ALIKE, [3]), (REORDERED, [1, 3]), (OTHER, [1, 3]), (FIRST, [])]
-
-
-@pytest.mark.parametrize(
-    ("family", "plan", "refitted"),
-    [
-        *(("bert", *case) for case in CACHED),
-        ("gpt2", *CACHED[1]),
-        ("llama", *CACHED[0]),
-        *(pytest.param("gpt2", *case, marks=pytest.mark.full) for case in (CACHED[0], *CACHED[2:])),
-        *(pytest.param("llama", *case, marks=pytest.mark.full) for case in CACHED[1:]),
-    ],
-)
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("plan", "refitted"), [(ALIKE, [3]), (REORDERED, [1, 3]), (OTHER, [1, 3]), (FIRST, [])])
 def test_cached_layers_equal_refitted_ones(family, plan, refitted, fitted):
     original, batches = build(family)[0], random_batches(8)
     targets, refits = Targets(original, batches), RefitCache(max_bytes=2**20)
@@ -393,8 +385,8 @@ def test_cached_layers_equal_refitted_ones(family, plan, refitted, fitted):
 
 
 def test_the_refit_cache_keeps_to_its_size_and_drops_the_least_recently_used():
-    """Output and values of a layer have 2 · 32 · 32 floats of four bytes: 8 KiB."""
-    original, plan, refits = build("bert")[0], mr.ReusePlan.grouped(4, 4), RefitCache(max_bytes=20_000)
+    """The output projection of a layer has 32 · 32 floats of four bytes: 4 KiB."""
+    original, plan, refits = build("bert")[0], mr.ReusePlan.grouped(4, 4), RefitCache(max_bytes=12_000)
     model = mr.convert(original, plan)
 
     def cached():
@@ -402,7 +394,7 @@ def test_the_refit_cache_keeps_to_its_size_and_drops_the_least_recently_used():
 
     refit_layers(model, Targets(original, random_batches(8)), refits)
     assert cached() == [3, 2]
-    refits.store(model, plan, LayerRefit(1, before=0.5, after=0.4, ridge=1.0, values=True))
+    refits.store(model, plan, LayerRefit(1, before=0.5, after=0.4, ridge=1.0, values=False))
     assert cached() == [2, 1]
 
 

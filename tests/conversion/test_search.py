@@ -226,7 +226,6 @@ def test_a_latency_budget_that_the_cost_model_barely_misses_is_measured(bert, mo
     assert min(candidate.latency for candidate in found) == 0.89
 
 
-@pytest.mark.parametrize(("more", "logged"), [pytest.param(0.05, False, marks=pytest.mark.full), (0.15, True)])
 def test_a_latency_that_deviates_from_the_prediction_by_more_than_10_percent_is_logged(bert, monkeypatch, caplog):
     def times(models, batch, **options):
         """5 % less for each reusing layer; candidates take 15 % more than that."""

@@ -235,8 +235,8 @@ class _Objective:
         states, targets, rows, output, target = self._pair(batch, bfloat16=self.bfloat16)
         if not bool(rows.any()):
             raise ValueError(f"distill: the batch of step {step} contains only padding; leave it out")
-        distances = [_distance(a[rows], b[rows]) / _size(b[rows]) for a, b in zip(states, targets, strict=True)]
-        loss = self._config.hidden * torch.stack(distances).mean()
+        layers = [_sums(one[rows], other[rows]) for one, other in zip(states, targets, strict=True)]
+        loss = self._config.hidden * torch.stack([distance / size for distance, size in layers]).mean()
         logits, target_logits = getattr(output, "logits", None), getattr(target, "logits", None)
         if logits is not None and target_logits is not None:
             if logits.dim() > 2 and logits.shape[:2] == rows.shape:
@@ -251,7 +251,7 @@ class _Objective:
         world, rank = self._accelerator.num_processes, self._accelerator.process_index
         for batch in itertools.islice(self._evaluation, rank, None, world):
             states, targets, rows, *_ = self._pair(batch)
-            sums += torch.stack([_distance(states[-1][rows], targets[-1][rows]), _size(targets[-1][rows])]).double()
+            sums += torch.stack(_sums(states[-1][rows], targets[-1][rows])).double()
         distance, size = self._accelerator.reduce(sums, "sum").tolist()
         if distance == size == 0:
             raise ValueError("distill: the held-out batches contain only padding")
@@ -274,9 +274,6 @@ class _Objective:
         return states, targets, not_padding(masks[0], targets[0]), output, target
 
 
-def _distance(states: Float[Tensor, "rows width"], targets: Float[Tensor, "rows width"]) -> Tensor:
-    return (states.float() - targets.float()).square().sum()
-
-
-def _size(targets: Float[Tensor, "rows width"]) -> Tensor:
-    return targets.float().square().sum()
+def _sums(states: Float[Tensor, "rows width"], targets: Float[Tensor, "rows width"]) -> tuple[Tensor, Tensor]:
+    """‖h − h°‖² and ‖h°‖² in float32."""
+    return (states.float() - targets.float()).square().sum(), targets.float().square().sum()

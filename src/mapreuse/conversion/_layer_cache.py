@@ -24,7 +24,7 @@ from mapreuse.models import (
 from mapreuse.plan import ReusePlan
 
 _MAX_BYTES = 2**28
-"""Default size of a cache."""
+"""Maximum size of the outputs in a cache."""
 
 
 class LayerCache:
@@ -40,7 +40,6 @@ class LayerCache:
         plan: the plan in force, if any.
         original: a cache of the original model over the same batches. Its entries are used up to the first reusing
             layer. Both models must have the same weights there.
-        max_bytes: maximum size of the cached outputs.
     """
 
     def __init__(
@@ -49,13 +48,11 @@ class LayerCache:
         batches: Sequence[Mapping[str, Any]],
         plan: ReusePlan | None = None,
         original: LayerCache | None = None,
-        *,
-        max_bytes: int = _MAX_BYTES,
     ) -> None:
         self.layers = find_stack(model).layers
         self._model, self._batches, self._plan, self._original = model, batches, plan, original
         self._num_equal = 0 if plan is None else next(filter(plan.reuses, range(plan.num_layers)), plan.num_layers)
-        self._outputs, self._bytes_left = dict[tuple[int, int], Any](), max_bytes
+        self._outputs, self._bytes_left = dict[tuple[int, int], Any](), _MAX_BYTES
 
     @torch.no_grad()
     def valid(self, number: int) -> Bool[Tensor, "batch positions"]:
