@@ -189,5 +189,5 @@ def test_a_work_directory_with_other_files_is_refused_and_kept(tmp_path):
         (written / "config.json").write_text("{}")
     assert not (tmp_path / "another.work").exists()
     (tmp_path / "third.work").write_text("a file")
-    with pytest.raises(ValueError, match="is a file, but"):
+    with pytest.raises(ValueError, match="is a file: move it"):
         check_output(tmp_path / "third")

@@ -99,11 +99,12 @@ def _is_another_model(path: Path, parts: Set[Path]) -> bool:
 
 
 def _check_work(work: Path) -> None:
-    others = sorted({one.name for one in work.iterdir()} - set(_PARTS)) if work.is_dir() else []
-    problem = f"holds {others[0]}" if others else "is a file" if work.exists() and not work.is_dir() else None
-    if problem is not None:
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"{work} is a file: move it, or choose another --out")
+    others = sorted({one.name for one in work.iterdir()} - set(_PARTS)) if work.exists() else []
+    if others:
         raise ValueError(
-            f"{work} {problem}, but the conversion keeps its work there: move it, or choose another --out"
+            f"{work} holds {others[0]}, but the conversion keeps its work there: move it, or choose another --out"
         )
 
 
