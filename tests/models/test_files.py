@@ -323,7 +323,7 @@ def test_the_first_version_is_read_if_the_heads_are_in_the_same_order(tmp_path):
         ({"weights": "other.safetensors"}, "other.safetensors is missing"),
         ({"attn_implementation": "no_such"}, "config.json does not describe a BertModel"),
         ({"absent": ["encoder.pooler"]}, "lists 'encoder.pooler' as absent, but BertModel has no such module"),
-        ({"reuse": []}, f"{OTHER_WEIGHTS}encoder.layer.1.attention.self.key.bias is missing and 7"),
+        ({"reuse": []}, f"{OTHER_WEIGHTS}encoder.layer.1.attention.self.key.bias is missing; .* and 5"),
         ({"reuse": [{}]}, "its plan does not fit BertModel"),
         ({"reuse": [3]}, "its plan does not fit BertModel"),
     ],
