@@ -328,7 +328,7 @@ def test_a_plan_trains_with_dropped_layers(family, plan):
 
 @pytest.mark.parametrize("family", ["parakeet", "wav2vec2", "hubert", "wav2vec2-conformer-relative"])
 def test_a_layer_whose_source_was_dropped_attends_nothing(monkeypatch, family):
-    """The definition has no layer 0, and zeros as the map of layer 1. A map of an earlier pass would change the output."""
+    """The definition has no layer 0, and zeros as the map of layer 1. An earlier pass's map would change outputs."""
     model, batch = training(family)
     eager, _ = training(family, implementation="eager")
     mr.apply(model, GROUPS)

@@ -1,4 +1,4 @@
-"""Attention classes are read from their source: those of the usual pattern are accepted, others refused with the reason."""
+"""Attention classes are read from their source: the usual pattern is accepted, others are refused with a reason."""
 
 import copy
 

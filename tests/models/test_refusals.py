@@ -21,7 +21,7 @@ TEXT = {"vocab_size": 50, "max_position_embeddings": 40, "pad_token_id": 0, "bos
 
 
 def assert_unchanged(model, before):
-    """The model has the classes, attributes, hooks and parameters of `before`, which is a list of its modules' state."""
+    """The model has the classes, attributes, hooks and parameters of `before`, a list of its modules' state."""
     for (path, *old), (name, *new) in zip(before, state(model), strict=True):
         assert path == name
         assert old[:3] == new[:3], path

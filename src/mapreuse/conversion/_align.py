@@ -54,8 +54,8 @@ def align(
         The plan, head by head.
 
     Raises:
-        ValueError: if there are no batches, the plan does not fit the model, the mode is unknown, the model has a plan
-            already, or it is in half precision on a CPU.
+        ValueError: if there are no batches, the plan does not fit the model, the mode is unknown, the model has a
+            plan already, or it is in half precision on a CPU.
     """
     check_plan(plan)
     check_precision(original)
@@ -142,8 +142,8 @@ def output_factors(
 ) -> tuple[Float[Tensor, "heads head_dim rank"], Float[Tensor, "heads rank width"]]:
     """U S and Vᵀ of the singular value decomposition O[h] = U S Vᵀ of each head's output projection, in float64.
 
-    ‖x U S‖ = ‖x O[h]‖ at the width of a head. `max_rank` keeps the largest singular values. The identity stands in for
-    an output projection that is not a plain linear layer.
+    ‖x U S‖ = ‖x O[h]‖ at the width of a head. `max_rank` keeps the largest singular values. The identity stands in
+    for an output projection that is not a plain linear layer.
     """
     dim = values.shape[-1]
     try:

@@ -99,14 +99,15 @@ def distill(
     held_out: Iterable[Mapping[str, Any]] | None = None,
     out_dir: str | Path | None = None,
 ) -> Distillation:
-    """Train a converted model, in place, to match the original's hidden states and outputs. It keeps the best weights.
+    """Train a converted model, in place, to match the original's hidden states and outputs. It keeps the best
+    weights.
 
     AdamW minimises, without dropout,
 
         hidden · meanₗ ‖hₗ − hₗ°‖² / ‖hₗ°‖²  +  logits · KL(p° ‖ p)
 
-    with hₗ the hidden states after layer l, padding left out, p the output distributions of a model with logits, and °
-    for the original. Training starts at the first layer that shares its map. Earlier layers and modules outside the
+    with hₗ the hidden states after layer l, padding left out, p the output distributions of a model with logits, and
+    ° for the original. Training starts at the first layer that shares its map. Earlier layers and modules outside the
     layers keep their weights. Runs on every process of `accelerate launch` or on a single one, on a GPU if there is
     one. Afterwards both models are on their devices again.
 

@@ -73,8 +73,9 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
 class PlanEvaluator:
     """The error of a plan after `apply` and `refit`. Each plan is evaluated once.
 
-    Plans that begin with the same layers share the refit of these. With a `cache`, errors of earlier runs with the same
-    `identity` and metric are used. Two metrics are the same if they agree on the first plan, which is always evaluated.
+    Plans that begin with the same layers share the refit of these. With a `cache`, errors of earlier runs with the
+    same `identity` and metric are used. Two metrics are the same if they agree on the first plan, which is always
+    evaluated.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.

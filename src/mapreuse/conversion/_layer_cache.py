@@ -30,9 +30,9 @@ _MAX_BYTES = 2**28
 class LayerCache:
     """Inputs and outputs of single layers, batch by batch; the outputs of earlier layers are cached.
 
-    A forward pass for layer l ends at layer l. Earlier layers return their cached output instead of running, or run up
-    to their map if a layer that runs applies it. Layers whose output does not fit in the cache run every time. Layers
-    before l must keep their weights from one pass to the next. Layers pass on their output and their map only.
+    A forward pass for layer l ends at layer l. Earlier layers return their cached output instead of running, or run
+    up to their map if a layer that runs applies it. Layers whose output does not fit in the cache run every time.
+    Layers before l must keep their weights from one pass to the next. Layers pass on their output and their map only.
 
     Args:
         model: in evaluation mode.

@@ -22,8 +22,8 @@ class HeadProjections:
 
         output = Σ_h (inputs[maps[h]] values[h] + value_bias[h]) output[h] + bias
 
-    with inputs[m] = A_m X for each map A_m that the layer applies. If values are not refitted, inputs are the contexts
-    themselves, one for each head, and `values` is the identity.
+    with inputs[m] = A_m X for each map A_m that the layer applies. If values are not refitted, inputs are the
+    contexts themselves, one for each head, and `values` is the identity.
     """
 
     maps: tuple[int, ...]

@@ -67,14 +67,16 @@ class ConversionReport:
     def lines(self) -> list[str]:
         """The report as lines of text."""
         before, after = self.parameters
+        no_faster = not self.plan.is_full and self.latency >= self.exact_latency
         nothing = ["No layer shares a map: nothing is saved, and there is nothing to distil."]
         return [
             str(self.plan),
             *(nothing if self.plan.is_full else []),
             "error = 1 − cosine of the last hidden states to the original's, on held-out calibration batches",
             *(f"error, {step}: {error:.4f}" for step, error in self.errors.items()),
-            f"latency: {self.latency:.2f} times the original's ({self.exact_latency:.2f} without sharing), both without "
-            "mapreuse.optimize",
+            f"latency: {self.latency:.2f} times the original's ({self.exact_latency:.2f} without sharing), "
+            "all without mapreuse.optimize",
+            *(["Sharing maps makes this model no faster on these inputs."] if no_faster else []),
             f"parameters: {before:,} before, {after:,} after ({1 - after / before:.1%} fewer)",
         ]
 
@@ -151,9 +153,9 @@ def convert_to_directory(
 ) -> ConversionReport:
     """Convert a model by a given plan, or by the best plan within a budget, and save it to a new directory.
 
-    With a budget, the plan comes from `search`: under a budget of latency the plan with the least error, under a budget
-    of error the fastest plan. The heads of a given plan are assigned by `align`. Then the copy is refitted, and
-    distilled if `distill_seconds` is given. Every fourth batch is held out for evaluation.
+    With a budget, the plan comes from `search`: under a budget of latency the plan with the least error, under a
+    budget of error the fastest plan. The heads of a given plan are assigned by `align`. Then the copy is refitted,
+    and distilled if `distill_seconds` is given. Every fourth batch is held out for evaluation.
 
     `<out>.work` holds the work in progress: evaluated plans, the refitted copy and checkpoints of the distillation.
     The same call continues from it after an interrupt. `out` appears when it is complete.

@@ -70,8 +70,8 @@ def refit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, 
 
     with X the input of the attention in the converted model after the refit of earlier layers, A the maps that the
     attention applies, and Y its output in the original. The regression is solved for O and b, then three times for V
-    (head by head) and for O and b. Every fourth batch is held out. These batches decide about λ, about changing V, and
-    about correcting the error of the layer's input as well. A layer that no candidate improves keeps its weights.
+    (head by head) and for O and b. Every fourth batch is held out. These batches decide about λ, about changing V,
+    and about correcting the error of the layer's input as well. A layer that no candidate improves keeps its weights.
 
     Padding is left out. Heads that apply the same map share its equations; heads that compute their own map are
     refitted too. Values keep their weights in layers where heads share them (grouped-query attention), and where the
@@ -99,8 +99,8 @@ def refit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, 
 def refit_layers(model: nn.Module, targets: Targets, cache: RefitCache | None = None) -> list[LayerRefit]:
     """`refit` towards given targets.
 
-    With a `cache`, the model must be a fresh copy of the original under a plan, like the models whose layers the cache
-    holds. Layers that are cached are not refitted again.
+    With a `cache`, the model must be a fresh copy of the original under a plan, like the models whose layers the
+    cache holds. Layers that are cached are not refitted again.
     """
     plan = plan_of(model)
     assert plan is not None
@@ -122,7 +122,8 @@ class RefitCache:
     """Refitted weights of layers, for other plans of the same model.
 
     Plans that agree up to a layer give it the same weights, unless they order the heads of the refitted layers
-    differently. That order also depends on later layers. The least recently used layers are dropped beyond `max_bytes`.
+    differently. That order also depends on later layers. The least recently used layers are dropped beyond
+    `max_bytes`.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -98,9 +98,9 @@ def search(
         batches: calibration batches, at least eight. Every fourth batch is for evaluation, the others for `refit`.
         latency: stop at a plan with at most this latency, relative to the original's. Give this or `error`.
         error: stop when every extension has a greater error.
-        metric: the error of a converted model, 0 for the original. None: `hidden_state_error` on the held-out batches.
-        timed: the batch to time, such as one of the size used in production. None: the calibration batch of median
-            size.
+        metric: the error of a converted model, 0 for the original. None: `hidden_state_error` on the held-out
+        batches. timed: the batch to time, such as one of the size used in production. None: the calibration batch of
+            median size.
         breadth: number of extensions evaluated in each step.
         cache: a file of evaluated plans, one JSON object per line. The same search continues from it. Only its first
             plan is evaluated again.
@@ -109,8 +109,8 @@ def search(
         The plans that no other plan beats in both error and latency, from the least error to the least latency.
 
     Raises:
-        ValueError: unless exactly one budget is given, if no plan meets it, there are too few batches, the model has a
-            plan already, is in half precision on a CPU or unsupported, or the cache cannot be read.
+        ValueError: unless exactly one budget is given, if no plan meets it, there are too few batches, the model has
+            a plan already, is in half precision on a CPU or unsupported, or the cache cannot be read.
     """
     if (latency is None) == (error is None):
         raise ValueError("give exactly one budget: latency=0.7 (relative to the original's) or error=0.02")

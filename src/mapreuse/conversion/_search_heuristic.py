@@ -46,9 +46,9 @@ class RefitErrors:
 
         error(m) = min over W of ‖Σ_h C[h, m[h]] W[h] − Σ_h C[h] O[h]‖² / ‖Σ_h C[h] O[h]‖²
 
-    with m[h] the map that head h applies, C[h, m] the context of head h by map m, C[h] by its own map, and O the output
-    projection. Padding is left out. Contexts are reduced to the 32 dimensions with the largest singular values of O.
-    Each layer stores one float64 matrix of width heads · min(head_dim, 32) · 5.
+    with m[h] the map that head h applies, C[h, m] the context of head h by map m, C[h] by its own map, and O the
+    output projection. Padding is left out. Contexts are reduced to the 32 dimensions with the largest singular values
+    of O. Each layer stores one float64 matrix of width heads · min(head_dim, 32) · 5.
 
     Args:
         original: the model before `apply`; it is not changed.

@@ -97,8 +97,8 @@ class TrainingState:
         epoch: number of the current epoch.
         position: batches read in this epoch, by all processes together.
         epoch_progress: fraction of the budget used when the epoch began.
-        history: one entry per evaluation: `step`, `elapsed`, the mean training `loss` since the last one, and metrics.
-        best_step: step of the best evaluation.
+        history: one entry per evaluation: `step`, `elapsed`, the mean training `loss` since the last one, and
+        metrics. best_step: step of the best evaluation.
         finished: whether the budget or the patience is used up.
         choices: decisions of the caller at the start of the run. A resumed run keeps them.
     """

@@ -93,8 +93,12 @@ def analysis_tables(analysis: Analysis) -> list[Table]:
             f"{layers[layer - 1, layer].item():.2f}" if layer else "",
             f"{analysis.entropy[layer].mean().item():.2f}",
             *(
-                f"{heads[layer].mean().item():.2f} ({heads[layer].min().item():.2f} to {heads[layer].max().item():.2f})"
-                for heads in (analysis.relative_entropy, analysis.diagonality, analysis.concentration)
+                f"{heads.mean().item():.2f} ({heads.min().item():.2f} to {heads.max().item():.2f})"
+                for heads in (
+                    analysis.relative_entropy[layer],
+                    analysis.diagonality[layer],
+                    analysis.concentration[layer],
+                )
             ),
         ]
         for layer in range(len(layers))
