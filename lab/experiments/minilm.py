@@ -223,9 +223,10 @@ def _page(results: dict[str, Any]) -> str:
         "- **Speed-up** over the `transformers` model: a batch of 16 sentences of median length, and four texts of",
         f"  512 tokens; median of {_TIMINGS} interleaved timings, good to about 10 %. Every row includes",
         "  `mapreuse.optimize`: compare with the row *no layer reuses* to see what sharing saves.",
-        "- **Layers and heads**: 24 and 36 heads, chosen in any layers by `SearchHeuristic.grown`, are as many as",
-        "  two and three layers have. A single dropped layer, or attention, is the one with the least error on",
-        "  calibration sentences.",
+        "- **Layers and heads**: the two or three layers that reuse are those with the least error on calibration",
+        "  sentences, of all choices, before the refit. 24 and 36 heads, chosen in any layers by",
+        "  `SearchHeuristic.grown`, are as many as two and three layers have. A single dropped layer, or attention,",
+        "  is the one with the least error, too.",
         "",
         "## All results",
         "",
@@ -241,8 +242,8 @@ def _page(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *map(cells, distilled),
         "",
-        "At these lengths, dropping one layer saves about as much time as sharing three maps, at equal quality.",
-        "Measure both before you choose sharing for short inputs.",
+        "For sentences, dropping one layer saves more time than sharing three maps, at similar quality; at 512",
+        "tokens it saves about as much. Measure both before you choose sharing for short inputs.",
         "",
         "See also: [search against fixed groups](pareto.md), [speech recognisers](recovery.md), and [time and",
         "memory for a model of BERT-base's size](bert_base.md).",
@@ -252,9 +253,9 @@ def _page(results: dict[str, Any]) -> str:
 
 _VERSION_NOTE = {
     "0.1.0": (
-        "Refit and distillation compute the same in this version, where half of the calibration and distillation",
-        "sentences came from docstrings of numpy, scipy and torch instead of fortunes. In 0.1.0, `apply` included",
-        "what `mapreuse.optimize` does now.",
+        "Later versions refit and distil in the same way. The `apply` of 0.1.0 also did what `mapreuse.optimize`",
+        "does now. Half of the sentences for calibration and distillation came from docstrings of numpy, scipy and",
+        "torch; the script now takes all of them from Debian's fortunes.",
     )
 }
 

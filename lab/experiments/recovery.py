@@ -110,7 +110,7 @@ def _page(results: dict[str, Any]) -> str:
         "",
         "Command: `python lab/experiments/recovery.py LANGUAGE RECOGNISER`. Machine: "
         f"{here['processor']}, {here['instructions']}, one thread,",
-        f"mapreuse {here['mapreuse']}. Conversion and training compute the same in this version.",
+        f"mapreuse {here['mapreuse']}. Later versions convert and train in the same way.",
         "",
         "Cells: greedy WER on the test split with its 95 % interval, then CER. English: the lab's recogniser, 8",
         "layers (`baseline`). Spanish: the full study's recogniser with full attention, 6 layers, seed 0 (`study`).",
