@@ -77,18 +77,24 @@ BENCH_compiled := --lengths 1000,2000,3000 --plans 4x4 --contestants sdpa+compil
 BENCH_training := --training --lengths 1000 --plans full,4x4 --contestants sdpa,mapreuse --repeats 3
 BENCH_memory := --lengths 3000 --plans 4x4 --contestants eager,sdpa,mapreuse+optimize --storage dense,dense16,dense8,recompute --repeats 1 --memory
 BENCH_storage := --lengths 1000 --plans 4x4 --contestants mapreuse+optimize --storage dense,dense16,dense8,recompute,auto --repeats 3 --memory
-BENCH_long := --lengths 30000 --plans 4x4 --contestants mapreuse+optimize --storage auto --repeats 1 --memory
-BENCH_hour := --lengths 90000 --plans full,4x4 --contestants mapreuse+optimize --storage auto --repeats 1 --memory
+BENCH_long := --lengths 30000 --plans full,4x4 --contestants mapreuse+optimize --storage auto --repeats 1 --memory
+BENCH_hour := --lengths 90000 --plans full --contestants mapreuse+optimize --repeats 1 --memory
 # Only on processors with fast bfloat16 products (AMX); on others it takes hours.
 BENCH_bfloat16 := --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,mapreuse --repeats 3
 
-speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long hour breakdown concentration)
+speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long hour breakdown minilm concentration)
 
 speed-breakdown: setup
 	$(BIN)/mapreuse-lab breakdown --threads 2 --lengths 1000,2000,3000 --plans full,4x4 --repeats 7 --json lab/results/speed/breakdown.json
 
 speed-concentration: setup
 	$(BIN)/python lab/experiments/concentration.py $(TEXT_ENCODER)
+
+# A real sentence encoder, at three lengths of texts from Python's language reference.
+speed-minilm: setup
+	mkdir -p build && $(BIN)/python lab/experiments/texts.py > build/texts.txt
+	$(BIN)/mapreuse bench $(TEXT_ENCODER) --calibration build/texts.txt --batch-size 16 --max-batches 3 --threads 2 \
+		--plans full,1x2,2x2,2x3 --json lab/results/speed/minilm.json
 
 speed-%: setup
 	$(BIN)/mapreuse-lab bench --threads 2 $(BENCH_$*) --json lab/results/speed/$*.json

@@ -65,32 +65,35 @@ def results_table() -> list[str]:
     conformer, recogniser = quick["latency"]["conformer-m"], quick["latency"]["recogniser"]
     recovered = {variant["name"]: _wer(variant["recovered"]) for variant in quick["variants"]}
 
-    def speed(name: str, measured: dict[str, Any], lengths: tuple[str, ...]) -> str:
-        return ", ".join(f"{_ratio(measured[length], name):.2f}× at {length}" for length in lengths)
+    def speed(name: str, measured: dict[str, Any]) -> str:
+        return ", ".join(f"{_ratio(measured[length], name):.2f}× at {length}" for length in ("250", "1000", "3000"))
 
-    def minilm(name: str) -> str:
-        latency = rows[name]["latency"]
-        return f"{1 / latency['short']:.2f}× at a sentence, {1 / latency['512']:.2f}× at 512"
+    def row(model: str, option: str, quality: str, speed_up: str) -> str:
+        return f"| {model} | {option} | {quality} | {speed_up} |"
 
     return [
-        "| model | plan | quality | speed-up at T positions |",
+        "| model | option | quality | speed-up at T positions |",
         "|---|---|---|---|",
-        "| Conformer-M size, 16 layers | nothing shared | same outputs | "
-        f"{speed('full', conformer, ('250', '1000', '3000'))} |",
-        f"| | groups of 4 | random weights | {speed('groups of 4', conformer, ('250', '1000', '3000'))} |",
-        f"| speech recogniser, 8 layers | nothing shared | WER {_wer(quick['baseline'])} | "
-        f"{speed('full', recogniser, ('250', '1000', '3000'))} |",
+        row("Conformer-M size", "`optimize` alone", "same outputs", speed("transformers + optimize", conformer)),
+        row("", "nothing shared, exact kernel", "same outputs", speed("full", conformer)),
+        row("", "groups of 4", "random weights", speed("groups of 4", conformer)),
+        row("", "groups of 4 + `optimize`", "random weights", speed("groups of 4 + optimize", conformer)),
+        row("speech recogniser", "nothing shared + `optimize`", f"WER {_wer(quick['baseline'])}", speed("full + optimize", recogniser)),
         *(
-            f"| | {name}, fine-tuned 1 minute | WER {recovered[name]} | "
-            f"{speed(name, recogniser, ('250', '1000', '3000'))} |"
+            row("", f"{name} + `optimize`", f"WER {recovered[name]}", speed(f"{name} + optimize", recogniser))
             for name in ("groups of 2", "groups of 4")
         ),
-        f"| all-MiniLM-L6-v2, 6 layers | nothing shared | cosine 1 | {minilm('no layer reuses')} |",
-        *(
-            f"| | {shown} | cosine {rows[name]['cosine']:.3f} | {minilm(name)} |"
-            for name, shown in (MINILM[1], MINILM[4])
-        ),
+        row("MiniLM", "`optimize` alone", "same outputs", _minilm_speed("sdpa+optimize")),
+        row("", "nothing shared + `optimize`", "same outputs", _minilm_speed("mapreuse full+optimize")),
+        row("", "2 of 6 layers reuse + `optimize`", f"cosine {rows[MINILM[1][0]]['cosine']:.3f}", _minilm_speed("mapreuse 1x2,2x2+optimize")),
+        row("", "3 layers reuse + `optimize`, distilled", f"cosine {rows[MINILM[4][0]]['cosine']:.3f}", _minilm_speed("mapreuse 2x3+optimize")),
     ]
+
+
+def _minilm_speed(contestant: str) -> str:
+    batches = _read("speed/minilm.json")["batches"]
+    ratios = {name: found["contestants"]["sdpa"]["median"] / found["contestants"][contestant]["median"] for name, found in batches.items()}
+    return ", ".join(f"{ratio:.2f}× at {name}" for name, ratio in ratios.items())
 
 
 def minilm_table() -> list[str]:
@@ -181,7 +184,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _ratio(measured: dict[str, Any], name: str) -> float:
-    return measured["transformers"]["median"] / measured[f"{name} + optimize"]["median"]
+    return measured["transformers"]["median"] / measured[name]["median"]
 
 
 def _wer(scores: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ SECTIONS = {
     "whole": ("Conformer-M with its front end", "Subsampling included, which no plan makes faster."),
     "compiled": ("Conformer-M under torch.compile", "`+optimize` has no effect in compiled code."),
     "plain": ("Conformer-M without relative positions", "`sdpa` is a fused kernel here."),
+    "minilm": ("all-MiniLM-L6-v2", "A trained sentence encoder, 6 layers of width 384; 16 texts per batch."),
     "bert": ("BERT-base", "12 layers of width 768, absolute positions."),
     "training": ("A training step of Conformer-M", "Forward and backward, with dropout; `+optimize` has no effect."),
     "bfloat16": ("Conformer-M in bfloat16", "On a processor with fast bfloat16 products (AMX)."),
