@@ -221,3 +221,8 @@ def comma_separated_integers(option: str, text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(word) for word in comma_separated(text)))
     except ValueError:
         raise ValueError(f"{option} must be integers separated by commas, such as 1000,2000, got {text!r}") from None
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]

@@ -25,7 +25,6 @@ from mapreuse_lab.study._papers import papers_table
 from mapreuse_lab.study._plots import plot_error_against_speed, plot_similarity, plot_speedup, plot_stages
 from mapreuse_lab.study._tables import (
     Results,
-    breakdown_tables,
     corpora_table,
     cost_table,
     error_tables,
@@ -38,6 +37,7 @@ from mapreuse_lab.study._tables import (
     settings_table,
     similarity_table,
     speedup_table,
+    study_breakdown_tables,
     summary_table,
 )
 from mapreuse_lab.study._verdict import verdict
@@ -214,7 +214,7 @@ def _full_sections(results: Results) -> list[Section]:
     sections.append(Section("Memory, FLOPs and training", [cost_table(results)]))
     if "breakdown" in results:
         bars = [breakdown_bars(entries) for entries in results["breakdown"].values()]
-        sections.append(Section("Where the time goes", [*bars, *breakdown_tables(results)]))
+        sections.append(Section("Where the time goes", [*bars, *study_breakdown_tables(results)]))
     if "similarity" in results:
         sections.append(_similarity(results))
     if "phonemes" in results:

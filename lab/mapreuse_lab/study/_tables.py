@@ -211,7 +211,7 @@ def cost_table(results: Results) -> Table:
     return Table("Other costs, as ratios to full attention", header, rows)
 
 
-def breakdown_tables(results: Results) -> list[Table]:
+def study_breakdown_tables(results: Results) -> list[Table]:
     """Time of each part of the forward pass by length, and its share."""
     tables = []
     for group, title in (("contestants", "The whole encoder"), ("layer", "One layer")):

@@ -20,11 +20,11 @@ from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.plan import ReusePlan
-from mapreuse_lab.techniques._layer_sharing import SharingAttention, open_shared_maps
+from mapreuse_lab.techniques._layer_sharing import LayerSharingAttention, open_shared_maps
 from mapreuse_lab.techniques._technique import Technique
 
 
-class CrossLayerAttention(SharingAttention):
+class CrossLayerAttention(LayerSharingAttention):
     """Attention over the keys and values of the group's first layer."""
 
     def __init__(

@@ -21,7 +21,7 @@ from mapreuse_lab.techniques._notation import layer_sources
 from mapreuse_lab.techniques._technique import Technique
 
 
-class SharingAttention(RelativeAttention):
+class LayerSharingAttention(RelativeAttention):
     """Attention of a layer that shares tensors with other layers, by a plan.
 
     Attributes:

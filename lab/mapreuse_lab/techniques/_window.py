@@ -31,7 +31,7 @@ from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.plan import ReusePlan
-from mapreuse_lab.techniques._layer_sharing import SharingAttention, open_shared_maps
+from mapreuse_lab.techniques._layer_sharing import LayerSharingAttention, open_shared_maps
 from mapreuse_lab.techniques._technique import Technique, check_plan
 
 _MIN_ROWS, _MAX_ROWS = 32, 128
@@ -40,7 +40,7 @@ _SCORES_AT_A_TIME = 1 << 18
 """Scores that a thread computes at a time, so that they stay in its cache."""
 
 
-class WindowAttention(SharingAttention):
+class WindowAttention(LayerSharingAttention):
     """Attention within a window, by the layer's own map or by that of its source."""
 
     def __init__(self, original: ParakeetEncoderAttention, technique: Window, layer: int, plan: ReusePlan) -> None:

@@ -10,8 +10,8 @@ from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
+from mapreuse.console import one_line
 from mapreuse_lab.training._features import resample
-from mapreuse_lab.training._files import one_line
 
 MAX_WHOLE_SECONDS = 60.0
 """Longer audio is recognised in pieces."""

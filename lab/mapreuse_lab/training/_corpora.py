@@ -12,8 +12,9 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment, load_manifest
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.utils import fastcopy
 
+from mapreuse.console import one_line
 from mapreuse_lab.training._audio import whole_cut
-from mapreuse_lab.training._files import CorpusError, cache_dir, one_line
+from mapreuse_lab.training._files import CorpusError, cache_dir
 from mapreuse_lab.training._normalise import LANGUAGES, normalise
 from mapreuse_lab.training._prompts import ATTRIBUTIONS, read_prompts
 from mapreuse_lab.training._sentences import generate_sentences

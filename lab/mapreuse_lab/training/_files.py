@@ -26,8 +26,3 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     write(unfinished)
     os.replace(unfinished, file)
-
-
-def one_line(problem: Exception) -> str:
-    """The message of an exception on one line of at most 200 characters."""
-    return " ".join(str(problem).split())[:200]

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCTC
 
 from mapreuse import models
+from mapreuse.console import one_line
 from mapreuse_lab.techniques import Full, Reuse, Technique, parse
 from mapreuse_lab.training._audio import PIECE_SECONDS, file_pieces, waveform_pieces
 from mapreuse_lab.training._features import FeatureConfig, features
-from mapreuse_lab.training._files import one_line, write_whole
+from mapreuse_lab.training._files import write_whole
 
 BASELINE = Path(__file__).parent / "baseline"
 """Directory of the shipped recogniser."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapreuse.console import progress_bar
+from mapreuse.console import one_line, progress_bar
 from mapreuse.conversion._validation import digest
 
 _FORMAT = 2
@@ -321,7 +321,7 @@ class TrainingLoop:
         try:
             saved = json.loads((folder / "state.json").read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: not a checkpoint ({_one_line(error)}); delete it") from None
+            raise ValueError(f"{folder}: not a checkpoint ({one_line(error)}); delete it") from None
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             raise ValueError(f"{folder}: not a checkpoint of this version of mapreuse; delete it to start anew")
         if saved["run"] != json.loads(json.dumps(self._identity)) or self._start not in saved["weights"]:
@@ -337,7 +337,7 @@ class TrainingLoop:
             load_model(self._model, str(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             self._model.load_state_dict(before)
-            raise ValueError(f"{folder}: not a checkpoint ({_one_line(error)}); delete it") from None
+            raise ValueError(f"{folder}: not a checkpoint ({one_line(error)}); delete it") from None
         self.state, self._start = TrainingState(**saved["state"]), saved["weights"][0]
 
 
@@ -359,7 +359,3 @@ def _load_moments(optimizer: Optimizer, file: Path) -> None:
         number, name = key.split(".")
         moments.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

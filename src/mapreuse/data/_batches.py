@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from mapreuse.data._files import LIBRARY_ERRORS, MAX_SECONDS, Sample, one_line, read_audio, read_image, samples_of
+from mapreuse.console import one_line
+from mapreuse.data._files import LIBRARY_ERRORS, MAX_SECONDS, Sample, read_audio, read_image, samples_of
 from mapreuse.data._models import OpenedModel
 
 MIN_SAMPLES = 4

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError
 
+from mapreuse.console import one_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -93,11 +95,6 @@ def read_image(sample: Sample) -> Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         raise ValueError(f"{name}: not a readable image ({one_line(problem)})") from None
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split())
 
 
 def _lines(path: Path) -> Iterator[str]:

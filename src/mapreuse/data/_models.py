@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from mapreuse import models
-from mapreuse.data._files import LIBRARY_ERRORS, one_line
+from mapreuse.console import one_line
+from mapreuse.data._files import LIBRARY_ERRORS
 
 _CONFIG = "config.json"
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from mapreuse.console import one_line
 from mapreuse.models._apply import applied_plans, apply, refuse_save_pretrained
 from mapreuse.plan import ReusePlan
 
@@ -114,7 +115,7 @@ def load(path: str | Path) -> PreTrainedModel:
     try:
         stored = load_file(weights)
     except SafetensorError as error:
-        raise ValueError(f"{weights} is not a safetensors file: {_one_line(error)}") from None
+        raise ValueError(f"{weights} is not a safetensors file: {one_line(error)}") from None
     destinations = _destinations(model, stored)
     if differences := _differences(stored, destinations):
         raise ValueError(f"{weights} does not hold the weights of this {type(model).__name__}: {differences}")
@@ -157,7 +158,7 @@ def _rebuilt(path: Path, config: dict[str, Any], device: str = "cpu") -> PreTrai
             plan = ReusePlan.from_json(json.dumps(entry.get("plan")))
             apply(modules[stack], plan, storage=storage, memory_budget=entry.get("memory_budget"))
         except ValueError as error:
-            raise ValueError(f"{problem}: {_one_line(error)}") from None
+            raise ValueError(f"{problem}: {one_line(error)}") from None
         if config["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
             raise ValueError(
                 f"{path}: format version 1 stored the heads of this plan in another order; convert the original again"
@@ -200,7 +201,7 @@ def _build(path: Path, config: dict[str, Any], device: str) -> PreTrainedModel:
         if "generation_config" in config:
             model.generation_config = GenerationConfig.from_dict(config["generation_config"])
     except Exception as error:  # transformers raises various exceptions for invalid settings
-        raise ValueError(f"{path}: {_CONFIG} does not describe a {name}: {_one_line(error)}") from error
+        raise ValueError(f"{path}: {_CONFIG} does not describe a {name}: {one_line(error)}") from error
     types = {name: _dtype(path, value) for name, value in config.get("dtypes", {}).items()}
     usual = _dtype(path, config["dtype"])
     for name, tensor in _floating_tensors(model):
@@ -261,7 +262,7 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
         return json.loads(json.dumps(config))
     except TypeError as error:
         name = config["class"]
-        raise ValueError(f"the configuration of this {name} cannot be written as JSON: {_one_line(error)}") from None
+        raise ValueError(f"the configuration of this {name} cannot be written as JSON: {one_line(error)}") from None
 
 
 def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
@@ -340,10 +341,6 @@ def _dtype(path: Path, name: object) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"{path / _CONFIG}: {name!r} is not a floating-point type")
     return dtype
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _sha256(path: Path) -> str:
