@@ -59,12 +59,12 @@ MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of 
 
 Encoder = Annotated[str, typer.Option(help="conformer-m, plain-conformer-m (no relative positions) or bert-base")]
 Lengths = Annotated[str, typer.Option(help="encoder frames or tokens, such as 1000,2000; default: the encoder's own")]
-BatchSize = Annotated[int, typer.Option("--batch", help="sequences per batch")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="sequences per batch")]
 
 
 def main() -> None:
     """Entry point of the `mapreuse-lab` command."""
-    run_command(app, "mapreuse-lab", resumable=("study", "train", "convert"))
+    run_command(app, "mapreuse-lab", resumable=("study", "train", "convert"), extras="pip install ./lab")
 
 
 @app.command()

@@ -42,12 +42,12 @@ ModelName = Annotated[
 CalibrationData = Annotated[
     str,
     typer.Option(
-        help="data like the model's inputs in use: a text file with one sentence per line, a folder of wav, flac, "
+        help="sample inputs, similar to those that the model will see: a text file with one sentence per line, a folder of wav, flac, "
         "png or jpg files, or a datasets directory"
     ),
 ]
 Stack = Annotated[
-    str, typer.Option(help="which stack of layers, in a model with several: its path, such as model.encoder")
+    str, typer.Option(help="path of the stack of layers, if the model has several, such as model.encoder")
 ]
 Float32 = Annotated[
     bool, typer.Option("--float32", help="load the weights in float32; needed if they are stored in half precision")
@@ -62,8 +62,9 @@ BatchSize = Annotated[int, typer.Option(help="sequences per batch")]
 Plans = Annotated[
     str,
     typer.Option(
-        help="reuse plans, group size × number of groups, such as full,2x3,1x2,2x2; full is the model without "
-        "sharing. Default: full, groups of 2 and 4, and two groups"
+        help="plans to compare: full (no sharing), or parts SIZExNUMBER such as 2x3; parts that follow each other make "
+        "up one plan until all layers are used, so full,2x3,1x2,2x2 are three. Default: full, groups of 2 and 4, "
+        "and two groups"
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]

@@ -133,7 +133,13 @@ def command_line(name: str) -> str:
     return shlex.join([name, *sys.argv[1:]])
 
 
-def run_command(app: typer.Typer, name: str, *, resumable: Sequence[str] = ()) -> None:
+def run_command(
+    app: typer.Typer,
+    name: str,
+    *,
+    resumable: Sequence[str] = (),
+    extras: str = "pip install 'mapreuse[data,plots]'",
+) -> None:
     """Run a command-line program and exit.
 
     Invalid input (`ValueError`, `OSError`), a missing optional dependency or a wrong option prints one line on
@@ -144,6 +150,7 @@ def run_command(app: typer.Typer, name: str, *, resumable: Sequence[str] = ()) -
         app: the program.
         name: name of the program, for messages.
         resumable: commands that continue after an interrupt if they are run again.
+        extras: the command that installs optional dependencies.
     """
 
     def fail(message: str, status: int = 2) -> None:
@@ -161,7 +168,7 @@ def run_command(app: typer.Typer, name: str, *, resumable: Sequence[str] = ()) -
     except typer.TyperException as error:
         fail(f"{error.format_message().rstrip('.')}; see {name} --help")
     except ModuleNotFoundError as error:
-        fail(f"{error}; install the optional dependencies: pip install 'mapreuse[data,plots]'")
+        fail(f"{error}; install the optional dependencies: {extras}")
     except (ValueError, OSError) as error:
         fail(str(error))
 

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import ParakeetEncoder
 
 from mapreuse.console import progress_bar
 from mapreuse.maps import SharedMaps
-from mapreuse.measure import peak_memory, time_interleaved
+from mapreuse.measure import flop_counter, peak_memory, time_interleaved
 from mapreuse.models import MAPS_ARGUMENT, apply, find_stack, optimize
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.models import SUBSAMPLING
@@ -118,7 +117,7 @@ def technique_flops(recipe: Recipe, technique: str, frames: int) -> int:
     """
     encoder = _encoder(recipe, technique)
     inputs = torch.zeros(1, frames * SUBSAMPLING, encoder.config.num_mel_bins)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter(encoder) as counter:
         encoder(input_features=inputs)
     return counter.get_total_flops()
 

@@ -24,13 +24,13 @@ from mapreuse_lab.study._tables import (
 BUDGETS = (0.01, 0.02, 0.05)
 """Losses of CER, as fractions, for which the fastest technique is named."""
 
-_ALLOWED = 0.01
+_MAX_LOSS = 0.01
 """Loss of CER, as a fraction, that sharing maps by pairs of layers is tested for."""
 
-_UNTRAINED = 0.6
+_MIN_UNTRAINED_CER = 0.6
 """CER above which a technique has barely started to learn."""
 
-_LONG = 1000
+_MIN_LONG_LENGTH = 1000
 """Minimum encoder frames at which the best reuse is compared with the other techniques."""
 
 
@@ -128,7 +128,7 @@ def _best_reuse(results: Results) -> list[str]:
     if not reuse or not others:
         return []
     found: dict[str, list[str]] = {}
-    for length in (length for length in lengths(results) if int(length) >= _LONG):
+    for length in (length for length in lengths(results) if int(length) >= _MIN_LONG_LENGTH):
         best = min(reuse, key=lambda t: (cer_loss(t, corpus), t["latency"][length]["median"]))
         loss, seconds = cer_loss(best, corpus), best["latency"][length]["median"]
         better = [t for t in others if cer_loss(t, corpus) <= loss and t["latency"][length]["median"] <= seconds]
@@ -149,7 +149,7 @@ def _best_reuse(results: Results) -> list[str]:
 
 
 def _pairs(results: Results) -> list[str]:
-    """Whether a CER loss above `_ALLOWED` is excluded when pairs of layers share a map, for each corpus."""
+    """Whether a CER loss above `_MAX_LOSS` is excluded when pairs of layers share a map, for each corpus."""
     pairs = next((t for t in results["techniques"] if t["name"].startswith("reuse-2x")), None)
     sentences = []
     for corpus, scores in ({} if pairs is None else pairs["scores"]).items():
@@ -165,8 +165,8 @@ def _pairs(results: Results) -> list[str]:
 
 
 def _excluded(ends: Sequence[float]) -> str:
-    loss = f"a loss above {plural(round(100 * _ALLOWED), 'point')} is"
-    return f"{loss} excluded" if ends[1] <= _ALLOWED else f"{loss} {'certain' if ends[0] > _ALLOWED else 'possible'}"
+    loss = f"a loss above {plural(round(100 * _MAX_LOSS), 'point')} is"
+    return f"{loss} excluded" if ends[1] <= _MAX_LOSS else f"{loss} {'certain' if ends[0] > _MAX_LOSS else 'possible'}"
 
 
 def _longer(results: Results) -> list[str]:
@@ -196,7 +196,7 @@ def _untrained(results: Results) -> list[str]:
         f"{t['title']}: CER {t['scores'][corpus]['cer']:.1%} at the end of training. It has barely started to learn; "
         "its final accuracy is unknown."
         for t in scored(results)
-        if t["scores"][corpus]["cer"] > _UNTRAINED
+        if t["scores"][corpus]["cer"] > _MIN_UNTRAINED_CER
     ]
 
 

@@ -22,7 +22,7 @@ from mapreuse_lab.techniques._prob_sparse import ProbSparse
 from mapreuse_lab.techniques._query_key_dim import QueryKeyDim
 from mapreuse_lab.techniques._reuse import Full, Reuse
 from mapreuse_lab.techniques._strided import Strided
-from mapreuse_lab.techniques._study import study_techniques
+from mapreuse_lab.techniques._study_techniques import study_techniques
 from mapreuse_lab.techniques._technique import TECHNIQUES, Technique, parse
 from mapreuse_lab.techniques._upper_layers import Layers, Skipped
 from mapreuse_lab.techniques._window import Window

@@ -192,7 +192,7 @@ def group_by(measured: Similarity, num_groups: int) -> ReusePlan:
 
     @functools.cache
     def best(stop: int, groups: int) -> tuple[float, tuple[int, ...]]:
-        """The maximum similarity of the layers before `stop` in groups, and the first layers of these, last first."""
+        """The best grouping of the layers before `stop`: its similarity, and its first layers in reverse order."""
         if groups == 0:
             return 0.0, ()
         options = []

@@ -141,7 +141,7 @@ class PlanEvaluator:
         return error
 
     def _cached_errors(self, plan: str, error: float) -> dict[ReusePlan, float]:
-        """Errors from the file by the metric that gives the first plan this error."""
+        """Cached errors, if the first plan has this error under the current metric."""
         return {
             ReusePlan.from_json(entry["plan"]): float(entry["error"])
             for entry in self._entries

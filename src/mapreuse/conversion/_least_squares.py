@@ -42,7 +42,7 @@ class HeadProjections:
     def to_contexts(
         self, matrix: Float[Tensor, "inputs_and_one columns"]
     ) -> Float[Tensor, "context_and_one columns"]:
-        """Bᵀ matrix, with B the map from inputs and a one to contexts and a one."""
+        """Bᵀ · matrix, with B the linear map from [inputs, 1] to [contexts, 1]."""
         blocks = matrix[:-1].unflatten(0, (self.num_maps, -1))
         heads = [values.mT @ blocks[number] for values, number in zip(self.values, self.maps, strict=True)]
         context = torch.stack(heads) + self.value_bias[..., None] * matrix[-1]
@@ -54,7 +54,7 @@ class HeadProjections:
         return (by_head @ self.values + self.value_bias[:, None]).transpose(0, 1).flatten(1)
 
     def one_per_map(self, by_head: Float[Tensor, "rows heads_inputs"]) -> Float[Tensor, "rows inputs"]:
-        """From inputs head after head, those of the first head that applies each map."""
+        """For each map, the inputs of the first head that applies it."""
         first = [self.maps.index(number) for number in range(self.num_maps)]
         return by_head.unflatten(1, (len(self.maps), -1))[:, first].flatten(1)
 

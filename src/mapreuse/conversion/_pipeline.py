@@ -40,7 +40,7 @@ MIN_CONVERSION_BATCHES = MIN_SEARCH_BATCHES
 """Minimum number of batches for `convert_to_directory`."""
 
 MIN_DISTILLATION_BATCHES = 11
-"""The same with distillation: of three quarters of them, `distill` holds out every eighth."""
+"""The same with distillation, which trains on three quarters of them and holds out every eighth of those."""
 
 _BUDGET = re.compile(r"\s*(latency|error)\s*(?:<=|≤|=)\s*([0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?)\s*[x×]?\s*")
 
@@ -68,7 +68,7 @@ class ConversionReport:
         """The report as lines of text."""
         before, after = self.parameters
         no_faster = not self.plan.is_full and self.latency >= self.exact_latency
-        nothing = ["No layer shares a map: nothing is saved, and there is nothing to distil."]
+        nothing = ["The plan shares no map, so nothing gets faster and there is nothing to distil."]
         return [
             str(self.plan),
             *(nothing if self.plan.is_full else []),

@@ -36,7 +36,8 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidate penalties, relative to the mean square of the inputs."""
 
 _MAX_INPUTS = 12_288
-"""Maps times width up to which values are refitted; the normal equations take 8 · (maps · width)² bytes."""
+"""Maximum of maps · width for refitting values. Above it, only the output projection is refitted: the normal
+equations take 8 · (maps · width)² bytes."""
 
 _SWEEPS = 3
 """Number of times that values and output are solved in turn."""

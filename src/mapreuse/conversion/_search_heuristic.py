@@ -28,13 +28,13 @@ logger = logging.getLogger("mapreuse")
 
 Item = TypeVar("Item")
 
-_NUM_MAPS = 4
+_MAX_MAPS = 4
 """Maps tried for each head: those that change its layer's output least."""
 
 _MAX_RANK = 32
 """Dimensions kept of each head's context: the largest singular values of its output projection."""
 
-_PART = 0.25
+_WEIGHT_FRACTION = 0.25
 """The weight of a layer is measured at this fraction of the layer's maximum output error."""
 
 _RIDGE = 1e-3
@@ -217,7 +217,7 @@ class SearchHeuristic:
         heads = self.heads(layer)
         if not self.partial:
             return heads
-        enough, reusing = _PART * self._output_error(heads), frozenset[Head]()
+        enough, reusing = _WEIGHT_FRACTION * self._output_error(heads), frozenset[Head]()
         while not reusing or self._output_error(reusing) < enough:
             reusing = self._with_best(reusing, heads)
         return reusing
@@ -246,7 +246,7 @@ def _parts(errors: Tensor, sources: tuple[int, ...]) -> dict[tuple[int, Head | N
     """Position among all contexts of each (head, map tried for it). The heads' own maps come first."""
     heads = range(errors.shape[-1])
     tried: list[tuple[int, Head | None]] = [(head, None) for head in heads]
-    tried += [(head, source) for head in heads for source in _by_error(errors[..., head], sources)[:_NUM_MAPS]]
+    tried += [(head, source) for head in heads for source in _by_error(errors[..., head], sources)[:_MAX_MAPS]]
     return {one: index for index, one in enumerate(tried)}
 
 

@@ -148,7 +148,7 @@ def shift(
 
 
 def part_of_item(tensor: Tensor | None, item: int, rows: int, keys: int) -> Tensor | None:
-    """One item's part, without padding, of a mask or bias of which batch, heads and queries may broadcast."""
+    """One item's mask or bias, without padding. Dimensions of size 1 broadcast."""
     if tensor is None:
         return None
     part = tensor[item if tensor.shape[0] > 1 else 0, ..., :keys]

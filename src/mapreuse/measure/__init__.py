@@ -7,6 +7,7 @@ from mapreuse.measure._bench_tables import bench_tables, latency_text, ratio_tex
 from mapreuse.measure._breakdown import PARTS, Breakdown, LayerBreakdown, PartCost, breakdown
 from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
 from mapreuse.measure._contestants import Contestant, split_plans, use_attention
+from mapreuse.measure._flops import flop_counter
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
@@ -34,6 +35,7 @@ __all__ = [
     "contestant_memory",
     "cpu_threads",
     "disagreement",
+    "flop_counter",
     "latency_text",
     "machine",
     "maps_by_sequence",

@@ -36,11 +36,11 @@ from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import Killed, peak_memory
 from mapreuse.models import find_stack, not_padding, plan_of, recorded_states
 
-TOLERANCE = 1e-4
+_MAX_DISAGREEMENT = 1e-4
 """Maximum of max |output − reference| / max |reference| for contestants in float32."""
 _STORAGE_TOLERANCE = {"dense16": 1e-3, "dense8": 1e-2, "auto": 1e-2}
 _MAX_REFERENCE_LENGTH = 8192
-"""Without kernels, longer inputs take too long; their contestants are compared with one another."""
+"""Maximum length compared with the reference. Contestants on longer inputs are compared with one another."""
 _PRECISION_FACTOR = 40
 """In half precision, outputs may differ by this multiple of the type's precision."""
 
@@ -279,7 +279,7 @@ class _Bench:
     def _tolerance(self, entry: Contestant, reference: Contestant) -> float:
         precision = torch.finfo(next(self.model.parameters()).dtype).eps
         storages = (_STORAGE_TOLERANCE.get(one.storage, 0.0) for one in (entry, reference))
-        return max(TOLERANCE, _PRECISION_FACTOR * precision, *storages)
+        return max(_MAX_DISAGREEMENT, _PRECISION_FACTOR * precision, *storages)
 
     def _probe(self, model: nn.Module, call: Callable[[Batch], Tensor], batch: Batch, valid: Tensor) -> Tensor:
         """The output without padding; in training, gradients without dropout."""

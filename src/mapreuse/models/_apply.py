@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mapreuse.maps import STORAGES, MapCounts, SharedMaps
-from mapreuse.models._conversion import convert_attention
+from mapreuse.models._attention_conversion import convert_attention
 from mapreuse.models._map_injection import inject_maps
 from mapreuse.models._plan_conversions import plan_conversions
 from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_cache

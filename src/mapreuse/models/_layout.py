@@ -62,7 +62,7 @@ def layout_of(layer: Layer) -> LayerLayout:
 
 @contextmanager
 def keeping_maps(layer: Layer) -> Iterator[None]:
-    """The layer releases no map, so that it can run again with the same maps. A layer without a plan is unchanged."""
+    """Keep the shared maps of a layer, so that it can run again with them. A layer without a plan is unchanged."""
     attention: Any = layer.attention
     layout = vars(attention).get("_layout")
     if layout is not None:

@@ -1,4 +1,4 @@
-"""Passes maps through modules that do not pass keyword arguments on: copies made for one call hold them."""
+"""Gives maps to modules that do not pass keyword arguments on, by copies of them made for each call."""
 
 from __future__ import annotations
 

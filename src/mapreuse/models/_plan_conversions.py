@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mapreuse.models._adapters import attention_form
-from mapreuse.models._conversion import Conversion
+from mapreuse.models._attention_conversion import Conversion
 from mapreuse.models._layout import lay_out
 from mapreuse.models._linear import is_plain_linear
 from mapreuse.models._projections import HeadCounts, count_heads, find_output_projection
