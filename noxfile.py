@@ -39,4 +39,15 @@ def wheel(session: nox.Session) -> None:
     session.run(*pip, f"{repaired}[data,test]", env=without_compiler, external=True)
     check = "import importlib.util as u; assert u.find_spec('mapreuse.maps._kernel'), 'no compiled kernel'"
     session.run(python, "-c", check, env=without_compiler, external=True)
-    session.run(python, "-m", "pytest", "-q", "-m", "not full", "tests/maps", "tests/models", env=without_compiler, external=True)
+    session.run(
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not full",
+        "tests/maps",
+        "tests/models",
+        env=without_compiler,
+        external=True,
+    )

@@ -42,8 +42,8 @@ ModelName = Annotated[
 CalibrationData = Annotated[
     str,
     typer.Option(
-        help="sample inputs, similar to those that the model will see: a text file with one sentence per line, a folder of wav, flac, "
-        "png or jpg files, or a datasets directory"
+        help="sample inputs, similar to those that the model will see: a text file with one sentence per line, a "
+        "folder of wav, flac, png or jpg files, or a datasets directory"
     ),
 ]
 Stack = Annotated[
@@ -62,9 +62,8 @@ BatchSize = Annotated[int, typer.Option(help="sequences per batch")]
 Plans = Annotated[
     str,
     typer.Option(
-        help="plans to compare: full (no sharing), or parts SIZExNUMBER such as 2x3; parts that follow each other make "
-        "up one plan until all layers are used, so full,2x3,1x2,2x2 are three. Default: full, groups of 2 and 4, "
-        "and two groups"
+        help="plans to compare: full (no sharing), or parts SIZExNUMBER such as 2x3; parts make up one plan until all "
+        "layers are used, so full,2x3,1x2,2x2 are three plans. Default: full, groups of 2 and 4, and two groups"
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]

@@ -166,7 +166,9 @@ def _pairs(results: Results) -> list[str]:
 
 def _excluded(ends: Sequence[float]) -> str:
     loss = f"a loss above {plural(round(100 * _MAX_LOSS), 'point')} is"
-    return f"{loss} excluded" if ends[1] <= _MAX_LOSS else f"{loss} {'certain' if ends[0] > _MAX_LOSS else 'possible'}"
+    return (
+        f"{loss} excluded" if ends[1] <= _MAX_LOSS else f"{loss} {'certain' if ends[0] > _MAX_LOSS else 'possible'}"
+    )
 
 
 def _longer(results: Results) -> list[str]:
