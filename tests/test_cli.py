@@ -101,7 +101,7 @@ def test_an_output_that_is_a_link_to_an_empty_directory_is_written_through_it(gi
     options = ["--plan", "1x3", "--out", tmp_path / "link"]
     status, printed, error = mapreuse(monkeypatch, capsys, "convert", *given, *options)
     assert status == 0, error
-    assert "No layer shares a map" in printed
+    assert "The plan shares no map" in printed
     assert "budget" not in printed
     assert mr.plan_of(mr.load(tmp_path / "real")).is_full
     assert (tmp_path / "link").is_symlink()
@@ -212,7 +212,7 @@ def test_a_latency_budget_that_is_met_without_sharing_shares_no_map(given, tmp_p
     options = ["--out", tmp_path / "out", "--budget", "latency<=5e-1"]
     status, printed, error = mapreuse(monkeypatch, capsys, "convert", *given, *options)
     assert status == 0, error
-    assert "No layer shares a map" in printed
+    assert "The plan shares no map" in printed
     assert "latency: 0.50 times the original's (0.50 without sharing)" in printed
 
 

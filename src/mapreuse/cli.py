@@ -62,8 +62,8 @@ BatchSize = Annotated[int, typer.Option(help="sequences per batch")]
 Plans = Annotated[
     str,
     typer.Option(
-        help="plans to compare: full (no sharing), or parts SIZExNUMBER such as 2x3; parts make up one plan until all "
-        "layers are used, so full,2x3,1x2,2x2 are three plans. Default: full, groups of 2 and 4, and two groups"
+        help="plans to compare: full (no sharing), or parts SIZExNUMBER such as 2x3; parts make up one plan until "
+        "all layers are used, so full,2x3,1x2,2x2 are three plans. Default: full, groups of 2 and 4, and two groups"
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]

@@ -14,7 +14,7 @@ from torch import nn
 from vision_blocks import VisionTransformer
 
 import mapreuse as mr
-from mapreuse.models import _conversion, find_stack, output_projection
+from mapreuse.models import _attention_conversion, find_stack, output_projection
 
 GROUPS = PLANS["groups of 2"]
 TEXT = {"vocab_size": 50, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -69,7 +69,7 @@ def test_a_failure_in_the_middle_of_the_conversion_leaves_the_model_as_it_was(mo
     """The conversion of a layer fails after it has begun; `conversions` layers are converted already."""
     model, batch = build(family)
     before, expected = state(model), model(**batch).last_hidden_state
-    take_inputs, calls = _conversion.take_inputs, []
+    take_inputs, calls = _attention_conversion.take_inputs, []
 
     def failing(projection, columns):
         take_inputs(projection, columns)
@@ -77,7 +77,7 @@ def test_a_failure_in_the_middle_of_the_conversion_leaves_the_model_as_it_was(mo
         if len(calls) > conversions:
             raise MemoryError("out of memory")
 
-    monkeypatch.setattr(_conversion, "take_inputs", failing)
+    monkeypatch.setattr(_attention_conversion, "take_inputs", failing)
     with pytest.raises(MemoryError):
         mr.apply(model, PLANS["in part"])
     monkeypatch.undo()
