@@ -77,15 +77,16 @@ BENCH_compiled := --lengths 1000,2000,3000 --plans 4x4 --contestants sdpa+compil
 BENCH_training := --training --lengths 1000 --plans full,4x4 --contestants sdpa,mapreuse --repeats 3
 BENCH_memory := --lengths 3000 --plans 4x4 --contestants eager,sdpa,mapreuse+optimize --storage dense,dense16,dense8,recompute --repeats 1 --memory
 BENCH_storage := --lengths 1000 --plans 4x4 --contestants mapreuse+optimize --storage dense,dense16,dense8,recompute,auto --repeats 3 --memory
-BENCH_long := --lengths 30000 --plans full,4x4 --contestants mapreuse+optimize --storage auto --repeats 1 --memory
-BENCH_hour := --lengths 90000 --plans full --contestants mapreuse+optimize --repeats 1 --memory
 # Only on processors with fast bfloat16 products (AMX); on others it takes hours.
 BENCH_bfloat16 := --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,mapreuse --repeats 3
 
-speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long hour breakdown minilm concentration)
+speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long breakdown minilm concentration)
 
 speed-breakdown: setup
 	$(BIN)/mapreuse-lab breakdown --threads 2 --lengths 1000,2000,3000 --plans full,4x4 --repeats 7 --json lab/results/speed/breakdown.json
+
+speed-long: setup
+	$(BIN)/python lab/experiments/long_audio.py
 
 speed-concentration: setup
 	$(BIN)/python lab/experiments/concentration.py $(TEXT_ENCODER)

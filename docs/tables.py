@@ -135,20 +135,12 @@ def memory_table() -> list[str]:
 
 def long_table() -> list[str]:
     """Guide to long audio: one pass over recordings of 20 minutes and of an hour."""
-    lines = [
-        "| recording | plan | storage that auto chose | time | peak memory | command |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, recording in (("long", "20 minutes, T = 30,000"), ("hour", "1 hour, T = 90,000")):
-        if not (RESULTS / f"speed/{name}.json").exists():
-            lines.append(f"| {recording} | | | not measured yet | | `make speed-{name}` |")
-            continue
-        (measured,) = _read(f"speed/{name}.json")["batches"].values()
-        lines += [
-            f"| {recording} | {found['plan']} | {found.get('chosen_storage', '')} | {found['median']:.0f} s | "
-            f"{found['memory_bytes'] / 1e9:.1f} GB | `make speed-{name}` |"
-            for found in measured["contestants"].values()
-        ]
+    lines = ["| recording | plan | storage | time | peak memory |", "|---|---|---|---|---|"]
+    for one in _read("speed/long.json")["passes"]:
+        lines.append(
+            f"| {one['recording']}, T = {one['length']:,} | {one['plan']} | {one['storage']} | "
+            f"{one['seconds']:.0f} s | {one['memory_bytes'] / 1e9:.1f} GB |"
+        )
     return lines
 
 

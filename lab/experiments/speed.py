@@ -26,7 +26,7 @@ SECTIONS = {
     "bfloat16": ("Conformer-M in bfloat16", "On a processor with fast bfloat16 products (AMX)."),
     "memory": ("Peak memory of Conformer-M", "In addition to weights and inputs, with each storage of shared maps."),
     "storage": ("Storages of shared maps", "`auto` takes the fastest one that fits a quarter of the memory."),
-    "long": ("A 20-minute recording", "30,000 encoder frames in one pass."),
+    "long": ("Long recordings", "One pass of Conformer-M with `+optimize`, without warm-up."),
     "kernels": (
         "Attention kernels and matrix products",
         "Latency of one layer's kernel, relative to the matrix products (PyTorch's, by MKL) that it has to do.",
@@ -132,7 +132,22 @@ def concentration_table(results: Results) -> Table:
     return Table("", ["model", "ε", "mean", "minimum over heads"], rows)
 
 
-OTHER_TABLES = {"kernels": kernel_table, "breakdown": breakdown_table, "concentration": concentration_table}
+def long_table(results: Results) -> Table:
+    """Time and memory of one pass over each recording."""
+    rows = [
+        [f"{one['recording']}, T = {one['length']:,}", one["plan"], one["storage"]]
+        + [f"{one['seconds']:.0f} s", f"{one['memory_bytes'] / 1e9:.2f} GB"]
+        for one in results["passes"]
+    ]
+    return Table("", ["recording", "plan", "storage", "time", "peak memory"], rows)
+
+
+OTHER_TABLES = {
+    "kernels": kernel_table,
+    "breakdown": breakdown_table,
+    "concentration": concentration_table,
+    "long": long_table,
+}
 """Tables of the files that `mapreuse-lab bench` did not write."""
 
 
