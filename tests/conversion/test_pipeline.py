@@ -12,7 +12,7 @@ from text_batches import random_batches
 import mapreuse as mr
 from mapreuse.conversion import _pipeline, check_output, convert_to_directory, copy_companions, split_batches
 from mapreuse.conversion._output_dir import new_directory
-from mapreuse.models import _linear
+from mapreuse.models import _optimize
 
 GROUPS = mr.ReusePlan.grouped(4, 2)
 
@@ -83,7 +83,7 @@ def test_a_conversion_stopped_in_distillation_continues_with_its_plan_and_weight
     monkeypatch.setattr(_pipeline, "distill", noted)
     for name in ("search", "align", "refit", "relative_latencies"):
         monkeypatch.setattr(_pipeline, name, None)
-    monkeypatch.setattr(_linear, "onednn_is_faster", lambda threads: not torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(_optimize, "onednn_is_faster", lambda threads: not torch.backends.mkldnn.is_available())
     model, report = converted(bert, batches, **given)
     assert report.plan == mr.plan_of(model) == mr.ReusePlan.from_json(kept["plan"])
     assert {name: report.errors[name] for name in ("aligned", "refitted")} == kept["errors"]

@@ -9,15 +9,8 @@ from typing import Any
 from torch import nn
 
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._linear import (
-    HeadSubsetLinear,
-    OptimizedHeadSubsetLinear,
-    OptimizedLinear,
-    head_rows,
-    selected,
-    take_inputs,
-    take_outputs,
-)
+from mapreuse.models._linear import HeadSubsetLinear, head_rows, selected, take_inputs, take_outputs
+from mapreuse.models._optimize import is_optimized, optimize
 from mapreuse.models._projections import HeadCounts
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._runtime import IMPLEMENTATION
@@ -99,9 +92,8 @@ def _keep_heads(conversion: Conversion) -> None:
             module, parameter = attention._modules.get(attribute), attention._parameters.get(attribute)
             if isinstance(module, nn.Linear):
                 if keeps_forward and len(rows) < module.out_features:
-                    optimized = isinstance(module, OptimizedLinear)
-                    subset = OptimizedHeadSubsetLinear if optimized else HeadSubsetLinear
-                    setattr(attention, attribute, subset(module, rows))
+                    subset = HeadSubsetLinear(module, rows)
+                    setattr(attention, attribute, optimize(subset) if is_optimized(module) else subset)
                 else:
                     take_outputs(module, rows)
             elif parameter is not None and not keeps_forward:

@@ -1,30 +1,14 @@
-"""Linear layers: computed by the faster of two libraries, and reduced to some of their rows or columns."""
+"""Linear layers, reduced to some of their rows or columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
-
-from mapreuse.maps import are_unobserved, is_clearly_faster
-
-_MIN_ROWS = 32
-"""Rows of input from which oneDNN is used. Its setup takes about as long as a product of 32 rows."""
-
-_SIZE = 512
-"""Width of the square matrices that the two libraries are compared with."""
-
-
-class OptimizedLinear(nn.Linear):
-    """`torch.nn.Linear`, computed by oneDNN when that is faster than PyTorch's default library."""
-
-    def forward(self, input: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        return linear(input, self.weight, self.bias)
 
 
 class HeadSubsetLinear(nn.Linear):
@@ -47,49 +31,9 @@ class HeadSubsetLinear(nn.Linear):
         return functional.pad(super().forward(input), (0, self.padding))
 
 
-class OptimizedHeadSubsetLinear(HeadSubsetLinear, OptimizedLinear):
-    """`HeadSubsetLinear`, computed by oneDNN when that is faster."""
-
-
-OPTIMIZED = {nn.Linear: OptimizedLinear, HeadSubsetLinear: OptimizedHeadSubsetLinear}
-"""The class that `optimize` gives to a linear layer, by the class it has."""
-
-
 def is_plain_linear(module: nn.Module | None) -> bool:
-    """True for `torch.nn.Linear`, before or after `optimize`, and for GPT-2's `Conv1D`; False for subclasses."""
-    return type(module) in (nn.Linear, OptimizedLinear, Conv1D)
-
-
-def linear(
-    input: Float[Tensor, "*batch inputs"],
-    weight: Float[Tensor, "outputs inputs"],
-    bias: Tensor | None,
-) -> Float[Tensor, "*batch outputs"]:
-    """x Wᵀ + b, by oneDNN if a benchmark finds that faster: on a CPU, in float32, without gradients, for 32 rows or
-    more, and only while no compiler, tracer or dispatch mode follows the operators."""
-    if (
-        are_unobserved(input, weight, *([] if bias is None else [bias]))
-        and input.dim() > 1
-        and input.numel() >= _MIN_ROWS * input.shape[-1] > 0
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_mkldnn_enabled()
-        and onednn_is_faster(torch.get_num_threads())
-    ):
-        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-    return functional.linear(input, weight, bias)
-
-
-@cache
-def onednn_is_faster(threads: int) -> bool:
-    """Whether oneDNN multiplies float32 matrices clearly faster with this number of threads; measured once."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    with torch.inference_mode():
-        one = torch.ones(_SIZE, _SIZE, dtype=torch.float32, device="cpu")
-        return is_clearly_faster(
-            lambda: torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], ""),
-            lambda: functional.linear(one, one),
-        )
+    """True for `torch.nn.Linear` and for GPT-2's `Conv1D`; False for subclasses."""
+    return type(module) in (nn.Linear, Conv1D)
 
 
 def head_rows(heads: Sequence[int], head_dim: int) -> list[int]:

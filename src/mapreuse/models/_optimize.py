@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
+import torch
 from jaxtyping import Float
-from torch import Tensor, channels_last, compiler, float32, is_grad_enabled, nn
+from torch import Tensor, channels_last, nn
 from torch.nn import functional
 
-from mapreuse.models._linear import OPTIMIZED, linear
+from mapreuse.maps import are_unobserved, is_clearly_faster
+from mapreuse.models._linear import HeadSubsetLinear
 from mapreuse.models._snapshots import Model
+
+_MIN_ROWS = 32
+"""Rows of input from which oneDNN is used. Its setup takes about as long as a product of 32 rows."""
+
+_SIZE = 512
+"""Width of the square matrices that the two libraries are compared with."""
 
 _CONFORMER = ("pointwise_conv1", "depthwise_conv", "pointwise_conv2")
 
@@ -19,10 +30,10 @@ def optimize(model: Model) -> Model:
     """Make linear layers and convolutions of `model` faster on a CPU, in place; returns the model.
 
     Linear layers use oneDNN if a benchmark of a few milliseconds finds it faster than PyTorch's default library. The
-    convolutions of Conformer layers, and of Parakeet's subsampling, use the channels-last memory format. Weights,
-    parameter names and results (up to rounding) stay the same. Modules get a subclass of their class, so `isinstance`
-    still finds them; `type(module) is torch.nn.Linear` does not. This affects inference in float32 on a CPU; in
-    training, under `torch.compile` and on other devices the modules run as before.
+    convolutions of Conformer layers, and of Parakeet's subsampling, use the channels-last memory format. Types of
+    modules, weights, parameter names and results (up to rounding) stay the same, so that other tools (quantisation,
+    LoRA, pruning) find the layers that they look for. This affects inference in float32 on a CPU; in training, under
+    `torch.compile` and on other devices the modules run as before.
 
     Sharing maps (`apply`) is independent of this: call either, or both, in any order. `load` returns a model without
     it.
@@ -31,62 +42,146 @@ def optimize(model: Model) -> Model:
         model: any module; calling it twice changes nothing.
     """
     for module in model.modules():
-        if (optimized_class := OPTIMIZED.get(type(module))) is not None:
-            module.__class__ = optimized_class
-        children = [module._modules.get(name) for name in _CONFORMER]
+        if type(module) in (nn.Linear, HeadSubsetLinear):
+            _optimize_module(module)
+        children: list[Any] = [module._modules.get(name) for name in _CONFORMER]
         if all(type(child) is nn.Conv1d and _is_plain(child) for child in children):
             for child in children:
-                child.__class__ = ChannelsLastConv1d
+                _optimize_module(child)
         if type(module).__name__ == "ParakeetEncoderSubsamplingConv2D":
             for child in module.modules():
                 if type(child) is nn.Conv2d:
-                    child.__class__ = ChannelsLastConv2d
+                    _optimize_module(child)
     return model
+
+
+def is_optimized(module: nn.Module) -> bool:
+    """Whether `optimize` gave this module a faster forward."""
+    return isinstance(getattr(vars(module).get("forward"), "__self__", None), OptimizedModule)
 
 
 @contextmanager
 def optimized(model: nn.Module) -> Iterator[None]:
     """Run `optimize` on a model, and undo it at the end."""
-    classes = {module: module.__class__ for module in model.modules()}
+    before = {module for module in model.modules() if is_optimized(module)}
     optimize(model)
     try:
         yield
     finally:
-        for module, cls in classes.items():
-            module.__class__ = cls
+        for module in model.modules():
+            if is_optimized(module) and module not in before:
+                del vars(module)["forward"]
 
 
-class ChannelsLastConv1d(nn.Conv1d):
-    """`torch.nn.Conv1d`, pointwise or depthwise, in memory order (batch, time, channels).
+def _optimize_module(module: nn.Module) -> None:
+    if "forward" not in vars(module):  # another tool may have replaced it
+        vars(module)["forward"] = OptimizedModule(module).forward
+
+
+class OptimizedModule:
+    """The owner of a faster `forward`, which is stored on the module itself, so that the module keeps its class.
+
+    It refers to the module weakly: otherwise, only the garbage collector would free the module.
+    """
+
+    __slots__ = ("_module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptimizedModule, (self._module(),)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The faster forward, or that of the module's class if other code must see PyTorch's own operators."""
+        module: Any = self._module()
+        weight, bias = module.weight, module.bias
+        if are_unobserved(input, weight, *(() if bias is None else (bias,))) and not torch.is_autocast_enabled("cpu"):
+            faster = _FASTER.get(type(module).forward)  # none if another tool has changed the class
+            if faster is not None:
+                return faster(module, input, weight, bias)
+        return type(module).forward(module, input)
+
+
+def _linear(
+    module: nn.Module,
+    input: Float[Tensor, "*batch inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None,
+) -> Float[Tensor, "*batch outputs"]:
+    """x Wᵀ + b, by oneDNN for 32 rows or more if a benchmark finds that faster."""
+    if (
+        input.dim() > 1
+        and input.numel() >= _MIN_ROWS * input.shape[-1] > 0
+        and torch._C._get_mkldnn_enabled()
+        and onednn_is_faster(torch.get_num_threads())
+    ):
+        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return functional.linear(input, weight, bias)
+
+
+def _head_subset(module: HeadSubsetLinear, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.pad(_linear(module, input, weight, bias), (0, module.padding))
+
+
+def _conv1d(
+    module: nn.Conv1d,
+    input: Float[Tensor, "*batch channels time"],
+    weight: Float[Tensor, "out_channels in_channels kernel"],
+    bias: Float[Tensor, " out_channels"] | None,
+) -> Float[Tensor, "*batch out_channels out_time"]:
+    """A pointwise or depthwise convolution in memory order (batch, time, channels).
 
     PyTorch computes a depthwise convolution over (batch, channels, time) row by row, which is several times slower.
     Attention and feed-forward layers use the order (batch, time, channels) too, so nothing has to be transposed.
     """
-
-    def forward(self, input: Float[Tensor, "batch channels time"]) -> Float[Tensor, "batch out_channels out_time"]:
-        if input.dim() != 3 or not _is_faster(input, self.weight):
-            return super().forward(input)
-        if self.groups == 1 and self.kernel_size == (1,):
-            return linear(input.transpose(1, 2), self.weight.squeeze(2), self.bias).transpose(1, 2)
-        return functional.conv2d(
-            input.unsqueeze(2).contiguous(memory_format=channels_last),
-            self.weight.unsqueeze(2).contiguous(memory_format=channels_last),
-            self.bias,
-            padding=self.padding if isinstance(self.padding, str) else (0, *self.padding),
-            groups=self.groups,
-        ).squeeze(2)
+    if input.dim() != 3:
+        return nn.Conv1d.forward(module, input)
+    if module.groups == 1 and module.kernel_size == (1,):
+        return _linear(module, input.transpose(1, 2), weight.squeeze(2), bias).transpose(1, 2)
+    return functional.conv2d(
+        input.unsqueeze(2).contiguous(memory_format=channels_last),
+        weight.unsqueeze(2).contiguous(memory_format=channels_last),
+        bias,
+        padding=module.padding if isinstance(module.padding, str) else (0, *module.padding),
+        groups=module.groups,
+    ).squeeze(2)
 
 
-class ChannelsLastConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` in memory order (batch, time, bins, channels)."""
+def _conv2d(
+    module: nn.Conv2d,
+    input: Float[Tensor, "*batch channels time bins"],
+    weight: Float[Tensor, "out_channels in_channels height width"],
+    bias: Float[Tensor, " out_channels"] | None,
+) -> Float[Tensor, "*batch out_channels out_time out_bins"]:
+    """A convolution in memory order (batch, time, bins, channels)."""
+    if input.dim() != 4:
+        return nn.Conv2d.forward(module, input)
+    return module._conv_forward(
+        input.contiguous(memory_format=channels_last), weight.contiguous(memory_format=channels_last), bias
+    )
 
-    def forward(
-        self, input: Float[Tensor, "batch channels time bins"]
-    ) -> Float[Tensor, "batch out_channels out_time out_bins"]:
-        if input.dim() != 4 or not _is_faster(input, self.weight):
-            return super().forward(input)
-        weight = self.weight.contiguous(memory_format=channels_last)
-        return self._conv_forward(input.contiguous(memory_format=channels_last), weight, self.bias)
+
+_FASTER: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
+    nn.Linear.forward: _linear,
+    HeadSubsetLinear.forward: _head_subset,
+    nn.Conv1d.forward: _conv1d,
+    nn.Conv2d.forward: _conv2d,
+}
+"""What `optimize` computes instead of a class's forward."""
+
+
+@cache
+def onednn_is_faster(threads: int) -> bool:
+    """Whether oneDNN multiplies float32 matrices clearly faster with this number of threads; measured once."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    with torch.inference_mode():
+        one = torch.ones(_SIZE, _SIZE, dtype=torch.float32, device="cpu")
+        return is_clearly_faster(
+            lambda: torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], ""),
+            lambda: functional.linear(one, one),
+        )
 
 
 def _is_plain(convolution: nn.Conv1d) -> bool:
@@ -99,10 +194,3 @@ def _is_plain(convolution: nn.Conv1d) -> bool:
         and convolution.padding_mode == "zeros"
         and (depthwise or convolution.padding in ((0,), "valid"))
     )
-
-
-def _is_faster(input: Tensor, weight: Tensor) -> bool:
-    if compiler.is_compiling():
-        return False  # the compiler chooses layouts itself
-    needs_gradient = is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    return input.device.type == "cpu" and input.dtype == float32 and not needs_gradient

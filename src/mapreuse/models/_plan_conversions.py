@@ -10,6 +10,7 @@ from mapreuse.models._adapters import attention_form
 from mapreuse.models._attention_conversion import Conversion
 from mapreuse.models._layout import lay_out
 from mapreuse.models._linear import is_plain_linear
+from mapreuse.models._optimize import is_optimized
 from mapreuse.models._projections import HeadCounts, count_heads, find_output_projection
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._snapshots import copy_with_same_weights
@@ -96,7 +97,7 @@ def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> 
         if module is not None:
             cls = type(module)
             plain = is_plain_linear(module) or (attribute != form.value and cls.__module__.startswith(_PLAIN_MODULES))
-            if not plain or "forward" in vars(module):
+            if not plain or ("forward" in vars(module) and not is_optimized(module)):
                 raise Unsupported(
                     f"{name}: {attribute} is a {cls.__module__}.{cls.__name__}, not a plain projection; merge "
                     "adapters (merge_and_unload), and load the model unquantised and on one device"
