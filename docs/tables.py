@@ -136,11 +136,11 @@ def memory_table() -> list[str]:
 def long_table() -> list[str]:
     """Guide to long audio: one pass over recordings of 20 minutes and of an hour."""
     lines = ["| recording | plan | storage | time | peak memory |", "|---|---|---|---|---|"]
-    for one in _read("speed/long.json")["passes"]:
-        lines.append(
-            f"| {one['recording']}, T = {one['length']:,} | {one['plan']} | {one['storage']} | "
-            f"{one['seconds']:.0f} s | {one['memory_bytes'] / 1e9:.1f} GB |"
-        )
+    lines += (
+        f"| {one['recording']}, T = {one['length']:,} | {one['plan']} | {one['storage']} | "
+        f"{one['seconds']:.0f} s | {one['memory_bytes'] / 1e9:.1f} GB |"
+        for one in _read("speed/long.json")["passes"]
+    )
     return lines
 
 

@@ -135,8 +135,13 @@ def concentration_table(results: Results) -> Table:
 def long_table(results: Results) -> Table:
     """Time and memory of one pass over each recording."""
     rows = [
-        [f"{one['recording']}, T = {one['length']:,}", one["plan"], one["storage"]]
-        + [f"{one['seconds']:.0f} s", f"{one['memory_bytes'] / 1e9:.2f} GB"]
+        [
+            f"{one['recording']}, T = {one['length']:,}",
+            one["plan"],
+            one["storage"],
+            f"{one['seconds']:.0f} s",
+            f"{one['memory_bytes'] / 1e9:.2f} GB",
+        ]
         for one in results["passes"]
     ]
     return Table("", ["recording", "plan", "storage", "time", "peak memory"], rows)
