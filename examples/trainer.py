@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("model", nargs="?", help="name or directory of a text classifier")
     parser.add_argument("labelled", nargs="?", type=Path, help="text file, lines like the one above")
     parser.add_argument("--plan", default="1x2,2x1", help="which layers share a map")
-    parser.add_argument("--out", type=Path, help="directory for the converted, fine-tuned model")
+    parser.add_argument("--out", type=Path, help="directory for checkpoints and the converted, fine-tuned model")
     given = parser.parse_args(arguments)
 
     if given.model is None:
@@ -34,16 +34,15 @@ def main(arguments: list[str] | None = None) -> float:
     batches = [collator(examples[i : i + 8]) for i in range(0, min(len(examples), 512), 8)]
     model = mr.convert(original, mr.ReusePlan.parse(given.plan), batches)
     settings = tf.TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=given.out or tempfile.mkdtemp(),
         num_train_epochs=1,
-        save_strategy="no",  # a checkpoint would go through save_pretrained; mr.save saves the result
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    loss = tf.Trainer(model, settings, train_dataset=examples, data_collator=collator).train().training_loss
+    trainer = tf.Trainer(model, settings, train_dataset=examples, data_collator=collator)
+    loss = trainer.train().training_loss
     print(f"mean loss of the fine-tuning: {loss:.3f}")
-    if given.out is not None:
-        mr.save(model, given.out)
+    trainer.save_model()  # with its plan: after `import mapreuse`, from_pretrained and pipeline open it
     return loss
 
 

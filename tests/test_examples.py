@@ -65,7 +65,8 @@ def test_trainer(tmp_path):
     given = [str(tmp_path / "model"), str(labelled), "--plan", "1x1,2x1", "--out", str(tmp_path / "out")]
     assert 0 < trainer.main(given) < 1
     assert 0 < trainer.main([]) < 1
-    assert mr.plan_of(mr.load(tmp_path / "out")).reuses(2)
+    assert mr.plan_of(tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")).reuses(2)
+    assert tf.pipeline("text-classification", model=str(tmp_path / "out"))(SENTENCES[0])
 
 
 @pytest.mark.usefixtures("regular_times")

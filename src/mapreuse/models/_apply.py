@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from mapreuse.maps import STORAGES, MapCounts, SharedMaps
 from mapreuse.models._attention_conversion import convert_attention
@@ -36,6 +35,7 @@ class AppliedPlan:
         counts: numbers of maps in a forward pass.
         parameter_names: the parameters of the module's forward.
         cross_attends: the module may be given encoder states, as only its cross-attention uses them.
+        removed: names of the module's parameters and buffers that the conversion removed.
     """
 
     plan: ReusePlan
@@ -44,6 +44,7 @@ class AppliedPlan:
     counts: MapCounts
     parameter_names: tuple[str, ...]
     cross_attends: bool
+    removed: tuple[str, ...] = ()
 
 
 def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budget: int | None = None) -> Model:
@@ -53,7 +54,7 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
 
     Reusing layers lose their query, key and positional-key projections. Heads are reordered such that maps can be
     applied without copies: the rows of the projections and the columns of the output projection are permuted. Nothing
-    else changes; `optimize` makes the rest of the model faster. Save the model by `mapreuse.save`.
+    else changes; `optimize` makes the rest of the model faster. `save_pretrained` saves the plan with the model.
 
     Args:
         model: a `transformers` model with one stack of layers, or the part of a larger model that holds one
@@ -89,7 +90,9 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         raise ValueError(f"memory_budget must be a positive integer (bytes) or None, got {memory_budget!r}")
     before = sum(parameter.numel() for parameter in model.parameters())
     with unchanged_on_failure(model):
-        stack = unpack(find_stack(model))
+        stack = find_stack(model)
+        names = stack.module.state_dict().keys()
+        stack = unpack(stack)
         conversions = plan_conversions(model, stack, plan)
         by_keyword = maps_travel_by_keyword(stack) and all(one.form.takes_maps for one in conversions)
         stack.module._map_reuse = AppliedPlan(  # type: ignore[assignment]
@@ -102,9 +105,11 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         )
         for conversion in conversions:
             convert_attention(conversion)
-        refuse_save_pretrained(model)
         if not by_keyword:
             inject_maps(stack)
+        removed = sorted(names - stack.module.state_dict().keys())
+        stack.module._map_reuse = replace(stack.module._map_reuse, removed=tuple(removed))  # type: ignore
+        stack.module.register_load_state_dict_pre_hook(_drop_placeholders)
         stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
         stack.module.register_forward_hook(_close_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -114,20 +119,6 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         *(reusing, plan.num_layers, f"{before - after:,}", f"{before:,}"),
     )
     return model
-
-
-def refuse_save_pretrained(model: nn.Module) -> None:
-    """Disable `save_pretrained` of all `transformers` models inside this one.
-
-    `from_pretrained` would open its files without an error, and fill the removed projections with random numbers.
-    """
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.save_pretrained = _no_save_pretrained
-
-
-def _no_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
-    raise ValueError("save_pretrained cannot save a model that shares attention maps; use mapreuse.save(model, path)")
 
 
 def plan_of(model: nn.Module) -> ReusePlan | None:
@@ -160,6 +151,14 @@ def with_projections(model: nn.Module) -> nn.Module:
     if type(stack.module) is not nn.TransformerEncoder or applied_plans(model):
         return model
     return apply(copy_with_same_weights(model), ReusePlan.full(len(stack.layers)))
+
+
+def _drop_placeholders(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Hook of `load_state_dict`: ignore the empty tensors that saved files contain in place of removed ones."""
+    applied: AppliedPlan = module._map_reuse  # type: ignore[assignment]
+    for name in applied.removed:
+        if prefix + name in state_dict and state_dict[prefix + name].numel() == 0:
+            del state_dict[prefix + name]
 
 
 def _map_counts(plan: ReusePlan, published: Sequence[int]) -> MapCounts:

@@ -1,0 +1,225 @@
+"""`from_pretrained` of `transformers`, for models that share attention maps.
+
+Importing this module registers the model type and the quantisation method "mapreuse" with `transformers`.
+
+A saved directory has the usual files with two differences. `config.json` nests the configuration of the original:
+
+    {"model_type": "mapreuse", "version": 4, "transformers_weights": <a message>, "config": {<the original's>,
+     "quantization_config": {"quant_method": "mapreuse", "reuse": [<stacks and plans>], ...}}}
+
+The weights contain an empty tensor for each one that the conversion removed. A process that has not imported mapreuse
+therefore cannot fill removed weights with random numbers: Auto classes do not know the model type, model classes
+raise an error that quotes the message, and where neither applies, the empty tensors do not have the right shape.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mapreuse.console import one_line
+from mapreuse.models._apply import applied_plans, apply
+from mapreuse.plan import ReusePlan
+
+FORMAT = "mapreuse"
+VERSIONS = (1, 2, 3, 4)
+"""Versions of the format that can be read. The last one is written.
+
+Version 1 ordered the heads of plans with head assignments differently. Version 2 named "storage" "strategy". Up to
+version 3, the description of the model was not part of the original's configuration, and weights had another name.
+"""
+CONFIG = "config.json"
+MESSAGE = "this model shares attention maps, import mapreuse before opening it"
+_REQUIRED = {"class": str, "dtype": str, "reuse": list}
+_OPTIONAL = {"absent": list, "attn_implementation": str, "dtypes": dict, "module": str}
+
+
+@register_quantization_config(FORMAT)
+class ReuseConfig(QuantizationConfigMixin):
+    """The plans of a saved model and the rest of its description, as `config.json` stores them.
+
+    Args:
+        entries: "version"; "class" and "module" of the model; "dtype" of its weights, and "dtypes" of the tensors
+            of other types; names of "absent" modules; "attn_implementation"; and "reuse", a list with path, plan,
+            storage and memory budget of each stack.
+    """
+
+    def __init__(self, **entries: Any) -> None:
+        if entries.get("version") not in VERSIONS:
+            raise ValueError(
+                f"format version {entries.get('version')!r} is not supported; this mapreuse reads versions "
+                f"{VERSIONS[0]} to {VERSIONS[-1]}"
+            )
+        for name, kind in (_REQUIRED | _OPTIONAL).items():
+            if name in _REQUIRED and name not in entries:
+                raise ValueError(f"{CONFIG}: {name!r} is missing")
+            if name in entries and not isinstance(entries[name], kind):
+                raise ValueError(f"{CONFIG}: {name!r} must be a {kind.__name__}, got {entries[name]!r}")
+        for name in (entries["dtype"], *entries.get("dtypes", {}).values()):
+            _dtype(name)
+        self.quant_method = FORMAT
+        self.__dict__.update(entries)
+
+
+@register_quantizer(FORMAT)
+class ReuseQuantizer(HfQuantizer):
+    """Applies the plans of a saved model between its construction and the loading of its weights."""
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Called before the files are looked up and the model is built: remove everything but the original's."""
+        del config.quantization_config
+        if getattr(config, "transformers_weights", None) == MESSAGE:
+            del config.transformers_weights
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        entries = self.quantization_config.__dict__
+        apply_saved_plans(model, entries)
+        removed = removed_names(model)
+        if _is_same_class(model, entries):
+            remove_modules(model, entries.get("absent", []))
+        if model.config.dtype == _dtype(
+            entries["dtype"]
+        ):  # otherwise the caller of from_pretrained chose another type
+            types = entries.get("dtypes", {})
+            for name, tensor in floating_tensors(model):
+                tensor.data = tensor.data.to(_dtype(types.get(name, entries["dtype"])))
+        modules = dict(model.named_modules())
+        for name in removed:  # transformers shall not initialise what the module no longer has
+            while (name := name.rpartition(".")[0]) not in modules:
+                pass
+            modules[name]._is_hf_initialized = True
+        known = set(type(model)._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = known | {f"^{re.escape(name)}$" for name in removed}
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.remove_quantization_config(model)
+        del model._keys_to_ignore_on_load_unexpected
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class ReuseModelConfig(PreTrainedConfig):
+    """The model type "mapreuse", by which `AutoConfig` finds the configuration of the original."""
+
+    model_type = FORMAT
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of the original. It carries the plans as its `quantization_config`."""
+        original = original_config(config_dict)
+        return CONFIG_MAPPING[original["model_type"]].from_dict(original, **kwargs)
+
+
+AutoConfig.register(FORMAT, ReuseModelConfig)
+
+
+def original_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the original in the contents of `config.json`, with the plans as `quantization_config`.
+
+    Raises:
+        ValueError: if the contents are not valid.
+    """
+    original = config.get("config")
+    if not isinstance(original, dict):
+        raise ValueError(f"{CONFIG}: 'config' must be a dict, got {original!r}")
+    if original.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{CONFIG}: transformers {transformers.__version__} has no model type {original.get('model_type')!r}"
+        )
+    if config.get("version") in VERSIONS[:3]:
+        weights = config.get("weights", "mapreuse.safetensors")
+        entries = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL, "version") if key in config}
+        original = original | {"quantization_config": {"reuse": []} | entries, "transformers_weights": weights}
+        original["quantization_config"]["quant_method"] = FORMAT
+    found = original.get("quantization_config")
+    if not isinstance(found, dict):
+        raise ValueError(f"{CONFIG}: 'quantization_config' must be a dict, got {found!r}")
+    ReuseConfig(**found | {"version": config.get("version")})
+    return original
+
+
+def apply_saved_plans(model: PreTrainedModel, entries: dict[str, Any]) -> None:
+    """Apply the plans of a saved model to one of the same or of a related class, such as one with another head.
+
+    Raises:
+        ValueError: if a plan does not fit.
+    """
+    modules = dict(model.named_modules())
+    for reuse in entries["reuse"]:
+        problem = f"its plan does not fit {type(model).__name__}"
+        reuse = reuse if isinstance(reuse, dict) else {}
+        stack, storage = reuse.get("stack"), reuse.get("storage") or reuse.get("strategy", "")
+        path = _path_in(model, stack, entries) if isinstance(stack, str) else stack
+        if not (isinstance(path, str) and path in modules):
+            raise ValueError(f"{problem}: it has no module {path!r}; a {entries['class']} was saved")
+        try:
+            plan = ReusePlan.from_json(json.dumps(reuse.get("plan")))
+            apply(modules[path], plan, storage=storage, memory_budget=reuse.get("memory_budget"))
+        except ValueError as error:
+            raise ValueError(f"{problem}: {one_line(error)}") from None
+        if entries["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
+            raise ValueError(
+                "format version 1 stored the heads of this plan in another order; convert the original again"
+            )
+
+
+def _path_in(model: PreTrainedModel, path: str, entries: dict[str, Any]) -> str:
+    """The path of a module of the saved model in `model`: `encoder` is `bert.encoder` in a model with a head."""
+    prefix = model.base_model_prefix
+    if _is_same_class(model, entries) or not prefix:
+        return path
+    inside = path == prefix or path.startswith(f"{prefix}.")
+    if hasattr(model, prefix) and not inside:
+        return f"{prefix}.{path}".removesuffix(".")
+    return path[len(prefix) + 1 :] if inside and not hasattr(model, prefix) else path
+
+
+def _is_same_class(model: PreTrainedModel, entries: dict[str, Any]) -> bool:
+    return type(model).__name__ == entries["class"]
+
+
+def remove_modules(model: PreTrainedModel, absent: list[Any]) -> None:
+    """Replace modules by None."""
+    modules = dict(model.named_modules())
+    for name in absent:
+        if not (isinstance(name, str) and name in modules):
+            raise ValueError(f"{CONFIG} lists {name!r} as absent, but {type(model).__name__} has no such module")
+        parent, _, last = name.rpartition(".")
+        setattr(modules[parent], last, None)
+
+
+def removed_names(model: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that conversions removed from the model."""
+    stacks = applied_plans(model).items()
+    return [f"{stack}.{name}".removeprefix(".") for stack, applied in stacks for name in applied.removed]
+
+
+def floating_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and all buffers of floating-point types."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            yield name, tensor
+
+
+def _dtype(name: object) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{CONFIG}: {name!r} is not a floating-point type")
+    return dtype

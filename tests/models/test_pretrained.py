@@ -1,0 +1,308 @@
+"""Models that share maps are saved and opened by the ordinary calls of transformers, or refused by them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+from agreement import PLANS
+from families import FAMILIES, build
+from safetensors.torch import load_file
+from saved_models import assert_same_model, clip, files_of, plans_in, sequence_to_sequence, task_head
+from tiny_models import save_bert, save_wav2vec2, tokenizer
+
+import mapreuse as mr
+
+GROUPS, HEADS, IN_PART = PLANS["groups of 2"], PLANS["other heads"], PLANS["in part"]
+
+
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", ["full", "groups of 2", "two sources", "in part"])
+def test_from_pretrained_gives_the_saved_model_back(tmp_path, family, plan):
+    model, batch = build(family)
+    mr.apply(model, PLANS[plan], storage="recompute", memory_budget=10**9)
+    model.save_pretrained(tmp_path)
+    assert_same_model(type(model).from_pretrained(tmp_path), model, batch)
+    assert_same_model(mr.load(tmp_path), model, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "auto"),
+    [
+        ("BertForMaskedLM", "bert.encoder", tf.AutoModelForMaskedLM),
+        ("GPT2LMHeadModel", "transformer", tf.AutoModelForCausalLM),
+        ("LlamaForCausalLM", "model", tf.AutoModelForCausalLM),
+        ("ParakeetForCTC", "encoder", tf.AutoModelForCTC),
+    ],
+)
+def test_auto_classes_open_a_model_with_a_head_and_its_base_model(tmp_path, name, stack, auto):
+    model = mr.apply(task_head(name), IN_PART)
+    model.save_pretrained(tmp_path)
+    assert list(plans_in(model)) == [stack]
+    assert_same_model(auto.from_pretrained(tmp_path), model)
+    if name != "ParakeetForCTC":
+        base = tf.AutoModel.from_pretrained(tmp_path, **{"add_pooling_layer": False} if "Bert" in name else {})
+        assert_same_model(base, model.base_model)
+
+
+def test_a_saved_base_model_can_get_a_head(tmp_path):
+    model = mr.apply(tf.BertModel(task_head("BertForMaskedLM").config).eval(), GROUPS)
+    model.save_pretrained(tmp_path)
+    found = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert_same_model(found.bert, model)
+    assert found.num_labels == 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("name", "stacks"), [("whisper", ["encoder"]), ("bart", ["encoder", "decoder"]), ("bart", ["decoder"])]
+)
+def test_a_model_with_converted_parts_is_saved_as_a_whole(tmp_path, name, stacks, whole):
+    model, batch = sequence_to_sequence(name)
+    model = model if whole else model.base_model
+    for stack, plan in zip(stacks, (HEADS, GROUPS), strict=False):
+        mr.apply(getattr(model.base_model, stack), plan)
+    model.save_pretrained(tmp_path)
+    auto = {"whisper": tf.AutoModelForSpeechSeq2Seq, "bart": tf.AutoModelForSeq2SeqLM}[name]
+    if not whole:
+        auto, batch = tf.AutoModel, None
+    assert_same_model(auto.from_pretrained(tmp_path), model, batch)
+    assert len(plans_in(model)) == len(stacks)
+
+
+def test_each_stack_keeps_its_plan_storage_and_budget(tmp_path):
+    model = clip()
+    mr.apply(model.text_model, GROUPS, memory_budget=10**8)
+    mr.apply(model.vision_model, IN_PART, storage="recompute")
+    model.save_pretrained(tmp_path)
+    loaded = tf.AutoModel.from_pretrained(tmp_path)
+    assert_same_model(loaded, model)
+    assert sorted(budget or 0 for _, _, budget in plans_in(loaded).values()) == [0, 10**8]
+
+
+def test_a_part_that_another_class_does_not_have_is_refused_by_name(tmp_path):
+    model, _ = sequence_to_sequence("bart")
+    mr.apply(model.model.encoder, GROUPS)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its plan does not fit BartForCausalLM: it has no module 'model.encoder'"):
+        tf.BartForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_loaded_model_is_like_one_that_was_just_converted(tmp_path):
+    model, _ = build("bert")
+    mr.apply(model, GROUPS).save_pretrained(tmp_path / "first")
+    loaded = tf.AutoModel.from_pretrained(tmp_path / "first")
+    assert loaded.config.to_dict() == model.config.to_dict() | {"_name_or_path": str(tmp_path / "first")}
+    loaded.half().float().save_pretrained(tmp_path / "second")
+    again = tf.AutoModel.from_pretrained(tmp_path / "second", dtype=torch.float16)
+    assert again.dtype == torch.float16
+    assert plans_in(again) == plans_in(model)
+    assert not getattr(loaded, "is_quantized", False)
+    assert not hasattr(loaded, "hf_quantizer")
+
+
+def test_the_configuration_is_that_of_the_original(tmp_path):
+    model = mr.apply(build("bert")[0], GROUPS)
+    model.save_pretrained(tmp_path)
+    config = tf.AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is tf.BertConfig
+    assert config.num_hidden_layers == 4
+    assert_same_model(tf.BertModel.from_pretrained(tmp_path, config=config), model)
+
+
+def test_a_model_is_saved_in_shards(tmp_path):
+    model, batch = sequence_to_sequence("bart")
+    mr.apply(model.model.encoder, IN_PART)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_same_model(tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path), model, batch)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("model-*"))
+    assert_same_model(tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path), model, batch)
+
+
+def test_a_variant_is_saved_beside_the_model(tmp_path):
+    model = mr.apply(build("bert")[0], GROUPS)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="small")
+    for variant in (None, "small"):
+        assert_same_model(tf.AutoModel.from_pretrained(tmp_path, variant=variant), model)
+
+
+def test_the_files_that_are_uploaded_are_those_that_are_saved(tmp_path, monkeypatch):
+    model = mr.apply(build("bert")[0], GROUPS)
+    model.save_pretrained(tmp_path / "saved")
+    uploads = []
+
+    def upload(self, directory, repository, *args, **options):
+        uploads.append((repository, options["create_pr"], files_of(type(tmp_path)(directory))))
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return type("Repository", (), {"repo_id": f"me/{name}"})
+
+    monkeypatch.setattr(tf.PreTrainedModel, "_upload_modified_files", upload)
+    monkeypatch.setattr(sys.modules["transformers.utils.hub"], "hf_api", Hub)
+    card = type("Card", (), {"save": lambda self, path: None})
+    monkeypatch.setattr(sys.modules["transformers.utils.hub"], "create_and_tag_model_card", lambda *a, **k: card())
+    model.push_to_hub("fast")
+    model.save_pretrained(tmp_path / "faster", push_to_hub=True, create_pr=True)
+    assert uploads == [
+        ("me/fast", False, files_of(tmp_path / "saved")),
+        ("me/faster", True, files_of(tmp_path / "faster")),
+    ]
+
+
+@pytest.mark.parametrize("task", ["text", "audio", "sentences"])
+def test_a_pipeline_opens_the_directory(tmp_path, task):
+    if task == "audio":
+        save_wav2vec2(tmp_path / "original")
+        files = tf.AutoFeatureExtractor.from_pretrained(tmp_path / "original")
+        name, auto, given = "audio-classification", tf.AutoModelForAudioClassification, torch.randn(16000).numpy()
+    else:
+        save_bert(tmp_path / "original")
+        files, given = tokenizer(), "one head is alike the next"
+        name, auto = "text-classification", tf.AutoModelForSequenceClassification
+    plan, model = mr.ReusePlan.grouped(3, 3), auto.from_pretrained(tmp_path / "original").eval()
+    mr.apply(model.base_model, plan)
+    if task == "sentences":
+        from sentence_transformers import SentenceTransformer
+
+        model.base_model.save_pretrained(tmp_path / "faster")
+        files.save_pretrained(tmp_path / "faster")
+        encoder = SentenceTransformer(str(tmp_path / "faster"), device="cpu")
+        encoder.save_pretrained(str(tmp_path / "again"))
+        again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
+        assert mr.plan_of(again[0].model) == plan
+        assert (encoder.encode(given) == again.encode(given)).all()
+        return
+    model.save_pretrained(tmp_path / "faster")
+    files.save_pretrained(tmp_path / "faster")
+    with torch.inference_mode():
+        inputs = files(given, return_tensors="pt", **{"sampling_rate": 16000} if task == "audio" else {})
+        scores = model(**inputs).logits.softmax(-1)[0]
+    pipeline = tf.pipeline(name, model=str(tmp_path / "faster"), device="cpu")
+    assert mr.plan_of(pipeline.model) == plan
+    found = {one["label"]: one["score"] for one in pipeline(given, top_k=None)}
+    assert found == pytest.approx({f"LABEL_{n}": score.item() for n, score in enumerate(scores)}, abs=1e-6)
+
+
+OPENED = {
+    "bert": [
+        "tf.AutoConfig.from_pretrained(path)",
+        "tf.AutoModel.from_pretrained(path)",
+        "tf.AutoModelForMaskedLM.from_pretrained(path)",
+        "tf.pipeline('fill-mask', model=path)",
+        "tf.BertModel.from_pretrained(path)",
+        "tf.BertForMaskedLM.from_pretrained(path, ignore_mismatched_sizes=True)",
+        "tf.BertModel.from_pretrained(path, config=config)",
+        "tf.BertForMaskedLM.from_pretrained(path, config=config)",
+        "tf.BertForMaskedLM(config).load_state_dict(load_file(path + '/model.safetensors'), strict=False)",
+    ],
+    "whisper": [
+        "tf.AutoModelForSpeechSeq2Seq.from_pretrained(path)",
+        "tf.WhisperForConditionalGeneration.from_pretrained(path)",
+        "tf.WhisperModel.from_pretrained(path)",
+        "tf.WhisperModel.from_pretrained(path, config=config)",
+    ],
+    "clip": [
+        "tf.CLIPModel.from_pretrained(path)",
+        "tf.CLIPTextModel.from_pretrained(path)",
+        "tf.CLIPModel.from_pretrained(path, config=config)",
+    ],
+}
+ALONE = """
+import json, sys
+import transformers as tf
+from safetensors.torch import load_file
+errors = {}
+for name, calls in json.loads(sys.argv[2]).items():
+    path = f"{sys.argv[1]}/{name}"
+    config = tf.AutoConfig.from_pretrained(f"{path}-original")
+    for call in calls:
+        try:
+            eval(call)
+            errors[call] = None
+        except Exception as error:
+            errors[call] = str(error)
+assert "mapreuse" not in sys.modules
+print(json.dumps(errors))
+"""
+MESSAGE = "this model shares attention maps, import mapreuse before opening it"
+
+
+def test_a_process_without_mapreuse_opens_no_saved_model(tmp_path):
+    models = {"bert": task_head("BertForMaskedLM"), "whisper": sequence_to_sequence("whisper")[0], "clip": clip()}
+    parts = {"bert": "bert.encoder", "whisper": "model.encoder", "clip": "text_model"}
+    for name, model in models.items():
+        model.config.save_pretrained(tmp_path / f"{name}-original")
+        mr.apply(model.get_submodule(parts[name]), GROUPS)
+        model.save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", ALONE, str(tmp_path), json.dumps(OPENED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    errors = json.loads(done.stdout)
+    assert [call for call, error in errors.items() if error is None] == []
+    for call, error in errors.items():
+        if "config=config" in call:
+            assert "ignore_mismatched_sizes" in error
+        elif "load_state_dict" in call:
+            assert "size mismatch" in error
+        else:
+            assert ("model type `mapreuse`" if "Auto" in call or "pipeline" in call else MESSAGE) in error
+
+
+def test_the_original_class_refuses_the_weights_even_if_it_is_given_a_plain_configuration(tmp_path):
+    model = mr.apply(build("bert")[0], GROUPS)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        tf.BertModel.from_pretrained(tmp_path, config=tf.BertConfig(**model.config.to_dict()))
+
+
+def test_saved_weights_are_read_into_a_converted_model_without_a_remark(tmp_path):
+    model = mr.apply(build("bert")[0], GROUPS)
+    model.save_pretrained(tmp_path)
+    other = mr.apply(build("bert", seed=1)[0], GROUPS)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() > other.state_dict().keys()
+    found = other.load_state_dict(stored, strict=True)
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    assert_same_model(other, model)
+
+
+def test_a_model_without_a_plan_is_saved_as_always(tmp_path):
+    model, _ = build("bert")
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"distributed_checkpoint": True}, "distributed_checkpoint=True does not save plans"),
+        ({"state_dict": {"pooler.dense.bias": torch.zeros(32)}}, "state_dict lacks .*embeddings.* and .* others"),
+    ],
+)
+def test_arguments_that_would_save_less_than_the_model_are_refused(tmp_path, options, problem):
+    model = mr.apply(build("bert")[0], GROUPS)
+    with pytest.raises(ValueError, match=problem):
+        model.save_pretrained(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_class_of_ones_own_opens_what_it_saved(tmp_path):
+    class Own(tf.BertModel):
+        def save_pretrained(self, *args, **options):
+            super().save_pretrained(*args, **options)
+
+    model = mr.apply(Own(build("bert")[0].config).eval(), GROUPS)
+    model.save_pretrained(tmp_path)
+    assert_same_model(Own.from_pretrained(tmp_path), model)
+    with pytest.raises(ValueError, match=r"is not a model class that transformers defines; call its own from_pre"):
+        mr.load(tmp_path)
