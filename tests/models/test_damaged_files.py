@@ -106,7 +106,7 @@ def as_version(path, version):
     file = path / "config.json"
     config = json.loads(file.read_text())["config"]
     entries = config.pop("quantization_config") | {"model_type": "mapreuse", "version": version, "config": config}
-    del entries["quant_method"], config["transformers_weights"]
+    del entries["quant_method"], config["transformers_weights"], config["dtype"]
     file.write_text(json.dumps(entries | {"weights": "mapreuse-0123456789ab.safetensors", "sha256": ""}))
     tensors = safetensors.torch.load_file(weights_of(path))
     weights_of(path).unlink()
@@ -119,7 +119,10 @@ def as_version(path, version):
 @pytest.mark.parametrize("version", [2, 3])
 def test_earlier_versions_are_read(tmp_path, version):
     model, batch = build("bert")
-    mr.save(mr.apply(model, PLANS["in part"]), tmp_path)
+    mr.save(mr.apply(model, PLANS["in part"]), tmp_path, dtype=torch.float16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
     as_version(tmp_path, version)
     assert_same_model(mr.load(tmp_path), model, batch)
     assert_same_model(tf.AutoModel.from_pretrained(tmp_path), model, batch)

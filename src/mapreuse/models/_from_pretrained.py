@@ -144,10 +144,12 @@ def original_config(config: dict[str, Any]) -> dict[str, Any]:
             f"{CONFIG}: transformers {transformers.__version__} has no model type {original.get('model_type')!r}"
         )
     if config.get("version") in VERSIONS[:3]:
-        weights = config.get("weights", "mapreuse.safetensors")
         entries = {key: config[key] for key in (*_REQUIRED, *_OPTIONAL, "version") if key in config}
-        original = original | {"quantization_config": {"reuse": []} | entries, "transformers_weights": weights}
-        original["quantization_config"]["quant_method"] = FORMAT
+        original = original | {
+            "quantization_config": {"quant_method": FORMAT, "reuse": []} | entries,
+            "transformers_weights": config.get("weights", "mapreuse.safetensors"),
+            "dtype": config.get("dtype"),  # weights may be stored in another type
+        }
     found = original.get("quantization_config")
     if not isinstance(found, dict):
         raise ValueError(f"{CONFIG}: 'quantization_config' must be a dict, got {found!r}")
