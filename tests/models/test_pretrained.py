@@ -1,9 +1,12 @@
 """Models that share maps are saved and opened by the ordinary calls of transformers, or refused by them."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 import transformers as tf
@@ -111,6 +114,57 @@ def test_the_configuration_is_that_of_the_original(tmp_path):
     assert type(config) is tf.BertConfig
     assert config.num_hidden_layers == 4
     assert_same_model(tf.BertModel.from_pretrained(tmp_path, config=config), model)
+
+
+@pytest.mark.parametrize("plan", [None, HEADS])
+def test_a_model_that_was_built_from_the_configuration_alone_is_saved_with_its_own_plan(tmp_path, plan):
+    mr.apply(build("bert")[0], GROUPS).save_pretrained(tmp_path)
+    model = tf.AutoModel.from_config(tf.AutoConfig.from_pretrained(tmp_path)).eval()
+    assert mr.plan_of(model) is None
+    if plan is not None:
+        mr.apply(model, plan)
+    model.save_pretrained(tmp_path / "its own")
+    assert_same_model(tf.AutoModel.from_pretrained(tmp_path / "its own"), model)
+
+
+def test_a_model_without_a_pooler_is_opened_without_it(tmp_path):
+    model = mr.apply(tf.BertModel(build("bert")[0].config, add_pooling_layer=False).eval(), GROUPS)
+    model.save_pretrained(tmp_path)
+    assert_same_model(tf.AutoModel.from_pretrained(tmp_path), model)
+    assert_same_model(tf.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False), model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_reads_and_writes_the_same_files(tmp_path, copied):
+    model = mr.apply(build("bert")[0], IN_PART)
+    copied(model).save_pretrained(tmp_path)
+    other = copied(mr.apply(build("bert", seed=1)[0], IN_PART))
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert_same_model(other, model)
+    assert_same_model(tf.AutoModel.from_pretrained(tmp_path), model)
+
+
+def test_accelerate_saves_and_offloads(tmp_path):
+    model, batch = build("bert")
+    mr.apply(model, IN_PART)
+    accelerator = accelerate.Accelerator(cpu=True)
+    wrapped = accelerator.prepare(model)
+    weights = accelerator.get_state_dict(wrapped)
+    accelerator.unwrap_model(wrapped).save_pretrained(tmp_path, state_dict=weights, save_function=accelerator.save)
+    places = {"embeddings": "cpu", "encoder": "disk", "pooler": "cpu"}
+    offloaded = tf.AutoModel.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(offloaded(**batch)[0], model(**batch)[0])
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        offloaded.save_pretrained(tmp_path / "again")
+    assert_same_model(tf.AutoModel.from_pretrained(tmp_path / "again"), model)
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
+    model = mr.apply(build("bert")[0], GROUPS)
+    model.save_pretrained(tmp_path)
+    before = files_of(tmp_path)
+    mr.apply(build("bert", seed=1)[0], IN_PART).save_pretrained(tmp_path, is_main_process=False)
+    assert files_of(tmp_path) == before
 
 
 def test_a_model_is_saved_in_shards(tmp_path):

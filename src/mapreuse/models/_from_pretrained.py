@@ -201,9 +201,9 @@ def remove_modules(model: PreTrainedModel, absent: list[Any]) -> None:
     """Replace modules by None."""
     modules = dict(model.named_modules())
     for name in absent:
-        if not (isinstance(name, str) and name in modules):
+        parent, _, last = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+        if not hasattr(modules.get(parent), last):
             raise ValueError(f"{CONFIG} lists {name!r} as absent, but {type(model).__name__} has no such module")
-        parent, _, last = name.rpartition(".")
         setattr(modules[parent], last, None)
 
 

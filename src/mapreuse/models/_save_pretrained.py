@@ -47,6 +47,7 @@ _save_pretrained = PreTrainedModel.save_pretrained
 def _save_pretrained_with_plans(
     self: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
+    _forget_saved_plans(self)
     if not applied_plans(self) or getattr(self, "_hf_peft_config_loaded", False):  # only adapters are saved then
         _save_pretrained(self, save_directory, *args, **kwargs)
         return
@@ -59,6 +60,13 @@ def _save_pretrained_with_plans(
     write(self, path, **given | {"push_to_hub": False})
     if given.get("push_to_hub") and given.get("is_main_process", True):
         self.push_to_hub(hub.pop("repo_id", path.name), token=given.get("token"), **hub)
+
+
+def _forget_saved_plans(model: PreTrainedModel) -> None:
+    """A model that `from_config` built has the plans in its configuration, but they are not in force."""
+    found = getattr(model.config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == FORMAT:
+        del model.config.quantization_config
 
 
 PreTrainedModel.save_pretrained = _save_pretrained_with_plans
@@ -83,6 +91,7 @@ def write(model: PreTrainedModel, path: Path, state_dict: dict[str, Any] | None 
         raise ValueError(f"{existing} is a file; save to a directory")
     if options.pop("distributed_checkpoint", False):
         raise ValueError("distributed_checkpoint=True does not save plans; save without it")
+    _forget_saved_plans(model)
     entries = _describe(model)
     weights: dict[str, Any] = state_dict or model.state_dict()
     if lacking := [name for name in _distinct_tensors(model) if name not in weights]:
