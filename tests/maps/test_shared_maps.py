@@ -86,9 +86,8 @@ def test_a_map_without_gradients_is_refused_in_a_pass_that_needs_them():
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_shift_is_a_view_that_starts_one_column_further_left_in_each_row(length):
+def test_shift_starts_one_column_further_left_in_each_row(length):
     scores = torch.arange(2 * length * (2 * length - 1)).float().view(1, 2, length, 2 * length - 1)
     expected = torch.stack([scores[0, :, i, length - 1 - i : 2 * length - 1 - i] for i in range(length)], 1)
     assert torch.equal(shift(scores)[0], expected)
-    assert shift(scores).data_ptr() == scores.data_ptr() + 4 * (length - 1)
     assert torch.equal(shift(scores.mT.contiguous().mT)[0], expected), "for any strides"

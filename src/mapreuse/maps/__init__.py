@@ -1,8 +1,9 @@
 """How is an attention map computed, stored and applied? Tensors only."""
 
 from mapreuse.maps._attend import attend, is_clearly_faster
-from mapreuse.maps._c_kernel import KERNEL_RANGE, are_unobserved, recorded_phases
+from mapreuse.maps._c_kernel import KERNEL_RANGE, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
+from mapreuse.maps._operators import needs_plain_operators, plain_operators, products_of
 from mapreuse.maps._scores import RelativePositions, Scores, as_index
 from mapreuse.maps._shared_maps import SharedMaps
 from mapreuse.maps._storage import STORAGES, compute
@@ -21,11 +22,13 @@ __all__ = [
     "SharedMaps",
     "StorageChoice",
     "StorageCost",
-    "are_unobserved",
     "as_index",
     "attend",
     "choose_storage",
     "compute",
     "is_clearly_faster",
+    "needs_plain_operators",
+    "plain_operators",
+    "products_of",
     "recorded_phases",
 ]

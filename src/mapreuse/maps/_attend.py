@@ -8,15 +8,15 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import flop_registry
 
 from mapreuse.maps import _c_kernel
-from mapreuse.maps._blocked import Block, blocked, blocked_with_gradients, is_short, keeping
+from mapreuse.maps._blocked import is_short
+from mapreuse.maps._operators import attention, needs_plain_operators, store_attention
 from mapreuse.maps._scores import Scores
-from mapreuse.maps._softmax import BlockDropout, drop, softmax
+from mapreuse.maps._softmax import drop, softmax
 
 _MIN_SCORES = 1 << 17
 """Minimum number of scores per item, over all heads, for the C kernel, which computes one item after the other."""
@@ -26,14 +26,6 @@ _REPEATS = 7
 
 _MAX_RATIO = 0.9
 """Maximum ratio of times that counts as faster; smaller differences may be noise."""
-
-for _pass in ("", "_backward"):
-    # `FlopCounterMode` counts fused attention on GPUs, but not on CPUs.
-    _on_gpu, _on_cpu = (
-        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{device}{_pass}") for device in ("", "_for_cpu")
-    )
-    flop_registry.setdefault(_on_cpu, flop_registry[_on_gpu])
-
 
 def attend(
     scores: Scores,
@@ -57,24 +49,29 @@ def attend(
         dropout_p: probability of dropping a weight.
         buffer: contiguous memory of the map's shape and type that may be overwritten. Used only without gradients.
     """
-    if not keep and scores.relative is None and (dropout_p > 0.0 or not _kernel_is_better(scores, values)):
-        return _fused(scores, values, dropout_p), None
-    if torch.compiler.is_compiling():
+    context, weights, _ = attend_with_lengths(scores, values, keep=keep, dropout_p=dropout_p, buffer=buffer)
+    return context, weights
+
+
+def attend_with_lengths(
+    scores: Scores, values: Tensor, *, keep: bool, dropout_p: float = 0.0, buffer: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Int[Tensor, "batch 2"] | None]:
+    """`attend`, and the lengths beyond which the map is zero (see `DenseMap`), or None."""
+    plain = needs_plain_operators(values, *scores.factors)
+    can_fuse = not keep and scores.relative is None
+    if can_fuse and (plain or dropout_p > 0.0 or not _kernel_is_better(scores, values)):
+        return _fused(scores, values, dropout_p), None, None
+    if plain or is_short(*scores.shape[-2:]):
         weights = softmax(scores)
-        return drop(weights, dropout_p) @ values, weights if keep else None
-    if is_short(*scores.shape[-2:]):
-        weights = softmax(scores) if buffer is None or torch.is_grad_enabled() else buffer.copy_(softmax(scores))
+        if buffer is not None and not plain and not torch.is_grad_enabled():
+            weights = buffer.copy_(weights)
         context = (drop(weights, dropout_p) @ values).transpose(1, 2).contiguous().transpose(1, 2)
-        return context, weights if keep else None
-    if torch.is_grad_enabled():
-        return blocked_with_gradients(scores, values, keep=keep, dropout=BlockDropout.drawn(dropout_p))
-    kept = None
-    if keep:
-        kept = _c_kernel.map_memory(scores, values.dtype) if buffer is None else buffer
-    if dropout_p == 0.0 and _c_kernel.computes(scores, values):
-        return _c_kernel.compute(scores, values, kept), kept
-    map_of = Block.compute_map if kept is None else keeping(scores, kept)
-    return blocked(scores, values, map_of, BlockDropout.drawn(dropout_p)), kept
+        return context, weights if keep else None, None
+    if keep and not torch.is_grad_enabled():
+        weights = torch.empty(scores.shape, dtype=values.dtype, device=values.device) if buffer is None else buffer
+        context, lengths = store_attention(scores, values, weights, None, dropout_p=dropout_p)
+        return context, weights, lengths
+    return attention(scores, values, keep=keep, dropout_p=dropout_p)
 
 
 def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
@@ -97,9 +94,11 @@ def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:
 
 def _kernel_is_better(scores: Scores, values: Tensor) -> bool:
     return (
-        _c_kernel.computes(scores, values)
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # a compiler cannot follow the timing
         and not is_short(*scores.shape[-2:])
         and math.prod(scores.shape[1:]) >= _MIN_SCORES
+        and _c_kernel.computes(scores, values)
         and _kernel_is_faster(torch.get_num_threads(), scores.query.shape[-1])
     )
 

@@ -1,17 +1,14 @@
-"""Exact attention in PyTorch, in blocks of heads and rows, with gradients: the twin of the C kernel."""
+"""Exact attention in PyTorch, in blocks of heads and rows, and its gradients: the twin of the C kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from mapreuse.maps._scores import RelativePositions, Scores, part_of_item
+from mapreuse.maps._scores import RelativePositions, Scores, as_index, part_of_item
 from mapreuse.maps._softmax import BlockDropout, softmax_of_sum
 
 _BLOCK_SCORES = 1 << 17
@@ -66,6 +63,34 @@ def keeping(scores: Scores, weights: Float[Tensor, "batch heads query key"]) -> 
         rows = weights[block.place]
         rows[..., block.keys :] = 0
         return block.compute_map(rows[..., : block.keys])
+
+    return map_of
+
+
+def compressing(
+    scores: Scores, stored: Tensor, scales: Float[Tensor, "batch heads query 1"]
+) -> Callable[[Block], Tensor]:
+    """A `map_of` for `blocked` that also writes compressed weights to `stored` and `scales`, and zeros as padding.
+
+    Each row is divided by its maximum, and in uint8 rounded to multiples of 1/255.
+    """
+    maximum = 1.0 if stored.is_floating_point() else 255.0
+    for item, (rows, _) in enumerate(scores.valid_lengths):
+        stored[item, :, rows:] = 0
+        scales[item, :, rows:] = 0
+
+    def map_of(block: Block) -> Tensor:
+        weights = block.compute_map()
+        wide = weights.to(scales.dtype)
+        numbers = wide * (maximum / wide.amax(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny))
+        numbers = (numbers if stored.is_floating_point() else numbers.round_()).to(stored.dtype)
+        place = stored[block.place]
+        place[..., : block.keys] = numbers
+        place[..., block.keys :] = 0
+        total = numbers.sum(-1, keepdim=True, dtype=scales.dtype)
+        # NaN cannot be stored in 8 bits, so the scale carries it.
+        scales[block.place] = torch.where(total > 0, 1 / total, 0) + 0 * weights.sum(-1, keepdim=True)
+        return weights
 
     return map_of
 
@@ -219,87 +244,95 @@ def slices(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def blocked_with_gradients(
-    scores: Scores, values: Tensor, *, keep: bool, dropout: BlockDropout | None
-) -> tuple[Tensor, Tensor | None]:
-    """`blocked` with first-order gradients for queries, keys, values, bias and relative positions.
+def blocked_gradients(
+    scores: Scores,
+    values: Tensor,
+    weights: Tensor | None,
+    dropout: BlockDropout | None,
+    d_context: Tensor | None,
+    d_weights: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of `blocked` for queries, keys, values, bias and relative positions; empty tensors for absent ones.
 
     With the scores S, the map P, the context C and the gradient G of the map from its readers, a block of rows needs
     only its own rows of the map:
 
         dV = Pᵀ dC,    dP = dC Vᵀ + G,    dS = P ∘ (dP − rowsum(P ∘ dP))
 
-    The backward pass saves the inputs, and the map if it is kept. Otherwise it computes the rows of the map again
-    (Dao et al. 2022). No other T × T tensor is stored.
+    If the map was not kept, its rows are computed again (Dao et al. 2022). No other T × T tensor is stored.
+
+    Args:
+        scores, values, dropout: as in the forward pass.
+        weights: the map, or None if it was not kept.
+        d_context: gradient of the context, or None.
+        d_weights: gradient of the map, or None.
     """
-    relative = scores.relative
-    tensors = (scores.query, scores.key, values, scores.bias)
-    positions = (None, None) if relative is None else (relative.query, relative.key)
-    return _Blocked.apply(*tensors, *positions, scores, keep, dropout)
+    relative, bias = scores.relative, scores.bias
+    query, key = scores.query, scores.key
+    d_query, d_key, d_values = (tensor.new_zeros(tensor.shape) for tensor in (query, key, values))
+    d_bias = query.new_zeros(0 if bias is None else bias.shape)
+    d_positions = [query.new_zeros(0 if relative is None else t.shape) for t in scores.factors[2:] or [query, query]]
+    for block in blocks(scores, values):
+        rows = block.place
+        keys = block.item, block.heads, slice(block.keys)
+        block_map = block.compute_map() if weights is None else weights[rows][..., : block.keys]
+        d_map = torch.zeros_like(block_map)
+        if d_context is not None:
+            d_rows = d_context[rows]
+            d_map = d_rows @ block.values.mT
+            if dropout is None:
+                d_values[keys] += block_map.mT @ d_rows
+            else:
+                factors = dropout.factors(d_map, block.number)
+                d_values[keys] += (block_map * factors).mT @ d_rows
+                d_map *= factors
+        if d_weights is not None:
+            d_map += d_weights[rows][..., : block.keys]
+        d_scores = block_map * (d_map - (block_map * d_map).sum(-1, keepdim=True))
+        d_query[rows] = d_scores @ block.key * scores.scaling
+        d_key[keys] += d_scores.mT @ block.query
+        if bias is not None:
+            _add_reduced(d_bias, block, d_scores)
+        if block.relative is not None:
+            by_distance, by_key = block.positional()
+            by_distance.zero_()
+            by_key.copy_(d_scores)
+            relative_query, relative_key = block.relative
+            d_positions[0][rows] = by_distance @ relative_key * scores.scaling
+            item = block.item if d_positions[1].shape[0] > 1 else 0
+            d_positions[1][item, block.heads, block.distances] += by_distance.mT @ relative_query
+    return [d_query, d_key, d_values, d_bias, *d_positions]
 
 
-class _Blocked(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        values: Tensor,
-        bias: Tensor | None,
-        relative_query: Tensor | None,
-        relative_key: Tensor | None,
-        scores: Scores,
-        keep: bool,
-        dropout: BlockDropout | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        weights = values.new_empty(scores.shape) if keep else None
-        map_of = Block.compute_map if weights is None else keeping(scores, weights)
-        context = blocked(scores, values, map_of, dropout)
-        ctx.save_for_backward(query, key, values, bias, relative_query, relative_key, scores.mask, weights)
-        ctx.scaling, ctx.is_causal, ctx.dropout = scores.scaling, scores.is_causal, dropout
-        return context, weights
+def dropout_factors(scores: Scores, values: Tensor, dropout: BlockDropout) -> Float[Tensor, "batch heads query key"]:
+    """The factors by which `blocked` multiplies the weights of the whole map; zero for padding."""
+    factors = values.new_zeros(scores.shape)
+    for block in blocks(scores, values):
+        factors[block.place][..., : block.keys] = dropout.factors(values.new_empty(block.shape), block.number)
+    return factors
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_context: Tensor, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, values, bias, *positions, mask, weights = ctx.saved_tensors
-        relative = None if positions[0] is None else RelativePositions(*positions)
-        scores = Scores(query, key, ctx.scaling, mask=mask, bias=bias, is_causal=ctx.is_causal, relative=relative)
-        d_query, d_key, d_values = (tensor.new_zeros(tensor.shape) for tensor in (query, key, values))
-        d_bias = None if bias is None else bias.new_zeros(bias.shape)
-        d_relative = None
-        if relative is not None:
-            d_relative = RelativePositions(*(t.new_zeros(t.shape) for t in (relative.query, relative.key)))
-        with torch.autocast(values.device.type, enabled=False):
-            for block in blocks(scores, values):
-                rows = block.place
-                keys = block.item, block.heads, slice(block.keys)
-                block_map = block.compute_map() if weights is None else weights[rows][..., : block.keys]
-                d_rows = d_context[rows]
-                d_map = d_rows @ block.values.mT
-                if ctx.dropout is None:
-                    d_values[keys] += block_map.mT @ d_rows
-                else:
-                    factors = ctx.dropout.factors(d_map, block.number)
-                    d_values[keys] += (block_map * factors).mT @ d_rows
-                    d_map *= factors
-                if d_weights is not None:
-                    d_map += d_weights[rows][..., : block.keys]
-                d_scores = block_map * (d_map - (block_map * d_map).sum(-1, keepdim=True))
-                d_query[rows] = d_scores @ block.key * ctx.scaling
-                d_key[keys] += d_scores.mT @ block.query
-                if d_bias is not None:
-                    _add_reduced(d_bias, block, d_scores)
-                if d_relative is not None and block.relative is not None:
-                    by_distance, by_key = block.positional()
-                    by_distance.zero_()
-                    by_key.copy_(d_scores)
-                    relative_query, relative_key = block.relative
-                    d_relative.query[rows] = by_distance @ relative_key * ctx.scaling
-                    item = block.item if d_relative.key.shape[0] > 1 else 0
-                    d_relative.key[item, block.heads, block.distances] += by_distance.mT @ relative_query
-        d_positions = (None, None) if d_relative is None else (d_relative.query, d_relative.key)
-        return d_query, d_key, d_values, d_bias, *d_positions, None, None, None
+
+def applied_in_blocks(
+    weights: Float[Tensor, "batch map_heads query key"] | UInt8[Tensor, "batch map_heads query key"],
+    scales: Float[Tensor, "batch map_heads query 1"] | None,
+    values: Float[Tensor, "batch value_heads key value_dim"],
+    heads: Sequence[tuple[int, int]],
+    valid_lengths: Sequence[tuple[int, int]],
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """Apply weights to another layer's values block by block: the twin of `_c_kernel.apply`."""
+    batch, _, num_queries, _ = weights.shape
+    context = values.new_empty(batch, num_queries, len(heads), values.shape[-1]).transpose(1, 2)
+    map_heads, value_heads = (as_index([pair[which] for pair in heads]) for which in (0, 1))
+    for item, (rows, keys) in enumerate(valid_lengths):
+        context[item, :, rows:] = 0
+        item_values = values[item, value_heads, :keys]
+        for block in slices(rows, rows_per_block(rows, keys)):
+            block_weights = weights[item, :, block, :keys][map_heads]
+            if scales is not None:
+                # Unscaled products of uint8 weights could overflow in half precision.
+                block_weights = (block_weights * scales[item, :, block][map_heads]).to(values.dtype)
+            torch.bmm(block_weights, item_values, out=context[item, :, block])
+    return context
 
 
 def _add_reduced(total: Tensor, block: Block, addend: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The C kernels of `_kernel.c`, if they were compiled: attention on a CPU, in float32, without gradients."""
+"""The C kernels of `_kernel.c`, if they were compiled: attention on a CPU, in float32."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
-from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mapreuse.maps._scores import Scores, part_of_item
 
@@ -114,26 +111,8 @@ class _ApplyArguments(ctypes.Structure):
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the C kernels can process these tensors: they are compiled, and the tensors are unobserved."""
-    return are_unobserved(*tensors) and library() is not None
-
-
-def are_unobserved(*tensors: Tensor) -> bool:
-    """Whether code that reads these tensors' memory directly gives the same results as PyTorch operations.
-
-    It does for plain float32 tensors on a CPU, without gradients, unless something observes operations: compilers,
-    tracers, dispatch modes (such as `FlopCounterMode`), transforms (such as vmap), forward-mode gradients, or tensor
-    subclasses.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not is_in_torch_dispatch_mode()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and all(tensor.dtype == torch.float32 and _is_memory(tensor) for tensor in tensors)
-    )
+    """Whether the C kernels can process these tensors: float32 on a CPU, and the kernels are compiled."""
+    return all(one.dtype == torch.float32 and _is_memory(one) for one in tensors) and library() is not None
 
 
 def computes(scores: Scores, values: Tensor) -> bool:
@@ -273,14 +252,10 @@ def applies(weights: Tensor, values: Tensor) -> bool:
     return weights.dtype in _TYPES and _is_memory(weights) and serves(values)
 
 
-def map_memory(
-    scores: Scores, dtype: torch.dtype
-) -> Float[Tensor, "batch heads query key"] | UInt8[Tensor, "batch heads query key"]:
-    """Allocate memory for a map of these scores, in large pages if the map is large and the system has them."""
-    weights = torch.empty(scores.shape, dtype=dtype, device=scores.query.device)
+def use_large_pages(weights: Tensor) -> None:
+    """Request large pages for memory that has not been written yet, if it is large and the system has them."""
     if weights.device.type == "cpu" and weights.nbytes >= _MIN_LARGE and (found := library()) is not None:
         found.mapreuse_advise(c_void_p(weights.data_ptr()), c_int64(weights.nbytes))
-    return weights
 
 
 def softmax_of_sum(scores: Tensor, addend: Tensor | None, out: Tensor) -> None:
@@ -307,14 +282,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _is_memory(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor is on the CPU and holds its values as they are."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and not tensor.is_nested
-        and type(tensor) in (Tensor, Parameter)
-        and not tensor.is_neg()
-    )
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 class _Memory(threading.local):

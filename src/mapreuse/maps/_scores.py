@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,11 @@ def shift(
 ) -> Float[Tensor, "batch heads query key"]:
     """Turn scores by distance into scores by key: `shift(P)[i, j] = P[i, T − 1 − i + j]`.
 
-    If `scores` are contiguous, the result is a view of them, with rows that are one element shorter.
+    With one more column, the wanted scores of successive rows start 2·T − 1 elements apart.
     """
     rows, distances = scores.shape[-2:]
-    if rows == 1:
-        return scores
-    shorter = scores.flatten(-2)[..., rows - 1 : rows - 1 + rows * (distances - 1)]
-    return shorter.unflatten(-1, (rows, distances - 1))[..., : distances - rows + 1]
+    flat = functional.pad(scores, (0, 1)).flatten(-2)[..., rows - 1 : rows - 1 + rows * distances]
+    return flat.unflatten(-1, (rows, distances))[..., :rows]
 
 
 def part_of_item(tensor: Tensor | None, item: int, rows: int, keys: int) -> Tensor | None:

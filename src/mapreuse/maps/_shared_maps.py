@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mapreuse.maps._map import DenseMap
+from mapreuse.maps._operators import needs_plain_operators
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._storage import STORAGES, stored_dtype
 from mapreuse.maps._storage_choice import MapCounts, choose_storage
@@ -79,21 +80,22 @@ class SharedMaps:
         if self._is_chosen:
             return self._storage
         assert self._counts is not None
-        # Compressed storages store plain weights with gradients and in compiled code.
         exact = "recompute" if self._storage == "recompute" else "dense"
-        if torch.compiler.is_compiling():
-            needed = self._counts.nbytes(exact, scores, retain=self._retain)
+        plain = needs_plain_operators(values, *scores.factors)
+        stored = exact if plain or torch.is_grad_enabled() or self._storage == "auto" else self._storage
+        if plain or torch.compiler.is_compiling():  # the choice by a benchmark cannot be recorded
+            needed = self._counts.nbytes(stored, scores, retain=self._retain)
             if self._budget is not None and needed > self._budget:
                 raise ValueError(
-                    f"compiled code stores shared maps as {exact}, which needs memory_budget={needed}, but got "
-                    f"memory_budget={self._budget}"
+                    f"a compiled or recorded pass stores shared maps as {stored}, which needs "
+                    f"memory_budget={needed}, but got memory_budget={self._budget}"
                 )
-            self._storage, self._is_chosen = exact, True
-            return exact
+            self._storage, self._is_chosen = stored, True
+            return stored
         if self._storage == "auto":
             names = _DIFFERENTIABLE if torch.is_grad_enabled() else STORAGES
         else:
-            names = (exact if torch.is_grad_enabled() else self._storage,)
+            names = (stored,)
         choice = choose_storage(scores, values, self._counts, names, budget=self._budget, retain=self._retain)
         self._storage, self._is_chosen = choice.storage, True
         logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.maps import KERNEL_RANGE, recorded_phases
+from mapreuse.maps import KERNEL_RANGE, products_of, recorded_phases
 from mapreuse.measure._flops import flop_counter
 from mapreuse.models import Layer, find_stack, plan_of, recorded_states
 
@@ -174,6 +174,8 @@ def phase_of(name: str, shapes: Sequence[Sequence[int]], innermost: _OpenRange, 
         return innermost.part
     if name in ("aten::softmax", "aten::_softmax"):
         return "softmax"
+    if name.startswith("mapreuse::"):
+        return "context" if name == "mapreuse::apply_map" else "scores"
     if "scaled_dot_product" in name or ("::" in name and not name.startswith("aten::")):
         return "fused"
     first = _PRODUCTS.get(name)
@@ -224,7 +226,7 @@ def profiled_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> P
 
 
 def counted_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> PartCosts:
-    """FLOPs of each layer and part of one forward pass. The kernels of `mapreuse` run as PyTorch operators."""
+    """FLOPs of each layer and part of one forward pass."""
     with flop_counter(model) as counter:
         counting = _CountParts(counter, sizes)
         with _hooks(model, counting.enter, counting.leave) as counting.ranges, torch.no_grad(), counting:
@@ -263,6 +265,10 @@ class _CountParts(TorchDispatchMode):
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         innermost = self._open[-1]
+        if (products := products_of(func, args)) is not None:
+            for part, flops in products.items():
+                self.costs[innermost.range.layer, part] += flops
+            return result
         shapes = [tensor.shape for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
         innermost.part = phase_of(func._schema.name, shapes, innermost, self._sizes)
         self.costs[innermost.range.layer, innermost.part] += self._counter.get_total_flops() - before

@@ -18,7 +18,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from mapreuse.console import ProgressCallback
-from mapreuse.maps import STORAGES, StorageChoice
+from mapreuse.maps import STORAGES, StorageChoice, plain_operators
 from mapreuse.measure._contestants import (
     ATTENTIONS,
     SHARING,
@@ -39,7 +39,7 @@ from mapreuse.models import find_stack, not_padding, plan_of, recorded_states
 _MAX_DISAGREEMENT = 1e-4
 """Maximum of max |output − reference| / max |reference| for contestants in float32."""
 _STORAGE_TOLERANCE = {"dense16": 1e-3, "dense8": 1e-2, "auto": 1e-2}
-_MAX_REFERENCE_LENGTH = 8192
+_MAX_REFERENCE_LENGTH = 4096
 """Maximum length compared with the reference. Contestants on longer inputs are compared with one another."""
 _PRECISION_FACTOR = 40
 """In half precision, outputs may differ by this multiple of the type's precision."""
@@ -62,7 +62,7 @@ def bench(
     """Measure the latency of a model as it is, with shared maps, and with other attention implementations.
 
     Contestants take turns in one process (`time_interleaved`). Before a contestant is timed on a batch, its output is
-    compared with a reference that has the same plan and uses PyTorch operators only; above 8192 positions, with the
+    compared with a reference that has the same plan and uses PyTorch operators only; above 4096 positions, with the
     first contestant of the same plan. In training, gradients are compared, without dropout. If a contestant fails or
     disagrees, the result holds the reason, and the other contestants are measured.
 
@@ -265,7 +265,7 @@ class _Bench:
         """The output computed with PyTorch operators only, and their FLOPs; for very long inputs, `output` itself."""
         if valid.shape[1] > _MAX_REFERENCE_LENGTH:
             return output, None
-        with flop_counter(model) as counter:
+        with plain_operators(), flop_counter(model) as counter:
             reference = self._probe(model, _call(model, compiled=False), batch, valid)
         return reference, counter.get_total_flops()
 

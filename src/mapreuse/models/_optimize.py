@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, channels_last, nn
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
-from mapreuse.maps import are_unobserved, is_clearly_faster
+from mapreuse.maps import is_clearly_faster, needs_plain_operators
 from mapreuse.models._linear import HeadSubsetLinear
 from mapreuse.models._snapshots import Model
 
@@ -96,11 +98,28 @@ class OptimizedModule:
         """The faster forward, or that of the module's class if other code must see PyTorch's own operators."""
         module: Any = self._module()
         weight, bias = module.weight, module.bias
-        if are_unobserved(input, weight, *(() if bias is None else (bias,))) and not torch.is_autocast_enabled("cpu"):
+        if _can_be_faster(input, weight, *(() if bias is None else (bias,))):
             faster = _FASTER.get(type(module).forward)  # none if another tool has changed the class
             if faster is not None:
                 return faster(module, input, weight, bias)
         return type(module).forward(module, input)
+
+
+def _can_be_faster(*tensors: Tensor) -> bool:
+    """Whether this is inference in float32 on a CPU, which nothing records or compiles."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not needs_plain_operators(*tensors)
+        and all(one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
+        and all(one.layout == torch.strided for one in tensors)
+    )
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _flops(input: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * math.prod(input) * weight[0]
 
 
 def _linear(
