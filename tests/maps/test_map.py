@@ -32,21 +32,6 @@ def test_applying_a_map_is_a_matrix_product_for_any_pairs_of_heads(case, kind, g
     torch.testing.assert_close(context, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("pairs", [((0, 0), (0, 1), (0, 2)), ((1, 1), (1, 2), (0, 0)), ((2, 0), (2, 2), (2, 1))])
-def test_consecutive_value_heads_of_one_map_head_share_a_product(kernel, monkeypatch, pairs):
-    if kernel != "PyTorch":
-        pytest.skip("products in C cannot be counted")
-    case = make_case(batch=1)
-    products, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: products.append(b.shape[1]) or mm(a, b, out=out))
-    with torch.no_grad():
-        context = DenseMap(case.map).apply(case.values, pairs)
-    monkeypatch.undo()
-    torch.testing.assert_close(context, torch.stack([case.map[:, m] @ case.values[:, v] for m, v in pairs], 1))
-    expected = {((0, 0), (0, 1), (0, 2)): [15], ((1, 1), (1, 2), (0, 0)): [10, 5]}
-    assert products == expected.get(pairs, [5, 5, 5])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("relative", [True, False])
 def test_gradients_flow_through_a_map_to_its_source(kind, relative):

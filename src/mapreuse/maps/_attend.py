@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mapreuse.maps import _c_kernel
 from mapreuse.maps._blocked import is_short
@@ -26,6 +27,7 @@ _REPEATS = 7
 
 _MAX_RATIO = 0.9
 """Maximum ratio of times that counts as faster; smaller differences may be noise."""
+
 
 def attend(
     scores: Scores,
@@ -113,8 +115,12 @@ def _kernel_is_faster(threads: int, dim: int) -> bool:
 
 
 def is_clearly_faster(one: Callable[[], object], other: Callable[[], object]) -> bool:
-    """Whether `one` runs at least 10 % faster than `other` on the CPU, by the minimum of several timings each."""
-    times = [(_seconds(one), _seconds(other)) for _ in range(_REPEATS)]
+    """Whether `one` runs at least 10 % faster than `other` on the CPU, by the minimum of several timings each.
+
+    Dispatch modes, such as FLOP counters, do not see these calls.
+    """
+    with _disable_current_modes():
+        times = [(_seconds(one), _seconds(other)) for _ in range(_REPEATS)]
     ones, others = map(min, zip(*times, strict=True))
     return ones < _MAX_RATIO * others
 

@@ -91,7 +91,9 @@ class DenseMap(AttentionMap):
         return apply_map(self.weights, self.scales, values, lengths, pairs)
 
     def _is_plain(self, values: Tensor) -> bool:
-        return self.scales is None and (needs_plain_operators(values) or is_short(*self.weights.shape[-2:]))
+        return self.scales is None and (
+            needs_plain_operators(self.weights, values) or is_short(*self.weights.shape[-2:])
+        )
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:
         return self.weights if self.scales is None else self.weights.to(self.scales.dtype) * self.scales

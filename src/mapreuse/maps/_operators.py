@@ -20,7 +20,14 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from mapreuse.maps import _c_kernel
-from mapreuse.maps._blocked import applied_in_blocks, blocked, blocked_gradients, compressing, dropout_factors, keeping
+from mapreuse.maps._blocked import (
+    applied_in_blocks,
+    blocked,
+    blocked_gradients,
+    compressing,
+    dropout_factors,
+    keeping,
+)
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._softmax import BlockDropout, softmax
 
@@ -34,7 +41,7 @@ _DIFFERENTIABLE = (0, 1, 2, 5, 7, 8)
 
 _library = Library("mapreuse", "DEF")
 _library.define(
-    f"attention({_SCORES}, bool keep, float dropout_p, Tensor? seed) -> (Tensor context, Tensor map, Tensor lengths)"
+    f"attention({_SCORES}, bool keep, float dropout_p, Tensor? seed) -> (Tensor context, Tensor lengths, Tensor map)"
 )
 _library.define(
     f"attention_backward({_SCORES}, Tensor? map, float dropout_p, Tensor? seed, Tensor d_context, Tensor? d_map) "
@@ -66,9 +73,9 @@ def plain_operators() -> Iterator[None]:
 def needs_plain_operators(*tensors: Tensor) -> bool:
     """Whether an attention must consist of PyTorch's own operators.
 
-    It must if it is recorded for use without `mapreuse` (`torch.export`, `torch.jit.trace`), or transformed
-    (`torch.func`, forward-mode gradients), given tensor subclasses, or run inside `plain_operators`. Everything else that observes or records a pass
-    sees the operators of this module.
+    It must if it is recorded for use without `mapreuse` (`torch.export`, `torch.jit.trace`), transformed
+    (`torch.func`, forward-mode gradients), given tensor subclasses, or run inside `plain_operators`. Everything else
+    that observes or records a pass sees the operators of this module.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
@@ -86,7 +93,7 @@ def attention(
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Tensor | None, Int[Tensor, "batch 2"]]:
     """The context, the map if `keep`, and the valid lengths of each item, with gradients."""
     operator = torch.ops.mapreuse.attention.default
-    context, weights, lengths = operator(*_arguments(scores, values), keep, dropout_p, _seed(dropout_p))
+    context, lengths, weights = operator(*_arguments(scores, values), keep, dropout_p, _seed(dropout_p))
     return context, weights if keep else None, lengths
 
 
@@ -198,12 +205,12 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     (scores, values), (keep, dropout_p, seed) = _scores(arguments), arguments[_NUM_SCORES:]
     weights = values.new_empty(scores.shape if keep else 0)
     if not keep and dropout_p == 0.0 and _c_kernel.computes(scores, values):
-        return _c_kernel.compute(scores, values), weights, _lengths(scores)
+        return _c_kernel.compute(scores, values), _lengths(scores), weights
     if keep:
         context = _store(scores, values, _dropout(dropout_p, seed), weights, None)
     else:
         context = blocked(scores, values, lambda block: block.compute_map(), _dropout(dropout_p, seed))
-    return context, weights, _lengths(scores)
+    return context, _lengths(scores), weights
 
 
 def _store_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -252,8 +259,9 @@ for _name, _implementation in {
 
 @register_fake("mapreuse::attention", lib=_library)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (scores, values), (keep, _, _) = _scores(arguments), arguments[_NUM_SCORES:]
-    return _context(scores, values), values.new_empty(scores.shape if keep else 0), _fake_lengths(scores)
+    query, key, values = arguments[:3]
+    keep = arguments[_NUM_SCORES]
+    return *_fake_outputs(query, values), values.new_empty((*query.shape[:3], key.shape[2]) if keep else 0)
 
 
 @register_fake("mapreuse::attention_backward", lib=_library)
@@ -263,38 +271,32 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 @register_fake("mapreuse::store_attention", lib=_library)
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    scores, values = _scores(arguments)
-    return _context(scores, values), _fake_lengths(scores)
+def _(query: Tensor, key: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_outputs(query, values)
 
 
 @register_fake("mapreuse::apply_map", lib=_library)
-def _(
-    weights: Tensor, scales: Tensor | None, values: Tensor, lengths: Tensor, heads: Sequence[int], _: Any
-) -> Tensor:
-    batch, _, num_queries, _ = weights.shape
-    return values.new_empty(batch, num_queries, len(heads), values.shape[-1]).transpose(1, 2)
+def _(weights: Tensor, scales: Tensor | None, values: Tensor, lengths: Tensor, heads: list[int], _: Any) -> Tensor:
+    return values.new_empty(len(weights), weights.shape[2], len(heads), values.shape[-1]).transpose(1, 2)
 
 
-def _context(scores: Scores, values: Tensor) -> Tensor:
-    batch, heads, num_queries, _ = scores.shape
-    return values.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
-
-
-def _fake_lengths(scores: Scores) -> Tensor:
-    return torch.empty(scores.shape[0], 2, dtype=torch.int64, device="cpu")
+def _fake_outputs(query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Context and lengths."""
+    batch, heads, num_queries, _ = query.shape
+    context = values.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
+    return context, torch.empty(batch, 2, dtype=torch.int64, device="cpu")
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     arguments, (keep, ctx.dropout_p, seed) = inputs[:_NUM_SCORES], inputs[_NUM_SCORES:]
     ctx.options = arguments[3], arguments[6]
     tensors = [arguments[index] for index in (*_DIFFERENTIABLE, 4)]
-    ctx.save_for_backward(*tensors, seed, output[1] if keep else None)
-    ctx.mark_non_differentiable(*output[2 if keep else 1 :])
+    ctx.save_for_backward(*tensors, seed, output[2] if keep else None)
+    ctx.mark_non_differentiable(*output[1 : 2 if keep else 3])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_context: Tensor | None, d_map: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_context: Tensor | None, _: Any, d_map: Tensor | None) -> tuple[Any, ...]:
     *tensors, mask, seed, weights = ctx.saved_tensors
     if torch.is_grad_enabled():  # these gradients will be differentiated themselves
         gradients = _differentiable_gradients(ctx, tensors, mask, seed, d_context, d_map)
@@ -328,9 +330,7 @@ def _differentiable_gradients(
     weights = dropped = softmax(scores)
     if (dropout := _dropout(ctx.dropout_p, seed)) is not None:
         dropped = weights * dropout_factors(scores, values, dropout)
-    outputs = [
-        (out, grad) for out, grad in ((dropped @ values, d_context), (weights, d_map)) if grad is not None
-    ]
+    outputs = [(out, grad) for out, grad in ((dropped @ values, d_context), (weights, d_map)) if grad is not None]
     wanted = [one for one in inputs if one is not None and one.requires_grad]
     products, grads = zip(*outputs, strict=True)
     gradients = iter(torch.autograd.grad(products, wanted, grads, create_graph=True, allow_unused=True))

@@ -92,10 +92,9 @@ class SharedMaps:
                 )
             self._storage, self._is_chosen = stored, True
             return stored
+        names: tuple[str, ...] = (stored,)
         if self._storage == "auto":
             names = _DIFFERENTIABLE if torch.is_grad_enabled() else STORAGES
-        else:
-            names = (stored,)
         choice = choose_storage(scores, values, self._counts, names, budget=self._budget, retain=self._retain)
         self._storage, self._is_chosen = choice.storage, True
         logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._storage import STORAGES, compute, nbytes
@@ -156,7 +157,7 @@ def _measured_seconds(
     scores = Scores(random(length, dim), random(length, dim), dim**-0.5, relative=relative)
     values = random(length, value_dim)
     found = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), _disable_current_modes():
         for storage in STORAGES:
             computing, applying = [], []
             for _ in range(1 + _REPEATS):  # the first is a warm-up
