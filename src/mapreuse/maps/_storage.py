@@ -43,12 +43,13 @@ def compute(
     if storage == "recompute":
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)
     if storage in _COMPRESSED and not torch.is_grad_enabled() and not needs_plain_operators(values, *scores.factors):
-        if buffer is None:
-            buffer = torch.empty(scores.shape, dtype=_COMPRESSED[storage], device=values.device)
+        stored = (
+            torch.empty(scores.shape, dtype=_COMPRESSED[storage], device=values.device) if buffer is None else buffer
+        )
         # Scales need the wider type: a row can sum to more than half precision resolves.
-        scales = values.new_empty(*scores.shape[:3], 1, dtype=softmax_dtype(values))
-        context, lengths = store_attention(scores, values, buffer, scales, dropout_p=dropout_p)
-        return context, DenseMap(buffer, scales, lengths)
+        scales: Tensor = values.new_empty(*scores.shape[:3], 1, dtype=softmax_dtype(values))
+        context, used = store_attention(scores, values, stored, scales, dropout_p=dropout_p)
+        return context, DenseMap(stored, scales, used)
     context, weights, lengths = attend_with_lengths(scores, values, keep=True, dropout_p=dropout_p, buffer=buffer)
     assert weights is not None
     return context, DenseMap(weights, None, lengths)
