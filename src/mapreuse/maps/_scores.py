@@ -116,9 +116,9 @@ class Scores:
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:
         """Compute all scores, with gradients. Masked scores are the most negative number of their type."""
-        scores = self.query @ self.key.mT
+        scores = self.query @ self.key.transpose(-2, -1)
         if self.relative is not None:
-            scores = scores + shift(self.relative.query @ self.relative.key.mT)
+            scores = scores + shift(self.relative.query @ self.relative.key.transpose(-2, -1))
         scores = scores * self.scaling
         if self.bias is not None:
             scores = scores + self.bias

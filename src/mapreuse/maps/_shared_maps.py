@@ -18,7 +18,8 @@ from mapreuse.maps._storage_choice import MapCounts, choose_storage
 
 logger = logging.getLogger("mapreuse")
 
-_DIFFERENTIABLE: tuple[str, ...] = ("dense", "recompute")
+_EXACT: tuple[str, ...] = ("dense", "recompute")
+"""Storages with exact weights and with gradients."""
 
 
 class _Maps(dict[int, Any]):
@@ -45,7 +46,7 @@ class SharedMaps:
         retain: keep every map until the end of the pass. Passes with gradients need it: autograd keeps the maps
             anyway, and gradient checkpointing runs layers again.
         differentiable: gradients will flow through the pass, so publishing a map without gradients is an error.
-        output_attentions: the caller wants the map that each layer applied.
+        output_attentions: the caller wants the map that each layer applied. Maps are not compressed then.
     """
 
     _kept: weakref.ref[_Maps] | None = None  # `torch.compile` also makes objects without calling `__init__`
@@ -60,7 +61,8 @@ class SharedMaps:
         differentiable: bool = False,
         output_attentions: bool = False,
     ) -> None:
-        self._storage = storage
+        is_compressed = storage not in (*_EXACT, "auto")
+        self._storage = "dense" if output_attentions and is_compressed else storage
         self._counts = counts
         self._budget = budget
         self._is_chosen = counts is None or (storage != "auto" and budget is None)
@@ -94,7 +96,7 @@ class SharedMaps:
             return stored
         names: tuple[str, ...] = (stored,)
         if self._storage == "auto":
-            names = _DIFFERENTIABLE if torch.is_grad_enabled() else STORAGES
+            names = _EXACT if torch.is_grad_enabled() or self.output_attentions else STORAGES
         choice = choose_storage(scores, values, self._counts, names, budget=self._budget, retain=self._retain)
         self._storage, self._is_chosen = choice.storage, True
         logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
