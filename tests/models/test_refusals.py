@@ -376,8 +376,8 @@ WRAPPINGS = {
     "wrapped": (WrappedLinear, "WrappedLinear, not a plain projection"),
     "int8": (int8, "Int8Linear, not a plain projection"),
     "torchao": (quantised_weight, "is stored as QuantisedTensor"),
-    "weight norm": (nn.utils.parametrizations.weight_norm, "ParametrizedLinear, not a plain projection"),
-    "pruned": (lambda m: nn.utils.prune.l1_unstructured(m, "weight", 2), "is computed from other parameters"),
+    "weight norm": (nn.utils.parametrizations.weight_norm, "is computed from other parameters; make it permanent"),
+    "pruned": (lambda m: nn.utils.prune.l1_unstructured(m, "weight", 2), "is computed from .*prune.remove"),
     "device map": (offloaded, "not a plain projection"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mapreuse.models._adapters import attention_form
 from mapreuse.models._attention_conversion import Conversion
@@ -94,6 +95,11 @@ def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> 
         module = attention._modules.get(attribute)
         if module is None and attribute in (form.value, *form.output):
             raise Unsupported(f"{name}: {type(attention).__name__}.{attribute} is not a module")
+        if isinstance(module, nn.Linear | Conv1D) and module._parameters.get("weight") is None:
+            raise Unsupported(
+                f"{name}: the weight of {attribute} is computed from other parameters; make it permanent first, by "
+                "remove_parametrizations of torch.nn.utils.parametrize or prune.remove"
+            )
         if module is not None:
             cls = type(module)
             plain = is_plain_linear(module) or (attribute != form.value and cls.__module__.startswith(_PLAIN_MODULES))
@@ -101,11 +107,6 @@ def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> 
                 raise Unsupported(
                     f"{name}: {attribute} is a {cls.__module__}.{cls.__name__}, not a plain projection; merge "
                     "adapters (merge_and_unload), and load the model unquantised and on one device"
-                )
-            if is_plain_linear(module) and module._parameters.get("weight") is None:
-                raise Unsupported(
-                    f"{name}: the weight of {attribute} is computed from other parameters; remove the "
-                    "parametrisation first"
                 )
         stored = (attention._parameters.get(attribute),) if module is None else module.parameters()
         for one in stored:
