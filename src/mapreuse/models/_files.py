@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mapreuse.console import one_line
 from mapreuse.models._from_pretrained import CONFIG, FORMAT, original_config
-from mapreuse.models._save_pretrained import listed, write
+from mapreuse.models._save_pretrained import listed, weights_of, write
 
 _MODELS = "transformers.models."
 
@@ -45,7 +45,7 @@ def save(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point type, such as torch.float16, or None, got {dtype!r}")
-    state_dict = model.state_dict(keep_vars=True)
+    state_dict = weights_of(model)
     if dtype is not None:
         distinct = {id(tensor): tensor.to(dtype) for tensor in state_dict.values() if tensor.is_floating_point()}
         state_dict = {name: distinct.get(id(tensor), tensor) for name, tensor in state_dict.items()}

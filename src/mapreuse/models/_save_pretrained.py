@@ -40,6 +40,10 @@ from mapreuse.models._from_pretrained import (
 _WEIGHTS = r"model{0}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{0}\.json|mapreuse(-\w+)?\.safetensors"
 """Names of files with weights, also those of earlier versions of the format. {0} is the variant."""
 
+_QUANTISED = (
+    "this {0} is quantised and cannot be saved; save it before quantising it, and quantise it after every load"
+)
+
 _save_pretrained = PreTrainedModel.save_pretrained
 
 
@@ -148,7 +152,7 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     except TypeError as error:
         raise ValueError(f"the configuration of this {name} cannot be written as JSON: {one_line(error)}") from None
     if config.get("quantization_config") is not None:
-        raise ValueError(f"this {name} is quantised; plans are saved only with weights that are not")
+        raise ValueError(_QUANTISED.format(name))
     entries = {
         "quant_method": FORMAT,
         "version": VERSIONS[-1],
@@ -212,9 +216,18 @@ def _absent(model: nn.Module, described: nn.Module) -> Iterator[str]:
             yield name
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `model.state_dict()` themselves. Raise `ValueError` if some are quantised."""
+    weights = model.state_dict(keep_vars=True)
+    for one in weights.values():
+        if not isinstance(one, Tensor) or type(one).__module__.partition(".")[0] != "torch":
+            raise ValueError(_QUANTISED.format(type(model).__name__))
+    return weights
+
+
 def _distinct_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters and persistent buffers. One that several modules share appears once, under its first name."""
-    tensors = model.state_dict(keep_vars=True)
+    tensors = weights_of(model)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     return {name: tensor for name, tensor in tensors.items() if first[id(tensor)] == name}
 
