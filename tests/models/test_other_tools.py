@@ -20,7 +20,6 @@ LENGTHS = (12, 90, 91, 150, 300)
 PLANS = {
     "full": mr.ReusePlan.full(4),
     "groups of 2": mr.ReusePlan.parse("2x2"),
-    "other heads": mr.ReusePlan.from_sources([0, 0, 2, 2], {1: [3, 1, 1, 0], 3: [2, 2, 2, 2]}),
 }
 ORDERS = {
     "apply, tool": lambda model, plan, tool: tool(mr.apply(model, plan)),
@@ -81,10 +80,10 @@ def normalize_weight(layer):
         layer.parametrizations.weight.original0.mul_(1.1)
 
 
-def add_lora(model, **settings):
+def add_lora(model):
     torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules=["value", "dense"], init_lora_weights=False, **settings)
-    return peft.get_peft_model(model, config)
+    layers = r"encoder\..*\.(value|dense)"
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=layers, init_lora_weights=False))
 
 
 def quantize_by_torchao(model):
@@ -135,7 +134,7 @@ def test_a_tool_changes_a_converted_model_as_it_changes_the_original(tool, order
 
 @pytest.mark.parametrize("length", [12, 91])
 def test_an_adapter_trains_as_on_the_original_and_can_be_merged_saved_and_opened(length, tmp_path):
-    plan, batch = PLANS["groups of 2"], batch_of(length)
+    plan, batch, direction = PLANS["groups of 2"], batch_of(length), torch.linspace(-1, 1, 32)
 
     def converted():
         return mr.optimize(mr.apply(bert(), plan))
@@ -149,7 +148,7 @@ def test_an_adapter_trains_as_on_the_original_and_can_be_merged_saved_and_opened
         for _ in range(2):
             optimizer.zero_grad()
             with softmax_follows(plan) if definition else nullcontext():
-                model(**batch).last_hidden_state.square().mean().backward()
+                (model(**batch).last_hidden_state @ direction).sum().backward()
             optimizer.step()
         return model
 
