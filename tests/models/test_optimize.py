@@ -197,6 +197,17 @@ def test_who_watches_operators_sees_those_of_torch_and_the_same_numbers(watcher,
     assert by_onednn == []
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_multiplied_as_before(layout, by_onednn):
+    original = nn.Linear(8, 5)
+    x = torch.nested.nested_tensor([torch.randn(20, 8), torch.randn(30, 8)], layout=layout)
+    with torch.no_grad():
+        found = mr.optimize(copy.deepcopy(original))(x)
+        assert all(torch.equal(*pair) for pair in zip(found.unbind(), original(x).unbind(), strict=True))
+    assert by_onednn == []
+
+
 def test_the_outputs_of_all_convolutions_are_channels_last():
     convolution = mr.optimize(Convolution())
     strides = []

@@ -113,7 +113,7 @@ def _can_be_faster(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not needs_plain_operators(*tensors)
         and all(one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
-        and all(one.layout == torch.strided for one in tensors)
+        and all(one.layout == torch.strided and not one.is_nested for one in tensors)
     )
 
 

@@ -40,10 +40,6 @@ from mapreuse.models._from_pretrained import (
 _WEIGHTS = r"model{0}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{0}\.json|mapreuse(-\w+)?\.safetensors"
 """Names of files with weights, also those of earlier versions of the format. {0} is the variant."""
 
-_QUANTISED = (
-    "this {0} is quantised and cannot be saved; save it before quantising it, and quantise it after every load"
-)
-
 _save_pretrained = PreTrainedModel.save_pretrained
 
 
@@ -152,7 +148,7 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     except TypeError as error:
         raise ValueError(f"the configuration of this {name} cannot be written as JSON: {one_line(error)}") from None
     if config.get("quantization_config") is not None:
-        raise ValueError(_QUANTISED.format(name))
+        raise _quantised(model)
     entries = {
         "quant_method": FORMAT,
         "version": VERSIONS[-1],
@@ -221,8 +217,15 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     weights = model.state_dict(keep_vars=True)
     for one in weights.values():
         if not isinstance(one, Tensor) or type(one).__module__.partition(".")[0] != "torch":
-            raise ValueError(_QUANTISED.format(type(model).__name__))
+            raise _quantised(model)
     return weights
+
+
+def _quantised(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"this {type(model).__name__} is quantised and cannot be saved; save it before quantising it, and quantise "
+        "it after every load"
+    )
 
 
 def _distinct_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
