@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from sweep import FULL_TOLERANCE, REUSE_TOLERANCE, Result, sweep  # noqa: E402  a module of the tests
 
-from mapreuse.console import progress_bar  # noqa: E402
+from mapreuse.console import Table, tracked  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
 
@@ -105,12 +105,9 @@ def _swept(model_types: list[str]) -> dict[str, list[Result]]:
     if len(model_types) == 1:
         return {model_types[0]: sweep(model_types[0])}
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
-    results = {}
-    with pool, progress_bar("Building models") as progress:
-        for model_type, found in zip(model_types, pool.map(sweep, model_types), strict=True):
-            results[model_type] = found
-            progress(model_type, len(results), len(model_types))
-    return results
+    with pool:
+        found = pool.map(sweep, model_types)
+        return {model_type: next(found) for model_type in tracked("Building models", model_types)}
 
 
 def page(results: dict[str, list[Result]]) -> str:
@@ -144,20 +141,19 @@ def page(results: dict[str, list[Result]]) -> str:
         "",
         "Each stack is listed by the path of the module to pass to `apply`; `(itself)` is the model.",
         "",
-        "| type | stacks | stacks refused or not run |",
-        "|---|---|---|",
+        Table("", ["type", "stacks", "stacks refused or not run"], list(map(_exact_row, exact.items()))).markdown(),
     ]
-    for name, found in exact.items():
-        good = ", ".join(_path(one) + ("†" if one.moved < 0.1 else "") for one in _stacks(found, "exact"))
-        other = ", ".join(_path(one) for one in found if one.status != "exact")
-        lines.append(f"| {name} | {good} | {other} |")
     lines += ["", "## Refused", "", "By reason. A type can appear under several reasons.", ""]
     lines += _by_reason({**exact, **refused})
-    lines += ["", "## Not built", "", "| type | why |", "|---|---|"]
-    lines += [
-        f"| {name} | {_cell('; '.join(dict.fromkeys(o.reason for o in found)))} |" for name, found in rest.items()
-    ]
+    reasons = [[name, _cell("; ".join(dict.fromkeys(one.reason for one in found)))] for name, found in rest.items()]
+    lines += ["", "## Not built", "", Table("", ["type", "why"], reasons).markdown()]
     return "\n".join(lines) + "\n"
+
+
+def _exact_row(entry: tuple[str, list[Result]]) -> list[str]:
+    name, found = entry
+    good = ", ".join(_path(one) + ("†" if one.moved < 0.1 else "") for one in _stacks(found, "exact"))
+    return [name, good, ", ".join(_path(one) for one in found if one.status != "exact")]
 
 
 def _by_reason(results: dict[str, list[Result]]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mapreuse_lab.techniques import parse
 from typer.main import get_command
 
 from mapreuse import cli
+from mapreuse.console import Table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "lab/results"
@@ -40,7 +40,7 @@ MINILM = (
 
 def main() -> int:
     """Update the pages, or with --check list those that are out of date."""
-    tables = {name: make() for name, make in TABLES.items()} | dict(option_tables())
+    tables = {name: make() for name, make in TABLES.items()} | option_tables()
     stale = []
     for page in PAGES:
         text = page.read_text()
@@ -55,11 +55,11 @@ def main() -> int:
     return 0
 
 
-def _block(name: str, rows: list[str]) -> str:
-    return "\n".join([f"<!-- begin {name} table: make readme -->", *rows, f"<!-- end {name} table -->"])
+def _block(name: str, table: Table) -> str:
+    return f"<!-- begin {name} table: make readme -->\n{table.markdown()}\n<!-- end {name} table -->"
 
 
-def results_table() -> list[str]:
+def results_table() -> Table:
     """README: quality beside speed-up, for three models."""
     quick, rows = _read("study/quick/results.json"), _read("conversion/minilm.json")["rows"]
     conformer, recogniser = quick["latency"]["conformer-m"], quick["latency"]["recogniser"]
@@ -68,41 +68,29 @@ def results_table() -> list[str]:
     def speed(name: str, measured: dict[str, Any]) -> str:
         return ", ".join(f"{_ratio(measured[length], name):.2f}× at {length}" for length in ("250", "1000", "3000"))
 
-    def row(model: str, option: str, quality: str, speed_up: str) -> str:
-        return f"| {model} | {option} | {quality} | {speed_up} |"
+    def cosine(index: int) -> str:
+        return f"cosine {rows[MINILM[index][0]]['cosine']:.3f}"
 
-    return [
-        "| model | option | quality | speed-up at T positions |",
-        "|---|---|---|---|",
-        row("Conformer-M size", "`optimize` alone", "same outputs", speed("transformers + optimize", conformer)),
-        row("", "nothing shared, exact kernel", "same outputs", speed("full", conformer)),
-        row("", "groups of 4", "random weights", speed("groups of 4", conformer)),
-        row("", "groups of 4 + `optimize`", "random weights", speed("groups of 4 + optimize", conformer)),
-        row(
-            "speech recogniser",
-            "nothing shared + `optimize`",
-            f"WER {_wer(quick['baseline'])}",
-            speed("full + optimize", recogniser),
-        ),
-        *(
-            row("", f"{name} + `optimize`", f"WER {recovered[name]}", speed(f"{name} + optimize", recogniser))
-            for name in ("groups of 2", "groups of 4")
-        ),
-        row("MiniLM", "`optimize` alone", "same outputs", _minilm_speed("sdpa+optimize")),
-        row("", "nothing shared + `optimize`", "same outputs", _minilm_speed("mapreuse full+optimize")),
-        row(
-            "",
-            "2 of 6 layers reuse + `optimize`",
-            f"cosine {rows[MINILM[1][0]]['cosine']:.3f}",
-            _minilm_speed("mapreuse 1x2,2x2+optimize"),
-        ),
-        row(
-            "",
-            "3 layers reuse + `optimize`, distilled",
-            f"cosine {rows[MINILM[4][0]]['cosine']:.3f}",
-            _minilm_speed("mapreuse 2x3+optimize"),
-        ),
+    def shared(name: str) -> list[str]:
+        return ["", f"{name} + `optimize`", f"WER {recovered[name]}", speed(f"{name}+optimize", recogniser)]
+
+    original, whole = f"WER {_wer(quick['baseline'])}", speed("full+optimize", recogniser)
+    two, three = _minilm_speed("mapreuse 1x2,2x2+optimize"), _minilm_speed("mapreuse 2x3+optimize")
+    header = ["model", "option", "quality", "speed-up at T positions"]
+    cells = [
+        ["Conformer-M size", "`optimize` alone", "same outputs", speed("sdpa+optimize", conformer)],
+        ["", "nothing shared, exact kernel", "same outputs", speed("full", conformer)],
+        ["", "groups of 4", "random weights", speed("groups of 4", conformer)],
+        ["", "groups of 4 + `optimize`", "random weights", speed("groups of 4+optimize", conformer)],
+        ["speech recogniser", "nothing shared + `optimize`", original, whole],
+        shared("groups of 2"),
+        shared("groups of 4"),
+        ["MiniLM", "`optimize` alone", "same outputs", _minilm_speed("sdpa+optimize")],
+        ["", "nothing shared + `optimize`", "same outputs", _minilm_speed("mapreuse full+optimize")],
+        ["", "2 of 6 layers reuse + `optimize`", cosine(1), two],
+        ["", "3 layers reuse + `optimize`, distilled", cosine(4), three],
     ]
+    return Table("", header, cells)
 
 
 def _minilm_speed(contestant: str) -> str:
@@ -113,45 +101,43 @@ def _minilm_speed(contestant: str) -> str:
     )
 
 
-def minilm_table() -> list[str]:
+def minilm_table() -> Table:
     """Guide to encoders: quality and speed of each option on MiniLM."""
-    rows = _read("conversion/minilm.json")["rows"]
-    lines = ["| option | cosine | top 10 | speed-up, 16 sentences | speed-up, 512 tokens |", "|---|---|---|---|---|"]
+    rows = []
     for name, shown in MINILM:
-        row = rows[name]
+        row = _read("conversion/minilm.json")["rows"][name]
         speeds = (f"{1 / row['latency'][tokens]:.2f}×" for tokens in ("short", "512"))
-        lines.append(f"| {shown} | {row['cosine']:.3f} | {row['top10_overlap']:.3f} | {' | '.join(speeds)} |")
-    return lines
+        rows.append([shown, f"{row['cosine']:.3f}", f"{row['top10_overlap']:.3f}", *speeds])
+    return Table("", ["option", "cosine", "top 10", "speed-up, 16 sentences", "speed-up, 512 tokens"], rows)
 
 
-def memory_table() -> list[str]:
+def memory_table() -> Table:
     """Guide to long audio: time and peak memory of each storage beside `transformers`."""
     ((length, measured),) = _read("speed/memory.json")["batches"].items()
-    lines = [f"| T = {length} | time | peak memory |", "|---|---|---|"]
-    for name, found in measured["contestants"].items():
-        lines.append(f"| {name} | {found['median']:.2f} s | {found['memory_bytes'] / 1e6:,.0f} MB |")
-    return lines
+    rows = [
+        [name, f"{found['median']:.2f} s", f"{found['memory_bytes'] / 1e6:,.0f} MB"]
+        for name, found in measured["contestants"].items()
+    ]
+    return Table("", [f"T = {length}", "time", "peak memory"], rows)
 
 
-def long_table() -> list[str]:
+def long_table() -> Table:
     """Guide to long audio: one pass over recordings of 20 minutes and of an hour."""
-    lines = ["| recording | plan | storage | time | peak memory |", "|---|---|---|---|---|"]
-    lines += (
-        f"| {one['recording']}, T = {one['length']:,} | {one['plan']} | {one['storage']} | "
-        f"{one['seconds']:.0f} s | {one['memory_bytes'] / 1e9:.1f} GB |"
+    rows = [
+        [
+            *(f"{one['recording']}, T = {one['length']:,}", one["plan"], one["storage"]),
+            *(f"{one['seconds']:.0f} s", f"{one['memory_bytes'] / 1e9:.1f} GB"),
+        ]
         for one in _read("speed/long.json")["passes"]
-    )
-    return lines
+    ]
+    return Table("", ["recording", "plan", "storage", "time", "peak memory"], rows)
 
 
-def techniques_table() -> list[str]:
+def techniques_table() -> Table:
     """Techniques of the full study: class, paper, quality and speed."""
     techniques = _read("study/full/results.json")["techniques"]
     (full,) = (technique for technique in techniques if technique["kind"] == "full")
-    lines = [
-        "| technique | class | paper | positions | CER against full | T = 1000 | T = 8000 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for technique in techniques:
         cls = type(parse(technique["name"]))
         (scores,) = (scores for corpus, scores in technique["scores"].items() if corpus == "prompts:en")
@@ -165,27 +151,30 @@ def techniques_table() -> list[str]:
         ]
         file = f"../lab/{cls.__module__.replace('.', '/')}.py"
         source = re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", technique["source"])
-        cells = (technique["title"], f"[{cls.__name__}]({file})", source, technique["positions"], quality, *speeds)
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        linked = f"[{cls.__name__}]({file})"
+        rows.append([technique["title"], linked, source, technique["positions"], quality, *speeds])
+    header = ["technique", "class", "paper", "positions", "CER against full", "T = 1000", "T = 8000"]
+    return Table("", header, rows)
 
 
-def option_tables() -> Iterator[tuple[str, list[str]]]:
+def option_tables() -> dict[str, Table]:
     """Arguments and options of every command, by the command."""
+    tables = {}
     for name, app in (("mapreuse", cli.app), ("mapreuse-lab", lab_cli.app)):
         for command_name, command in get_command(app).commands.items():
-            lines = ["| argument or option | meaning | default |", "|---|---|---|"]
+            rows = []
             for parameter in command.params:
                 shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
                 default = "required" if parameter.required else parameter.default
                 cell = "" if default in (None, False, "") else str(default)
-                lines.append(f"| `{shown}` | {parameter.help} | {cell} |")
-            yield f"{name} {command_name}", lines
+                rows.append([f"`{shown}`", parameter.help, cell])
+            tables[f"{name} {command_name}"] = Table("", ["argument or option", "meaning", "default"], rows)
+    return tables
 
 
-def _quick_table(index: int) -> list[str]:
+def _quick_table(index: int) -> Table:
     """A main table of the quick study: error rates (0), latency of the recogniser (1) and of Conformer-M (2)."""
-    return summary_tables(read_results(RESULTS / "study/quick"))[index].markdown().splitlines()
+    return summary_tables(read_results(RESULTS / "study/quick"))[index]
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -193,7 +182,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _ratio(measured: dict[str, Any], name: str) -> float:
-    return measured["transformers"]["median"] / measured[name]["median"]
+    return measured["sdpa"]["median"] / measured[name]["median"]
 
 
 def _wer(scores: dict[str, Any]) -> str:

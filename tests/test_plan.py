@@ -95,6 +95,15 @@ def test_json_that_is_not_a_plan_is_refused(text, problem):
         ReusePlan.from_json(text)
 
 
+def test_a_plan_for_a_number_of_layers_may_be_full_and_has_no_other_number():
+    assert ReusePlan.parse("full", num_layers=3) == ReusePlan.full(3)
+    assert ReusePlan.parse("1x1,2x1", num_layers=3) == ReusePlan.parse("1x1,2x1")
+    with pytest.raises(ValueError, match="plan '2x1' is for 2 layers, but the model has 3"):
+        ReusePlan.parse("2x1", num_layers=3)
+    with pytest.raises(ValueError, match="plan 'full', character 1"):
+        ReusePlan.parse("full")
+
+
 def test_a_head_assignment_selects_source_heads_or_lets_heads_compute():
     reuse = ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]})
     assert reuse.layers == (None, 0, None, ((2, 1), (2, 1), (2, 0), None))

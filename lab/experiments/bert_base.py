@@ -25,6 +25,7 @@ from minilm import calibration_texts
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+from mapreuse.console import Table
 from mapreuse.measure import machine
 
 TARGET = Path(__file__).parent.parent / "results/conversion/bert_base.json"
@@ -91,12 +92,14 @@ def _page(results: dict[str, Any]) -> str:
         f"12 layers of width 768 with random weights, so the errors mean nothing; {NUM_SENTENCES} sentences. Times",
         "include starting the program and loading the model.",
         "",
-        "| command | time | peak memory |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| `{one['command']}` | {one['seconds']:.0f} s | {one['peak_bytes'] / 1e9:.2f} GB |"
-        for one in results["conversions"]
+        Table(
+            "",
+            ["command", "time", "peak memory"],
+            [
+                [f"`{one['command']}`", f"{one['seconds']:.0f} s", f"{one['peak_bytes'] / 1e9:.2f} GB"]
+                for one in results["conversions"]
+            ],
+        ).markdown(),
     ]
     for one in results["conversions"]:
         lines += ["", f"Output of `{one['command'].partition(' --calibration')[0]}`:", ""]

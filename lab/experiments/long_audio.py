@@ -42,7 +42,7 @@ def one_pass(recording: str, length: int, plan: str, storage: str) -> dict[str, 
     """Run the encoder once."""
     torch.set_num_threads(THREADS)
     model, batches = open_encoder("conformer-m", (length,))
-    mr.apply(model, mr.ReusePlan.full(16) if plan == "full" else mr.ReusePlan.parse(plan), storage=storage or "dense")
+    mr.apply(model, mr.ReusePlan.parse(plan, num_layers=16), storage=storage or "dense")
     mr.optimize(model.eval())
     seconds = []
 

@@ -30,6 +30,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
+from mapreuse.console import Table
 from mapreuse.conversion import (
     LoopConfig,
     PlanEvaluator,
@@ -199,13 +200,12 @@ def _plan_of_row(row: dict[str, Any]) -> mr.ReusePlan:
 def _page(results: dict[str, Any]) -> str:
     numbers, here, rows = results["sentences"], results["machine"], results["rows"]
 
-    def cells(name: str) -> str:
+    def cells(name: str) -> list[str]:
         row = rows[name]
         speed_up = [f"{1 / row['latency'][tokens]:.2f}×" if "latency" in row else "" for tokens in ("short", "512")]
-        quality = f"{row['cosine']:.4f} | {row['top10_overlap']:.3f}"
-        return f"| {name} | {quality} | {' | '.join(speed_up)} | {row['parameters']:,} |"
+        return [name, f"{row['cosine']:.4f}", f"{row['top10_overlap']:.3f}", *speed_up, f"{row['parameters']:,}"]
 
-    header = "| model | cosine | top-10 overlap | speed-up, sentences | speed-up, 512 tokens | parameters |"
+    header = ["model", "cosine", "top-10 overlap", "speed-up, sentences", "speed-up, 512 tokens", "parameters"]
     compared = ("1 layer dropped", "3 layers", "36 heads", "3 layers' attention dropped")
     distilled = [name for words in compared if (name := f"{words}, distilled 10 minutes") in rows]
     lines = [
@@ -230,17 +230,13 @@ def _page(results: dict[str, Any]) -> str:
         "",
         "## All results",
         "",
-        header,
-        "|---|---|---|---|---|---|",
-        *map(cells, rows),
+        Table("", header, [cells(name) for name in rows]).markdown(),
         "",
         "## Sharing or dropping?",
         "",
         "Ten minutes of distillation with the same loss:",
         "",
-        header,
-        "|---|---|---|---|---|---|",
-        *map(cells, distilled),
+        Table("", header, [cells(name) for name in distilled]).markdown(),
         "",
         "For sentences, dropping one layer saves more time than sharing three maps, at similar quality; at 512",
         "tokens it saves about as much. Measure both before you choose sharing for short inputs.",

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
+from mapreuse.console import Table
 from mapreuse.conversion import hidden_state_error
 from mapreuse.measure import machine, time_interleaved
 
@@ -156,17 +157,16 @@ def _page(results: dict[str, Any]) -> str:
             "",
             f"![{name}](pareto-{key}.png)",
             "",
-            f"| plan | {METRICS[name]} | latency | in the search |",
-            "|---|---|---|---|",
         ]
         exact, searches = points[EXACT]["latency"], (compared["measured_by_search"], compared["predicted"])
+        rows = []
         for plan, point in sorted(points.items(), key=lambda item: item[1]["latency"]):
             if plan == "original":
                 continue
             searched = ", ".join(f"{one[plan] / one[EXACT]:.2f}" for one in searches if plan in one)
             latency = f"{point['latency'] / exact:.2f} ± {point['spread']:.0%}"
-            lines.append(f"| {plan} | {point['error']:.4f} | {latency} | {searched} |")
-        lines.append("")
+            rows.append([plan, f"{point['error']:.4f}", latency, searched])
+        lines += [Table("", ["plan", METRICS[name], "latency", "in the search"], rows).markdown(), ""]
     return "\n".join(lines)
 
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mapreuse_lab.study import Errors, papers_page, read_results, report
+from mapreuse_lab.study import papers_page, read_results, report
+from mapreuse_lab.training import Errors
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "lab/results/study"
@@ -19,9 +20,7 @@ STUDY = ROOT / "lab/results/study"
 
 def main() -> int:
     full = read_results(STUDY / "full")
-    files = {
-        STUDY / name / "report.md": report(read_results(STUDY / name)) for name in ("quick", "quick-avx2", "full")
-    }
+    files = {STUDY / name / "report.md": report(read_results(STUDY / name)) for name in ("quick", "full")}
     files[ROOT / "docs/papers.md"] = papers_page(full)
     if differing := [*_differing_runs(full), *_differing_runs(full["longer"])]:
         print(f"lab/results/study/full/results.json differs from the error rates of its runs: {', '.join(differing)}")

@@ -27,6 +27,7 @@ from mapreuse_lab.training import BASELINE, Recogniser, TrainConfig, evaluate, o
 from torch import nn
 
 import mapreuse as mr
+from mapreuse.console import Table
 from mapreuse.measure import machine
 
 FILE = Path(__file__).parent.parent / "results/conversion/recovery.json"
@@ -120,16 +121,13 @@ def _page(results: dict[str, Any]) -> str:
         "",
     ]
     for language, rows in sorted(results["languages"].items()):
-        lines += [
-            f"## `prompts:{language}`",
-            "",
-            "| plan | heads by index | aligned, refitted | trained 5 minutes | parameters |",
-            "|---|---|---|---|---|",
+        header = ["plan", "heads by index", "aligned, refitted", "trained 5 minutes", "parameters"]
+        stages = ("naive", "refitted", "trained")
+        cells = [
+            [name, *(_cell(row.get(stage)) for stage in stages), f"{row['parameters']:,}"]
+            for name, row in rows.items()
         ]
-        for name, row in rows.items():
-            cells = [_cell(row.get(stage)) for stage in ("naive", "refitted", "trained")]
-            lines.append(f"| {name} | {' | '.join(cells)} | {row['parameters']:,} |")
-        lines.append("")
+        lines += [f"## `prompts:{language}`", "", Table("", header, cells).markdown(), ""]
     return "\n".join(lines)
 
 

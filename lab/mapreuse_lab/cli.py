@@ -22,6 +22,8 @@ from mapreuse.cli import (
     Storage,
     Threads,
     Training,
+    analyze_model,
+    convert_model,
 )
 from mapreuse.console import (
     check_writable_directory,
@@ -31,7 +33,6 @@ from mapreuse.console import (
     command_app,
     command_line,
     console,
-    progress_bar,
     run_command,
     show_tables,
     write_json,
@@ -40,6 +41,7 @@ from mapreuse.console import (
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from mapreuse.cli import Opened
     from mapreuse_lab.training import Recogniser
 
 _CORPORA = "prompts:en (or fr, es, it, ru), synthetic:en, librispeech:DIRECTORY, kaldi:DIRECTORY or cuts:FILE"
@@ -212,7 +214,7 @@ def transcribe(
 def analyze(
     model: ModelName,
     corpus: Recordings,
-    out: Annotated[Path, typer.Option(help="directory of the page, the tables and the heat maps")],
+    out: Annotated[Path, typer.Option(help="directory of the page and the results as JSON")],
     max_batches: MaxBatches = 64,
     epsilon: Epsilon = 0.02,
 ) -> None:
@@ -220,17 +222,11 @@ def analyze(
 
     The page shows the similarity of layers and heads, entropy, diagonality and concentration.
     """
-    from mapreuse import measure
     from mapreuse_lab.training import speech_batches
 
     recogniser = _load(model)
     batches = speech_batches(recogniser, corpus, max_batches=max_batches)
-    check_writable_directory("--out", out)
-    with progress_bar("Analyzing") as progress:
-        found = measure.analyze(recogniser.model, batches, epsilon=epsilon, progress=progress)
-    measure.write_analysis(found, out, model=model, calibration=corpus, command=command_line("mapreuse-lab"))
-    show_tables(measure.analysis_tables(found))
-    console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
+    analyze_model(recogniser.model, batches, out, epsilon, model=model, calibration=corpus, program="mapreuse-lab")
 
 
 @app.command()
@@ -248,34 +244,19 @@ def convert(
     The calibration data are recordings, or the train part of a corpus. Give either --budget or --plan. Run the same
     command again to continue after a stop.
     """
-    from mapreuse import ReusePlan
-    from mapreuse.conversion import (
-        MIN_CONVERSION_BATCHES,
-        MIN_DISTILLATION_BATCHES,
-        check_output,
-        convert_to_directory,
-        parse_budget,
-    )
     from mapreuse_lab.training import speech_batches
 
-    check_output(out)
-    limits = None if budget is None else parse_budget(budget)
-    reuse = None if plan is None else ReusePlan.parse(plan)
-    recogniser = _load(model)
-    min_utterances = MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES
-    batches = speech_batches(
-        recogniser, corpus, split="train", max_batches=max_batches, min_batches=16, min_utterances=min_utterances
-    )
+    def opening(min_utterances: int) -> Opened:
+        recogniser = _load(model)
+        limits: dict[str, Any] = {"max_batches": max_batches, "min_batches": 16, "min_utterances": min_utterances}
+        batches = speech_batches(recogniser, corpus, split="train", **limits)
 
-    def write(converted: Module, directory: Path) -> None:
-        recogniser.model = converted
-        recogniser.save(directory)
+        def write(converted: Module, directory: Path) -> None:
+            recogniser.with_model(converted).save(directory)
 
-    report = convert_to_directory(
-        recogniser.model, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
-    )
-    for line in report.lines():
-        console.print(line, markup=False, highlight=False)
+        return recogniser.model, batches, write
+
+    convert_model(opening, out, budget, plan, distill_seconds)
     console.print(f"Evaluate it: mapreuse-lab evaluate --model {out}", markup=False, highlight=False)
 
 
@@ -307,7 +288,6 @@ def bench(
 ) -> None:
     """Measure the latency of an encoder with random weights, by length, with and without shared attention maps."""
     from mapreuse import measure
-    from mapreuse.models import find_stack
     from mapreuse_lab import benchmarks
 
     check_writable_file(json_file)
@@ -315,30 +295,26 @@ def bench(
     if repeats is not None:
         options["repeats"] = repeats
     chosen = comma_separated_integers("--lengths", lengths)
-    with progress_bar("Preparing") as progress:
-        if kernels:
-            others = (encoder, plans, storage, batch_size, part, memory, training)
-            if others != ("conformer-m", "", "dense", 1, "layers", False, False):
-                raise ValueError("--kernels takes --lengths, --threads, --dtype, --device, --repeats and --json only")
-            options |= {"lengths": chosen} if chosen else {}
-            results = benchmarks.bench_kernels(**options, progress=progress)
-            tables = benchmarks.kernel_tables(results)
-        else:
-            model, _ = benchmarks.open_encoder(encoder, (8,))
-            results = benchmarks.bench_encoder(
-                encoder,
-                chosen,
-                plans=measure.split_plans(plans, len(find_stack(model).layers)),
-                kinds=comma_separated(contestants),
-                storages=comma_separated(storage),
-                batch_size=batch_size,
-                part=part,
-                memory=memory,
-                training=training,
-                progress=progress,
-                **options,
-            )
-            tables = measure.bench_tables(results)
+    if kernels:
+        others = (encoder, plans, storage, batch_size, part, memory, training)
+        if others != ("conformer-m", "", "dense", 1, "layers", False, False):
+            raise ValueError("--kernels takes --lengths, --threads, --dtype, --device, --repeats and --json only")
+        results = benchmarks.bench_kernels(chosen, **options)
+        tables = benchmarks.kernel_tables(results)
+    else:
+        results = benchmarks.bench_encoder(
+            encoder,
+            chosen,
+            plans=plans,
+            kinds=comma_separated(contestants),
+            storages=comma_separated(storage),
+            batch_size=batch_size,
+            part=part,
+            memory=memory,
+            training=training,
+            **options,
+        )
+        tables = measure.bench_tables(results)
     write_json(json_file, results | {"command": command_line("mapreuse-lab")})
     show_tables(tables)
     console.print(f"Inputs: {results['signal']}.", highlight=False)
@@ -358,25 +334,15 @@ def breakdown(
 ) -> None:
     """Show which parts of an encoder with random weights take the time and the FLOPs, by length."""
     from mapreuse import measure
-    from mapreuse.models import find_stack
     from mapreuse_lab.benchmarks import open_encoder
 
     check_writable_file(json_file)
     chosen = comma_separated_integers("--lengths", lengths)
     model, batches = open_encoder(encoder, chosen, part="whole", batch_size=batch_size, device=device)
-    with progress_bar("Preparing") as progress:
-        found = measure.breakdown(
-            model,
-            batches,
-            plans=measure.split_plans(plans, len(find_stack(model).layers)),
-            kinds=comma_separated(contestants),
-            repeats=repeats,
-            threads=threads,
-            progress=progress,
-        )
-    made_by = {"command": command_line("mapreuse-lab"), "model": encoder}
-    write_json(json_file, measure.breakdown_data(found) | made_by)
-    show_tables(measure.breakdown_tables(found))
+    kinds = comma_separated(contestants)
+    results = measure.breakdown(model, batches, plans=plans, kinds=kinds, repeats=repeats, threads=threads)
+    write_json(json_file, results | {"command": command_line("mapreuse-lab"), "model": encoder})
+    show_tables(measure.breakdown_tables(results))
 
 
 def _load(model: str) -> Recogniser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -16,17 +16,21 @@ from mapreuse.console import (
     command_app,
     command_line,
     console,
-    progress_bar,
     run_command,
     show_tables,
     write_json,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.nn import Module
 
     from mapreuse.data import OpenedModel
+
+    Batches: TypeAlias = list[dict[str, Tensor]]
+    Opened: TypeAlias = tuple[Module, Batches, Callable[[Module, Path], object]]
 
 _MIN_BATCHES = 16  # with little data, batches hold fewer than 8 samples instead
 
@@ -130,7 +134,6 @@ def bench(
     is timed. Quality is not measured: convert reports it.
     """
     from mapreuse import measure
-    from mapreuse.models import find_stack
 
     check_writable_file(json_file)
     opening: dict[str, Any] = {"model": model, "stack": stack, "float32": float32, "device": device}
@@ -142,19 +145,17 @@ def bench(
             _peak_memory, {"name": name, "contestant": asdict(contestant), "threads": threads, "opening": opening}
         )
 
-    with progress_bar("Preparing") as progress:
-        results = measure.bench(
-            part,
-            batches,
-            plans=measure.split_plans(plans, len(find_stack(part).layers)),
-            kinds=comma_separated(contestants),
-            storages=comma_separated(storage),
-            repeats=repeats,
-            threads=threads,
-            training=training,
-            memory=measured if memory else None,
-            progress=progress,
-        )
+    results = measure.bench(
+        part,
+        batches,
+        plans=plans,
+        kinds=comma_separated(contestants),
+        storages=comma_separated(storage),
+        repeats=repeats,
+        threads=threads,
+        training=training,
+        memory=measured if memory else None,
+    )
     results |= {"command": command_line("mapreuse"), "model": model, "calibration": calibration}
     write_json(json_file, results)
     show_tables(measure.bench_tables(results))
@@ -174,36 +175,23 @@ def breakdown(
     device: Device = "cpu",
     repeats: ProfiledCalls = 5,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of the parts' times")] = None,
 ) -> None:
     """Show which parts of a model take the time and the FLOPs: projections, attention, feed-forward, and so on."""
     from mapreuse import measure
-    from mapreuse.models import find_stack
 
     check_writable_file(json_file)
-    check_writable_file(plot)
     part, batches = _timed(model, stack, float32, device, calibration, batch_size, max_batches)
-    with progress_bar("Preparing") as progress:
-        found = measure.breakdown(
-            part,
-            batches,
-            plans=measure.split_plans(plans, len(find_stack(part).layers)),
-            kinds=comma_separated(contestants),
-            repeats=repeats,
-            threads=threads,
-            progress=progress,
-        )
-    write_json(json_file, measure.breakdown_data(found) | {"command": command_line("mapreuse"), "model": model})
-    if plot is not None:
-        measure.breakdown_plot(found).savefig(plot, dpi=110, format="png")
-    show_tables(measure.breakdown_tables(found))
+    kinds = comma_separated(contestants)
+    results = measure.breakdown(part, batches, plans=plans, kinds=kinds, repeats=repeats, threads=threads)
+    write_json(json_file, results | {"command": command_line("mapreuse"), "model": model})
+    show_tables(measure.breakdown_tables(results))
 
 
 @app.command()
 def analyze(
     model: ModelName,
     calibration: CalibrationData,
-    out: Annotated[Path, typer.Option(help="directory for the page, the tables and the heat maps")],
+    out: Annotated[Path, typer.Option(help="directory for the page and the results as JSON")],
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
@@ -211,17 +199,10 @@ def analyze(
 ) -> None:
     """Measure a model's attention maps: similarity of layers, entropy, diagonality and concentration.
 
-    Layers with similar maps can share one. The heat maps need the extra plots of mapreuse.
+    Layers with similar maps can share one. The heat maps of the page need the extra plots of mapreuse.
     """
-    from mapreuse import measure
-
     opened, batches = _calibrated(model, calibration, max_batches, stack, float32=float32)
-    check_writable_directory("--out", out)
-    with progress_bar("Analyzing") as progress:
-        found = measure.analyze(opened.part, batches, epsilon=epsilon, progress=progress)
-    measure.write_analysis(found, out, model=model, calibration=calibration, command=command_line("mapreuse"))
-    show_tables(measure.analysis_tables(found))
-    console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
+    analyze_model(opened.part, batches, out, epsilon, model=model, calibration=calibration, program="mapreuse")
 
 
 @app.command()
@@ -241,37 +222,67 @@ def convert(
     Give --budget to search for a plan, or --plan. The same command continues
     after an interrupt; until it ends, its work is kept in OUT.work.
     """
-    from mapreuse import ReusePlan, save
+    from mapreuse import save
+    from mapreuse.conversion import copy_companions
+
+    def opening(min_samples: int) -> Opened:
+        opened, batches = _calibrated(
+            model, calibration, max_batches, stack, min_samples=min_samples, float32=float32
+        )
+
+        def write(part: Module, directory: Path) -> None:
+            save(opened.with_part(part), directory / opened.directory.relative_to(model))
+            copy_companions(model, directory)
+
+        return opened.part, batches, write
+
+    convert_model(opening, out, budget, plan, distill_seconds)
+    console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
+
+
+def analyze_model(
+    part: Module, batches: Batches, out: Path, epsilon: float, *, model: str, calibration: str, program: str
+) -> None:
+    """The command `analyze` of both programs, for an opened model."""
+    from mapreuse import measure
+
+    check_writable_directory("--out", out)
+    found = measure.analyze(part, batches, epsilon=epsilon)
+    measure.write_analysis(found, out, model=model, calibration=calibration, command=command_line(program))
+    show_tables(measure.analysis_tables(found))
+    console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
+
+
+def convert_model(
+    opening: Callable[[int], Opened], out: Path, budget: str | None, plan: str | None, distill_seconds: float | None
+) -> None:
+    """The command `convert` of both programs.
+
+    `opening` gives the model, batches of at least so many samples in all, and the function that saves the model.
+    """
+    from mapreuse import ReusePlan
     from mapreuse.conversion import (
         MIN_CONVERSION_BATCHES,
         MIN_DISTILLATION_BATCHES,
         check_output,
         convert_to_directory,
-        copy_companions,
         parse_budget,
     )
 
     check_output(out)
     limits = None if budget is None else parse_budget(budget)
     reuse = None if plan is None else ReusePlan.parse(plan)
-    minimum = MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES
-    opened, batches = _calibrated(model, calibration, max_batches, stack, min_samples=minimum, float32=float32)
-
-    def write(part: Module, directory: Path) -> None:
-        save(opened.with_part(part), directory / opened.directory.relative_to(model))
-        copy_companions(model, directory)
-
+    part, batches, write = opening(MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES)
     report = convert_to_directory(
-        opened.part, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
+        part, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
     )
     for line in report.lines():
         console.print(line, markup=False, highlight=False)
-    console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
 def _timed(
     model: str, stack: str, float32: bool, device: str, calibration: str, batch_size: int, max_batches: int
-) -> tuple[Module, list[dict[str, Tensor]]]:
+) -> tuple[Module, Batches]:
     """A model, or the part of it that holds the stack, and batches for it, on a device."""
     from mapreuse.data import open_batches, open_model
 
@@ -297,7 +308,7 @@ def _calibrated(
     *,
     min_samples: int = 4,
     float32: bool = False,
-) -> tuple[OpenedModel, list[dict[str, Tensor]]]:
+) -> tuple[OpenedModel, Batches]:
     """The model that the command line names, and batches for it."""
     from transformers.utils.logging import disable_progress_bar
 

@@ -3,13 +3,14 @@
 import contextlib
 import importlib.metadata
 import json
+import operator
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import typer
 from rich import table
@@ -22,6 +23,8 @@ INTERRUPTED = 130
 
 ProgressCallback: TypeAlias = Callable[[str, float, float], object]
 """`callback(description, completed, total)`: reports progress, in any unit."""
+
+_Item = TypeVar("_Item")
 
 console = Console()
 
@@ -101,6 +104,15 @@ def progress_bar(description: str = "", *, disable: bool = False) -> Iterator[Pr
             yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
         finally:
             _running.reset(before)
+
+
+def tracked(description: str, items: Iterable[_Item]) -> Iterator[_Item]:
+    """The items one by one, with a progress bar."""
+    total = operator.length_hint(items)
+    with progress_bar(description) as progress:
+        for number, item in enumerate(items, start=1):
+            yield item
+            progress(description, number, max(number, total))
 
 
 def command_app(name: str, description: str) -> typer.Typer:

@@ -128,17 +128,23 @@ class ReusePlan:
         return cls(tuple(layers))
 
     @classmethod
-    def parse(cls, text: str) -> ReusePlan:
+    def parse(cls, text: str, num_layers: int | None = None) -> ReusePlan:
         """Make a plan from text.
 
         Accepted forms:
+            "full"      every layer computes its own map; needs `num_layers`
             "4x4"       group size × number of groups: four groups of four layers
             "1x4,4x3"   from the first layer on: four layers that compute, then three groups of four layers
             "[0,0,2,2]" JSON list: the source layer of each layer, as for `from_sources`
             "{…}"       JSON object, as written by `to_json`
 
+        Args:
+            text: the plan.
+            num_layers: the number of layers that the plan must have. None: any.
+
         Raises:
-            ValueError: if the text is none of these. The message gives the position of the wrong character.
+            ValueError: if the text is none of these, or the plan has another number of layers. The message gives the
+                position of the wrong character.
 
         Examples:
             >>> ReusePlan.parse("2x2") == ReusePlan.parse("[0,0,2,2]") == ReusePlan.grouped(4, 2)
@@ -146,6 +152,11 @@ class ReusePlan:
         """
         if not isinstance(text, str):
             raise ValueError(f'a plan is parsed from text such as "4x4", got {text!r}')
+        if num_layers is not None:
+            plan = cls.full(num_layers) if text == "full" else cls.parse(text)
+            if plan.num_layers != num_layers:
+                raise ValueError(f"plan {text!r} is for {plan.num_layers} layers, but the model has {num_layers}")
+            return plan
         if text.lstrip()[:1] in ("{", "["):
             return cls.from_json(text)
         sources: list[int] = []

@@ -327,7 +327,7 @@ def test_a_run_with_another_model_other_batches_or_settings_is_not_continued(ori
         ({"steps": None}, "budget as steps or as seconds"),
         ({"steps": 0}, "must be positive, finite"),
         ({"evaluate_every": 0}, "at least 1"),
-        ({"learning_rate": -1.0}, "must be positive"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"warmup": 1.0}, "warmup from 0 to less than 1"),
         ({"hidden": 0.0, "logits": 0.0}, "not both 0"),
     ],

@@ -10,8 +10,9 @@ from families import build
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.conversion import _pipeline, check_output, convert_to_directory, copy_companions, split_batches
+from mapreuse.conversion import _pipeline, check_output, convert_to_directory, copy_companions
 from mapreuse.conversion._output_dir import new_directory
+from mapreuse.conversion._search import split_batches
 from mapreuse.models import _optimize
 
 GROUPS = mr.ReusePlan.grouped(4, 2)

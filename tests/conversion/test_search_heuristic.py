@@ -9,7 +9,8 @@ from packed_encoders import peaked
 from text_batches import random_batches
 
 import mapreuse as mr
-from mapreuse.conversion import PlanEvaluator, SearchHeuristic, hidden_state_error, output_errors
+from mapreuse.conversion import PlanEvaluator, SearchHeuristic, hidden_state_error
+from mapreuse.conversion._align import output_errors
 from mapreuse.conversion._search_heuristic import RefitErrors
 from mapreuse.models import MapRecorder, find_stack, output_projection
 

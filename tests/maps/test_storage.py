@@ -16,10 +16,9 @@ from mapreuse.maps import (
     Scores,
     SharedMaps,
     StorageChoice,
-    StorageCost,
-    choose_storage,
     compute,
 )
+from mapreuse.maps._storage_choice import StorageCost, choose_storage
 from mapreuse.maps.reference import attention_map
 
 TOLERANCE = {"dense": 1e-5, "recompute": 1e-5, "dense16": 2**-11, "dense8": 1 / 509}

@@ -8,7 +8,7 @@ import torch
 from families import build
 from torch import nn
 
-from mapreuse.measure import analyze, similarity
+from mapreuse.measure import analyze
 from mapreuse.measure._analysis import summed_diagonality, summed_entropy, summed_shares, summed_similarity
 from mapreuse.models import MapRecorder
 
@@ -129,7 +129,7 @@ def test_similarity_is_one_minus_the_total_variation_of_the_models_own_maps_with
         rows = (maps[source][:, head] - maps[layer][:, other]).abs().sum(-1)
         expected[source, head, layer, other] = (1 - rows / 2)[valid].double().mean()
 
-    measured = similarity(model, [batch])
+    measured = analyze(model, [batch]).similarity
 
     assert measured.num_queries == int(valid.sum())
     torch.testing.assert_close(measured.heads.double(), expected, atol=1e-5, rtol=0)
@@ -137,7 +137,7 @@ def test_similarity_is_one_minus_the_total_variation_of_the_models_own_maps_with
 
 def test_similarity_of_layers_takes_the_best_head():
     model, batch = build("parakeet")
-    measured = similarity(model, [batch])
+    measured = analyze(model, [batch]).similarity
 
     assert (measured.layers.diagonal() > 0.999).all()
     assert measured.layers[0, 1] == pytest.approx(measured.heads[0, :, 1].amax(0).mean().item())
@@ -167,22 +167,21 @@ def test_maps_in_half_precision_are_compared_in_float32(precision):
     rows = maps.double().permute(0, 3, 1, 2, 4).flatten(2, 3)  # sequence, query, layer and head, key
     expected = 1 - (rows[:, :, :, None] - rows[:, :, None]).abs().sum(-1).mean((0, 1)) / 2
 
-    measured = similarity(model, [batch]).heads.flatten(0, 1).flatten(1)
+    measured = analyze(model, [batch]).similarity.heads.flatten(0, 1).flatten(1)
     torch.testing.assert_close(measured.double(), expected, atol=1e-6, rtol=0)
 
 
-def test_batches_run_once_in_any_division_and_progress_counts_them(monkeypatch):
+def test_batches_run_once_in_any_division(monkeypatch):
     model, batch = build("bert")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = analyze(model, [batch])
     one_by_one = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(3)]
-    runs, seen = [], []
+    runs = []
     record = MapRecorder.__call__
     monkeypatch.setattr(MapRecorder, "__call__", lambda self, batch: runs.append(batch) or record(self, batch))
-    found = analyze(model, one_by_one, progress=lambda doing, done, total: seen.append((done, total)))
+    found = analyze(model, one_by_one)
 
     assert len(runs) == 3
-    assert seen == [(1, 3), (2, 3), (3, 3)]
     for one, other in (
         (found.similarity.heads, whole.similarity.heads),
         (found.entropy, whole.entropy),
@@ -190,19 +189,17 @@ def test_batches_run_once_in_any_division_and_progress_counts_them(monkeypatch):
         (found.concentration, whole.concentration),
     ):
         torch.testing.assert_close(one, other)
-    torch.testing.assert_close(found.similarity.heads, similarity(model, [batch]).heads)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("measure", [similarity, analyze])
-def test_no_batches_and_maps_that_are_not_finite_are_refused(measure):
+def test_no_batches_and_maps_that_are_not_finite_are_refused():
     model, batch = build("bert")
     with pytest.raises(ValueError, match="no calibration batches"):
-        measure(model, [])
+        analyze(model, [])
     with torch.no_grad():
         model.encoder.layer[2].attention.self.query.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        measure(model, [batch])
+        analyze(model, [batch])
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1.0])

@@ -5,14 +5,12 @@ from mapreuse_lab.study._full import run_full
 from mapreuse_lab.study._papers import papers_page
 from mapreuse_lab.study._quick import QuickConfig, run_quick
 from mapreuse_lab.study._report import read_results, report, summary_tables, write_report
-from mapreuse_lab.study._runs import LongRecipe, Recipe, Run, RunDirectory
-from mapreuse_lab.study._statistics import Errors, significance
+from mapreuse_lab.study._runs import Recipe, Run, RunDirectory
+from mapreuse_lab.study._statistics import significance
 from mapreuse_lab.study._verdict import verdict
 
 __all__ = [
-    "Errors",
     "FullConfig",
-    "LongRecipe",
     "QuickConfig",
     "Recipe",
     "Run",

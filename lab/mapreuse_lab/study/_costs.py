@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import ParakeetEncoder
 
-from mapreuse.console import progress_bar
 from mapreuse.maps import SharedMaps
 from mapreuse.measure import flop_counter, peak_memory, time_interleaved
 from mapreuse.models import MAPS_ARGUMENT, apply, find_stack, optimize
@@ -26,10 +24,10 @@ from mapreuse_lab.training import Corpus, FeatureConfig, features, waveform_of
 Timings = dict[str, dict[str, float]]
 """By contestant: "median" in seconds, and "spread" as a fraction of it."""
 
-OPTIMIZE = " + optimize"
+OPTIMIZE = "+optimize"
 """Ends the names of contestants that run with `mapreuse.optimize`."""
 
-REFERENCES = ("transformers", "transformers" + OPTIMIZE)
+REFERENCES = ("sdpa", "sdpa" + OPTIMIZE)
 """Contestants that run the encoder of `transformers` with fused attention."""
 
 
@@ -74,7 +72,7 @@ def attention_latency(
     with torch.inference_mode():
         computing(**arguments, **{MAPS_ARGUMENT: published})
     contestants = {
-        "transformers": lambda: original(**arguments),
+        "sdpa": lambda: original(**arguments),
         "computing": lambda: computing(**arguments, **{MAPS_ARGUMENT: SharedMaps()}),
         "reusing": lambda: reusing(**arguments, **{MAPS_ARGUMENT: published}),
     }
@@ -162,11 +160,7 @@ def _encoder(recipe: Recipe, name: str) -> ParakeetEncoder:
 
 
 def _timed(title: str, contestants: Mapping[str, Callable[[], object]], repeats: int, device: str) -> Timings:
-    turns, total = itertools.count(1), (1 + repeats) * len(contestants)
-    with progress_bar(title) as progress:
-        measured = time_interleaved(
-            contestants, repeats=repeats, device=device, advance=lambda: progress(title, next(turns), total)
-        )
+    measured = time_interleaved(contestants, repeats=repeats, device=device, title=title)
     return {name: {"median": one.median, "spread": one.spread} for name, one in measured.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapreuse.console import console, progress_bar
+from mapreuse.console import console
 from mapreuse.measure import analyze, breakdown, machine
 from mapreuse.models import plan_of
 from mapreuse_lab.models import speech_like_features
@@ -19,6 +19,7 @@ from mapreuse_lab.study._config import FullConfig
 from mapreuse_lab.study._phoneme_attention import phoneme_attention
 from mapreuse_lab.study._runs import Run, RunDirectory
 from mapreuse_lab.study._step_cache import StepCache, timing_environment
+from mapreuse_lab.techniques import layer_sources
 from mapreuse_lab.training import Recogniser, features, open_corpus, phoneme_batches, speech_batches, waveform_of
 
 _VERSION = 1
@@ -85,9 +86,7 @@ def _maps(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, A
             "hypothesis": recogniser.transcribe(audio),
             "frames": layers[0].shape[-1],
             "layers": [[base64.b64encode(head.numpy().tobytes()).decode() for head in heads] for heads in layers],
-            "source_layers": [
-                plan.sources(layer)[0] if plan.reuses(layer) else layer for layer in range(plan.num_layers)
-            ],
+            "source_layers": layer_sources(plan),
         }
     transcript = cut.supervisions[0].text
     return {"utterance": cut.id, "transcript": transcript, "techniques": techniques}
@@ -113,24 +112,22 @@ def _breakdown(config: FullConfig) -> dict[str, Any]:
     encoder = config.recipe.create("en", None, 0).model.encoder.eval().to(config.device)
     _, reusing = config.shown
     inputs = {length: speech_like_features(length, 1, encoder.config.num_mel_bins) for length in config.lengths}
-    with progress_bar("breakdown") as progress:
-        found = breakdown(
-            encoder,
-            {str(length): {"input_features": features.to(config.device)} for length, features in inputs.items()},
-            plans=("full", reusing.removeprefix("reuse-")),
-            kinds=("mapreuse+optimize",),
-            repeats=config.repeats,
-            progress=progress,
-        )
+    found = breakdown(
+        encoder,
+        {str(length): {"input_features": features.to(config.device)} for length, features in inputs.items()},
+        plans=f"full,{reusing.removeprefix('reuse-')}",
+        kinds=("mapreuse+optimize",),
+        repeats=config.repeats,
+    )
     contestants: dict[str, dict[str, dict[str, float]]] = {}
     layers: dict[str, dict[str, dict[str, float]]] = {}
-    for one in found:
-        name = "full" if one.name == "mapreuse full+optimize" else reusing
-        contestants.setdefault(name, {})[one.batch] = {p: cost.seconds for p, cost in one.parts.items()}
+    for one in found["breakdowns"]:
+        name = "full" if one["name"] == "mapreuse full+optimize" else reusing
+        contestants.setdefault(name, {})[one["batch"]] = {p: cost["seconds"] for p, cost in one["parts"].items()}
         if name != "full":
-            for layer in one.layers:
-                parts = {part: cost.seconds for part, cost in layer.parts.items()}
-                layers.setdefault(layer.kind, {})[one.batch] = parts
+            for layer in one["layers"]:
+                parts = {part: cost["seconds"] for part, cost in layer["parts"].items()}
+                layers.setdefault(layer["kind"], {})[one["batch"]] = parts
     return {"contestants": contestants, "layer": layers}
 
 

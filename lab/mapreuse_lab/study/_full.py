@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapreuse.console import console, progress_bar
+from mapreuse.console import console, progress_bar, tracked
 from mapreuse.conversion import search
 from mapreuse.measure import memory_in_fresh_process
 from mapreuse.plan import ReusePlan
@@ -199,21 +199,18 @@ class _Full:
         }
         training = {name: timed(f"training-{name}", training_latency, batch) for name, batch in batches.items()}
         memory, flops, contestants = {}, {}, (*names, *REFERENCES)
-        with progress_bar("memory and FLOPs") as progress:
-            for done, name in enumerate(contestants):
-                progress("memory and FLOPs", done, len(contestants))
-                request = {"recipe": recipe, "technique": name, "frames": config.memory_length}
-                request["device"] = config.device
-                try:
-                    memory[name] = {
-                        str(config.memory_length): cache.get("memory", request, partial(_memory, request))["bytes"]
-                    }
-                except (RuntimeError, ValueError) as error:  # the process was killed, or the system has no /proc
-                    console.print(f"memory of {name}: not measured, {error}", highlight=False)
-                request = {"recipe": recipe, "technique": name, "frames": FLOPS_LENGTH}
-                flops[name] = {
-                    str(FLOPS_LENGTH): cache.get("flops", request, partial(_flops, config.recipe, name))["flops"]
+        for name in tracked("memory and FLOPs", contestants):
+            request = {"recipe": recipe, "technique": name, "frames": config.memory_length, "device": config.device}
+            try:
+                memory[name] = {
+                    str(config.memory_length): cache.get("memory", request, partial(_memory, request))["bytes"]
                 }
+            except (RuntimeError, ValueError) as error:  # the process was killed, or the system has no /proc
+                console.print(f"memory of {name}: not measured, {error}", highlight=False)
+            request = {"recipe": recipe, "technique": name, "frames": FLOPS_LENGTH}
+            flops[name] = {
+                str(FLOPS_LENGTH): cache.get("flops", request, partial(_flops, config.recipe, name))["flops"]
+            }
         return {"latency": latency, "training": training, "memory": memory, "flops": flops}
 
 

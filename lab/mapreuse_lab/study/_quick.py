@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,15 +13,16 @@ from typing import Any
 import torch
 from transformers import ParakeetEncoder
 
-from mapreuse.console import check_device, console
-from mapreuse.conversion import align_by, convert, group_by
-from mapreuse.measure import Similarity, machine, similarity
+from mapreuse.console import check_device, command_line, console
+from mapreuse.conversion import convert
+from mapreuse.measure import Similarity, analyze, machine
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.models import conformer_m
 from mapreuse_lab.study._costs import attention_latency, encoder_latency, encoder_variants, speech_features
 from mapreuse_lab.study._report import write_report, write_results
-from mapreuse_lab.study._results import SCHEMA, study_command
+from mapreuse_lab.study._results import SCHEMA
 from mapreuse_lab.study._step_cache import StepCache, timing_environment
+from mapreuse_lab.techniques import layer_sources
 from mapreuse_lab.training import (
     BASELINE,
     Corpus,
@@ -33,7 +35,7 @@ from mapreuse_lab.training import (
     waveform_of,
 )
 
-_OPTIMIZED = ("transformers", "full", "groups of 2", "groups of 4")
+_OPTIMIZED = ("sdpa", "full", "groups of 2", "groups of 4")
 """Contestants that are also timed with `mapreuse.optimize`."""
 
 
@@ -101,13 +103,14 @@ class _Quick:
         original = self._step("baseline", {}, lambda: _scores(self.baseline, self.corpus))
         found = self._step("similarity", {}, self._similarity)
         measured = Similarity(torch.tensor(found["heads"]), found["num_queries"])
-        plans = _grouped(num_layers) | {"most alike": _most_alike(num_layers, measured)}
-        aligned = {name: align_by(measured, plan) for name, plan in plans.items()}
+        num_groups = max(1, (num_layers // 2 + num_layers // 4) // 2)  # between groups of 2 and groups of 4
+        plans = _grouped(num_layers) | {"most alike": most_similar_groups(measured, num_groups)}
+        aligned = {name: most_similar_heads(measured, plan) for name, plan in plans.items()}
         variants = [self._variant(name, plan, aligned[name]) for name, plan in plans.items()]
         return {
             "schema": SCHEMA,
             "preset": "quick",
-            "command": quick_command(self.config),
+            "command": command_line("mapreuse-lab"),
             "machine": machine(),
             "config": asdict(self.config) | {"baseline": Path(self.config.baseline).name},
             "attribution": self.corpus.attribution,
@@ -137,7 +140,7 @@ class _Quick:
             audio = [waveform_of(cut, self.baseline.feature_config.sampling_rate) for cut in cuts[start : start + 8]]
             inputs, mask = features(audio, self.baseline.feature_config)
             batches.append({"input_features": inputs, "attention_mask": mask})
-        measured = similarity(self.baseline.model, batches)
+        measured = analyze(self.baseline.model, batches).similarity
         return {"heads": measured.heads.tolist(), "num_queries": measured.num_queries}
 
     def _variant(self, name: str, plan: ReusePlan, aligned: ReusePlan) -> dict[str, Any]:
@@ -199,28 +202,33 @@ class _Quick:
         return conformer_m(self.baseline.feature_config.num_mel_bins)
 
 
-def quick_command(config: QuickConfig) -> str:
-    """The command line of a quick study, with the corpus and the options that differ from their defaults."""
-    options: dict[str, tuple[str, str | None]] = {
-        "--corpus": (config.corpus, None),
-        "--model": (config.baseline, QuickConfig.baseline),
-        "--device": (config.device, QuickConfig.device),
-    }
-    return study_command("quick", options)
-
-
 def _grouped(num_layers: int) -> dict[str, ReusePlan]:
     """Plans with groups of one size, heads by index."""
     sizes = {"groups of 2": 2, "groups of 4": 4, "all from one": num_layers}
     return {name: ReusePlan.grouped(num_layers, size) for name, size in sizes.items()}
 
 
-def _most_alike(num_layers: int, measured: Similarity) -> ReusePlan:
-    """Groups of similar layers, heads by index; the number of groups is between those for groups of 2 and of 4."""
-    plan = group_by(measured, max(1, (num_layers // 2 + num_layers // 4) // 2))
-    return ReusePlan.from_sources(
-        [plan.sources(layer)[0] if plan.reuses(layer) else layer for layer in range(num_layers)]
-    )
+def most_similar_heads(measured: Similarity, plan: ReusePlan) -> ReusePlan:
+    """The plan with each head of a reusing layer assigned to the most similar head of its source layer."""
+    heads = {
+        layer: measured.heads[plan.sources(layer)[0], :, layer].argmax(dim=0).tolist()
+        for layer in range(plan.num_layers)
+        if plan.reuses(layer)
+    }
+    return ReusePlan.from_sources(layer_sources(plan), heads)
+
+
+def most_similar_groups(measured: Similarity, num_groups: int) -> ReusePlan:
+    """Of all ways to cut the layers into groups, the one with layers most similar to the first of their group."""
+    num_layers = len(measured.layers)
+
+    def plan(starts: tuple[int, ...]) -> ReusePlan:
+        return ReusePlan.from_sources([max(one for one in (0, *starts) if one <= m) for m in range(num_layers)])
+
+    def total(one: ReusePlan) -> float:
+        return sum(float(measured.layers[source, m]) for m, source in enumerate(layer_sources(one)) if source != m)
+
+    return max(map(plan, itertools.combinations(range(1, num_layers), num_groups - 1)), key=total)
 
 
 def _parameters(recogniser: Recogniser) -> int:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mapreuse.console import command_line
 from mapreuse.measure import machine
 from mapreuse_lab.study._config import FullConfig
 from mapreuse_lab.study._costs import REFERENCES
-from mapreuse_lab.study._runs import Recipe, Run, RunDirectory
-from mapreuse_lab.study._statistics import Errors, SeedNoise, difference, seed_noise
+from mapreuse_lab.study._runs import Run, RunDirectory
+from mapreuse_lab.study._statistics import SeedNoise, difference, seed_noise
 from mapreuse_lab.study._tables import Results
 from mapreuse_lab.techniques import Full, Reuse, Technique
-from mapreuse_lab.training import Corpus
+from mapreuse_lab.training import Corpus, Errors
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the results' format."""
 
 METRICS = ("wer", "cer")
@@ -52,7 +52,7 @@ def study_results(
     return {
         "schema": SCHEMA,
         "preset": "full",
-        "command": full_command(config),
+        "command": command_line("mapreuse-lab"),
         "machine": machine(),
         "config": asdict(config),
         "corpora": {name: _corpus(corpus) for name, corpus in corpora.items()},
@@ -65,23 +65,6 @@ def study_results(
         "references": {name: _costs(name, measured) for name in REFERENCES},
         **{name: measured[name] for name in fields if name in measured},
     }
-
-
-def full_command(config: FullConfig) -> str:
-    """The command line of a full study, with the options that differ from their defaults."""
-    options = {
-        "--corpus": (config.corpus, FullConfig.corpus),
-        "--other-corpus": (config.other_corpus, FullConfig.other_corpus),
-        "--steps": (str(config.recipe.steps), str(Recipe.steps)),
-        "--device": (config.device, FullConfig.device),
-    }
-    return study_command("full", options)
-
-
-def study_command(preset: str, options: Mapping[str, tuple[str, str | None]]) -> str:
-    """The command line of a study. `options` are pairs of a value and a default, which is left out."""
-    words = [word for name, (value, default) in options.items() if value != default for word in (name, value)]
-    return shlex.join(["mapreuse-lab", "study", "--preset", preset, *words])
 
 
 def _longer(

@@ -2,54 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mapreuse_lab.training import error_counts
-
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Errors of one technique on each test utterance, for each seed.
-
-    Attributes:
-        counts: for each metric ("wer", "cer"), an array of shape (seeds, utterances, 2): number of errors, and number
-            of words or characters in the reference.
-    """
-
-    counts: Mapping[str, np.ndarray]
-
-    @classmethod
-    def of(cls, references: Sequence[str], hypotheses: Sequence[Sequence[str]]) -> Errors:
-        """Count the errors of each seed's hypotheses.
-
-        Raises:
-            ValueError: if the number of hypotheses of a seed differs from the number of references.
-        """
-        counted = [error_counts(references, one) for one in hypotheses]
-        return cls({"wer": np.stack([words for words, _ in counted]), "cer": np.stack([c for _, c in counted])})
-
-    def rate(self, metric: str) -> float:
-        """Error rate over all seeds and utterances."""
-        errors, units = self.counts[metric].sum((0, 1))
-        return float(errors / units)
-
-    def interval(self, metric: str) -> tuple[float, float]:
-        """95 % bootstrap interval of the rate over utterances."""
-        return _middle(_resampled(self.counts[metric]))
-
-    def select(self, seeds: Sequence[int]) -> Errors:
-        """The seeds at these indices."""
-        return Errors({metric: counts[list(seeds)] for metric, counts in self.counts.items()})
-
-    def by_seed(self, metric: str) -> np.ndarray:
-        """Error rate of each seed."""
-        errors, units = np.moveaxis(self.counts[metric].sum(1), -1, 0)
-        return errors / units
+from mapreuse_lab.training import Errors, middle_of
 
 
 @dataclass(frozen=True)
@@ -97,14 +55,13 @@ def difference(technique: Errors, full: Errors, metric: str, noise: SeedNoise) -
     another seed gives another rate on the same utterances. The noise of the techniques with several seeds is used for
     all techniques. Without such techniques, the interval is not widened.
     """
-    one, other = technique.counts[metric], full.counts[metric]
-    drawn = _resampled(one) - _resampled(other)
+    drawn = technique.resampled(metric) - full.resampled(metric)
     widened = drawn
     if noise.freedom:
         chance = np.random.default_rng(1).standard_t(noise.freedom, len(drawn))
         rates = technique.rate(metric) ** 2 + full.rate(metric) ** 2
-        widened = drawn + chance * noise.deviation * (rates / len(one)) ** 0.5
-    return Difference(technique.rate(metric) - full.rate(metric), _middle(drawn), _middle(widened))
+        widened = drawn + chance * noise.deviation * (rates / len(technique.counts[metric])) ** 0.5
+    return Difference(technique.rate(metric) - full.rate(metric), middle_of(drawn), middle_of(widened))
 
 
 def seed_noise(corpora: Sequence[Sequence[Errors]], metric: str) -> SeedNoise:
@@ -123,17 +80,3 @@ def seed_noise(corpora: Sequence[Sequence[Errors]], metric: str) -> SeedNoise:
         squares += float(((relative - relative.mean(0)) ** 2).sum())
         freedom += (rates.shape[0] - 1) * (rates.shape[1] - 1)
     return SeedNoise((squares / freedom) ** 0.5 if freedom else 0.0, freedom)
-
-
-def _middle(drawn: np.ndarray) -> tuple[float, float]:
-    """The interval of the middle 95 % of the samples."""
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _resampled(counts: np.ndarray) -> np.ndarray:
-    """Rates over utterances drawn with replacement; the draws are the same for every technique."""
-    pooled = counts.sum(0)
-    draws = np.random.default_rng(0).integers(len(pooled), size=(RESAMPLES, len(pooled)))
-    drawn = pooled[draws].sum(1)
-    return drawn[:, 0] / drawn[:, 1]

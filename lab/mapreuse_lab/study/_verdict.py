@@ -58,12 +58,12 @@ def _quick_verdict(results: Results) -> list[str]:
     original, seconds = results["baseline"], results["config"]["recovery_seconds"]
     rates = [f"{rate(variant['recovered'], 'wer')} with {variant['name']}" for variant in results["variants"]]
     length, timed = list(results["latency"]["conformer-m"].items())[-1]
-    base = timed["transformers"]["median"]
-    speeds = [f"{name} {base / one['median']:.1f}×" for name, one in timed.items() if name != "transformers"]
+    base = timed["sdpa"]["median"]
+    speeds = [f"{name} {base / one['median']:.1f}×" for name, one in timed.items() if name != "sdpa"]
     return [
         f"The original recogniser has a WER of {original['wer']:.1%}. After conversion and {seconds:.0f} s of "
         f"recovery: {'; '.join(rates)}.",
-        f"Speed-up of Conformer-M over transformers at T = {length}: {'; '.join(speeds)}.",
+        f"Speed-up of Conformer-M over sdpa at T = {length}: {'; '.join(speeds)}.",
     ]
 
 

@@ -15,6 +15,7 @@ from mapreuse_lab.techniques._grouped_query import GroupedQuery
 from mapreuse_lab.techniques._heads import Heads, WideHeads
 from mapreuse_lab.techniques._linear import Linear
 from mapreuse_lab.techniques._linformer import Linformer
+from mapreuse_lab.techniques._notation import layer_sources
 from mapreuse_lab.techniques._nystrom import Nystrom
 from mapreuse_lab.techniques._performer import Performer
 from mapreuse_lab.techniques._pooled import Pooled
@@ -23,12 +24,11 @@ from mapreuse_lab.techniques._query_key_dim import QueryKeyDim
 from mapreuse_lab.techniques._reuse import Full, Reuse
 from mapreuse_lab.techniques._strided import Strided
 from mapreuse_lab.techniques._study_techniques import study_techniques
-from mapreuse_lab.techniques._technique import TECHNIQUES, Technique, parse
+from mapreuse_lab.techniques._technique import Technique, parse
 from mapreuse_lab.techniques._upper_layers import Layers, Skipped
 from mapreuse_lab.techniques._window import Window
 
 __all__ = [
-    "TECHNIQUES",
     "CrossLayer",
     "Diagonal",
     "Full",
@@ -50,6 +50,7 @@ __all__ = [
     "Technique",
     "WideHeads",
     "Window",
+    "layer_sources",
     "parse",
     "study_techniques",
 ]

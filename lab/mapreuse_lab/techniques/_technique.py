@@ -47,7 +47,7 @@ class Technique:
 
     1. Copy the file of the closest technique: `_linear.py` (without positions), `_query_key_dim.py` (with positions)
        or `_cross_layer.py` (layers share tensors). Write formula, shapes, cost and paper into the docstring on top.
-    2. Import the class in `mapreuse_lab.techniques`, and add its name to `study_techniques` in `_study.py`.
+    2. Import the class in `mapreuse_lab.techniques`, and add its name to `study_techniques`.
     3. In `lab/tests/techniques`, add one of its names to `VARIANTS` in `small_encoders.py`: all tests in
        `test_every_technique.py` then cover it (padding, gradients, dropout, mixed precision, saving, copying). Add
        its formula, written as plainly as possible, to `test_formulas.py`, and its cost to `test_costs.py`.

@@ -1,7 +1,8 @@
 """Word and character error rates of a recogniser."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -12,7 +13,7 @@ from mapreuse.data import batches_by_length
 from mapreuse_lab.training._audio import MAX_WHOLE_SECONDS, waveform_of
 from mapreuse_lab.training._recogniser import Recogniser
 
-_RESAMPLES = 1000  # of the bootstrap
+_RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -49,44 +50,81 @@ class ErrorRates:
         return ", ".join([*shown, f"{self.num_utterances} utterances", f"{self.num_words} words"])
 
 
+@dataclass(frozen=True)
+class Errors:
+    """Errors on each test utterance, for each training seed.
+
+    Attributes:
+        counts: for each metric ("wer", "cer"), an array of shape (seeds, utterances, 2): number of errors, and number
+            of words or characters in the reference.
+    """
+
+    counts: Mapping[str, Int[np.ndarray, "seeds utterances 2"]]
+
+    @classmethod
+    def of(cls, references: Sequence[str], hypotheses: Sequence[Sequence[str]]) -> "Errors":
+        """Count the errors of each seed's hypotheses.
+
+        Raises:
+            ValueError: if there are no references, or the number of hypotheses of a seed differs from theirs.
+        """
+        counts = {}
+        for metric, process in {"wer": jiwer.process_words, "cer": jiwer.process_characters}.items():
+            counts[metric] = np.stack([_counted(process, references, one) for one in hypotheses])
+        return cls(counts)
+
+    def rate(self, metric: str) -> float:
+        """Error rate over all seeds and utterances."""
+        errors, units = self.counts[metric].sum((0, 1))
+        return float(errors / units)
+
+    def by_seed(self, metric: str) -> np.ndarray:
+        """Error rate of each seed."""
+        errors, units = np.moveaxis(self.counts[metric].sum(1), -1, 0)
+        return errors / units
+
+    def resampled(self, metric: str) -> np.ndarray:
+        """Rates over utterances drawn with replacement; the same draws for every set of as many utterances."""
+        pooled = self.counts[metric].sum(0)
+        draws = np.random.default_rng(0).integers(len(pooled), size=(_RESAMPLES, len(pooled)))
+        drawn = pooled[draws].sum(1)
+        return drawn[:, 0] / drawn[:, 1]
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        """95 % bootstrap interval of the rate over utterances."""
+        return middle_of(self.resampled(metric))
+
+    def select(self, seeds: Sequence[int]) -> "Errors":
+        """The seeds at these indices."""
+        return Errors({metric: counts[list(seeds)] for metric, counts in self.counts.items()})
+
+
+def middle_of(samples: np.ndarray) -> tuple[float, float]:
+    """The interval of the middle 95 % of the samples."""
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _counted(process: Any, references: Sequence[str], hypotheses: Sequence[str]) -> Int[np.ndarray, "utterances 2"]:
+    """Number of errors and reference length of each utterance."""
+    if not references or len(references) != len(hypotheses):
+        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
+    found = [process(*pair) for pair in zip(references, hypotheses, strict=True)]
+    errors = [one.substitutions + one.deletions + one.insertions for one in found]
+    lengths = [one.hits + one.substitutions + one.deletions for one in found]
+    return np.stack([errors, lengths], axis=1)
+
+
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
     """Error rates of `hypotheses` against `references`, which are in the same order.
 
     Raises:
         ValueError: if there are no references, or the lengths differ.
     """
-    words, characters = error_counts(references, hypotheses)
-    draws = np.random.default_rng(0).integers(len(references), size=(_RESAMPLES, len(references)))
-
-    def rate_and_interval(counts: np.ndarray) -> tuple[float, tuple[float, float]]:
-        drawn = counts[draws].sum(1)
-        low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-        return float(counts[:, 0].sum() / counts[:, 1].sum()), (float(low), float(high))
-
-    wer, wer_interval = rate_and_interval(words)
-    cer, cer_interval = rate_and_interval(characters)
-    num_words = int(words[:, 1].sum())
-    texts = list(references), list(hypotheses)
-    return ErrorRates(wer, cer, wer_interval, cer_interval, len(references), num_words, *texts)
-
-
-def error_counts(
-    references: Sequence[str], hypotheses: Sequence[str]
-) -> tuple[Int[np.ndarray, "utterances 2"], Int[np.ndarray, "utterances 2"]]:
-    """The number of errors and the reference length of each utterance, in words and in characters.
-
-    Raises:
-        ValueError: if there are no references, or the lengths differ.
-    """
-    if not references or len(references) != len(hypotheses):
-        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
-    counts = []
-    for process in (jiwer.process_words, jiwer.process_characters):
-        found = [process(*pair) for pair in zip(references, hypotheses, strict=True)]
-        errors = [one.substitutions + one.deletions + one.insertions for one in found]
-        lengths = [one.hits + one.substitutions + one.deletions for one in found]
-        counts.append(np.stack([errors, lengths], axis=1))
-    return counts[0], counts[1]
+    errors = Errors.of(references, [hypotheses])
+    rates = errors.rate("wer"), errors.rate("cer"), errors.interval("wer"), errors.interval("cer")
+    num_words = int(errors.counts["wer"][..., 1].sum())
+    return ErrorRates(*rates, len(references), num_words, list(references), list(hypotheses))
 
 
 def evaluate(recogniser: Recogniser, cuts: Iterable[Cut]) -> ErrorRates:

@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 from lhotse import CutSet, Recording
 
-from mapreuse.console import progress_bar
+from mapreuse.console import tracked
 from mapreuse_lab.training._audio import whole_cut
 from mapreuse_lab.training._features import resample
 from mapreuse_lab.training._files import write_whole
@@ -83,17 +83,15 @@ def synthesise(
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
     cuts = []
-    with progress_bar() as progress:
-        for number, text in enumerate(texts):
-            key = key_of(text, language, seed, sampling_rate)
-            path = directory / key[:2] / f"{key}.wav"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                samples, _ = speak(text, language, random.Random(key), sampling_rate)
-                write = partial(soundfile.write, data=samples, samplerate=sampling_rate, subtype="PCM_16")
-                write_whole(path, partial(write, format="WAV"))
-            cuts.append(whole_cut(Recording.from_file(path, recording_id=f"synthetic-{key}"), text, language))
-            progress(f"Synthesising speech ({language})", number + 1, len(texts))
+    for text in tracked(f"Synthesising speech ({language})", texts):
+        key = key_of(text, language, seed, sampling_rate)
+        path = directory / key[:2] / f"{key}.wav"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            samples, _ = speak(text, language, random.Random(key), sampling_rate)
+            write = partial(soundfile.write, data=samples, samplerate=sampling_rate, subtype="PCM_16")
+            write_whole(path, partial(write, format="WAV"))
+        cuts.append(whole_cut(Recording.from_file(path, recording_id=f"synthetic-{key}"), text, language))
     return CutSet.from_cuts(cuts)
 
 

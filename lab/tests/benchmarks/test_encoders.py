@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from mapreuse_lab import cli
-from mapreuse_lab.benchmarks import ENCODERS, bench_encoder, encoder_memory, open_encoder
+from mapreuse_lab.benchmarks import bench_encoder, open_encoder
+from mapreuse_lab.benchmarks._encoder_bench import ENCODERS, encoder_memory
 from mapreuse_lab.models import bert_base, conformer_m, plain_conformer_m
 from typer.testing import CliRunner
 
@@ -32,7 +33,7 @@ def shallow(monkeypatch):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_is_benched_by_length(name, shallow):
-    results = bench_encoder(name, (LENGTH,), repeats=1, plans=("full", "4x1"), kinds=("eager", "sdpa", "mapreuse"))
+    results = bench_encoder(name, (LENGTH,), repeats=1, plans="full,4x1", kinds=("eager", "sdpa", "mapreuse"))
     cells = results["batches"][str(LENGTH)]["contestants"]
 
     assert list(cells) == ["eager", "sdpa", "mapreuse full", "mapreuse 4x1"]
@@ -67,11 +68,12 @@ def test_flex_and_compiled_contestants_agree_with_the_others():
     # In a process of its own: the compiler cannot trace through the shape checks of the test run.
     program = f"""
 import dataclasses, json
-from mapreuse_lab.benchmarks import ENCODERS, bench_encoder
+from mapreuse_lab.benchmarks import bench_encoder
+from mapreuse_lab.benchmarks._encoder_bench import ENCODERS
 from mapreuse_lab.models import conformer_m
 ENCODERS["conformer-m"] = dataclasses.replace(ENCODERS["conformer-m"], build=lambda _: conformer_m(num_layers=1))
 kinds = ("sdpa", "sdpa+compile", "flex", "mapreuse+compile")
-results = bench_encoder("conformer-m", ({LENGTH},), repeats=1, kinds=kinds, plans=("full",))
+results = bench_encoder("conformer-m", ({LENGTH},), repeats=1, kinds=kinds, plans="full")
 print(json.dumps(results["batches"]["{LENGTH}"]))
 """
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)

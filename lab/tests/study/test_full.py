@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 
 import jiwer
 import pytest
-from mapreuse_lab.study import FullConfig, LongRecipe, Recipe, papers_page, read_results, run_full
+from mapreuse_lab.study import FullConfig, Recipe, papers_page, read_results, run_full
 from mapreuse_lab.study import _findings as findings
 from mapreuse_lab.study import _full as internals
 from mapreuse_lab.study import _runs as runs_internals
+from mapreuse_lab.study._runs import LongRecipe
 from mapreuse_lab.training import open_corpus
 
 from mapreuse.conversion import MIN_CONVERSION_BATCHES, Candidate
@@ -130,7 +131,7 @@ def test_every_technique_is_evaluated_timed_and_compared(done):
     flops = {name: technique["flops"]["50"] for name, technique in techniques.items()}
     assert flops["diagonal"] < flops["reuse-2x2"] < flops["full"]
     assert techniques["reuse-2x2"]["parameters"] < techniques["full"]["parameters"]
-    assert set(results["references"]) == {"transformers", "transformers + optimize"}
+    assert set(results["references"]) == {"sdpa", "sdpa+optimize"}
     assert results["config"] == asdict(CONFIG)
 
 

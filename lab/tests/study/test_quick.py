@@ -1,15 +1,19 @@
 """The quick study with a tiny recogniser on a few utterances."""
 
+import itertools
 import shlex
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from mapreuse_lab import cli
-from mapreuse_lab.study import FullConfig, QuickConfig, Recipe, read_results, run_quick, summary_tables, verdict
+from mapreuse_lab.study import QuickConfig, Recipe, read_results, run_quick, summary_tables, verdict
 from mapreuse_lab.study import _quick as internals
-from mapreuse_lab.study._results import full_command
 from mapreuse_lab.training import Recogniser, open_corpus
+
+from mapreuse import ReusePlan
+from mapreuse.measure import Similarity
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +50,9 @@ def timed(monkeypatch):
 
     def attention(title, encoder, features, **settings):
         done.append(title)
-        return {name: {"median": 1.0, "spread": 0.0} for name in ("transformers", "computing", "reusing")}
+        return {name: {"median": 1.0, "spread": 0.0} for name in ("sdpa", "computing", "reusing")}
 
-    monkeypatch.setattr(internals, "encoder_variants", lambda encoder, plans, optimized: {"transformers": 0, **plans})
+    monkeypatch.setattr(internals, "encoder_variants", lambda encoder, plans, optimized: {"sdpa": 0, **plans})
     monkeypatch.setattr(internals, "encoder_latency", encoder)
     monkeypatch.setattr(internals, "attention_latency", attention)
     monkeypatch.setattr(internals, "write_report", lambda *results: None)
@@ -70,10 +74,10 @@ def test_the_study_writes_all_results_and_a_report(config, small, tmp_path):
         assert variant["parameters"] < results["baseline"]["parameters"]
     for encoder, plans in (("recogniser", {"full", *names}), ("conformer-m", {"full", *names[:3]})):
         assert list(results["latency"][encoder]) == ["20", "40"]
-        optimized = {f"{name} + optimize" for name in ("transformers", "full", *names[:2])}
-        assert set(results["latency"][encoder]["20"]) == {"transformers", *plans, *optimized}
+        optimized = {f"{name}+optimize" for name in ("sdpa", "full", *names[:2])}
+        assert set(results["latency"][encoder]["20"]) == {"sdpa", *plans, *optimized}
         assert all(one["median"] > 0 for one in results["latency"][encoder]["20"].values())
-    assert set(results["attention"]["40"]) == {"transformers", "computing", "reusing"}
+    assert set(results["attention"]["40"]) == {"sdpa", "computing", "reusing"}
 
     assert read_results(tmp_path / "out") == results | {"config": results["config"] | {"lengths": [20, 40]}}
     text = (tmp_path / "out" / "report.md").read_text()
@@ -90,11 +94,10 @@ def test_a_second_call_repeats_nothing_and_another_machine_repeats_the_timing(
 ):
     config = replace(config, lengths=(20,))
     results = run(config, tmp_path)
-    assert results["command"] == f"mapreuse-lab study --preset quick --corpus prompts:en --model {config.baseline}"
     first = list(timed)
     assert first == ["latency-recogniser, T = 20", "latency-conformer-m, T = 20", "attention, T = 20"]
 
-    for name in ("evaluate", "similarity", "train"):
+    for name in ("evaluate", "analyze", "train"):
         monkeypatch.setattr(internals, name, None)
     capsys.readouterr()
     assert run(config, tmp_path) == results
@@ -107,17 +110,22 @@ def test_a_second_call_repeats_nothing_and_another_machine_repeats_the_timing(
     assert timed == first * 2
 
 
-def test_the_command_has_the_options_that_differ_from_their_defaults(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    quick = QuickConfig(corpus="cuts:my cuts", baseline="runs/mine", device="cuda")
-    assert internals.quick_command(quick) == (
-        "mapreuse-lab study --preset quick --corpus 'cuts:my cuts' --model runs/mine --device cuda"
-    )
-    full = FullConfig("librispeech:my data", "prompts:fr", recipe=Recipe(steps=7), device="cuda")
-    assert full_command(full) == (
-        "mapreuse-lab study --preset full --corpus 'librispeech:my data' --other-corpus prompts:fr "
-        "--steps 7 --device cuda"
-    )
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_by_similarity_are_the_best_of_all(seed):
+    measured = Similarity(torch.rand(6, 3, 6, 3, generator=torch.Generator().manual_seed(seed)), 100)
+    plan = internals.most_similar_heads(measured, ReusePlan.from_sources([0, 0, 2, 2, 2, 5]))
+    for layer, source in ((1, 0), (3, 2), (4, 2)):
+        for head, (from_layer, from_head) in enumerate(plan.heads(layer, 3)):
+            alike = measured.heads[source, :, layer, head]
+            assert (from_layer, alike[from_head]) == (source, alike.max())
+
+    def total(plan):
+        return sum(measured.layers[plan.sources(m)[0], m].item() for m in range(6) if plan.reuses(m))
+
+    cuts = itertools.product((True, False), repeat=5)
+    firsts = [[0, *(m for m, cut in enumerate(one, start=1) if cut)] for one in cuts if sum(one) == 2]
+    plans = [ReusePlan.from_sources([max(f for f in starts if f <= m) for m in range(6)]) for starts in firsts]
+    assert total(internals.most_similar_groups(measured, 3)) == max(map(total, plans))
 
 
 def test_a_recogniser_without_the_letters_of_the_corpus_is_refused_with_a_command_that_works(

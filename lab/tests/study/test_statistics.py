@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from mapreuse_lab.study._statistics import Errors, SeedNoise, difference, seed_noise, significance
+from mapreuse_lab.study._statistics import SeedNoise, difference, seed_noise, significance
+from mapreuse_lab.training import Errors
 
 REFERENCES = [f"one two three {number}" for number in range(40)]
 """Forty utterances of four words."""

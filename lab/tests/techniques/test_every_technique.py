@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from mapreuse_lab.techniques import TECHNIQUES, Technique, parse, study_techniques
+from mapreuse_lab.techniques import Technique, parse, study_techniques
+from mapreuse_lab.techniques._technique import TECHNIQUES
 from small_encoders import NUM_LAYERS, VARIANTS, batch, compressed, encoder, output, unchanged
 from transformers import ParakeetCTCConfig, ParakeetForCTC
 

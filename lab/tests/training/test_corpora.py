@@ -7,7 +7,9 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
-from mapreuse_lab.training import Corpus, CorpusError, normalise, open_corpus, split_by_transcript, waveform_of
+from mapreuse_lab.training import Corpus, CorpusError, open_corpus, waveform_of
+from mapreuse_lab.training._corpora import split_by_transcript
+from mapreuse_lab.training._normalise import normalise
 
 
 def texts(cuts) -> set[str]:

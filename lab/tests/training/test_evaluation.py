@@ -2,7 +2,8 @@ import re
 
 import jiwer
 import pytest
-from mapreuse_lab.training import BASELINE, error_rates, evaluate
+from mapreuse_lab.training import BASELINE, evaluate
+from mapreuse_lab.training._evaluation import error_rates
 
 PAGE = BASELINE / "README.md"
 REFERENCES = ["press one now", "the number is not valid", "goodbye"]

@@ -1,7 +1,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mapreuse_lab.training import LANGUAGES, alphabet, normalise
+from mapreuse_lab.training import alphabet
+from mapreuse_lab.training._normalise import LANGUAGES, normalise
 
 
 @pytest.mark.parametrize(

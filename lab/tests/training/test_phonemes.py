@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from mapreuse_lab.training import (
-    LANGUAGES,
-    PAUSE,
-    generate_sentences,
-    phoneme_batches,
-    speak_with_phonemes,
-    synthesise,
-)
+from mapreuse_lab.training import phoneme_batches
+from mapreuse_lab.training._normalise import LANGUAGES
+from mapreuse_lab.training._phonemes import PAUSE, speak_with_phonemes
+from mapreuse_lab.training._sentences import generate_sentences
+from mapreuse_lab.training._synthesis import synthesise
 
 from mapreuse.models import MapRecorder
 

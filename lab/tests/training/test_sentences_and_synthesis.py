@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapreuse_lab.training import LANGUAGES, evaluate, generate_sentences, normalise, synthesise
+from mapreuse_lab.training import evaluate
+from mapreuse_lab.training._normalise import LANGUAGES, normalise
+from mapreuse_lab.training._sentences import generate_sentences
+from mapreuse_lab.training._synthesis import synthesise
 from wordfreq import top_n_list
 
 

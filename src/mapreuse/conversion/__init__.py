@@ -1,6 +1,6 @@
 """How does a trained model become one that shares maps and stays good?"""
 
-from mapreuse.conversion._align import align, align_by, group_by, output_errors
+from mapreuse.conversion._align import align
 from mapreuse.conversion._distill import Distillation, DistillConfig, distill
 from mapreuse.conversion._evaluation import PlanEvaluator, hidden_state_error
 from mapreuse.conversion._output_dir import check_output, copy_companions
@@ -13,7 +13,7 @@ from mapreuse.conversion._pipeline import (
     parse_budget,
 )
 from mapreuse.conversion._refit import LayerRefit, refit
-from mapreuse.conversion._search import Candidate, relative_latencies, search, split_batches
+from mapreuse.conversion._search import Candidate, relative_latencies, search
 from mapreuse.conversion._search_heuristic import SearchHeuristic
 from mapreuse.conversion._training_loop import LoopConfig, TrainingLoop, TrainingState, checkpoints
 
@@ -31,19 +31,15 @@ __all__ = [
     "TrainingLoop",
     "TrainingState",
     "align",
-    "align_by",
     "check_output",
     "checkpoints",
     "convert",
     "convert_to_directory",
     "copy_companions",
     "distill",
-    "group_by",
     "hidden_state_error",
-    "output_errors",
     "parse_budget",
     "refit",
     "relative_latencies",
     "search",
-    "split_batches",
 ]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.conversion._validation import check_plan
 from mapreuse.data import check_precision
-from mapreuse.measure import Similarity, similarity
 from mapreuse.models import (
     MapRecorder,
     Unsupported,
@@ -24,17 +21,13 @@ from mapreuse.models import (
     plan_of,
     with_projections,
 )
-from mapreuse.plan import LayerSource, ReusePlan
+from mapreuse.plan import ReusePlan
 
 Head: TypeAlias = tuple[int, int]
 """Layer and head."""
 
-Mode = Literal["error", "best", "one-to-one"]
 
-
-def align(
-    original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], *, mode: Mode = "error"
-) -> ReusePlan:
+def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]]) -> ReusePlan:
     """Assign a source head to each head of the layers that reuse all their maps.
 
     Each head applies the source head that changes the output of its layer least:
@@ -48,35 +41,26 @@ def align(
         original: the model before `apply`; it is not changed.
         plan: which layers share. Layers planned head by head keep their assignment.
         batches: calibration batches, keyword dictionaries for the model's forward.
-        mode: "error" as above; "best" or "one-to-one" by the similarity of maps, see `align_by`.
 
     Returns:
         The plan, head by head.
 
     Raises:
-        ValueError: if there are no batches, the plan does not fit the model, the mode is unknown, the model has a
-            plan already, or it is in half precision on a CPU.
+        ValueError: if there are no batches, the plan does not fit the model, the model has a plan already, or it is
+            in half precision on a CPU.
     """
     check_plan(plan)
     check_precision(original)
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}: got {mode!r}")
     if plan_of(original) is not None:
         raise ValueError("the model shares attention maps already; align the heads of the original model instead")
-    if mode != "error":
-        return align_by(similarity(original, batches), plan, mode=mode)
-    _check_depth(plan, len(find_stack(original).layers))
+    if plan.num_layers != (num_layers := len(find_stack(original).layers)):
+        raise ValueError(f"the plan has {plan.num_layers} layers, but the model has {num_layers}")
     layers = list(plan.layers)
     sources = {layer: (source,) for layer, source in enumerate(plan.layers) if isinstance(source, int)}
     for layer, errors in output_errors(original, sources, batches).items():
         (source,) = sources[layer]
         layers[layer] = tuple((source, head) for head in errors[0].argmin(dim=0).tolist())
     return ReusePlan(tuple(layers))
-
-
-def _check_depth(plan: ReusePlan, num_layers: int) -> None:
-    if plan.num_layers != num_layers:
-        raise ValueError(f"the plan has {plan.num_layers} layers, but the model has {num_layers}")
 
 
 def output_errors(
@@ -155,54 +139,3 @@ def output_factors(
     heads = weight.detach().double().unflatten(0, (num_heads, dim))
     left, sizes, right = torch.linalg.svd(heads, full_matrices=False)
     return (left * sizes[:, None])[..., :max_rank], right[:, :max_rank]
-
-
-def align_by(measured: Similarity, plan: ReusePlan, *, mode: Literal["best", "one-to-one"] = "best") -> ReusePlan:
-    """Assign heads by the similarity of maps, in the layers that reuse all their maps.
-
-        assignment[l] = argmax Σ_h similarity(source(l), assignment[l][h]; l, h)
-
-    "best" maximises over all assignments, "one-to-one" over permutations of the source heads (Hungarian algorithm).
-    """
-    _check_depth(plan, len(measured.heads))
-    if mode not in ("best", "one-to-one"):
-        raise ValueError(f"mode must be best or one-to-one: got {mode!r}")
-    layers: list[LayerSource] = list(plan.layers)
-    for layer, source in enumerate(plan.layers):
-        if isinstance(source, int):
-            similarities = measured.heads[source, :, layer]  # source heads × heads
-            if mode == "best":
-                heads = similarities.argmax(dim=0).tolist()
-            else:
-                heads = linear_sum_assignment(similarities.T.numpy(), maximize=True)[1].tolist()
-            layers[layer] = tuple((source, head) for head in heads)
-    return ReusePlan(tuple(layers))
-
-
-def group_by(measured: Similarity, num_groups: int) -> ReusePlan:
-    """The plan of `num_groups` groups of consecutive layers with the most similar maps, heads assigned.
-
-    Maximises, over all ways to cut the layers into groups, the summed similarity of each reusing layer to the first
-    layer of its group, by dynamic programming over the first layer of the last group.
-    """
-    layers = measured.layers
-    num_layers = len(layers)
-    if not 1 <= num_groups <= num_layers:
-        raise ValueError(f"num_groups must be between 1 and the model's {num_layers} layers, got {num_groups}")
-
-    @functools.cache
-    def best(stop: int, groups: int) -> tuple[float, tuple[int, ...]]:
-        """The best grouping of the layers before `stop`: its similarity, and its first layers in reverse order."""
-        if groups == 0:
-            return 0.0, ()
-        options = []
-        for start in range(groups - 1, stop if groups > 1 else 1):
-            before, firsts = best(start, groups - 1)
-            options.append((before + float(layers[start, start + 1 : stop].sum()), (start, *firsts)))
-        return max(options)
-
-    firsts = best(num_layers, num_groups)[1]
-    return align_by(
-        measured,
-        ReusePlan.from_sources([max(first for first in firsts if first <= layer) for layer in range(num_layers)]),
-    )

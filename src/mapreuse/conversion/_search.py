@@ -99,8 +99,9 @@ def search(
         latency: stop at a plan with at most this latency, relative to the original's. Give this or `error`.
         error: stop when every extension has a greater error.
         metric: the error of a converted model, 0 for the original. None: `hidden_state_error` on the held-out
-        batches. timed: the batch to time, such as one of the size used in production. None: the calibration batch of
-            median size.
+            batches.
+        timed: the batch to time, such as one of the size used in production. None: the calibration batch of median
+            size.
         breadth: number of extensions evaluated in each step.
         cache: a file of evaluated plans, one JSON object per line. The same search continues from it. Only its first
             plan is evaluated again.

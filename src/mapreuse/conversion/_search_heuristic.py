@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mapreuse.console import progress_bar
+from mapreuse.console import tracked
 from mapreuse.conversion._align import Head, output_errors, output_factors
 from mapreuse.models import (
     MapRecorder,
@@ -25,8 +25,6 @@ from mapreuse.models import (
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
-
-Item = TypeVar("Item")
 
 _MAX_MAPS = 4
 """Maps tried for each head: those that change its layer's output least."""
@@ -142,8 +140,8 @@ class SearchHeuristic:
         sources = {layer: found for layer, found in possible_sources(original).items() if found}
         if not sources:
             raise ValueError(f"{type(original).__name__}: no two layers are of one kind, so none can share a map")
-        errors = output_errors(original, sources, _tracked("comparing maps", batches))
-        self._refit_errors = RefitErrors(original, errors, sources, _tracked("comparing outputs", batches))
+        errors = output_errors(original, sources, tracked("comparing maps", batches))
+        self._refit_errors = RefitErrors(original, errors, sources, tracked("comparing outputs", batches))
         self.sources = sources
         self.num_layers = len(find_stack(original).layers)
         self.num_heads = next(iter(errors.values())).shape[-1]
@@ -159,7 +157,7 @@ class SearchHeuristic:
     def _weights(self) -> dict[int, float]:
         """Growth of the model's error with each layer's output error."""
         original_error, found = self._evaluate(ReusePlan.full(self.num_layers)), {}
-        for layer in _tracked("measuring layers", list(self.sources)):
+        for layer in tracked("measuring layers", list(self.sources)):
             part = self._part(layer)
             error = self._evaluate(self.plan(part))
             found[layer] = max(error - original_error, 0.0) / max(self._output_error(part), 1e-9)
@@ -232,14 +230,6 @@ class SearchHeuristic:
             logger.info("the search leaves out plans in which only some heads of a layer reuse: %s", reason)
             return False
         return True
-
-
-def _tracked(description: str, items: Sequence[Item]) -> Iterator[Item]:
-    """The items, with a progress bar."""
-    with progress_bar(description) as progress:
-        for number, item in enumerate(items, start=1):
-            yield item
-            progress(description, number, len(items))
 
 
 def _parts(errors: Tensor, sources: tuple[int, ...]) -> dict[tuple[int, Head | None], int]:

@@ -25,6 +25,9 @@ from mapreuse.conversion._validation import digest
 _FORMAT = 2
 """Version of the checkpoints; mapreuse 0.1.0 wrote version 1."""
 
+_MAX_GRADIENT_NORM = 1.0
+"""Longer gradients are scaled down to this norm."""
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -39,7 +42,6 @@ class LoopConfig:
         learning_rate: peak learning rate.
         warmup: fraction of the budget, at least 0 and less than 1.
         weight_decay: of AdamW.
-        clip: maximum norm of the gradient.
         evaluate_every: steps between two evaluations.
         patience: training ends after this number of evaluations without improvement.
     """
@@ -49,7 +51,6 @@ class LoopConfig:
     learning_rate: float = 3e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
-    clip: float = 1.0
     evaluate_every: int = 50
     patience: int = 10
 
@@ -60,10 +61,10 @@ class LoopConfig:
             )
         if not 0 < (self.steps or self.seconds or 0) < math.inf:
             raise ValueError(f"the budget must be positive, finite: got steps={self.steps}, seconds={self.seconds}")
-        if not (0 <= self.warmup < 1 and min(self.learning_rate, self.clip) > 0 and self.weight_decay >= 0):
+        if not (0 <= self.warmup < 1 and self.learning_rate > 0 and self.weight_decay >= 0):
             raise ValueError(
-                "learning_rate and clip must be positive, weight_decay at least 0, warmup from 0 to less than 1: got "
-                f"{self.learning_rate}, {self.clip}, {self.weight_decay} and {self.warmup}"
+                "learning_rate must be positive, weight_decay at least 0, warmup from 0 to less than 1: got "
+                f"{self.learning_rate}, {self.weight_decay} and {self.warmup}"
             )
         if self.evaluate_every < 1 or self.patience < 1:
             raise ValueError(
@@ -98,7 +99,8 @@ class TrainingState:
         position: batches read in this epoch, by all processes together.
         epoch_progress: fraction of the budget used when the epoch began.
         history: one entry per evaluation: `step`, `elapsed`, the mean training `loss` since the last one, and
-        metrics. best_step: step of the best evaluation.
+            metrics.
+        best_step: step of the best evaluation.
         finished: whether the budget or the patience is used up.
         choices: decisions of the caller at the start of the run. A resumed run keeps them.
     """
@@ -246,7 +248,7 @@ class TrainingLoop:
             )
         self._accelerator.backward(loss)
         self._average_gradients()
-        self._accelerator.clip_grad_norm_(self._parameters, self._config.clip)
+        self._accelerator.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss.item()

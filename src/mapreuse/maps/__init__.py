@@ -7,7 +7,7 @@ from mapreuse.maps._operators import needs_plain_operators, plain_operators, pro
 from mapreuse.maps._scores import RelativePositions, Scores, as_index
 from mapreuse.maps._shared_maps import SharedMaps
 from mapreuse.maps._storage import STORAGES, compute
-from mapreuse.maps._storage_choice import MapCounts, StorageChoice, StorageCost, choose_storage
+from mapreuse.maps._storage_choice import MapCounts, StorageChoice
 
 __all__ = [
     "KERNEL_RANGE",
@@ -21,10 +21,8 @@ __all__ = [
     "Scores",
     "SharedMaps",
     "StorageChoice",
-    "StorageCost",
     "as_index",
     "attend",
-    "choose_storage",
     "compute",
     "is_clearly_faster",
     "needs_plain_operators",

@@ -40,7 +40,7 @@ class SharedMaps:
     Layers usually publish an `AttentionMap`, but any object will do.
 
     Args:
-        storage: one of `STORAGES`, or "auto" to let `choose_storage` decide when the first map is computed.
+        storage: one of `STORAGES`, or "auto" to choose the fastest when the first map is computed.
         counts: numbers of maps in the pass. Needed for "auto" and for a budget.
         budget: maximum size in bytes of the maps alive at once. None: no limit; for "auto", a quarter of the memory.
         retain: keep every map until the end of the pass. Passes with gradients need it: autograd keeps the maps

@@ -1,27 +1,23 @@
 """What does a model cost, and how similar are its attention maps?"""
 
-from mapreuse.measure._analysis import Analysis, Similarity, analyze, maps_by_sequence, similarity
+from mapreuse.measure._analysis import Analysis, Similarity, analyze, maps_by_sequence
 from mapreuse.measure._analysis_report import analysis_tables, write_analysis
 from mapreuse.measure._bench import bench, contestant_memory, disagreement
-from mapreuse.measure._bench_tables import bench_tables, latency_text, ratio_text
-from mapreuse.measure._breakdown import PARTS, Breakdown, LayerBreakdown, PartCost, breakdown
-from mapreuse.measure._breakdown_report import breakdown_data, breakdown_plot, breakdown_tables
-from mapreuse.measure._contestants import Contestant, split_plans, use_attention
+from mapreuse.measure._breakdown import PARTS, breakdown
+from mapreuse.measure._contestants import Contestant, use_attention
 from mapreuse.measure._flops import flop_counter
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
 from mapreuse.measure._machine import machine
 from mapreuse.measure._memory import memory_in_fresh_process, peak_memory
 from mapreuse.measure._page import Image, Section, write_page
+from mapreuse.measure._tables import bench_tables, breakdown_tables, latency_text, ratio_text
 
 __all__ = [
     "PARTS",
     "Analysis",
-    "Breakdown",
     "Contestant",
     "Image",
     "Latency",
-    "LayerBreakdown",
-    "PartCost",
     "Section",
     "Similarity",
     "analysis_tables",
@@ -29,8 +25,6 @@ __all__ = [
     "bench",
     "bench_tables",
     "breakdown",
-    "breakdown_data",
-    "breakdown_plot",
     "breakdown_tables",
     "contestant_memory",
     "cpu_threads",
@@ -42,8 +36,6 @@ __all__ = [
     "memory_in_fresh_process",
     "peak_memory",
     "ratio_text",
-    "similarity",
-    "split_plans",
     "time_interleaved",
     "use_attention",
     "write_analysis",

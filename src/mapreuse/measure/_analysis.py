@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mapreuse.console import ProgressCallback
+from mapreuse.console import tracked
 from mapreuse.models import MapRecorder, Recording, check_batch
 
 BLOCK_ROWS = 64
@@ -22,9 +21,6 @@ CURVE_STEPS = 20
 """Number of steps of r, from 0 to 1; see `Analysis.diagonality_curve`."""
 _MAX_COMPARED = 2**20
 """Maximum number of differences in memory at a time."""
-
-Measure = Callable[[Float[Tensor, "layers heads query key"]], Float[Tensor, "*measured"]]
-"""A measure of the maps of one sequence without its padding, summed over its queries, in float64."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,6 @@ def analyze(
     batches: Iterable[Mapping[str, Any]],
     *,
     epsilon: float = 0.02,
-    progress: ProgressCallback = lambda doing, done, total: None,
 ) -> Analysis:
     """Measure similarity, entropy, diagonality and concentration of all maps of `model`, in one pass.
 
@@ -95,7 +90,6 @@ def analyze(
         model: a model that `apply` accepts. It is not changed.
         batches: keyword dictionaries for the model's forward.
         epsilon: share of each row that concentration may drop.
-        progress: called after each batch with its number and the number of batches.
 
     Raises:
         ValueError: if there are no batches, a map is not finite, or epsilon is not between 0 and 1.
@@ -103,7 +97,19 @@ def analyze(
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
     measures = (summed_similarity, summed_entropy, summed_diagonality, partial(summed_shares, epsilon=epsilon))
-    means, num_queries = _mean_over_queries(model, batches, measures, progress)
+    recorder = MapRecorder(model, under_plan=True)
+    totals: list[Tensor | float] = [0.0] * len(measures)
+    num_queries = 0
+    for batch in tracked("Analyzing", batches):
+        check_batch(batch)
+        for _, rows, maps in maps_by_sequence(recorder(batch)):
+            totals = [total + measure(maps).cpu() for total, measure in zip(totals, measures, strict=True)]
+            num_queries += int(rows.sum())
+    if num_queries == 0:
+        raise ValueError(
+            "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
+        )
+    means = [(torch.as_tensor(total) / num_queries).float() for total in totals]
     similarities, (entropy, relative_entropy), diagonalities, concentration = means
     return Analysis(
         Similarity(similarities, num_queries),
@@ -114,16 +120,6 @@ def analyze(
         concentration,
         epsilon,
     )
-
-
-def similarity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Similarity:
-    """Similarity of all pairs of maps of `model`, averaged over the queries of `batches`.
-
-    Raises:
-        ValueError: if there are no batches, or a map is not finite.
-    """
-    (heads,), num_queries = _mean_over_queries(model, batches, [summed_similarity])
-    return Similarity(heads, num_queries)
 
 
 def maps_by_sequence(
@@ -144,29 +140,6 @@ def maps_by_sequence(
         if not bool(torch.isfinite(maps).all()):
             raise ValueError("an attention map is not finite: check the model's weights and the calibration batches")
         yield item, rows, maps
-
-
-def _mean_over_queries(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    measures: Sequence[Measure],
-    progress: ProgressCallback = lambda doing, done, total: None,
-) -> tuple[list[Float[Tensor, "*measured"]], int]:
-    """Mean of each measure, in float32, and the number of queries."""
-    recorder = MapRecorder(model, under_plan=True)
-    totals: list[Tensor | float] = [0.0] * len(measures)
-    num_queries, num_batches = 0, operator.length_hint(batches)
-    for done, batch in enumerate(batches, start=1):
-        check_batch(batch)
-        for _, rows, maps in maps_by_sequence(recorder(batch)):
-            totals = [total + measure(maps).cpu() for total, measure in zip(totals, measures, strict=True)]
-            num_queries += int(rows.sum())
-        progress(f"batch {done}", done, max(done, num_batches))
-    if num_queries == 0:
-        raise ValueError(
-            "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
-        )
-    return [(torch.as_tensor(total) / num_queries).float() for total in totals], num_queries
 
 
 def summed_similarity(maps: Float[Tensor, "layers heads query key"]) -> Float[Tensor, "layers heads layers heads"]:

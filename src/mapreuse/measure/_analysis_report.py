@@ -1,4 +1,4 @@
-"""Results of `analyze` as tables, JSON, heat maps and one page of HTML."""
+"""Results of `analyze` as tables, JSON and one page of HTML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +21,13 @@ from mapreuse.measure._page import Block, Section, write_page
 _log = logging.getLogger("mapreuse")
 
 _DIGITS = 4
-_MAX_PANELS = 4  # side by side
 _MAX_HEADS = 6  # side by side, in a terminal of 80 columns
-_MAX_LABELLED_CELLS = 150  # above it, numbers inside the cells of a heat map are unreadable
 _RANGES = torch.arange(CURVE_STEPS + 1) / CURVE_STEPS
 
 
 class _HeatMap(NamedTuple):
     """One or more matrices to show as colours, by title. Rows and columns count from 0; the last colour is 1."""
 
-    name: str
     title: str
     note: str
     panels: dict[str, Float[Tensor, "rows columns"]]
@@ -43,7 +39,6 @@ class _HeatMap(NamedTuple):
 def _heat_maps(analysis: Analysis) -> list[_HeatMap]:
     """Similarity of layers; entropy, diagonality and concentration of heads; heads of neighbouring layers."""
     similarity = _HeatMap(
-        "similarity",
         "Similarity of layers",
         "1 − total variation of two rows. Each head of the reusing layer is compared with its most similar head of "
         "the computing layer; the value is the mean over heads. Layers near 1 can share a map.",
@@ -52,14 +47,12 @@ def _heat_maps(analysis: Analysis) -> list[_HeatMap]:
         columns="reusing layer",
     )
     entropy = _HeatMap(
-        "entropy",
         "Entropy",
         "Mean entropy of a query's attention, divided by the logarithm of the number of keys: 0 if the query attends "
         "to one key, 1 if it attends to all keys equally.",
         {"": analysis.relative_entropy},
     )
     diagonality = _HeatMap(
-        "diagonality",
         "Diagonality",
         "Cumulative attention diagonality: 1 if all attention is on the diagonal, about 0.67 if it is uniform. "
         "Colours begin at 0.5.",
@@ -67,14 +60,12 @@ def _heat_maps(analysis: Analysis) -> list[_HeatMap]:
         first_colour=0.5,
     )
     concentration = _HeatMap(
-        "concentration",
         "Concentration",
         f"Share of the keys that {BLOCK_ROWS} neighbouring queries need to keep all but {analysis.epsilon:g} of each "
         "row's attention. It is the relative cost of a map that is stored as intervals.",
         {"": analysis.concentration},
     )
     neighbours = _HeatMap(
-        "neighbours",
         "Heads of neighbouring layers",
         "Similarity of each head of a layer to each head of the layer before it.",
         {f"layers {layer} and {layer + 1}": pair for layer, pair in enumerate(_neighbours(analysis))},
@@ -121,10 +112,10 @@ def analysis_tables(analysis: Analysis) -> list[Table]:
 
 
 def write_analysis(analysis: Analysis, directory: str | Path, *, model: str, calibration: str, command: str) -> None:
-    """Write `analysis.json`, the page `index.html`, and a PNG file of each heat map.
+    """Write `analysis.json` and the page `index.html`.
 
-    Figures and PNG files need `pip install 'mapreuse[plots]'`. Without it, a warning is logged and the rest is
-    written.
+    The heat maps of the page need `pip install 'mapreuse[plots]'`. Without it, a warning is logged and the page has
+    tables only.
 
     Keys of `analysis.json`, numbers rounded to 4 decimals: `schema` (1), `command`, `model`, `calibration` and
     `machine`; `num_queries`, the number of queries that the means are taken over; `similarity` with
@@ -147,17 +138,11 @@ def write_analysis(analysis: Analysis, directory: str | Path, *, model: str, cal
     text = innermost.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     (directory / "analysis.json").write_text(text + "\n", encoding="utf-8")
 
-    missing = [package for package in ("matplotlib", "plotly") if find_spec(package) is None]
-    if missing:
-        _log.warning(
-            "%s not installed: index.html has tables only, and no PNG files are written; "
-            "pip install 'mapreuse[plots]'",
-            " and ".join(missing),
-        )
-    sections = _sections(analysis, calibration, command, with_figures=not missing)
+    with_figures = find_spec("plotly") is not None
+    if not with_figures:
+        _log.warning("plotly is not installed: index.html has tables only; pip install 'mapreuse[plots]'")
+    sections = _sections(analysis, calibration, command, with_figures=with_figures)
     write_page(directory / "index.html", f"Attention maps of {model}", sections)
-    for shown in [] if missing else _heat_maps(analysis):
-        _save_png(shown, directory / f"{shown.name}.png")
 
 
 def _data(analysis: Analysis) -> dict[str, Any]:
@@ -226,34 +211,6 @@ def _diagonality_figure(analysis: Analysis) -> Block:
         for layer, (curve, colour) in enumerate(zip(curves, colours, strict=True))
     ]
     return Figure(lines, {"xaxis": {"title": "distance ÷ length"}, "yaxis": {"title": "share of attention"}})
-
-
-def _save_png(shown: _HeatMap, file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    num_columns = min(_MAX_PANELS, len(shown.panels))
-    num_rows = -(-len(shown.panels) // num_columns)
-    height, width = next(iter(shown.panels.values())).shape
-    size = (1.5 + num_columns * (0.8 + 0.36 * width), 0.8 + num_rows * (0.9 + 0.3 * height))
-    figure = Figure(figsize=(max(size[0], 4.5), size[1]), layout="constrained")
-    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel().tolist()
-    for axes, (title, values) in zip(grid, shown.panels.items(), strict=False):
-        image = axes.imshow(values.numpy(), vmin=shown.first_colour, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_title(title, fontsize="medium")
-        axes.set_xticks(range(width), [str(column) for column in range(width)], fontsize="small")
-        axes.set_yticks(range(height), [str(row) for row in range(height)], fontsize="small")
-        if height * width * len(shown.panels) <= _MAX_LABELLED_CELLS:
-            for row, column in product(range(height), range(width)):
-                value = values[row, column].item()
-                colour = "black" if image.norm(value) > 0.6 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    for axes in grid[len(shown.panels) :]:
-        axes.set_axis_off()
-    figure.suptitle(shown.title)
-    figure.supxlabel(shown.columns, fontsize="medium")
-    figure.supylabel(shown.rows, fontsize="medium")
-    figure.colorbar(image, ax=grid, label=shown.title.lower() if len(shown.panels) == 1 else "similarity")
-    figure.savefig(file, dpi=90, format="png")
 
 
 def _neighbours(analysis: Analysis) -> list[Float[Tensor, "heads heads"]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mapreuse.console import ProgressCallback
+from mapreuse.console import tracked
 from mapreuse.maps import STORAGES, StorageChoice, plain_operators
 from mapreuse.measure._contestants import (
     ATTENTIONS,
@@ -26,9 +25,8 @@ from mapreuse.measure._contestants import (
     Batch,
     Contestant,
     contestants,
-    default_plans,
     named_batches,
-    plan_of_notation,
+    split_plans,
 )
 from mapreuse.measure._flops import flop_counter
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
@@ -49,7 +47,7 @@ def bench(
     model: nn.Module,
     batches: Iterable[Batch] | Mapping[str, Batch],
     *,
-    plans: Sequence[str] = (),
+    plans: str = "",
     kinds: Sequence[str] = ("sdpa", "sdpa+optimize", "mapreuse", "mapreuse+optimize"),
     storages: Sequence[str] = ("dense",),
     attentions: Mapping[str, Attention] | None = None,
@@ -57,7 +55,6 @@ def bench(
     threads: int | None = None,
     training: bool = False,
     memory: Callable[[Contestant, str], int] | None = None,
-    progress: ProgressCallback = lambda doing, done, total: None,
 ) -> dict[str, Any]:
     """Measure the latency of a model as it is, with shared maps, and with other attention implementations.
 
@@ -69,7 +66,8 @@ def bench(
     Args:
         model: a model that `apply` accepts. It is not changed. Its device and dtype are those of the benchmark.
         batches: keyword dictionaries for the model's forward. Each is timed by itself. A mapping gives them names.
-        plans: notations for `ReusePlan.parse`, or "full". By default: full, groups of 2 and 4, and two groups.
+        plans: notations for `ReusePlan.parse`, separated by commas, such as "full,4x4". By default: full, groups of 2
+            and 4, and two groups.
         kinds: "eager" and "sdpa" (attention of `transformers`), a name in `attentions`, or "mapreuse"; each also with
             `+optimize` (see `optimize`), `+compile` (`torch.compile`), or both.
         storages: storages of shared maps, as for `apply`.
@@ -79,7 +77,6 @@ def bench(
         training: time forward and backward in training mode instead of a forward pass.
         memory: called with a contestant and the name of a batch to measure peak memory in bytes; see
             `memory_in_fresh_process` and `contestant_memory`.
-        progress: called with the current step, the number of finished calls, and the number of all calls.
 
     Returns:
         JSON-compatible results: `machine`, `model`, `config`, and for each name in `batches`:
@@ -101,18 +98,15 @@ def bench(
     for storage in storages:
         if storage not in (*STORAGES, "auto"):
             raise ValueError(f"storages must be some of {', '.join(STORAGES)}, auto; got {storage!r}")
-    num_layers = len(find_stack(model).layers)
-    plans = tuple(plans) or default_plans(num_layers)
-    for notation in plans:
-        plan_of_notation(notation, num_layers)
+    notations = split_plans(plans, len(find_stack(model).layers))
     attentions = ATTENTIONS | dict(attentions or {})
-    entries = contestants(kinds, plans, storages, attentions)
+    entries = contestants(kinds, notations, storages, attentions)
     named = named_batches(batches)
     if not named or not entries or not storages:
         raise ValueError("bench needs at least one batch, one contestant, one plan and one storage")
     parameter = next(model.parameters())
     settings = {
-        "plans": plans,
+        "plans": notations,
         "kinds": tuple(kinds),
         "storages": tuple(storages),
         "repeats": repeats,
@@ -121,11 +115,6 @@ def bench(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
     }
-    total, done = len(named) * len(entries) * (2 + repeats + (memory is not None)), itertools.count(1)
-
-    def advance(doing: str) -> None:
-        progress(doing, next(done), total)
-
     # Each contestant compiles its own code. Beyond the default limit, PyTorch would run the next ones uncompiled.
     limits: dict[str, Any] = {
         "recompile_limit": 1024,
@@ -133,7 +122,7 @@ def bench(
         "fail_on_recompile_limit_hit": True,
     }
     with cpu_threads(threads), torch._dynamo.config.patch(limits):
-        run = _Bench(model, entries, attentions, repeats, training, memory, advance)
+        run = _Bench(model, entries, attentions, repeats, training, memory)
         return {
             "schema": 2,
             "machine": machine(),
@@ -181,7 +170,6 @@ class _Bench:
     repeats: int
     training: bool
     memory: Callable[[Contestant, str], int] | None
-    advance: Callable[[str], object]
     models: dict[Contestant, nn.Module] = field(default_factory=dict)
 
     def on(self, name: str, batch: Batch) -> dict[str, Any]:
@@ -189,16 +177,15 @@ class _Bench:
         torch.compiler.reset()
         cells = {entry: asdict(entry) for entry in self.entries}
         if self.memory is not None:
-            for entry, cell in cells.items():
-                self.advance(f"memory of {entry.name}, {name}")
-                cell |= self._memory(entry, name)
+            for entry in tracked(f"Memory, {name}", self.entries):
+                cells[entry] |= self._memory(entry, name)
         calls = self._checked(name, batch, cells)
         graphs = _num_graphs()
         measured = time_interleaved(
             {entry.name: call for entry, call in calls.items()},
             repeats=self.repeats,
             device=next(self.model.parameters()).device.type,
-            advance=partial(self.advance, f"timing, {name}"),
+            title=f"Timing, {name}",
         )
         for entry in calls:
             cells[entry] |= measured[entry.name].data()
@@ -224,8 +211,8 @@ class _Bench:
         calls: dict[Contestant, Callable[[], object]] = {}
         references: dict[str, tuple[Contestant, Tensor, int | None]] = {}
         valid: Tensor | None = None
-        for entry, cell in cells.items():
-            self.advance(f"first run of {entry.name}, {name}")
+        for entry in tracked(f"First runs, {name}", self.entries):
+            cell = cells[entry]
             if "not_measured" in cell:
                 continue
             try:

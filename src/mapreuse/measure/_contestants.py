@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,6 @@ from mapreuse.plan import ReusePlan
 
 SHARING = "mapreuse"
 OPTIMIZE, COMPILE = "+optimize", "+compile"
-_GROUPS = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
 
 Batch = Mapping[str, Any]
 
@@ -71,7 +68,7 @@ class Contestant:
         """A copy of `model` that runs as this contestant does, uncompiled. Weights are shared where possible."""
         built = copy_with_same_weights(model)
         if self.kind == SHARING:
-            apply(built, plan_of_notation(self.plan, len(find_stack(model).layers)), storage=self.storage)
+            apply(built, ReusePlan.parse(self.plan, len(find_stack(model).layers)), storage=self.storage)
         else:
             attentions[self.kind](built)
         return optimize(built) if self.optimized else built
@@ -102,27 +99,11 @@ def contestants(
     return sorted(dict.fromkeys(found), key=lambda one: one.compiled)
 
 
-def plan_of_notation(notation: str, num_layers: int) -> ReusePlan:
-    """The plan of `num_layers` layers for "full" or a notation of `ReusePlan.parse`."""
-    if notation == "full":
-        return ReusePlan.full(num_layers)
-    plan = ReusePlan.parse(notation)
-    if plan.num_layers != num_layers:
-        raise ValueError(f"plan {notation!r} is for {plan.num_layers} layers, but the model has {num_layers}")
-    return plan
-
-
-def default_plans(num_layers: int) -> tuple[str, ...]:
-    """No reuse, groups of 2 and 4, and two groups, if they divide the number of layers."""
-    sizes = [size for size in (2, 4, num_layers // 2) if size > 1 and num_layers % size == 0]
-    return ("full", *dict.fromkeys(f"{size}x{num_layers // size}" for size in sizes))
-
-
 def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
-    """Several notations, separated by commas, as a list.
+    """The plans in a text, in which commas separate them; the default plans if it is empty.
 
-    A notation may contain commas. Groups belong to one plan until they have `num_layers` layers. A JSON plan ends at
-    its closing bracket.
+    The notation of a plan may contain commas too: groups belong to one plan until they have `num_layers` layers. By
+    default: no reuse, groups of 2 and 4, and two groups, if they divide the number of layers.
 
     Example:
         >>> split_plans("full,1x4,4x3,8x2", 16)
@@ -131,31 +112,23 @@ def split_plans(text: str, num_layers: int) -> tuple[str, ...]:
     Raises:
         ValueError: if a plan cannot be read, or does not have `num_layers` layers.
     """
-    plans: list[str] = []
-    groups: list[str] = []
-    rest = text.strip()
-    while rest:
-        if rest[0] in "[{" and not groups:
-            _, end = json.JSONDecoder().raw_decode(rest)
-            token, rest = rest[:end], rest[end:].lstrip(", ")
-        else:
-            token, _, rest = rest.partition(",")
-            token, rest = token.strip(), rest.strip()
-        group = _GROUPS.fullmatch(token)
-        if group is None and groups:
-            break
-        if group is None:
-            plans.append(token)
-            continue
-        groups.append(token)
-        if sum(int(size) * int(count) for size, count in _GROUPS.findall(",".join(groups))) >= num_layers:
-            plans.append(",".join(groups))
-            groups = []
-    if groups:
-        plans.append(",".join(groups))
-    for plan in plans:
-        plan_of_notation(plan, num_layers)
-    return tuple(plans)
+    plans, begun = list[str](), ""
+    for part in text.split(","):
+        begun = ",".join(filter(None, (begun, part.strip())))
+        if _has_all_layers(begun, num_layers):
+            plans.append(begun)
+            begun = ""
+    for plan in filter(None, (*plans, begun)):
+        ReusePlan.parse(plan, num_layers)
+    sizes = [size for size in (2, 4, num_layers // 2) if size > 1 and num_layers % size == 0]
+    return tuple(plans) or ("full", *dict.fromkeys(f"{size}x{num_layers // size}" for size in sizes))
+
+
+def _has_all_layers(notation: str, num_layers: int) -> bool:
+    try:
+        return notation == "full" or ReusePlan.parse(notation).num_layers >= num_layers
+    except ValueError:
+        return False
 
 
 def named_batches(batches: Iterable[Batch] | Mapping[str, Batch]) -> dict[str, Batch]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mapreuse.console import progress_bar
+
 _MAX_FACTOR = 4
 """For the sake of precision, up to this multiple of `repeats` is measured."""
 
@@ -66,7 +68,7 @@ def time_interleaved(
     warmup: int = 1,
     precision: float | None = None,
     device: str = "cpu",
-    advance: Callable[[], object] = lambda: None,
+    title: str = "Timing",
 ) -> dict[str, Latency]:
     """Time contestants by turns: `warmup` + `repeats` times, each of them is called in order.
 
@@ -79,14 +81,15 @@ def time_interleaved(
         warmup: number of turns before them.
         precision: repeat until the `uncertainty` of each contestant is at most this, up to four times `repeats`.
         device: "cpu", timed by the clock, or "cuda", timed by synchronised events.
-        advance: called after each turn, to show progress.
+        title: text before the progress bar.
 
     Returns:
         The latency of each contestant.
     """
     timer = _cuda_seconds if device == "cuda" else _cpu_seconds
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    with torch.inference_mode():
+    done, total = 0, (warmup + repeats) * len(contestants)
+    with torch.inference_mode(), progress_bar(title) as progress:
         for turn in itertools.count():
             if turn >= warmup + repeats and _are_enough(seconds, repeats, precision):
                 break
@@ -97,7 +100,8 @@ def time_interleaved(
                 taken = timer(call)
                 if counts:
                     seconds[name].append(taken)
-                advance()
+                done += 1
+                progress(title, done, max(done, total))
     return {name: Latency(tuple(taken)) for name, taken in seconds.items()}
 
 

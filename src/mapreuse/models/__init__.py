@@ -1,7 +1,7 @@
 """Where does attention live in a model family, and how is it made to share maps?"""
 
 from mapreuse.models import _fused, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
-from mapreuse.models._apply import applied_plans, apply, plan_of, with_projections
+from mapreuse.models._apply import apply, plan_of, with_projections
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._layout import LayerLayout, keeping_maps, layout_of
 from mapreuse.models._optimize import optimize, optimized
@@ -20,7 +20,6 @@ __all__ = [
     "MapRecorder",
     "Recording",
     "Unsupported",
-    "applied_plans",
     "apply",
     "check_batch",
     "copy_with_same_weights",
