@@ -80,16 +80,13 @@ BENCH_storage := --lengths 1000 --plans 4x4 --contestants mapreuse+optimize --st
 # Only on processors with fast bfloat16 products (AMX); on others it takes hours.
 BENCH_bfloat16 := --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,mapreuse --repeats 3
 
-speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long breakdown minilm concentration)
+speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long breakdown minilm)
 
 speed-breakdown: setup
 	$(BIN)/mapreuse-lab breakdown --threads 2 --lengths 1000,2000,3000 --plans full,4x4 --repeats 7 --json lab/results/speed/breakdown.json
 
 speed-long: setup
 	$(BIN)/python lab/experiments/long_audio.py
-
-speed-concentration: setup
-	$(BIN)/python lab/experiments/concentration.py $(TEXT_ENCODER)
 
 # A real sentence encoder, at three lengths of texts from Python's language reference.
 speed-minilm: setup

@@ -55,8 +55,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkey
 
 
 def test_a_text_encoder_is_analyzed_over_a_text_file(given, tmp_path, monkeypatch, capsys):
-    options = ["--out", tmp_path / "found", "--epsilon", "0.1"]
-    status, out, error = mapreuse(monkeypatch, capsys, "analyze", *given, *options)
+    status, out, error = mapreuse(monkeypatch, capsys, "analyze", *given, "--out", tmp_path / "found")
     data = json.loads((tmp_path / "found" / "analysis.json").read_text())
 
     assert (status, error) == (0, "")
@@ -64,7 +63,6 @@ def test_a_text_encoder_is_analyzed_over_a_text_file(given, tmp_path, monkeypatc
     assert str(tmp_path / "found" / "index.html") in out
     assert len(data["entropy"]["heads"]) == 3
     assert data["num_queries"] == 3 * (1 + 3 + 6 + 8 + 8 + 8)
-    assert data["concentration"]["epsilon"] == 0.1
     assert data["command"].startswith(f"mapreuse analyze {given[0]} --calibration ")
     found = analyze(open_model(given[0]).model, open_batches(open_model(given[0]), given[2]))
     assert data["diagonality"]["heads"][2][1] == pytest.approx(found.diagonality[2, 1].item(), abs=1e-4)
@@ -130,14 +128,6 @@ def test_an_output_that_cannot_be_made_is_refused_in_one_line(
     assert message in error
     assert "Errno" not in error
     assert (tmp_path / "afile").read_text() == "mine"
-
-
-def test_an_analysis_that_is_refused_leaves_nothing(given, tmp_path, monkeypatch, capsys):
-    options = ["--out", tmp_path / "maps", "--epsilon", "3"]
-    status, printed, error = mapreuse(monkeypatch, capsys, "analyze", *given, *options)
-    assert (status, printed, error.count("\n")) == (2, "", 1)
-    assert "epsilon" in error
-    assert not (tmp_path / "maps").exists()
 
 
 @pytest.mark.parametrize("place", ["", "0_Transformer"])

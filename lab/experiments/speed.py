@@ -32,11 +32,6 @@ SECTIONS = {
         "Latency of one layer's kernel, relative to the matrix products (PyTorch's, by MKL) that it has to do.",
     ),
     "breakdown": ("Where the time goes", "Share of a forward pass of Conformer-M, front end included."),
-    "concentration": (
-        "How concentrated maps are",
-        "Share of the keys that 64 neighbouring queries need for all but ε of each row's attention. Sparse\n"
-        "maps would save at most the rest of the product, so mapreuse does not store maps as intervals.",
-    ),
 }
 
 
@@ -122,16 +117,6 @@ def breakdown_table(results: Results) -> Table:
     return Table("", ["", *(f"{one['name']}, T = {one['batch']}" for one in breakdowns)], rows)
 
 
-def concentration_table(results: Results) -> Table:
-    """Concentration of each model's maps."""
-    rows = [
-        [name, epsilon, f"{found['mean']:.0%}", f"{found['minimum over heads']:.0%}"]
-        for name, model in results["models"].items()
-        for epsilon, found in model.items()
-    ]
-    return Table("", ["model", "ε", "mean", "minimum over heads"], rows)
-
-
 def long_table(results: Results) -> Table:
     """Time and memory of one pass over each recording."""
     rows = [
@@ -150,7 +135,6 @@ def long_table(results: Results) -> Table:
 OTHER_TABLES = {
     "kernels": kernel_table,
     "breakdown": breakdown_table,
-    "concentration": concentration_table,
     "long": long_table,
 }
 """Tables of the files that `mapreuse-lab bench` did not write."""

@@ -12,7 +12,6 @@ from mapreuse.cli import (
     Budget,
     Device,
     DistillSeconds,
-    Epsilon,
     JsonFile,
     Memory,
     Plan,
@@ -216,17 +215,16 @@ def analyze(
     corpus: Recordings,
     out: Annotated[Path, typer.Option(help="directory of the page and the results as JSON")],
     max_batches: MaxBatches = 64,
-    epsilon: Epsilon = 0.02,
 ) -> None:
     """Measure a recogniser's attention maps on recordings, or on the dev part of a corpus.
 
-    The page shows the similarity of layers and heads, entropy, diagonality and concentration.
+    The page shows the similarity of layers and heads, entropy and diagonality.
     """
     from mapreuse_lab.training import speech_batches
 
     recogniser = _load(model)
     batches = speech_batches(recogniser, corpus, max_batches=max_batches)
-    analyze_model(recogniser.model, batches, out, epsilon, model=model, calibration=corpus, program="mapreuse-lab")
+    analyze_model(recogniser.model, batches, out, model=model, calibration=corpus, program="mapreuse-lab")
 
 
 @app.command()

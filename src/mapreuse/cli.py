@@ -82,7 +82,6 @@ ProfiledContestants = Annotated[
     str, typer.Option(help="what to measure: some of eager, sdpa, mapreuse, each also with +optimize")
 ]
 ProfiledCalls = Annotated[int, typer.Option("--repeats", help="number of profiled calls")]
-Epsilon = Annotated[float, typer.Option(help="share of each row's attention that concentration may drop")]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -195,14 +194,13 @@ def analyze(
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
-    epsilon: Epsilon = 0.02,
 ) -> None:
-    """Measure a model's attention maps: similarity of layers, entropy, diagonality and concentration.
+    """Measure a model's attention maps: similarity of layers, entropy and diagonality.
 
     Layers with similar maps can share one. The heat maps of the page need the extra plots of mapreuse.
     """
     opened, batches = _calibrated(model, calibration, max_batches, stack, float32=float32)
-    analyze_model(opened.part, batches, out, epsilon, model=model, calibration=calibration, program="mapreuse")
+    analyze_model(opened.part, batches, out, model=model, calibration=calibration, program="mapreuse")
 
 
 @app.command()
@@ -240,14 +238,12 @@ def convert(
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
-def analyze_model(
-    part: Module, batches: Batches, out: Path, epsilon: float, *, model: str, calibration: str, program: str
-) -> None:
+def analyze_model(part: Module, batches: Batches, out: Path, *, model: str, calibration: str, program: str) -> None:
     """The command `analyze` of both programs, for an opened model."""
     from mapreuse import measure
 
     check_writable_directory("--out", out)
-    found = measure.analyze(part, batches, epsilon=epsilon)
+    found = measure.analyze(part, batches)
     measure.write_analysis(found, out, model=model, calibration=calibration, command=command_line(program))
     show_tables(measure.analysis_tables(found))
     console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)

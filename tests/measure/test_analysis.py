@@ -9,7 +9,7 @@ from families import build
 from torch import nn
 
 from mapreuse.measure import analyze
-from mapreuse.measure._analysis import summed_diagonality, summed_entropy, summed_shares, summed_similarity
+from mapreuse.measure._analysis import summed_diagonality, summed_entropy, summed_similarity
 from mapreuse.models import MapRecorder
 
 CURVE = range(21)
@@ -40,15 +40,13 @@ def diagonality_and_curve(maps):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "parakeet"])
-def test_entropy_diagonality_and_concentration_are_means_over_rows_that_are_not_padding(family):
+def test_entropy_and_diagonality_are_means_over_rows_that_are_not_padding(family):
     model, batch = build(family)
-    found = analyze(model, [batch], epsilon=0.1)
+    found = analyze(model, [batch])
     sequences = list(maps_without_padding(model, batch))
     num_queries = sum(maps.shape[-1] for maps in sequences)
 
     assert found.similarity.num_queries == num_queries
-    shares = sum(summed_shares(maps, 0.1) for maps in sequences)
-    torch.testing.assert_close(found.concentration, (shares / num_queries).float())
     for layer, head in itertools.product(range(4), range(4)):
         nats, relative = [], []
         for maps in sequences:
@@ -92,28 +90,6 @@ def test_a_uniform_map_has_the_entropy_of_all_its_keys_and_known_diagonality(len
     assert (nats, relative) == pytest.approx((math.log(length), 1))
     assert area == pytest.approx(1 - (length + 1) / (3 * length))
     assert (curve[0], curve[-1]) == pytest.approx((1 / length, 1))
-
-
-def shares(rows, epsilon, block_rows):
-    return (summed_shares(rows[None, None], epsilon, block_rows) / len(rows)).item()
-
-
-def test_a_uniform_map_needs_nearly_all_keys_and_a_diagonal_map_as_many_as_a_block_has_rows():
-    assert shares(torch.full((8, 100), 0.01), 0.1, 4) == pytest.approx(0.91, abs=0.011)
-    assert shares(torch.eye(20), 0.1, 1) == pytest.approx(1 / 20)
-    assert shares(torch.eye(20), 0.1, 5) == pytest.approx(5 / 20)
-
-
-def test_the_keys_of_a_block_are_the_interval_that_a_search_finds():
-    rows = torch.softmax(4 * torch.randn(6, 30, generator=torch.Generator().manual_seed(0)), -1)
-    needed = []
-    for row in rows:
-        first = next(a for a in range(30) if row[: a + 1].sum() > 0.1)
-        last = next(b for b in range(29, -1, -1) if row[b:].sum() > 0.1)
-        needed.append((first, last))
-    expected = max(last for _, last in needed) - min(first for first, _ in needed) + 1
-
-    assert shares(rows, 0.2, 6) == pytest.approx(expected / 30)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -186,7 +162,6 @@ def test_batches_run_once_in_any_division(monkeypatch):
         (found.similarity.heads, whole.similarity.heads),
         (found.entropy, whole.entropy),
         (found.diagonality, whole.diagonality),
-        (found.concentration, whole.concentration),
     ):
         torch.testing.assert_close(one, other)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -200,9 +175,3 @@ def test_no_batches_and_maps_that_are_not_finite_are_refused():
         model.encoder.layer[2].attention.self.query.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         analyze(model, [batch])
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 1.0])
-def test_an_epsilon_outside_0_and_1_is_refused_before_anything_runs(epsilon):
-    with pytest.raises(ValueError, match=rf"epsilon must be between 0 and 1, got {epsilon}"):
-        analyze(nn.Identity(), [], epsilon=epsilon)

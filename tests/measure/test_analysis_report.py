@@ -15,7 +15,7 @@ NAMES = {"model": "a <model>", "calibration": "some & texts", "command": "mapreu
 @pytest.fixture(scope="module")
 def analysis():
     model, batch = build("bert")
-    return analyze(model, [batch], epsilon=0.1)
+    return analyze(model, [batch])
 
 
 def test_json_and_page_are_written_and_hold_the_measures(analysis, tmp_path):
@@ -32,13 +32,12 @@ def test_json_and_page_are_written_and_hold_the_measures(analysis, tmp_path):
         (data["entropy"]["relative"], analysis.relative_entropy),
         (data["diagonality"]["heads"], analysis.diagonality),
         (data["diagonality"]["curve"], analysis.diagonality_curve),
-        (data["concentration"]["heads"], analysis.concentration),
     ):
         torch.testing.assert_close(torch.tensor(value), expected, atol=0.5001e-4, rtol=0)
-    assert (data["num_queries"], data["concentration"]["epsilon"], data["command"]) == (16, 0.1, NAMES["command"])
+    assert (data["num_queries"], data["command"]) == (16, NAMES["command"])
     assert "<h1>Attention maps of a &lt;model&gt;</h1>" in page
     assert "some &amp; texts" in page
-    assert page.count("Plotly.newPlot(") >= 4 + 3 + 1, "four measures, three pairs of layers, and the curves"
+    assert page.count("Plotly.newPlot(") >= 3 + 3 + 1, "three measures, three pairs of layers, and the curves"
 
 
 def test_without_plotly_tables_and_json_are_written_and_a_line_names_what_is_missing(
@@ -61,7 +60,7 @@ def test_tables_match_each_head_with_the_most_similar_head_of_the_layer_before(a
     for layer, head in ((1, 0), (3, 2)):
         alike = analysis.similarity.heads[layer - 1, :, layer, head]
         assert matches.rows[layer - 1][head + 1] == f"{alike.argmax()}: {alike.max():.2f}"
-    assert [table.title for table in rest] == ["Entropy", "Diagonality", "Concentration"]
+    assert [table.title for table in rest] == ["Entropy", "Diagonality"]
     assert rest[1].rows[2][1:] == [f"{value:.2f}" for value in analysis.diagonality[2].tolist()]
 
 
@@ -71,7 +70,7 @@ def test_a_model_of_one_layer_has_no_neighbours_to_show(tmp_path):
     found = analyze(model, [batch])
     write_analysis(found, tmp_path, **NAMES)
 
-    assert len(analysis_tables(found)) == 4
+    assert len(analysis_tables(found)) == 3
     page = (tmp_path / "index.html").read_text()
     assert "Layers: 1; heads in each: 4" in page
     assert "Heads of neighbouring layers" not in page

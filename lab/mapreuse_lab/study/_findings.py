@@ -64,7 +64,6 @@ def _similarity(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[
         "layers": _rounded(found.similarity.layers),
         "diagonality": _rounded(found.diagonality),
         "entropy": _rounded(found.relative_entropy),
-        "concentration": _rounded(found.concentration),
     }
 
 

@@ -50,7 +50,7 @@ _ENCODERS = {
 }
 """Titles of the latency tables of the quick study."""
 
-_MEASURES = {"Diagonality": "diagonality", "Relative entropy": "entropy", "Concentration": "concentration"}
+_MEASURES = {"Diagonality": "diagonality", "Relative entropy": "entropy"}
 """Heat maps of heads in the full study, and their fields in the results."""
 
 _TITLES = {
@@ -242,8 +242,7 @@ def _similarity(results: Results) -> Section:
     note = (
         "Maps of full attention. Similarity of layers: 1 − total variation of two rows, each head compared with its "
         "most similar head. Diagonality: about 0.67 for uniform attention. Relative entropy: 1 for uniform "
-        "attention. Concentration: share of the keys that neighbouring queries need to keep nearly all of each "
-        "row's mass."
+        "attention."
     )
     blocks = [note, heat_maps(panels), similarity_table(found), Image("similarity.png", "Similarity")]
     return Section("Similarity of attention maps", blocks)

@@ -1,11 +1,10 @@
-"""Similarity, entropy, diagonality and concentration of attention maps, measured in one pass."""
+"""Similarity, entropy and diagonality of attention maps, measured in one pass."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 from mapreuse.console import tracked
 from mapreuse.models import MapRecorder, Recording, check_batch
 
-BLOCK_ROWS = 64
-"""Number of neighbouring queries whose maps are stored as one interval of keys; see `Analysis.concentration`."""
 CURVE_STEPS = 20
 """Number of steps of r, from 0 to 1; see `Analysis.diagonality_curve`."""
 _MAX_COMPARED = 2**20
@@ -63,10 +60,6 @@ class Analysis:
 
             A diagonal map has diagonality 1, a uniform map 1 − (T + 1) / 3T, about two thirds for long sequences.
         diagonality_curve: C(r) for r = 0, 0.05, …, 1.
-        concentration: share of its keys that a map needs, if a share ε of each row may be dropped. 64 neighbouring
-            queries need the shortest interval of keys from which at most ε/2 of each row is cut off at either end.
-            Its length is the relative cost of products with a map that is stored as intervals.
-        epsilon: ε.
     """
 
     similarity: Similarity
@@ -74,29 +67,19 @@ class Analysis:
     relative_entropy: Float[Tensor, "layers heads"]
     diagonality: Float[Tensor, "layers heads"]
     diagonality_curve: Float[Tensor, "layers heads points"]
-    concentration: Float[Tensor, "layers heads"]
-    epsilon: float
 
 
-def analyze(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    epsilon: float = 0.02,
-) -> Analysis:
-    """Measure similarity, entropy, diagonality and concentration of all maps of `model`, in one pass.
+def analyze(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Analysis:
+    """Measure similarity, entropy and diagonality of all maps of `model`, in one pass.
 
     Args:
         model: a model that `apply` accepts. It is not changed.
         batches: keyword dictionaries for the model's forward.
-        epsilon: share of each row that concentration may drop.
 
     Raises:
-        ValueError: if there are no batches, a map is not finite, or epsilon is not between 0 and 1.
+        ValueError: if there are no batches, or a map is not finite.
     """
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
-    measures = (summed_similarity, summed_entropy, summed_diagonality, partial(summed_shares, epsilon=epsilon))
+    measures = (summed_similarity, summed_entropy, summed_diagonality)
     recorder = MapRecorder(model, under_plan=True)
     totals: list[Tensor | float] = [0.0] * len(measures)
     num_queries = 0
@@ -110,16 +93,9 @@ def analyze(
             "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
         )
     means = [(torch.as_tensor(total) / num_queries).float() for total in totals]
-    similarities, (entropy, relative_entropy), diagonalities, concentration = means
-    return Analysis(
-        Similarity(similarities, num_queries),
-        entropy,
-        relative_entropy,
-        diagonalities[..., 0],
-        diagonalities[..., 1:],
-        concentration,
-        epsilon,
-    )
+    heads, (entropy, relative_entropy), diagonalities = means
+    similarity = Similarity(heads, num_queries)
+    return Analysis(similarity, entropy, relative_entropy, diagonalities[..., 0], diagonalities[..., 1:])
 
 
 def maps_by_sequence(
@@ -184,19 +160,3 @@ def _mass_by_distance(
     mass = diagonals[..., size - 1 :].clone()
     mass[..., 1:] += diagonals[..., : size - 1].flip(-1)
     return mass
-
-
-def summed_shares(
-    maps: Float[Tensor, "layers heads query key"], epsilon: float, block_rows: int = BLOCK_ROWS
-) -> Float[Tensor, "layers heads"]:
-    """Share of keys that each map of one sequence needs, summed over its queries."""
-    num_keys = maps.shape[-1]
-    cumulated = maps.double().cumsum(-1)
-    first = (cumulated <= epsilon / 2).sum(-1)  # first needed key
-    last = num_keys - (cumulated[..., -1:] - cumulated <= epsilon / 2).sum(-1)  # last needed key
-    summed = torch.zeros(maps.shape[:2], dtype=torch.float64, device=maps.device)
-    for start in range(0, maps.shape[2], block_rows):
-        rows = slice(start, start + block_rows)
-        kept = last[..., rows].amax(-1) + 1 - first[..., rows].amin(-1)
-        summed += kept.clamp(max=num_keys) / num_keys * first[..., rows].shape[-1]
-    return summed

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mapreuse.console import Table
-from mapreuse.measure._analysis import BLOCK_ROWS, CURVE_STEPS, Analysis
+from mapreuse.measure._analysis import CURVE_STEPS, Analysis
 from mapreuse.measure._machine import machine
 from mapreuse.measure._page import Block, Section, write_page
 
@@ -37,7 +37,7 @@ class _HeatMap(NamedTuple):
 
 
 def _heat_maps(analysis: Analysis) -> list[_HeatMap]:
-    """Similarity of layers; entropy, diagonality and concentration of heads; heads of neighbouring layers."""
+    """Similarity of layers; entropy and diagonality of heads; heads of neighbouring layers."""
     similarity = _HeatMap(
         "Similarity of layers",
         "1 − total variation of two rows. Each head of the reusing layer is compared with its most similar head of "
@@ -59,12 +59,6 @@ def _heat_maps(analysis: Analysis) -> list[_HeatMap]:
         {"": analysis.diagonality},
         first_colour=0.5,
     )
-    concentration = _HeatMap(
-        "Concentration",
-        f"Share of the keys that {BLOCK_ROWS} neighbouring queries need to keep all but {analysis.epsilon:g} of each "
-        "row's attention. It is the relative cost of a map that is stored as intervals.",
-        {"": analysis.concentration},
-    )
     neighbours = _HeatMap(
         "Heads of neighbouring layers",
         "Similarity of each head of a layer to each head of the layer before it.",
@@ -72,7 +66,7 @@ def _heat_maps(analysis: Analysis) -> list[_HeatMap]:
         rows="head of the layer before",
         columns="head of the layer",
     )
-    return [shown for shown in (similarity, entropy, diagonality, concentration, neighbours) if shown.panels]
+    return [shown for shown in (similarity, entropy, diagonality, neighbours) if shown.panels]
 
 
 def analysis_tables(analysis: Analysis) -> list[Table]:
@@ -85,17 +79,12 @@ def analysis_tables(analysis: Analysis) -> list[Table]:
             f"{analysis.entropy[layer].mean().item():.2f}",
             *(
                 f"{heads.mean().item():.2f} ({heads.min().item():.2f} to {heads.max().item():.2f})"
-                for heads in (
-                    analysis.relative_entropy[layer],
-                    analysis.diagonality[layer],
-                    analysis.concentration[layer],
-                )
+                for heads in (analysis.relative_entropy[layer], analysis.diagonality[layer])
             ),
         ]
         for layer in range(len(layers))
     ]
-    header = ["layer", "similarity to the layer before", "entropy (nats)", "relative entropy"]
-    header += ["diagonality", f"keys needed, ε = {analysis.epsilon:g}"]
+    header = ["layer", "similarity to the layer before", "entropy (nats)", "relative entropy", "diagonality"]
     note = f"Mean over heads (minimum to maximum), over {analysis.similarity.num_queries} queries."
     tables = [Table("Layers", header, rows, [note])]
     matches = []
@@ -120,8 +109,8 @@ def write_analysis(analysis: Analysis, directory: str | Path, *, model: str, cal
     Keys of `analysis.json`, numbers rounded to 4 decimals: `schema` (1), `command`, `model`, `calibration` and
     `machine`; `num_queries`, the number of queries that the means are taken over; `similarity` with
     `layers[computing][reusing]` and `heads[layer][head][layer][head]`; `entropy` with `heads` (nats) and `relative`;
-    `diagonality` with `heads`, and `curve[layer][head]` at `ranges`; `concentration` with `heads`, `epsilon` and
-    `block_rows`. `heads` and `relative` are `[layer][head]`; layers and heads count from 0.
+    `diagonality` with `heads`, and `curve[layer][head]` at `ranges`. `heads` and `relative` are `[layer][head]`;
+    layers and heads count from 0.
 
     Args:
         analysis: from `analyze`.
@@ -157,11 +146,6 @@ def _data(analysis: Analysis) -> dict[str, Any]:
             "heads": rounded(analysis.diagonality),
             "ranges": rounded(_RANGES),
             "curve": rounded(analysis.diagonality_curve),
-        },
-        "concentration": {
-            "heads": rounded(analysis.concentration),
-            "epsilon": analysis.epsilon,
-            "block_rows": BLOCK_ROWS,
         },
     }
 
