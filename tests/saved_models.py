@@ -4,7 +4,7 @@ import torch
 import transformers as tf
 from families import SIZE, build
 
-from mapreuse.models import applied_plans
+from mapreuse.models._apply import applied_plans
 
 
 def plans_in(model):
