@@ -11,9 +11,10 @@ from saved_models import sequence_to_sequence
 
 import mapreuse as mr
 
+HEADS, IN_PART = PLANS["other heads"], PLANS["in part"]
 CONVERTED = {
-    "whisper": (["encoder"], tf.AutoModelForSpeechSeq2Seq),
-    "bart": (["encoder", "decoder"], tf.AutoModelForSeq2SeqLM),
+    "whisper": ({"encoder": HEADS}, tf.AutoModelForSpeechSeq2Seq),
+    "bart": ({"encoder": IN_PART, "decoder": HEADS}, tf.AutoModelForSeq2SeqLM),
 }
 
 
@@ -21,8 +22,8 @@ def converted(name, *, seed=0):
     model, batch = sequence_to_sequence(name)
     torch.manual_seed(seed)
     model.init_weights()
-    for stack in CONVERTED[name][0]:
-        mr.apply(getattr(model.model, stack), PLANS["in part"])
+    for stack, plan in CONVERTED[name][0].items():
+        mr.apply(getattr(model.model, stack), plan)
     return model, batch
 
 
@@ -65,8 +66,8 @@ def test_a_checkpoint_is_opened_and_resumed(tmp_path, name, caplog, monkeypatch)
 
     opened = CONVERTED[name][1].from_pretrained(tmp_path / "checkpoint-2")
     torch.testing.assert_close(logits(opened, batch), expected, atol=1e-6, rtol=0)
-    for stack in CONVERTED[name][0]:
-        assert mr.plan_of(getattr(opened.model, stack)) == PLANS["in part"]
+    for stack, plan in CONVERTED[name][0].items():
+        assert mr.plan_of(getattr(opened.model, stack)) == plan
 
     other, _ = converted(name, seed=1)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
