@@ -21,7 +21,7 @@ import mapreuse as mr
 GROUPS, HEADS, IN_PART = PLANS["groups of 2"], PLANS["other heads"], PLANS["in part"]
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", ["full", "groups of 2", "two sources", "in part"])
 def test_from_pretrained_gives_the_saved_model_back(tmp_path, family, plan):
