@@ -43,6 +43,7 @@ def difference(family, way):
         model, batch = build(family)
         budget = 1 if way == "over its budget" else None
         mr.apply(model, PLANS["two sources"], memory_budget=budget)
+    mr.optimize(model)
     # The encoder of torch and the error about a budget stay outside graphs.
     whole = way == "compiled whole" or (family != "torch" and "budget" not in way)
     with torch.set_grad_enabled(way == "compiled in training"):
