@@ -149,7 +149,7 @@ def test_a_directory_that_mapreuse_0_1_0_saved_still_opens(tmp_path):
     torch.testing.assert_close(states, torch.tensor([-1.5749, 0.0597, 0.1603, -0.3018]), atol=1e-4, rtol=0)
     assert_same_model(save_and_load(model, tmp_path), model)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["version"] == 4
+    assert config["version"] == 5
 
 
 @pytest.fixture

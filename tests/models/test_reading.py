@@ -36,7 +36,7 @@ from transformers.models.swin.modeling_swin import SwinAttention
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
 
 import mapreuse as mr
-from mapreuse.models import Unsupported
+from mapreuse.models import Unsupported, find_stack, output_projection
 from mapreuse.models._adapters import attention_form
 from mapreuse.models._reading import AttentionForm, read_attention
 from mapreuse.models._source import fingerprint_of
@@ -139,10 +139,34 @@ def test_attributes_used_by_a_method_have_the_role_of_its_caller(monkeypatch):
     model(**batch)
 
 
-def test_a_parameter_that_spans_all_heads_cannot_compute_in_part(monkeypatch):
-    model, _ = scaled(monkeypatch, 32)
-    with pytest.raises(Unsupported, match=r"layer 1 \(FaithfulAttention\): scale spans all heads"):
-        mr.apply(model, PLANS["in part"])
+def defined_in_part(model, batch):
+    """The output of the model under a plan in part, by the definition."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    return defined_output(eager, batch, PLANS["in part"])
+
+
+@torch.no_grad()
+def test_a_parameter_that_spans_all_heads_stays_whole_in_a_layer_that_computes_in_part(monkeypatch):
+    model, batch = scaled(monkeypatch, 32)
+    for layer in model.layers:
+        nn.init.normal_(layer.self_attn.scale)
+    reference = defined_in_part(model, batch)
+    mr.apply(model, PLANS["in part"])
+    assert model.layers[1].self_attn.q_proj.out_features == 32
+    assert disagreement(model(**batch).last_hidden_state, reference, batch["attention_mask"].bool()) <= 1e-4
+
+
+@torch.no_grad()
+def test_a_forward_with_a_fixed_number_of_heads_projects_them_all(monkeypatch):
+    old = "self.q_proj(hidden_states).view(hidden_shape)"
+    new = "self.q_proj(hidden_states).view(*input_shape, self.config.num_attention_heads, self.head_dim)"
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, old, new))
+    model, batch = faithful_llama()
+    reference = defined_in_part(model, batch)
+    mr.apply(model, PLANS["in part"])
+    assert model.layers[1].self_attn.q_proj.out_features == 32
+    assert disagreement(model(**batch).last_hidden_state, reference, batch["attention_mask"].bool()) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -158,14 +182,16 @@ def test_an_attention_without_its_projections_as_modules_is_refused(monkeypatch,
         mr.apply(faithful_llama()[0], mr.ReusePlan.grouped(4, 2))
 
 
-def test_keys_from_two_projections_cannot_be_computed_in_part_and_are_both_removed(monkeypatch):
+def test_keys_from_two_projections_stay_whole_or_are_both_removed(monkeypatch):
     new = "self.k_proj(self.k_a_proj(hidden_states))"
     monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, "self.k_proj(hidden_states)", new))
-    model, _ = faithful_llama()
+    model, batch = faithful_llama()
     for layer in model.layers:
         layer.self_attn.k_a_proj = nn.Linear(32, 32)
-    with pytest.raises(Unsupported, match=r"layer 1 .*: partial reuse needs one plain projection each"):
-        mr.apply(model, PLANS["in part"])
+    with torch.no_grad():
+        reference = defined_in_part(model, batch)
+        output = mr.apply(copy.deepcopy(model), PLANS["in part"])(**batch).last_hidden_state
+    assert disagreement(output, reference, batch["attention_mask"].bool()) <= 1e-4
     mr.apply(model, mr.ReusePlan.grouped(4, 2))
     assert not {"k_proj", "k_a_proj"} & model.layers[1].self_attn._modules.keys()
 
@@ -300,11 +326,14 @@ def test_maps_are_not_injected_into_an_attention_that_is_called_twice(monkeypatc
         (BertSelfOutput, "self.dense(hidden_states)", "self.dense(self.LayerNorm(hidden_states))"),
     ],
 )  # fmt: skip
-def test_heads_are_not_reordered_if_the_context_does_not_go_straight_to_the_output_projection(
+@torch.no_grad()
+def test_heads_are_assigned_also_if_the_context_does_not_go_straight_to_the_output_projection(
     monkeypatch, cls, old, new
 ):
-    model, _ = build("bert")
+    (model, batch), (eager, _) = build("bert"), build("bert", implementation="eager")
     monkeypatch.setattr(cls, "forward", rewritten(cls, old, new))
-    with pytest.raises(Unsupported, match=r"layer 1 .*no plain output projection directly after its context"):
-        mr.apply(model, PLANS["other heads"])
-    mr.apply(model, mr.ReusePlan.grouped(4, 2))
+    with pytest.raises(Unsupported, match="no plain output projection directly after its context"):
+        output_projection(find_stack(model).layers[1])
+    reference = defined_output(eager, batch, PLANS["other heads"])
+    output = mr.apply(model, PLANS["other heads"])(**batch).last_hidden_state
+    assert disagreement(output, reference, batch["attention_mask"].bool()) <= 1e-4

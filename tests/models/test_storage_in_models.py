@@ -143,24 +143,13 @@ def test_an_invalid_budget_is_refused(monkeypatch, budget):
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("plan", ["other heads", "in part", "two sources"])
 @pytest.mark.parametrize("family", ["bert", "parakeet", "llama", "gpt2"])
-def test_a_layer_publishes_only_the_heads_that_are_applied(published, family, plan):
+def test_only_layers_with_readers_publish_and_they_publish_the_heads_that_compute(published, family, plan):
     model, batch = build(family)
     with torch.no_grad():
         mr.apply(model, PLANS[plan])(**batch)
-    applied = {}
-    for heads in PLANS[plan].layers:
-        for source in filter(None, heads if isinstance(heads, tuple) else ()):
-            applied.setdefault(source[0], set()).add(source[1])
-    found = {layer: one.num_heads for layer, one in published}
-    assert found == {layer: len(heads) for layer, heads in applied.items()}
-
-
-def test_queries_and_keys_of_heads_that_no_layer_applies_are_not_kept(published):
-    model, batch = build("bert")
-    with torch.no_grad():
-        mr.apply(model, PLANS["in part"], storage="recompute")(**batch)
-    kept = [one.scores for _, one in published]
-    assert [scores.shape[1] for scores in kept] == [2, 2]
-    for scores in kept:
-        for tensor in (scores.query, scores.key):
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    expected = {
+        layer: PLANS[plan].heads(layer, 4).count(None)
+        for layer in range(PLANS[plan].num_layers)
+        if PLANS[plan].readers(layer)
+    }
+    assert {layer: one.num_heads for layer, one in published} == expected

@@ -28,7 +28,7 @@ from mapreuse.models import (
     plan_of,
     value_projection,
 )
-from mapreuse.plan import ReusePlan
+from mapreuse.plan import LayerSource, ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
@@ -122,18 +122,17 @@ def refit_layers(model: nn.Module, targets: Targets, cache: RefitCache | None = 
 class RefitCache:
     """Refitted weights of layers, for other plans of the same model.
 
-    Plans that agree up to a layer give it the same weights, unless they order the heads of the refitted layers
-    differently. That order also depends on later layers. The least recently used layers are dropped beyond
+    Plans that agree up to a layer give it the same weights. The least recently used layers are dropped beyond
     `max_bytes`.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._layers = dict[tuple[Any, ...], tuple[LayerRefit, HeadProjections]]()
+        self._layers = dict[tuple[LayerSource, ...], tuple[LayerRefit, HeadProjections]]()
 
     def restore(self, model: nn.Module, plan: ReusePlan, index: int) -> LayerRefit | None:
         """Write a layer's cached weights into the model; None if there are none."""
-        key = _up_to(index, model, plan)
+        key = plan.layers[: index + 1]
         if key not in self._layers:
             return None
         report, projections = self._layers[key] = self._layers.pop(key)
@@ -147,14 +146,9 @@ class RefitCache:
         projections = read(layer, with_values=report.values)
         dtype = output_projection(layer).weight.dtype
         stored = replace(projections, output=projections.output.to(dtype), values=projections.values.to(dtype))
-        self._layers[_up_to(report.layer, model, plan)] = report, stored
+        self._layers[plan.layers[: report.layer + 1]] = report, stored
         while sum(one.output.nbytes + one.values.nbytes for _, one in self._layers.values()) > self._max_bytes:
             del self._layers[next(iter(self._layers))]
-
-
-def _up_to(index: int, model: nn.Module, plan: ReusePlan) -> tuple[Any, ...]:
-    layouts = [layout_of(layer) for layer in find_stack(model).layers[: index + 1]]
-    return plan.layers[: index + 1], tuple(layout.order for layout in layouts if plan.reuses(layout.layer))
 
 
 def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit:
@@ -234,9 +228,10 @@ def _output_errors(
 
 
 def _maps_of(layout: LayerLayout) -> tuple[int, ...]:
-    """For each head in the order of the context, the number of the map that it applies."""
-    applied = [(layout.layer, slot) for slot in range(layout.computing)]
-    applied += [(source, head) for source, pairs in layout.parts for head, _ in pairs]
+    """For each head, the number of the map that it applies."""
+    made = [(layout.layer, head) for head in layout.computing]
+    made += [(source, head) for source, pairs in layout.parts for head, _ in pairs]
+    applied = [one for _, one in sorted(zip(layout.order, made, strict=True))]
     numbers = {one: number for number, one in enumerate(dict.fromkeys(applied))}
     return tuple(numbers[one] for one in applied)
 

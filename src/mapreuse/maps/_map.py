@@ -80,10 +80,17 @@ class DenseMap(AttentionMap):
         differentiable = self.scales is None and torch.is_grad_enabled()
         if differentiable or dropout_p > 0.0 or self._is_plain(values):
             weights = self.dense().to(values.dtype)
-            if heads is not None:
-                map_heads, value_heads = zip(*heads, strict=True)
-                weights, values = weights[:, as_index(map_heads)], values[:, as_index(value_heads)]
-            return drop(weights, dropout_p) @ values
+            if heads is None:
+                return drop(weights, dropout_p) @ values
+            # In the order of the map, heads in succession are a view of it.
+            order = sorted(range(len(heads)), key=heads.__getitem__)
+            map_heads, value_heads = zip(*(heads[slot] for slot in order), strict=True)
+            weights, values = weights[:, as_index(map_heads)], values[:, as_index(value_heads)]
+            context = drop(weights, dropout_p) @ values
+            if order == list(range(len(heads))):
+                return context
+            found = dict(zip(order, context.unbind(1), strict=True))
+            return torch.stack([found[slot] for slot in range(len(heads))], 2).transpose(1, 2)
         lengths = self.lengths
         if lengths is None:
             lengths = torch.tensor([self.weights.shape[2:]] * len(self.weights))

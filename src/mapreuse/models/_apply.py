@@ -52,9 +52,10 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
 
         context = M[source layer][source head] @ V
 
-    Reusing layers lose their query, key and positional-key projections. Heads are reordered such that maps can be
-    applied without copies: the rows of the projections and the columns of the output projection are permuted. Nothing
-    else changes; `optimize` makes the rest of the model faster. `save_pretrained` saves the plan with the model.
+    Reusing layers lose their query, key and positional-key projections; layers that reuse in part keep the rows of
+    the heads that compute. All other weights stay as they are, heads in their order, so weights of the original still
+    load, for example by `load_state_dict(…, strict=False)`. `optimize` makes the rest of the model faster.
+    `save_pretrained` saves the plan with the model.
 
     Args:
         model: a `transformers` model with one stack of layers, or the part of a larger model that holds one
@@ -99,7 +100,7 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
             plan,
             storage,
             memory_budget,
-            _map_counts(plan, [conversion.layout.published for conversion in conversions]),
+            _map_counts(plan, [len(conversion.layout.computing) for conversion in conversions]),
             parameter_names(type(stack.module)),
             cross_attends_beside(stack),
         )
@@ -161,9 +162,9 @@ def _drop_placeholders(module: nn.Module, state_dict: dict[str, Any], prefix: st
             del state_dict[prefix + name]
 
 
-def _map_counts(plan: ReusePlan, published: Sequence[int]) -> MapCounts:
+def _map_counts(plan: ReusePlan, computing: Sequence[int]) -> MapCounts:
     spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
-    heads = {layer: published[layer] for layer in spans}
+    heads = {layer: computing[layer] for layer in spans}
     alive = [
         sum(heads[source] for source, readers in spans.items() if source <= layer <= readers[-1])
         for layer in range(plan.num_layers)

@@ -1,21 +1,32 @@
-"""The conversion of one attention module: fewer and reordered projections, and another forward."""
+"""The conversion of one attention module: fewer projections, and another forward."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._linear import HeadSubsetLinear, head_rows, selected, take_inputs, take_outputs
-from mapreuse.models._optimize import is_optimized, optimize
 from mapreuse.models._projections import HeadCounts
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._runtime import IMPLEMENTATION
 from mapreuse.models._sharing_classes import ReusingAttention, SharingAttention, sharing_class
 from mapreuse.models._stack import Layer
+
+COMPUTING_HEADS = "computing_heads"
+"""The buffer of a module that projects the queries of some heads only.
+
+It holds nothing. Its shape is (0, *heads), so that everything that loads weights by name compares the heads.
+"""
+
+_Rows = dict[str, tuple[int, int, list[int]]]
+"""For each tensor that lost rows: their dimension, their number in the original, and those that are kept."""
 
 
 @dataclass(frozen=True)
@@ -27,38 +38,33 @@ class Conversion:
         form: how modules of its class are converted.
         heads: its numbers of heads.
         layout: its part of the plan.
-        output: the output projection; its columns follow the order of the heads.
     """
 
     layer: Layer
     form: AttentionForm
     heads: HeadCounts
     layout: LayerLayout
-    output: nn.Module | None
 
 
 def convert_attention(conversion: Conversion) -> None:
     """Make one attention module follow its layout, in place."""
     attention: Any = conversion.layer.attention
-    form, layout, dim = conversion.form, conversion.layout, conversion.heads.head_dim
-    own = layout.order[: layout.computing]
-    if layout.computing == 0:
+    form, layout = conversion.form, conversion.layout
+    if not layout.computing:
         for attribute in (*form.query, *form.key):
             if attribute in attention._modules or attribute in attention._parameters:
                 delattr(attention, attribute)
-    if form.fused:
-        _take_fused(conversion)
-    else:
-        if own and own != tuple(range(layout.num_heads)):
-            _keep_heads(conversion)
-        if layout.value_order != tuple(range(len(layout.value_order))):
-            take_outputs(attention.get_submodule(form.value), head_rows(layout.value_order, dim))
-    if layout.reorders:
-        assert conversion.output is not None
-        take_inputs(conversion.output, head_rows(layout.order, dim))
+    if kept := kept_rows(attention, form, layout, conversion.heads.head_dim):
+        for name, (dim, _, rows) in kept.items():
+            _keep(attention, name, dim, rows)
+        if layout.computing:
+            device = attention.get_submodule(form.value).weight.device
+            empty = torch.empty(0, *layout.computing, dtype=torch.uint8, device=device)
+            attention.register_buffer(COMPUTING_HEADS, empty)
+        attention.register_load_state_dict_pre_hook(partial(_take_rows, kept=kept))
     attention._layout, attention._form = layout, form
     if form.head_dim is not None:
-        attention.head_dim = dim
+        attention.head_dim = conversion.heads.head_dim
     if isinstance(attention, SharingAttention):
         return
     mixin = form.computing if layout.computing else ReusingAttention
@@ -71,30 +77,83 @@ def convert_attention(conversion: Conversion) -> None:
     attention.config._attn_implementation_internal = IMPLEMENTATION
 
 
-def _take_fused(conversion: Conversion) -> None:
-    """Reduce a fused projection to the queries and keys of the heads that compute, and all values."""
-    layout, dim = conversion.layout, conversion.heads.head_dim
-    width = layout.num_heads * dim
-    own_rows = head_rows(layout.order[: layout.computing], dim)
-    value_rows = [2 * width + row for row in head_rows(layout.value_order, dim)]
-    rows = own_rows + [width + row for row in own_rows] + value_rows
-    if rows != list(range(3 * width)):
-        take_outputs(conversion.layer.attention.get_submodule(conversion.form.value), rows)
+def kept_rows(attention: nn.Module, form: AttentionForm, layout: LayerLayout, head_dim: int) -> _Rows:
+    """The tensors of an attention module that hold rows of heads that do not compute, and the rows to keep."""
+    if form.fused:
+        width, own = layout.num_heads * head_dim, head_rows(layout.computing, head_dim)
+        rows = [*own, *(width + row for row in own), *range(2 * width, 3 * width)]
+        return _rows_of(attention, form.value, 3 * width, rows)
+    kept: _Rows = {}
+    if layout.computing:
+        for attributes, heads, num_heads in (
+            (form.query, layout.query_heads, layout.num_heads),
+            (form.key, layout.key_heads, layout.num_value_heads),
+        ):
+            for attribute in attributes:
+                if isinstance(attention._modules.get(attribute), nn.Linear):
+                    rows = head_rows(heads, head_dim)
+                    kept |= _rows_of(attention, attribute, num_heads * head_dim, rows)
+                elif attention._parameters.get(attribute) is not None and form.computing is not None:
+                    kept[attribute] = 0, num_heads, list(heads)
+    return {name: one for name, one in kept.items() if len(one[2]) < one[1]}
 
 
-def _keep_heads(conversion: Conversion) -> None:
-    """Keep the query and key projections of the heads that compute, in their order."""
-    attention, form, layout = conversion.layer.attention, conversion.form, conversion.layout
-    keeps_forward = form.computing is None
-    for attributes, heads in ((form.query, layout.order[: layout.computing]), (form.key, layout.key_heads)):
-        rows = head_rows(heads, conversion.heads.head_dim)
-        for attribute in attributes:
-            module, parameter = attention._modules.get(attribute), attention._parameters.get(attribute)
-            if isinstance(module, nn.Linear):
-                if keeps_forward and len(rows) < module.out_features:
-                    subset = HeadSubsetLinear(module, rows)
-                    setattr(attention, attribute, optimize(subset) if is_optimized(module) else subset)
-                else:
-                    take_outputs(module, rows)
-            elif parameter is not None and not keeps_forward:
-                setattr(attention, attribute, selected(parameter, 0, heads))
+def head_rows(heads: Sequence[int], head_dim: int) -> list[int]:
+    """The rows of a projection that belong to `heads`, in that order."""
+    return [head * head_dim + row for head in heads for row in range(head_dim)]
+
+
+def _rows_of(attention: nn.Module, path: str, size: int, rows: list[int]) -> _Rows:
+    """The same rows of the weight and the bias of a projection."""
+    projection: Any = attention.get_submodule(path)
+    kept: _Rows = {f"{path}.weight": (1 if isinstance(projection, Conv1D) else 0, size, rows)}
+    return kept if projection.bias is None else kept | {f"{path}.bias": (0, size, rows)}
+
+
+def _keep(attention: nn.Module, name: str, dim: int, rows: list[int]) -> None:
+    path, _, last = name.rpartition(".")
+    owner: Any = attention.get_submodule(path)
+    parameter = owner._parameters[last]
+    setattr(owner, last, nn.Parameter(_selected(parameter.detach(), dim, rows), parameter.requires_grad))
+    if path:
+        setattr(owner, "nf" if isinstance(owner, Conv1D) else "out_features", len(rows))
+
+
+def _selected(tensor: Tensor, dim: int, rows: list[int]) -> Tensor:
+    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+
+
+def _take_rows(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+    *,
+    kept: _Rows,
+) -> None:
+    """Hook of `load_state_dict`: take the rows of the heads that compute from the weights of an original.
+
+    Weights that have lost rows already must belong to the same heads.
+    """
+    given = {name: state_dict[prefix + name] for name in kept if prefix + name in state_dict}
+    whole = {name: one for name, one in given.items() if one.shape[kept[name][0] :][:1] == (kept[name][1],)}
+    for name, tensor in whole.items():
+        dim, _, rows = kept[name]
+        state_dict[prefix + name] = _selected(tensor, dim, rows)
+    own, found = module._buffers.get(COMPUTING_HEADS), state_dict.get(prefix + COMPUTING_HEADS)
+    if given and own is not None:
+        if len(whole) < len(given) and (found is None or found.shape != own.shape):
+            of_heads = "unknown heads" if found is None else f"heads {_listed(found)}"
+            error_msgs.append(
+                f"{prefix}{next(iter(given))} holds {of_heads}, but under this plan heads {_listed(own)} compute; "
+                "load the weights of the original, or of a model with the same plan"
+            )
+        state_dict[prefix + COMPUTING_HEADS] = own
+
+
+def _listed(computing_heads: Tensor) -> str:
+    return ", ".join(map(str, computing_heads.shape[1:]))

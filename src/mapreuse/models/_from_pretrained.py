@@ -4,7 +4,7 @@ Importing this module registers the model type and the quantisation method "mapr
 
 A saved directory has the usual files with two differences. `config.json` nests the configuration of the original:
 
-    {"model_type": "mapreuse", "version": 4, "transformers_weights": <a message>, "config": {<the original's>,
+    {"model_type": "mapreuse", "version": 5, "transformers_weights": <a message>, "config": {<the original's>,
      "quantization_config": {"quant_method": "mapreuse", "reuse": [<stacks and plans>], ...}}}
 
 The weights contain an empty tensor for each one that the conversion removed. A process that has not imported mapreuse
@@ -28,14 +28,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mapreuse.console import one_line
 from mapreuse.models._apply import applied_plans, apply
+from mapreuse.models._attention_conversion import COMPUTING_HEADS
+from mapreuse.models._old_order import put_in_original_order
 from mapreuse.plan import ReusePlan
 
 FORMAT = "mapreuse"
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 """Versions of the format that can be read. The last one is written.
 
-Version 1 ordered the heads of plans with head assignments differently. Version 2 named "storage" "strategy". Up to
-version 3, the description of the model was not part of the original's configuration, and weights had another name.
+Up to version 4, heads of plans with head assignments had another order, in version 1 one of its own. Version 2 named
+"storage" "strategy". Up to version 3, the description of the model was not part of the original's configuration, and
+weights had another name.
 """
 CONFIG = "config.json"
 MESSAGE = "this model shares attention maps, import mapreuse before opening it"
@@ -99,9 +102,14 @@ class ReuseQuantizer(HfQuantizer):
                 pass
             modules[name]._is_hf_initialized = True
         known = set(type(model)._keys_to_ignore_on_load_unexpected or ())
+        if entries["version"] in VERSIONS[:4]:
+            model._keys_to_ignore_on_load_missing.add(f"{COMPUTING_HEADS}$")
         model._keys_to_ignore_on_load_unexpected = known | {f"^{re.escape(name)}$" for name in removed}
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.quantization_config.__dict__["version"] in VERSIONS[:4]:
+            put_in_original_order(model)
+            model._keys_to_ignore_on_load_missing.discard(f"{COMPUTING_HEADS}$")
         self.remove_quantization_config(model)
         del model._keys_to_ignore_on_load_unexpected
         if hasattr(model.config, "transformers_weights"):

@@ -22,7 +22,7 @@ class FusedComputing(ComputingAttention):
     def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of the heads that compute, and values of all heads."""
         fused = getattr(self, self._form.value)(hidden_states)
-        own = self._layout.computing * self.head_dim
+        own = len(self._layout.computing) * self.head_dim
         query, key, values = fused.split([own, own, fused.shape[-1] - 2 * own], dim=-1)
         values = values.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self._heads(query), self._heads(key), values

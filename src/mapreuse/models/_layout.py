@@ -1,4 +1,4 @@
-"""A layer's part of a plan: the order of its heads and the products that make its context."""
+"""A layer's part of a plan: the heads that it projects, and the products that make its context."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mapreuse.maps import HeadPairs
 from mapreuse.models._stack import Layer
@@ -16,42 +19,47 @@ from mapreuse.plan import ReusePlan
 class LayerLayout:
     """How an attention module makes its context under a plan.
 
-    A layer orders its heads as their contexts are computed. First come the heads that compute: those whose maps later
-    layers apply, then the others, so that the layer publishes a contiguous part of its map. Then come the heads that
-    reuse, by source layer and source head, so that heads with the same source head are neighbours and share one wider
-    product. The weights are permuted accordingly, once. At run time, no values or contexts are permuted, and maps
-    only if one product for all heads is faster, as for short maps.
+    Weights keep the original order of heads: values and the output projection keep all heads, queries and keys those
+    that compute. A layer first makes the contexts of the heads that compute, then of those that reuse, by source
+    layer. If it makes more than one of these parts, it puts their heads in order.
 
     Attributes:
         layer: index of the layer in its stack.
         num_heads: number of heads of the layer.
-        order: for each slot of the context, the original head.
-        computing: number of slots that compute their own map; they come first.
-        keys: for each computing slot, the index of its key head among those that the layer keeps.
-        key_heads: the original key heads that the layer keeps.
-        own_values: for each computing slot, the index of its head of the values.
-        value_order: for each head of the values, the original head (grouped-query values keep their order).
-        parts: for each source layer, the pairs (head of the source's map, head of the values) of its slots.
-        published: number of slots whose maps later layers apply; they come first.
+        num_value_heads: number of heads of its keys and values.
+        computing: the heads that compute their own map.
+        query_heads: the heads whose queries the layer projects.
+        key_heads: the heads of the keys that it projects.
+        queries: for each head that computes, the index of its queries among those.
+        keys: for each head that computes, the index of its keys among those.
+        own_values: for each head that computes, its head of the values.
+        parts: for each source layer, the pairs (head of its published map, head of the values) of the heads that
+            reuse.
+        order: the heads, in the order in which their contexts are made.
+        publishes: later layers apply the map of the heads that compute.
         releases: the source layers whose last reader is this layer.
     """
 
     layer: int
     num_heads: int
-    order: tuple[int, ...]
-    computing: int
-    keys: tuple[int, ...]
+    num_value_heads: int
+    computing: tuple[int, ...]
+    query_heads: tuple[int, ...]
     key_heads: tuple[int, ...]
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
     own_values: tuple[int, ...]
-    value_order: tuple[int, ...]
     parts: tuple[tuple[int, HeadPairs], ...]
-    published: int
+    order: tuple[int, ...]
+    publishes: bool
     releases: tuple[int, ...]
 
-    @property
-    def reorders(self) -> bool:
-        """True if the heads of the context are not in their original order."""
-        return self.order != tuple(range(self.num_heads))
+    def in_order(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Put the heads of parts of shape (batch, heads, …) in order, as dimension `dim` of one tensor."""
+        if len(parts) == 1:
+            return parts[0].movedim(1, dim)
+        heads = dict(zip(self.order, (head for part in parts for head in part.unbind(1)), strict=True))
+        return torch.stack([heads[head] for head in range(self.num_heads)], dim)
 
 
 def layout_of(layer: Layer) -> LayerLayout:
@@ -74,9 +82,7 @@ def keeping_maps(layer: Layer) -> Iterator[None]:
             attention._layout = layout
 
 
-def lay_out(
-    plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, separable: Sequence[bool]
-) -> LayerLayout:
+def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, *, separable: bool) -> LayerLayout:
     """The layout of `layer` under `plan`.
 
     Args:
@@ -84,48 +90,39 @@ def lay_out(
         layer: index of the layer.
         num_heads: number of heads of the queries.
         num_value_heads: number of heads of the keys and values.
-        separable: for each layer, whether its heads can compute in any order. A layer that is not separable and
-            computes all its heads keeps their order, and publishes its whole map if any head of it is applied.
+        separable: the layer can project some heads without the others. Otherwise it projects all of them unless none
+            computes.
     """
-    heads = plan.heads(layer, num_heads)
-    own, published = _computing(plan, layer, num_heads, separable[layer])
-    reusing = sorted(  # by source layer, source head and own number
-        (source, head) for head, source in enumerate(heads) if source is not None
-    )
-    order = (*own, *(head for _, head in reusing))
     group = num_heads // num_value_heads
-    grouped = group > 1
-    value_order = tuple(range(num_value_heads)) if grouped else order
-    value_of = {head: head // group if grouped else order.index(head) for head in range(num_heads)}
-    key_heads = tuple(dict.fromkeys(head // group for head in own))
-    parts: dict[int, list[tuple[int, int]]] = {}
-    for (source, source_head), head in reusing:
-        computed, _ = _computing(plan, source, num_heads, separable[source])
-        parts.setdefault(source, []).append((computed.index(source_head), value_of[head]))
+    heads = plan.heads(layer, num_heads)
+    computing = _computing(plan, layer, num_heads)
+    whole = bool(computing) and not separable
+    query_heads = tuple(range(num_heads)) if whole else computing
+    key_heads = tuple(dict.fromkeys(head // group for head in query_heads))
+    parts: dict[int, list[tuple[int, int, int]]] = {}
+    for head, source in enumerate(heads):
+        if source is not None:
+            map_head = _computing(plan, source[0], num_heads).index(source[1])
+            parts.setdefault(source[0], []).append((map_head, head // group, head))
+    if computing or len(parts) > 1:
+        for part in parts.values():
+            part.sort()  # neighbours that apply the same head of the map share one wider product
     return LayerLayout(
         layer=layer,
         num_heads=num_heads,
-        order=order,
-        computing=len(own),
-        keys=tuple(key_heads.index(head // group) for head in own),
+        num_value_heads=num_value_heads,
+        computing=computing,
+        query_heads=query_heads,
         key_heads=key_heads,
-        own_values=tuple(value_of[head] for head in own),
-        value_order=value_order,
-        parts=tuple((source, tuple(pairs)) for source, pairs in parts.items()),
-        published=published,
+        queries=tuple(query_heads.index(head) for head in computing),
+        keys=tuple(key_heads.index(head // group) for head in computing),
+        own_values=tuple(head // group for head in computing),
+        parts=tuple((source, tuple(one[:2] for one in part)) for source, part in sorted(parts.items())),
+        order=(*computing, *(one[2] for _, part in sorted(parts.items()) for one in part)),
+        publishes=bool(plan.readers(layer)),
         releases=tuple(source for source in plan.sources(layer) if plan.readers(source)[-1] == layer),
     )
 
 
-def _computing(plan: ReusePlan, layer: int, num_heads: int, separable: bool) -> tuple[tuple[int, ...], int]:
-    """The heads that compute, in their order, and how many of them are published; those come first."""
-    own = [head for head, source in enumerate(plan.heads(layer, num_heads)) if source is None]
-    applied = {
-        source_head
-        for reader in plan.readers(layer)
-        for source, source_head in filter(None, plan.heads(reader, num_heads))
-        if source == layer
-    }
-    if len(own) == num_heads and not separable:
-        return tuple(own), len(own) if applied else 0
-    return tuple(sorted(own, key=lambda head: (head not in applied, head))), len(applied)
+def _computing(plan: ReusePlan, layer: int, num_heads: int) -> tuple[int, ...]:
+    return tuple(head for head, source in enumerate(plan.heads(layer, num_heads)) if source is None)

@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from mapreuse.maps import is_clearly_faster, needs_plain_operators
-from mapreuse.models._linear import HeadSubsetLinear
 from mapreuse.models._snapshots import Model
 
 _MIN_ROWS = 32
@@ -44,7 +43,7 @@ def optimize(model: Model) -> Model:
         model: any module; calling it twice changes nothing.
     """
     for module in model.modules():
-        if type(module) in (nn.Linear, HeadSubsetLinear):
+        if type(module) is nn.Linear:
             _optimize_module(module)
         children: list[Any] = [module._modules.get(name) for name in _CONFORMER]
         if all(type(child) is nn.Conv1d and _is_plain(child) for child in children):
@@ -139,10 +138,6 @@ def _linear(
     return functional.linear(input, weight, bias)
 
 
-def _head_subset(module: HeadSubsetLinear, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.pad(_linear(module, input, weight, bias), (0, module.padding))
-
-
 def _conv1d(
     module: nn.Conv1d,
     input: Float[Tensor, "*batch channels time"],
@@ -183,7 +178,6 @@ def _conv2d(
 
 _FASTER: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     nn.Linear.forward: _linear,
-    HeadSubsetLinear.forward: _head_subset,
     nn.Conv1d.forward: _conv1d,
     nn.Conv2d.forward: _conv2d,
 }

@@ -10,9 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from mapreuse.models._adapters import attention_form
 from mapreuse.models._attention_conversion import Conversion
 from mapreuse.models._layout import lay_out
-from mapreuse.models._linear import is_plain_linear
 from mapreuse.models._optimize import is_optimized
-from mapreuse.models._projections import HeadCounts, count_heads, find_output_projection
+from mapreuse.models._projections import HeadCounts, count_heads, is_plain_linear
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._snapshots import copy_with_same_weights
 from mapreuse.models._source import Unsupported
@@ -53,8 +52,8 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
             f"a plan for {len(stack.layers)} layers"
         )
     owners = _owners(model)
-    counts, outputs, reasons, separable = [], [], [], []
-    for name, layer, form, source in zip(names, stack.layers, forms, plan.layers, strict=True):
+    counts, layouts = [], []
+    for index, (name, layer, form, source) in enumerate(zip(names, stack.layers, forms, plan.layers, strict=True)):
         config = getattr(layer.attention, "config", None)
         implementation = getattr(config, "_attn_implementation", "sdpa")
         if implementation not in ("sdpa", "eager"):
@@ -64,23 +63,10 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
         heads = count_heads(name, layer.attention, form)
         if isinstance(source, tuple) and len(source) != heads.num_heads:
             raise ValueError(f"{name} has {heads.num_heads} heads, but the plan assigns {len(source)}")
-        output = find_output_projection(layer, form)
-        untied = output is not None and all(len(owners[id(p)]) == 1 for p in output.parameters())
-        reason = _inseparable(layer.attention, form, heads)
         counts.append(heads)
-        outputs.append(output)
-        reasons.append(reason)
-        separable.append(reason is None and untied)
-    conversions = []
-    for index, (name, heads, output, reason) in enumerate(zip(names, counts, outputs, reasons, strict=True)):
-        layout = lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable)
-        if 0 < layout.computing < layout.num_heads and reason is not None:
-            raise Unsupported(f"{name}: {reason}; let all of its heads reuse maps, or none")
-        if output is None and layout.reorders:
-            raise Unsupported(
-                f"{name}: no plain output projection directly after its context, so its heads cannot be reordered"
-            )
-        conversions.append(Conversion(stack.layers[index], forms[index], heads, layout, output))
+        separable = is_separable(layer.attention, form, heads)
+        layouts.append(lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable=separable))
+    conversions = [Conversion(*one) for one in zip(stack.layers, forms, counts, layouts, strict=True)]
     for index in range(plan.num_layers):
         for source in plan.sources(index):
             if difference := _difference(stack, conversions, index, source):
@@ -117,23 +103,25 @@ def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> 
                 )
 
 
-def _inseparable(attention: nn.Module, form: AttentionForm, heads: HeadCounts) -> str | None:
-    """Why some heads cannot compute without the others, or in another order; None if they can."""
+def is_separable(attention: nn.Module, form: AttentionForm, heads: HeadCounts) -> bool:
+    """Whether some heads can be projected without the others."""
     if form.fused or form.computing is not None:
-        return None
+        return True
+    if form.fixed_heads:
+        return False
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         linear = [a for a, module in modules.items() if isinstance(module, nn.Linear) and is_plain_linear(module)]
         if len(linear) != 1:
-            return "partial reuse needs one plain projection each of queries and keys"
+            return False
         stored: dict[str, list[Tensor | None]] = {a: [*module.parameters()] for a, module in modules.items()}
         stored |= {a: [attention._parameters[a]] for a in attributes if a in attention._parameters}
         for attribute, parameters in stored.items():
             same_for_heads = {None if p is None else tuple(p.shape) for p in parameters} == {(heads.head_dim,)}
-            separable = same_for_heads or type(modules.get(attribute)) in (nn.Identity, nn.Dropout)
-            if attribute in form.bias or (attribute not in linear and not separable):
-                return f"{attribute} spans all heads, so they cannot compute in part"
-    return None
+            parts = same_for_heads or type(modules.get(attribute)) in (nn.Identity, nn.Dropout)
+            if attribute in form.bias or (attribute not in linear and not parts):
+                return False
+    return True
 
 
 def _difference(stack: Stack, conversions: list[Conversion], index: int, source: int) -> str | None:
@@ -172,16 +160,10 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
 
 def _check_untied(owners: dict[int, set[str]], conversions: list[Conversion]) -> None:
     for index, conversion in enumerate(conversions):
-        changed = [conversion.layer.attention]
-        if conversion.layout.reorders and conversion.output is not None:
-            changed.append(conversion.output)
-        for module in changed:
-            for name, parameter in module.named_parameters():
-                paths = sorted(owners[id(parameter)])
-                if len(paths) > 1:
-                    raise Unsupported(
-                        f"layer {index}: {name} is tied ({', '.join(paths)}); untie it before sharing maps"
-                    )
+        for name, parameter in conversion.layer.attention.named_parameters():
+            paths = sorted(owners[id(parameter)])
+            if len(paths) > 1:
+                raise Unsupported(f"layer {index}: {name} is tied ({', '.join(paths)}); untie it before sharing maps")
 
 
 def possible_sources(model: nn.Module) -> dict[int, tuple[int, ...]]:

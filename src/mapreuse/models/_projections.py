@@ -12,7 +12,6 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.models._adapters import attention_form
-from mapreuse.models._linear import is_plain_linear
 from mapreuse.models._reading import HEAD_DIM, AttentionForm
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, feeds_output
@@ -117,7 +116,7 @@ def value_projection(layer: Layer) -> ValueProjection:
     attention: Any = layer.attention
     form, name = _form_of(layer), type(attention).__name__
     layout = vars(attention).get("_layout")
-    num_heads = len(layout.value_order) if layout else count_heads(name, attention, form).num_value_heads
+    num_heads = layout.num_value_heads if layout else count_heads(name, attention, form).num_value_heads
     return ValueProjection(attention.get_submodule(form.value), num_heads, _head_dim(name, attention, form))
 
 
@@ -149,3 +148,8 @@ def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Con
         return None
     beside = layer.parent.get_submodule("output.dense")
     return beside if isinstance(beside, nn.Linear | Conv1D) and is_plain_linear(beside) else None
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """True for `torch.nn.Linear` and for GPT-2's `Conv1D`; False for subclasses."""
+    return type(module) in (nn.Linear, Conv1D)

@@ -55,6 +55,10 @@ ABSENT = (*CACHES, "is_cross_attention")
 """Arguments that are None or False in every call of a layer that shares maps."""
 
 
+_NUM_HEADS = re.compile(r"heads|num_head|\bn_head\b")
+"""In names of attributes and variables that hold a number of heads."""
+
+
 @dataclass(frozen=True)
 class AttentionForm:
     """How the attention modules of a class are converted. The first fields are attribute names, by role.
@@ -69,6 +73,7 @@ class AttentionForm:
         output_dropout: attribute with the dropout probability of the output, or None.
         takes_maps: the forward passes its keyword arguments, including the maps, to the attention function.
         returns_map: the forward returns a pair, the output and the map; otherwise it returns only the output.
+        fixed_heads: the forward works with one number of heads, not with queries and keys of some of them.
         fused: `value` makes queries, keys and values, as three blocks in this order.
         computing: mixin for layers that compute maps; None to keep the original forward.
         head_dim: width of a head if the module does not store it.
@@ -83,6 +88,7 @@ class AttentionForm:
     output_dropout: str | None = None
     takes_maps: bool = True
     returns_map: bool = True
+    fixed_heads: bool = False
     fused: bool = False
     computing: type[nn.Module] | None = None
     head_dim: int | None = None
@@ -127,6 +133,7 @@ def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
     query = origins["query"] - kept
     bias = (origins.get("attention_mask", set()) | origins.get("position_bias", set())) - kept - query
     key = origins["key"] - kept - query | bias
+    names = (*origins["query"], *origins["key"], *(ast.unparse(step.statement) for step in before))
     return AttentionForm(
         query=tuple(sorted(query)),
         key=tuple(sorted(key)),
@@ -135,6 +142,7 @@ def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
         dropout=_dropout(arguments.get("dropout")),
         bias=tuple(sorted(bias)),
         output_dropout=output_dropout,
+        fixed_heads=any(map(_NUM_HEADS.search, names)),
         takes_maps=function.args.kwarg is not None and _CALL in calls_with_kwargs(call, function),
     )
 

@@ -43,8 +43,7 @@ class MapRecorder:
 
     Args:
         model: a model that `apply` supports. It is unchanged; the copy shares its weights.
-        under_plan: allow a model with a plan in force. Reusing layers then show the maps that they apply, and the
-            heads are in their original order.
+        under_plan: allow a model with a plan in force. Reusing layers then show the maps that they apply.
 
     Raises:
         ValueError: if the model cannot share maps, or has a plan and `under_plan` is False.
@@ -63,7 +62,7 @@ class MapRecorder:
         for index, layer in enumerate(stack.layers):
             attention: Any = layer.attention
             layout: LayerLayout = attention._layout
-            attention._layout = replace(layout, published=layout.computing, releases=())
+            attention._layout = replace(layout, publishes=bool(layout.computing), releases=())
             self._layouts.append(attention._layout)
             record = partial(_record_values, self._values, index, value_projection(layer))
             attention.register_forward_pre_hook(record, with_kwargs=True)
@@ -77,19 +76,17 @@ class MapRecorder:
         with recorded_states(self._model) as (states, masks):
             self._model(**batch)
         maps = [self._map(layer) for layer in range(self.num_layers)]
-        values = [
-            _in_order(self._values.pop(layer), layout.value_order) for layer, layout in enumerate(self._layouts)
-        ]
+        values = [self._values.pop(layer) for layer in range(self.num_layers)]
         self._maps.clear()
         return Recording(maps, not_padding(masks[0], states[-1]), values)
 
     def _map(self, layer: int) -> Tensor:
-        """The map in effect in a layer, heads in their original order."""
+        """The map in effect in a layer."""
         layout = self._layouts[layer]
         weights = [self._dense(layer)] if layout.computing else []
         for source, pairs in layout.parts:
             weights.append(self._dense(source)[:, [head for head, _ in pairs]])
-        return _in_order(weights[0] if len(weights) == 1 else torch.cat(weights, 1), layout.order)
+        return layout.in_order(weights, 1)
 
     def _dense(self, layer: int) -> Tensor:
         return self._maps[-1].read(layer).dense()
@@ -160,8 +157,3 @@ def not_padding(mask: object, states: Float[Tensor, "batch positions width"]) ->
         mask = mask[:, 0].diagonal(dim1=-2, dim2=-1) if mask.shape[-2] > 1 else mask[:, 0, 0]
     allowed = mask if mask.dtype == torch.bool else (mask > -1 if mask.is_floating_point() else mask > 0)
     return allowed.expand(batch, positions)
-
-
-def _in_order(heads: Tensor, order: tuple[int, ...]) -> Tensor:
-    """(batch, heads, …) sorted by the numbers of the heads."""
-    return heads if order == tuple(sorted(order)) else heads[:, [order.index(head) for head in sorted(order)]]

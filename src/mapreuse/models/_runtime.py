@@ -65,10 +65,10 @@ def share(
     weights: list[Tensor] = []
     if scores is not None:
         scores = scores.to(values.dtype)  # under autocast, sums and rotations have another type than projections
-        computed, own = _compute(layout, maps, values, scores, dropout_p)
-        contexts += computed
+        context, own = _compute(layout, maps, values[:, as_index(layout.own_values)], scores, dropout_p)
+        contexts.append(context)
         if maps.output_attentions:
-            weights += [attention_map.dense() for attention_map in own]
+            weights.append(own.dense())
     for source, pairs in layout.parts:
         source_map = maps.read(source)
         if source_map is None:
@@ -81,46 +81,27 @@ def share(
         else:
             contexts.append(source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p))
             if maps.output_attentions:
-                weights.append(source_map.dense()[:, [pair[0] for pair in pairs]])
+                weights.append(source_map.dense()[:, as_index([pair[0] for pair in pairs])])
     for source in layout.releases:
         maps.release(source)
-    # Contexts have the memory order (batch, query, heads, dim); concatenating in this order needs one copy.
-    context = (
-        contexts[0].transpose(1, 2) if len(contexts) == 1 else torch.cat([c.transpose(1, 2) for c in contexts], 2)
-    )
-    in_order = None
-    if maps.output_attentions and sum(w.shape[1] for w in weights) == layout.num_heads:
-        slots = [layout.order.index(head) for head in range(layout.num_heads)]
-        in_order = torch.cat(weights, 1)[:, slots]
+    context = layout.in_order(contexts, 2)
     if found is not None:
         found(context)
-    return context, in_order
+    if not (maps.output_attentions and len(weights) == len(contexts)):
+        return context, None
+    return context, layout.in_order(weights, 1).clone()  # later layers overwrite the memory of dropped maps
 
 
 def _compute(
     layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
-) -> tuple[list[Tensor], list[AttentionMap]]:
-    """Contexts and maps of the heads that compute: first of those that are published, then of the others."""
-    own_values = values[:, as_index(layout.own_values)]
-    contexts: list[Tensor] = []
-    own: list[AttentionMap] = []
-    published, others = slice(layout.published), slice(layout.published, layout.computing)
-    if layout.published:
-        some, some_values = scores, own_values
-        if layout.published < layout.computing:
-            some, some_values = scores.of_heads(published), own_values[:, published]
-        storage = maps.storage(some, some_values)
-        if storage == "recompute" and some is not scores:
-            some = scores.of_heads(list(range(layout.published)))  # a slice would keep all heads in memory
-        context, attention_map = compute(some, some_values, storage, dropout_p=dropout_p, buffer=maps.buffer(some))
-        maps.publish(layout.layer, attention_map)
-        contexts.append(context)
-        own.append(attention_map)
-    if layout.published < layout.computing:
-        rest = scores.of_heads(others) if layout.published else scores
-        contexts.append(attend(rest, own_values[:, others], keep=False, dropout_p=dropout_p)[0])
-        own.append(RecomputedMap(rest))
-    return contexts, own
+) -> tuple[Tensor, AttentionMap]:
+    """Context and map of the heads that compute. All of them are published, also if only some are applied."""
+    if not layout.publishes:
+        return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)
+    storage, buffer = maps.storage(scores, values), maps.buffer(scores)
+    context, attention_map = compute(scores, values, storage, dropout_p=dropout_p, buffer=buffer)
+    maps.publish(layout.layer, attention_map)
+    return context, attention_map
 
 
 def _unless_one_to_one(pairs: HeadPairs, values: Tensor, source_map: AttentionMap) -> HeadPairs | None:
@@ -137,8 +118,7 @@ def observing_inputs(
 
         found(A[h] @ X for each head h)
 
-    The heads are in the order of the module's layout. The rest of the module cannot process this result, so `found`
-    must stop the forward pass by an exception.
+    The rest of the module cannot process this result, so `found` must stop the forward pass by an exception.
     """
 
     def store_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -183,7 +163,7 @@ def refuse_unknown(module: nn.Module, arguments: dict[str, Any]) -> None:
 
 def _attention_function(
     module: nn.Module,
-    query: Float[Tensor, "batch heads query dim"],
+    query: Float[Tensor, "batch query_heads query dim"],
     key: Float[Tensor, "batch key_heads key dim"],
     value: Float[Tensor, "batch value_heads key value_dim"],
     attention_mask: Tensor | None,
@@ -197,7 +177,7 @@ def _attention_function(
     """The attention function that the original forward of a computing module calls."""
     refuse_unknown(module, kwargs)
     layout: LayerLayout = module._layout  # type: ignore[assignment]
-    query, key = query[:, : layout.computing], key[:, as_index(layout.keys)]
+    query, key = query[:, as_index(layout.queries)], key[:, as_index(layout.keys)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
     return share(module, attention_maps, value, scores, dropout_p=dropout)
 
@@ -239,9 +219,8 @@ def mask_and_bias(
 ) -> tuple[Tensor | None, Tensor | None]:
     """A boolean mask (True attends) and an additive bias for the heads that compute, from a mask of either kind."""
     layout: LayerLayout = module._layout  # type: ignore[assignment]
-    own = layout.order[: layout.computing]
     if position_bias is not None:
-        position_bias = _of_heads(position_bias, own)
+        position_bias = _of_heads(position_bias, layout.computing)
     if attention_mask is None:
         return None, position_bias
     if attention_mask.dim() != 4:
@@ -249,7 +228,7 @@ def mask_and_bias(
             f"{type(module).__name__}: expected a mask of shape (batch, 1, query, key), got "
             f"{tuple(attention_mask.shape)}; load the model with attn_implementation='sdpa' or 'eager'"
         )
-    attention_mask = _of_heads(attention_mask, own)
+    attention_mask = _of_heads(attention_mask, layout.computing)
     if attention_mask.dtype == torch.bool:
         return attention_mask, position_bias
     # The softmax of a row of −∞ is undefined. The lowest finite number gives the same result in all other rows.

@@ -34,7 +34,7 @@ class SharingAttention(nn.Module):
     def _values(self, hidden_states: Tensor) -> Tensor:
         """(batch, positions, width) to (batch, value heads, positions, value_dim)."""
         values = getattr(self, self._form.value)(hidden_states)
-        return values.unflatten(-1, (len(self._layout.value_order), -1)).transpose(1, 2)
+        return values.unflatten(-1, (self._layout.num_value_heads, -1)).transpose(1, 2)
 
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call, by the names that they have in the original forward."""
@@ -73,7 +73,7 @@ class ComputingAttention(SharingAttention):
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(batch, positions, width) to (batch, computing heads, positions, dim)."""
-        return projected.unflatten(-1, (self._layout.computing, -1)).transpose(1, 2)
+        return projected.unflatten(-1, (len(self._layout.computing), -1)).transpose(1, 2)
 
 
 class ReusingAttention(SharingAttention):

@@ -44,6 +44,7 @@ class UnpackedAttention(FusedComputing):
         self.in_proj = _linear(attention.in_proj_weight, attention.in_proj_bias)
         self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
         self.train(attention.training)
+        self.register_load_state_dict_pre_hook(_rename_packed)
 
     def forward(  # type: ignore[override]  # called like torch's attention
         self, query: Tensor, *args: Any, **kwargs: Any
@@ -84,6 +85,13 @@ def _linear(weight: Any, bias: Any) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight, linear.bias = weight, bias
     return linear
+
+
+def _rename_packed(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`: take the packed projection of `torch.nn.MultiheadAttention`."""
+    for name in ("weight", "bias"):
+        if (packed := state_dict.pop(f"{prefix}in_proj_{name}", None)) is not None:
+            state_dict[f"{prefix}in_proj.{name}"] = packed
 
 
 def unpack(stack: Stack) -> Stack:
