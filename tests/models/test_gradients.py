@@ -103,13 +103,19 @@ def test_the_number_of_removed_parameters_is_logged(caplog):
     assert caplog.messages == [f"2 of 4 layers reuse attention maps: {removed:,} of {before:,} parameters removed"]
 
 
-@pytest.mark.parametrize("family", ["parakeet", "whisper-encoder"])
-def test_a_layer_that_computes_in_part_keeps_the_projections_of_those_heads(family):
+@pytest.mark.parametrize(
+    ("family", "projections", "rows"),
+    [
+        ("parakeet", ["q_proj", "k_proj", "relative_k_proj"], 16),
+        ("clip-text", ["q_proj", "k_proj"], 16),
+        ("whisper-encoder", ["q_proj", "k_proj"], 32),  # its forward works with one number of heads
+    ],
+)
+def test_a_layer_that_computes_in_part_keeps_the_projections_of_those_heads(family, projections, rows):
     model, _ = build(family)
     mr.apply(model, mr.ReusePlan.from_sources([0, 0, 2, 3], heads={1: [None, 2, None, 0]}))
-    attention = model.layers[1].self_attn
-    projections = ["q_proj", "k_proj", "relative_k_proj"][: 3 if family == "parakeet" else 2]
-    assert {getattr(attention, name).weight.shape for name in projections} == {(16, 32)}
+    attention = find_stack(model).layers[1].attention
+    assert {getattr(attention, name).weight.shape for name in projections} == {(rows, 32)}
     assert attention.v_proj.weight.shape == (32, 32)
 
 
