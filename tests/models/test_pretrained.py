@@ -105,6 +105,7 @@ def test_a_loaded_model_is_like_one_that_was_just_converted(tmp_path):
     assert plans_in(again) == plans_in(model)
     assert not getattr(loaded, "is_quantized", False)
     assert not hasattr(loaded, "hf_quantizer")
+    assert loaded._keys_to_ignore_on_load_unexpected == model._keys_to_ignore_on_load_unexpected
 
 
 def test_the_configuration_is_that_of_the_original(tmp_path):

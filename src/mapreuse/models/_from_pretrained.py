@@ -87,31 +87,28 @@ class ReuseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         entries = self.quantization_config.__dict__
         apply_saved_plans(model, entries)
-        removed = removed_names(model)
         if _is_same_class(model, entries):
             remove_modules(model, entries.get("absent", []))
-        if model.config.dtype == _dtype(
-            entries["dtype"]
-        ):  # otherwise the caller of from_pretrained chose another type
-            types = entries.get("dtypes", {})
+        usual, others = _dtype(entries["dtype"]), entries.get("dtypes", {})
+        if model.config.dtype == usual:  # otherwise the caller of from_pretrained chose another type
             for name, tensor in floating_tensors(model):
-                tensor.data = tensor.data.to(_dtype(types.get(name, entries["dtype"])))
-        modules = dict(model.named_modules())
+                tensor.data = tensor.data.to(_dtype(others[name]) if name in others else usual)
+        modules, removed = dict(model.named_modules()), removed_names(model)
         for name in removed:  # transformers shall not initialise what the module no longer has
             while (name := name.rpartition(".")[0]) not in modules:
                 pass
             modules[name]._is_hf_initialized = True
-        known = set(type(model)._keys_to_ignore_on_load_unexpected or ())
+        self._placeholders = {f"^{re.escape(name)}$" for name in removed}
+        model._keys_to_ignore_on_load_unexpected.update(self._placeholders)
         if entries["version"] in VERSIONS[:4]:
             model._keys_to_ignore_on_load_missing.add(f"{COMPUTING_HEADS}$")
-        model._keys_to_ignore_on_load_unexpected = known | {f"^{re.escape(name)}$" for name in removed}
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.quantization_config.__dict__["version"] in VERSIONS[:4]:
             put_in_original_order(model)
             model._keys_to_ignore_on_load_missing.discard(f"{COMPUTING_HEADS}$")
+        model._keys_to_ignore_on_load_unexpected.difference_update(self._placeholders)
         self.remove_quantization_config(model)
-        del model._keys_to_ignore_on_load_unexpected
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
 
