@@ -316,7 +316,7 @@ def test_an_optimized_model_can_be_copied_and_pickled(faster):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit", "parakeet", "wav2vec2-conformer-relative"])
-def test_apply_and_optimize_agree_in_either_order_and_apply_alone_changes_no_class(name, faster, monkeypatch):
+def test_apply_and_optimize_agree_in_either_order_and_optimize_changes_no_type(name, faster, monkeypatch):
     monkeypatch.setattr(_optimize, "_MIN_ROWS", 1)
     heads = mr.ReusePlan.from_sources([0, 0, 2, 2], {1: [None, 0, 1, None]})
     plan = mr.ReusePlan.parse("2x2") if name == "llama" else heads
@@ -338,6 +338,7 @@ def test_apply_and_optimize_agree_in_either_order_and_apply_alone_changes_no_cla
     for changes in ((share, mr.optimize), (mr.optimize, share)):
         model, found, _ = output(*changes)
         models.append(model)
+        assert [type(one).__name__ for one in model.modules()] == [type(one).__name__ for one in plain.modules()]
         assert disagreement(found, expected, rows) < 1e-5
         assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
     assert optimized_modules(models[0]) == optimized_modules(models[1])
