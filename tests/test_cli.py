@@ -96,7 +96,7 @@ def test_a_converted_directory_opens_in_one_line_and_runs_in_a_pipeline(given, t
 def test_an_output_that_is_a_link_to_an_empty_directory_is_written_through_it(given, tmp_path, monkeypatch, capsys):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    options = ["--plan", "1x3", "--out", tmp_path / "link"]
+    options = ["--plan", "full", "--out", tmp_path / "link"]
     status, printed, error = mapreuse(monkeypatch, capsys, "convert", *given, *options)
     assert status == 0, error
     assert "The plan shares no map" in printed
@@ -189,9 +189,26 @@ def test_a_conversion_that_is_interrupted_while_it_is_written_leaves_no_director
         patched.setattr(sys.modules["mapreuse.conversion"], "copy_companions", interrupted)
         status, _, error = mapreuse(monkeypatch, capsys, *arguments, "--out", str(out))
     assert (status, out.exists()) == (130, False)
-    assert error.strip().endswith("interrupted; run the same command again to continue")
+    assert "interrupted; run the same command again to continue" in error
     assert mapreuse(monkeypatch, capsys, *arguments, "--out", str(out))[0] == 0
     assert mr.load(out)
+
+
+def test_an_interrupt_says_what_is_kept_and_what_will_be_repeated(given, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "converted"
+    arguments = ["convert", *given, "--plan", "[0,0,0]", "--out", out]
+    kept = f"mapreuse: interrupted; run the same command again to continue: {out}.work keeps all finished steps; "
+    for name, note in (("hidden_state_error", "the step in progress is repeated"),):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules[mr.convert.__module__], name, interrupted)
+            assert mapreuse(monkeypatch, capsys, *arguments) == (130, "", f"{kept}{note}\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[mr.refit.__module__], "_refit_layer", interrupted)
+        note = "0 refitted layers are kept, layer 1 is repeated"
+        assert mapreuse(monkeypatch, capsys, *arguments) == (130, "", f"{kept}{note}\n")
 
 
 def test_a_latency_budget_that_is_met_without_sharing_shares_no_map(given, tmp_path, monkeypatch, capsys):

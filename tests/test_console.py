@@ -2,14 +2,24 @@
 
 import doctest
 import io
+import re
 import sys
 
+import numpy as np
 import pytest
 import typer
 from rich.console import Console
 
 from mapreuse import console
-from mapreuse.console import Table, check_writable_directory, check_writable_file, progress_bar, show_tables, tracked
+from mapreuse.console import (
+    Table,
+    check_number,
+    check_writable_directory,
+    check_writable_file,
+    progress_bar,
+    show_tables,
+    tracked,
+)
 
 
 def run(monkeypatch, capsys, action, *arguments):
@@ -106,3 +116,21 @@ def test_comma_separated_options_are_parsed():
 
 def test_the_examples_in_the_docstrings_run():
     assert doctest.testmod(console).attempted
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, float("nan"), float("inf"), True, "3", None, [3], 11, 10**30])
+def test_a_number_that_is_not_whole_or_not_in_its_range_is_refused(value):
+    with pytest.raises(ValueError, match=re.escape(f"size must be a whole number, from 1 to 10, got {value!r}")):
+        check_number("size", value, 1, 10, whole=True)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.5, float("nan"), float("inf"), np.float32("nan"), True, "0.5", None])
+def test_a_number_that_is_not_finite_or_not_between_its_limits_is_refused(value):
+    with pytest.raises(ValueError, match=re.escape(f"share must be a finite number, between 0 and 1, got {value!r}")):
+        check_number("share", value, 0, 1, exclusive=True)
+
+
+def test_numbers_of_numpy_are_numbers():
+    check_number("size", np.int64(1), 1, 10, whole=True)
+    check_number("share", np.float32(0.5), 0, 1, exclusive=True)
+    check_number("share", 0, 0)

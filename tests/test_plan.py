@@ -154,7 +154,7 @@ def test_a_source_must_be_an_earlier_head_that_computes(layers, problem):
 
 @pytest.mark.parametrize(("num_layers", "group_size"), [(0, 1), (4, -2)])
 def test_grouped_needs_positive_integers(num_layers, group_size):
-    with pytest.raises(ValueError, match=f"positive integers, got {num_layers} and {group_size}"):
+    with pytest.raises(ValueError, match=f"integers from 1 to 10000, got {num_layers} and {group_size}"):
         ReusePlan.grouped(num_layers, group_size)
 
 

@@ -86,7 +86,7 @@ def _recogniser() -> tuple[nn.Module, list[Batch], Metric, Batch]:
 def _compare(
     name: str, original: nn.Module, calibration: Sequence[Batch], metric: Metric, timed: Batch
 ) -> dict[str, Any]:
-    cache = Path("runs/pareto") / f"{name}.jsonl"
+    cache = Path("runs/pareto") / name
     optimized = mr.optimize(copy.deepcopy(original))
     found = mr.search(optimized, calibration, error=MAX_ERROR[name], timed=timed, cache=cache)
     models = {f"searched {number}": candidate.build() for number, candidate in enumerate(found)}

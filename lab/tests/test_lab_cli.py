@@ -50,7 +50,7 @@ def recordings(tmp_path):
         (["study", "--preset", "full", "--workers", "-1"], "--workers must be at least 1"),
         (["train", "--out", "x"], "give either --steps or --seconds"),
         (["train", "--out", "x", "--steps", "1", "--plan", "4y4"], "character"),
-        (["train", "--out", "x", "--seconds", "nan"], "must be positive"),
+        (["train", "--out", "x", "--seconds", "nan"], "seconds must be a finite number"),
         (["corpus", "librispeech:/nowhere"], "/nowhere"),
         (["analyze", "baseline", "--out", "x"], "Missing option '--corpus'"),
         (["analyze", "baseline", "--corpus", "/nowhere", "--out", "x"], "expected a folder of wav or flac files"),

@@ -16,6 +16,7 @@ from mapreuse.console import (
     command_app,
     command_line,
     console,
+    continuing_from,
     run_command,
     show_tables,
     write_json,
@@ -91,7 +92,10 @@ Budget = Annotated[
 ]
 Plan = Annotated[
     str | None,
-    typer.Option(help="use this plan instead of a search: 2x3 for two groups of three layers, or [0,1,1,3]"),
+    typer.Option(
+        help="use this plan instead of a search: 2x3 for three groups of two layers, [0,1,1,3] for the source of "
+        "each layer, or full to share nothing and only use the kernels of mapreuse"
+    ),
 ]
 DistillSeconds = Annotated[
     float | None, typer.Option(help="then train the converted model to match the original for this long")
@@ -264,14 +268,19 @@ def convert_model(
         convert_to_directory,
         parse_budget,
     )
+    from mapreuse.models import find_stack
 
     check_output(out)
     limits = None if budget is None else parse_budget(budget)
-    reuse = None if plan is None else ReusePlan.parse(plan)
-    part, batches, write = opening(MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES)
-    report = convert_to_directory(
-        part, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
-    )
+    reuse = None if plan is None or plan == "full" else ReusePlan.parse(plan)
+    minimum = MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES
+    part, batches, write = opening(minimum)
+    if plan == "full":
+        reuse = ReusePlan.full(len(find_stack(part).layers))
+    with continuing_from(f"{out}.work"):
+        report = convert_to_directory(
+            part, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
+        )
     for line in report.lines():
         console.print(line, markup=False, highlight=False)
 
@@ -306,11 +315,8 @@ def _calibrated(
     float32: bool = False,
 ) -> tuple[OpenedModel, Batches]:
     """The model that the command line names, and batches for it."""
-    from transformers.utils.logging import disable_progress_bar
-
     from mapreuse.data import open_batches, open_model
 
-    disable_progress_bar()
     opened = open_model(model, stack, float32=float32)
     batches = open_batches(
         opened, calibration, max_batches=max_batches, min_batches=_MIN_BATCHES, min_samples=min_samples

@@ -3,12 +3,14 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import operator
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -169,20 +171,34 @@ def run_command(
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(status)
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:  # typer returns this status without a message
             raise KeyboardInterrupt
         sys.exit(status)
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt) as stop:
         continues = any(command in resumable for command in sys.argv[1:2])
-        fail("interrupted; run the same command again to continue" if continues else "interrupted", INTERRUPTED)
+        message = "interrupted; run the same command again to continue" if continues else "interrupted"
+        fail(f"{message}: {stop}" if str(stop) else message, INTERRUPTED)
     except typer.TyperException as error:
         fail(f"{error.format_message().rstrip('.')}; see {name} --help")
     except ModuleNotFoundError as error:
         fail(f"{error}; install the optional dependencies: {extras}")
     except (ValueError, OSError) as error:
         fail(str(error))
+
+
+@contextlib.contextmanager
+def continuing_from(place: str) -> Iterator[None]:
+    """Let an interrupt of this block print what is kept in a place and what will be repeated: its notes."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        notes = getattr(stop, "__notes__", ["the step in progress is repeated"])
+        raise typer.Abort(f"{place} keeps all finished steps; {'; '.join(notes)}") from None
 
 
 def check_writable_file(file: Path | None) -> None:
@@ -240,6 +256,38 @@ def comma_separated_integers(option: str, text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(word) for word in comma_separated(text)))
     except ValueError:
         raise ValueError(f"{option} must be integers separated by commas, such as 1000,2000, got {text!r}") from None
+
+
+def check_number(
+    name: str,
+    value: Any,
+    minimum: float,
+    maximum: float = math.inf,
+    *,
+    whole: bool = False,
+    exclusive: bool = False,
+) -> None:
+    """Raise `ValueError` unless an argument is a finite number in a range.
+
+    Args:
+        name: of the argument, for the message.
+        value: a truth value is not a number.
+        minimum, maximum: the range.
+        whole: require an integer.
+        exclusive: exclude both ends of the range.
+    """
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if (
+        is_number
+        and math.isfinite(value)
+        and minimum <= value <= maximum
+        and not (exclusive and value in (minimum, maximum))
+    ):
+        return
+    above = f"greater than {minimum}" if exclusive else f"at least {minimum}"
+    within = f"between {minimum} and {maximum}" if exclusive else f"from {minimum} to {maximum:,}"
+    kind = "a whole number" if whole else "a finite number"
+    raise ValueError(f"{name} must be {kind}, {above if maximum == math.inf else within}, got {value!r}")
 
 
 def one_line(error: Exception) -> str:

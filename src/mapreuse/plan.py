@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -63,8 +63,12 @@ class ReusePlan:
     layers: tuple[LayerSource, ...]
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("a plan needs at least one layer")
+        if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
+            raise ValueError(
+                f"a plan needs one entry per layer, such as (None, 0): got {self.layers!r}; parse reads text"
+            )
+        if not 1 <= len(self.layers) <= _MAX_LAYERS:
+            raise ValueError(f"a plan needs at least one layer and at most {_MAX_LAYERS}, got {len(self.layers)}")
         numbers = {layer: len(heads) for layer, heads in enumerate(self.layers) if isinstance(heads, list | tuple)}
         if len(set(numbers.values())) > 1:
             given = ", ".join(f"{number} heads for layer {layer}" for layer, number in numbers.items())
@@ -95,10 +99,10 @@ class ReusePlan:
             >>> ReusePlan.grouped(num_layers=5, group_size=2).layers
             (None, 0, None, 2, None)
         """
-        if not (_is_index(num_layers) and _is_index(group_size) and num_layers >= 1 and group_size >= 1):
+        if not all(_is_index(number) and 1 <= number <= _MAX_LAYERS for number in (num_layers, group_size)):
             raise ValueError(
-                f"num_layers and group_size must be positive integers, got {num_layers!r} and {group_size!r}; "
-                "for example, ReusePlan.grouped(16, 4) makes four groups of four layers"
+                f"num_layers and group_size must be integers from 1 to {_MAX_LAYERS}, got {num_layers!r} and "
+                f"{group_size!r}; for example, ReusePlan.grouped(16, 4) makes four groups of four layers"
             )
         return cls.from_sources([layer - layer % group_size for layer in range(num_layers)])
 
@@ -117,6 +121,12 @@ class ReusePlan:
             >>> ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, 1, 0, None]}).layers[3]
             ((2, 1), (2, 1), (2, 0), None)
         """
+        if not isinstance(sources, Iterable) or not all(map(_is_index, sources)):
+            raise ValueError(
+                f"sources must be a list of the source layer of each layer, such as [0, 0], got {sources!r}"
+            )
+        if not isinstance(heads or {}, Mapping):
+            raise ValueError(f"heads must be a dictionary, such as {{1: [0, 1]}}, got {heads!r}")
         layers: list[LayerSource] = [None if source == layer else source for layer, source in enumerate(sources)]
         for layer, assignment in (heads or {}).items():
             if not _is_index(layer) or not 0 <= layer < len(layers):
@@ -124,6 +134,8 @@ class ReusePlan:
             source = layers[layer]
             if not isinstance(source, int):
                 raise ValueError(f"heads assigns heads to layer {layer}, but that layer computes its own map")
+            if isinstance(assignment, str) or not isinstance(assignment, Iterable):
+                raise ValueError(f"heads needs one source head for each head of layer {layer}, got {assignment!r}")
             layers[layer] = tuple(None if head is None else (source, head) for head in assignment)
         return cls(tuple(layers))
 
@@ -186,6 +198,8 @@ class ReusePlan:
         Raises:
             ValueError: if the text is anything else.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"a plan is read from JSON text, as to_json writes it, got {text!r}")
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

@@ -325,11 +325,14 @@ def test_a_run_with_another_model_other_batches_or_settings_is_not_continued(ori
     ("wrong", "message"),
     [
         ({"steps": None}, "budget as steps or as seconds"),
-        ({"steps": 0}, "must be positive, finite"),
-        ({"evaluate_every": 0}, "at least 1"),
-        ({"learning_rate": -1.0}, "learning_rate must be positive"),
-        ({"warmup": 1.0}, "warmup from 0 to less than 1"),
-        ({"hidden": 0.0, "logits": 0.0}, "not both 0"),
+        ({"steps": 0}, "steps must be a whole number, at least 1, got 0"),
+        ({"steps": None, "seconds": float("nan")}, "seconds must be a finite number, greater than 0, got nan"),
+        ({"evaluate_every": 0}, "evaluate_every must be a whole number, at least 1, got 0"),
+        ({"patience": True}, "patience must be a whole number, at least 1, got True"),
+        ({"learning_rate": -1.0}, r"learning_rate must be a finite number, greater than 0, got -1\.0"),
+        ({"warmup": 1.0}, r"warmup must be a finite number, from 0 to 0\.99, got 1\.0"),
+        ({"logits": float("nan")}, "logits must be a finite number, at least 0, got nan"),
+        ({"hidden": 0.0, "logits": 0.0}, "must not both be 0"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):

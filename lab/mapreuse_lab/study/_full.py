@@ -170,7 +170,7 @@ class _Full:
                 num_heads = recogniser.model.config.encoder_config.num_attention_heads
                 target = _reusing_heads(shown.plan, num_heads)
                 batches = speech_batches(recogniser, self.config.corpus, split="train", max_batches=8)
-                plans = search(recogniser.model, batches, error=_MAX_ERROR, cache=self.work_dir / "search.jsonl")
+                plans = search(recogniser.model, batches, error=_MAX_ERROR, cache=self.work_dir / "search")
                 best = min(plans, key=lambda one: (abs(_reusing_heads(one.plan, num_heads) - target), one.error))
                 found = {"plan": json.loads(best.plan.to_json()), "error": best.error, "latency": best.latency}
                 write_whole(file, lambda unfinished: unfinished.write_text(json.dumps(found) + "\n"))

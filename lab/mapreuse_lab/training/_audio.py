@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from jaxtyping import Float
 from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from mapreuse.console import one_line
-from mapreuse_lab.training._features import resample
+from mapreuse.data import as_waveform, check_sampling_rate, open_sound, resample
 
 MAX_WHOLE_SECONDS = 60.0
 """Longer audio is recognised in pieces."""
@@ -34,20 +33,17 @@ def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
         OSError: if there is no such file.
         ValueError: with one line, if the file is not readable audio, or is shorter than 0.05 s.
     """
-    try:
-        with open(path, "rb") as opened, soundfile.SoundFile(opened) as file:
-            source = file.samplerate
-            for start, end, before, more in _spans(file.frames, source, str(path)):
-                file.seek(start)
-                samples = file.read(end - start, dtype="float32", always_2d=True).mean(1)
-                yield resample(_checked(samples, str(path)), source, rate), before, more
-    except soundfile.LibsndfileError as problem:
-        raise ValueError(f"{path}: not a readable wav or flac file ({problem.error_string.rstrip('.')})") from None
+    with open_sound(path) as file:
+        source = file.samplerate
+        for start, end, before, more in _spans(file.frames, source, str(path)):
+            file.seek(start)
+            samples = file.read(end - start, dtype="float32", always_2d=True).mean(1)
+            yield resample(as_waveform(samples, str(path)), source, rate), before, more
 
 
 def waveform_pieces(samples: np.ndarray, source: int, rate: int, name: str = "the waveform") -> Iterator[Piece]:
     """Pieces at `rate` Hz of a waveform at `source` Hz. Integers are taken as 16-bit samples."""
-    samples = _checked(samples, name)
+    samples, source = as_waveform(samples, name), check_sampling_rate(source, name)
     for start, end, before, more in _spans(len(samples), source, name):
         yield resample(samples[start:end], source, rate), before, more
 
@@ -62,7 +58,7 @@ def waveform_of(cut: Cut, rate: int) -> Float[np.ndarray, " samples"]:
         samples = cut.load_audio()
     except (AudioLoadingError, AssertionError, OSError) as problem:
         raise ValueError(f"{cut.id}: its recording cannot be read ({one_line(problem)})") from None
-    return resample(_checked(samples[0], cut.id), cut.sampling_rate, rate)
+    return resample(as_waveform(samples[0], cut.id), cut.sampling_rate, rate)
 
 
 def whole_cut(recording: Recording, text: str, language: str | None = None) -> MonoCut:
@@ -71,19 +67,6 @@ def whole_cut(recording: Recording, text: str, language: str | None = None) -> M
         recording.id, recording.id, 0.0, recording.duration, text=text, language=language
     )
     return MonoCut(recording.id, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording)
-
-
-def _checked(samples: np.ndarray, name: str) -> np.ndarray:
-    """The waveform in float32. Raises `ValueError` if it is not one-dimensional and finite."""
-    samples = np.asarray(samples)
-    if samples.ndim != 1:
-        raise ValueError(f"{name}: expected one channel of shape (samples,), got shape {samples.shape}")
-    if np.issubdtype(samples.dtype, np.integer):
-        samples = samples / np.float32(32768)
-    samples = samples.astype(np.float32, copy=False)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name}: contains samples that are not finite")
-    return samples
 
 
 def _spans(num_samples: int, rate: int, name: str) -> Iterator[tuple[int, int, float, bool]]:

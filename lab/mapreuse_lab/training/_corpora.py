@@ -1,6 +1,9 @@
 """Opens speech corpora by name: prompts, synthetic speech, LibriSpeech, Kaldi directories and lhotse manifests."""
 
+import gzip
 import hashlib
+import json
+import math
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lhotse import CutSet, MonoCut, Recording, SupervisionSegment, load_manifest
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.cut import Cut, MixedCut, PaddingCut
+from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
 
 from mapreuse.console import one_line
@@ -166,13 +170,31 @@ def _librispeech_cuts(name: str, directory: Path) -> list[MonoCut]:
 
 
 def _open_cuts(name: str, where: str) -> Corpus:
+    cuts, number = [], 0
     try:
-        manifest = load_manifest(where)
+        with (gzip.open if where.endswith(".gz") else open)(where, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                described = json.loads(line)
+                for key, value in _numbers(described):
+                    if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value)):
+                        raise ValueError(f"its {key} is {value!r}, expected a finite number")
+                cuts.append(deserialize_item(described))
+                if not isinstance(cuts[-1], Cut):
+                    raise ValueError(f"expected a cut, got a {type(cuts[-1]).__name__}")
     except Exception as problem:  # whatever lhotse's parsers raise
-        raise CorpusError(f"{name}: not a lhotse manifest ({one_line(problem)})") from None
-    if not isinstance(manifest, CutSet):
-        raise CorpusError(f"{name}: expected a CutSet, got a {type(manifest).__name__}")
-    return _split_corpus(name, _normalised(name, manifest))
+        raise CorpusError(f"{name}, line {number}: not a cut of lhotse ({one_line(problem)})") from None
+    return _split_corpus(name, _normalised(name, cuts))
+
+
+def _numbers(manifest: object) -> Iterator[tuple[str, object]]:
+    """Every time, number of samples and sampling rate in a manifest."""
+    for key, value in manifest.items() if isinstance(manifest, dict) else ():
+        if key in ("start", "duration", "num_samples", "sampling_rate"):
+            yield key, value
+        yield from _numbers(value)
+    for value in manifest if isinstance(manifest, list) else ():
+        yield from _numbers(value)
 
 
 def _open_kaldi(name: str, where: str) -> Corpus:
@@ -190,9 +212,13 @@ def _open_kaldi(name: str, where: str) -> Corpus:
             try:
                 recording_id, first, last = rest.split()
                 segments[key] = (recording_id, float(first), float(last))
+                if not all(map(math.isfinite, segments[key][1:])):
+                    raise ValueError
             except ValueError:
+                keys = [line.split()[:1] for line in (directory / "segments").read_text().splitlines()]
                 raise CorpusError(
-                    f"{name}: segments has {rest!r} for {key}; expected a recording, its start and end in seconds"
+                    f"{name}: segments, line {keys.index([key]) + 1}: {key} has {rest!r}; expected a recording, its "
+                    "start and end in seconds"
                 ) from None
     languages = dict(_keyed_lines(name, directory / "utt2lang")) if (directory / "utt2lang").exists() else {}
     cuts = []

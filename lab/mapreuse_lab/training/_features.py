@@ -1,4 +1,4 @@
-"""Log-mel features, resampling, and augmentation of waveforms and features."""
+"""Log-mel features, and augmentation of waveforms and features."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.signal import resample_poly
 from torch import Tensor
+
+from mapreuse.data import as_waveform, resample
 
 _MAX_BAND, _MAX_SPAN = 10, 15  # of SpecAugment, in mels and frames
 
@@ -39,7 +40,8 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             whole = name in ("sampling_rate", "num_mel_bins")
-            if not isinstance(value, int if whole else int | float) or not 0 < value < math.inf:
+            is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
                 kind = "whole" if whole else "finite"
                 raise ValueError(f"the features' {name} must be a positive {kind} number, got {value!r}")
         if not (self.window_samples > 1 and self.hop_samples > 0 and self.lowest < self.sampling_rate / 2):
@@ -72,13 +74,19 @@ def features(
     Args:
         audio: waveforms at `config.sampling_rate`, of any level. They are padded to one window if shorter.
         config: the settings.
+
+    Raises:
+        ValueError: if there is no waveform, or one is not one-dimensional and finite.
     """
+    if not len(audio):
+        raise ValueError("features need at least one waveform, got none")
+    audio = [as_waveform(samples) for samples in audio]
     # Computed again in each epoch: 100 s of speech take 20 ms, and every epoch can perturb the waveform.
     length, hop = config.window_samples, config.hop_samples
     num_samples = torch.tensor([max(len(samples), length) for samples in audio])
     batch = torch.zeros(len(audio), int(num_samples.max()))
     for row, samples in zip(batch, audio, strict=True):
-        waveform = torch.as_tensor(samples, dtype=torch.float32)
+        waveform = torch.from_numpy(samples)
         level = waveform.double().square().mean().sqrt().clamp(min=1e-5)  # in float32 the squares could overflow
         row[: len(samples)] = 0.1 * waveform / level.float()
     num_frames = 1 + (num_samples - length) // hop
@@ -106,18 +114,10 @@ def mel_filters(config: FeatureConfig, num_bins: int) -> Float[Tensor, "frequenc
     return torch.minimum(rising, falling).clamp(min=0).float()
 
 
-def resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Resample a waveform from `source` Hz to `target` Hz with a polyphase filter."""
-    return samples if source == target else _resampled(samples, Fraction(target, source))
-
-
 def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
     """Speed up a waveform by `factor`; the pitch changes with it (Ko et al., 2015)."""
-    return samples if factor == 1 else _resampled(samples, 1 / Fraction(factor).limit_denominator(100))
-
-
-def _resampled(samples: np.ndarray, ratio: Fraction) -> np.ndarray:
-    return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
+    ratio = Fraction(factor).limit_denominator(100)
+    return resample(samples, ratio.numerator, ratio.denominator)
 
 
 def spec_augment(

@@ -166,14 +166,14 @@ class Recogniser:
 
         Raises:
             OSError: if there is no such file.
-            ValueError: if the file is not readable audio, the audio is shorter than 0.05 s, or the waveform is not
-                one-dimensional and finite.
+            ValueError: if the file is not readable audio, the audio is shorter than 0.05 s, the waveform is not
+                one-dimensional and finite, or the sampling rate is not a whole number of hertz.
         """
         rate = self.feature_config.sampling_rate
         if isinstance(audio, str | Path):
             pieces = file_pieces(audio, rate)
         else:
-            pieces = waveform_pieces(audio, sampling_rate or rate, rate)
+            pieces = waveform_pieces(audio, rate if sampling_rate is None else sampling_rate, rate)
         self.model.eval()
         joined = []
         frame = _SUBSAMPLING * self.feature_config.hop

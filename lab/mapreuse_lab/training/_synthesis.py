@@ -19,8 +19,8 @@ import soundfile
 from lhotse import CutSet, Recording
 
 from mapreuse.console import tracked
+from mapreuse.data import resample
 from mapreuse_lab.training._audio import whole_cut
-from mapreuse_lab.training._features import resample
 from mapreuse_lab.training._files import write_whole
 
 _ACCENTS = {

@@ -123,6 +123,8 @@ def test_a_kaldi_directory_is_cut_at_its_segments_and_may_name_its_language(kald
         ("wav.scp", "one sph2pipe one.sph |\n", "wav.scp gives a command for one"),
         ("wav.scp", "one x;touch ran;.sph\n", "its name has special characters"),
         ("segments", "one-a one 0.5 soon\n", "expected a recording, its start and end in seconds"),
+        ("segments", "one-b one 0 1\none-c\none-a one nan 1\n", "segments, line 3: one-a has 'one nan 1'"),
+        ("segments", "one-a one 0 inf\n", "segments, line 1: one-a has 'one 0 inf'"),
         ("utt2lang", "one-a tlh\none-b tlh\n", "in language 'tlh'"),
     ],
 )
@@ -179,7 +181,6 @@ def _reverberated(cut: dict, path: Path) -> None:
     [
         (lambda cut, _: cut.pop("recording"), "no recording"),
         (lambda cut, _: cut["supervisions"][0].update(start=1.5), "one is from 1.5 to 3.5 s of 2.00 s"),
-        (lambda cut, _: cut["supervisions"][0].update(duration=float("nan")), "is from 0.0 to nan s of 2.00 s"),
         (lambda cut, _: cut.update(start=1.0), "from 1.0 to 3.0 s of a recording of 2.00 s"),
         (lambda cut, _: cut["recording"]["sources"][0].update(source="gone.wav"), "gone.wav does not exist"),
         (_by_command, "its recording is of type command"),
@@ -197,6 +198,22 @@ def test_an_invalid_cut_is_refused_by_name_and_runs_no_command(tmp_path, change,
     assert f"cuts.jsonl: {cut.id}: " in message
     assert problem in message
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "soon", None, True])
+def test_a_manifest_with_a_time_that_is_no_number_is_refused_by_its_line(tmp_path, value):
+    write_speech(tmp_path / "one.wav", seconds=2.0)
+    cut = Recording.from_file(tmp_path / "one.wav").to_cut()
+    cut.supervisions = [SupervisionSegment("one", cut.recording_id, 0.0, 2.0, text="dial seven now")]
+    for change in (
+        lambda written: written.update(start=value),
+        lambda written: written["supervisions"][0].update(duration=value),
+        lambda written: written["recording"].update(sampling_rate=value),
+    ):
+        bad = cut.to_dict()
+        change(bad)
+        (tmp_path / "cuts.jsonl").write_text(json.dumps(cut.to_dict()) + "\n" + json.dumps(bad) + "\n")
+        assert "cuts.jsonl, line 2: not a cut of lhotse (its " in refusal(f"cuts:{tmp_path / 'cuts.jsonl'}")
 
 
 def test_synthetic_speech_is_a_corpus(monkeypatch, tmp_path):
@@ -224,7 +241,7 @@ def test_an_unknown_name_is_refused_on_one_line(name, reason):
 
 def test_a_broken_manifest_is_refused_on_one_line(tmp_path):
     (tmp_path / "broken.jsonl").write_text("{not json\n")
-    assert "not a lhotse manifest" in refusal(f"cuts:{tmp_path}/broken.jsonl")
+    assert "line 1: not a cut of lhotse" in refusal(f"cuts:{tmp_path}/broken.jsonl")
 
 
 @pytest.fixture

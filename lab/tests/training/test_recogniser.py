@@ -7,8 +7,9 @@ import soundfile
 import torch
 from mapreuse_lab.techniques import parse
 from mapreuse_lab.training import BASELINE, Recogniser, evaluate
-from mapreuse_lab.training._features import resample
 from safetensors.torch import save_file
+
+from mapreuse.data import resample
 
 
 def test_the_shipped_recogniser_is_small_on_disk(baseline):
@@ -175,6 +176,23 @@ def test_files_without_audio_are_refused_on_one_line(baseline, tmp_path):
 def test_an_invalid_waveform_is_refused(baseline, samples, reason):
     with pytest.raises(ValueError, match=reason):
         baseline.transcribe(samples)
+
+
+@pytest.mark.parametrize("rate", [0, -8000, 8000.5, float("nan"), True])
+def test_an_impossible_sampling_rate_is_refused(tiny, rate):
+    with pytest.raises(ValueError, match="the waveform: the sampling rate must be a whole number"):
+        tiny.transcribe(np.zeros(8000, np.float32), sampling_rate=rate)
+
+
+def test_a_reversed_waveform_and_a_wav_file_without_sizes_are_transcribed(baseline, wav, tmp_path):
+    samples, rate = soundfile.read(wav, dtype="int16")
+    expected = baseline.transcribe(wav)
+    assert baseline.transcribe(samples[::-1].copy()[::-1], sampling_rate=rate) == expected
+    contents = bytearray(wav.read_bytes())
+    start = contents.index(b"data") + 4
+    contents[4:8] = contents[start : start + 4] = bytes(4)
+    (tmp_path / "streamed.wav").write_bytes(contents)
+    assert baseline.transcribe(tmp_path / "streamed.wav") == expected
 
 
 def test_decoding_merges_repeats_and_removes_blanks(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -10,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mapreuse.conversion._validation import check_plan
+from mapreuse.conversion._kept_work import LayerSums
+from mapreuse.conversion._validation import check_plan, digest
 from mapreuse.data import check_precision
 from mapreuse.models import (
     MapRecorder,
@@ -53,18 +55,31 @@ def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, A
     check_precision(original)
     if plan_of(original) is not None:
         raise ValueError("the model shares attention maps already; align the heads of the original model instead")
+    return aligned(original, plan, batches)
+
+
+def aligned(
+    original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], cache: Path | None = None
+) -> ReusePlan:
+    """`align` without its checks of the model; `cache` is as for `output_errors`."""
     if plan.num_layers != (num_layers := len(find_stack(original).layers)):
         raise ValueError(f"the plan has {plan.num_layers} layers, but the model has {num_layers}")
     layers = list(plan.layers)
     sources = {layer: (source,) for layer, source in enumerate(plan.layers) if isinstance(source, int)}
-    for layer, errors in output_errors(original, sources, batches).items():
+    if not sources:
+        return plan
+    for layer, errors in output_errors(original, sources, batches, cache=cache).items():
         (source,) = sources[layer]
         layers[layer] = tuple((source, head) for head in errors[0].argmin(dim=0).tolist())
     return ReusePlan(tuple(layers))
 
 
 def output_errors(
-    original: nn.Module, sources: Mapping[int, tuple[int, ...]], batches: Iterable[Mapping[str, Any]]
+    original: nn.Module,
+    sources: Mapping[int, tuple[int, ...]],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    cache: Path | None = None,
 ) -> dict[int, Float[Tensor, "sources source_heads heads"]]:
     """Error of a layer's output if head h applies the map of head g of an earlier layer s.
 
@@ -76,6 +91,8 @@ def output_errors(
         original: the model before `apply`.
         sources: for each layer l, the earlier layers s to try.
         batches: calibration batches.
+        cache: folder of this model and these batches. An interrupted call leaves its sums there, and the next one
+            continues.
 
     Raises:
         ValueError: if there are no batches, the model has no such layer, or a map is not finite.
@@ -85,40 +102,57 @@ def output_errors(
         raise ValueError(f"layer {unknown[0]} is planned, but the model has {recorder.num_layers} layers")
     stack = find_stack(with_projections(original))
     roots: dict[int, Tensor] = {}
-    summed: dict[int, Tensor] = {}
-    sizes: dict[int, Tensor] = {}
+    name = digest([{str(layer): found for layer, found in sources.items()}])
+    file = None if cache is None else cache / f"maps-{name}.safetensors"
     any_valid = False
-    for batch in batches:
-        check_batch(batch)
-        maps, valid, values = recorder(batch)
-        any_valid |= bool(valid.any())
-        rows = valid[..., None].double()
-        for layer, candidates in sources.items():
-            num_heads = maps[layer].shape[1]
-            own_values = values[layer].repeat_interleave(num_heads // values[layer].shape[1], 1)
-            if layer not in roots:
-                roots[layer], _ = output_factors(stack.layers[layer], num_heads, own_values)
-            weighted = own_values.double() @ roots[layer]
-            own = (maps[layer].double() @ weighted).transpose(1, 2).flatten(2)
-            if not bool(torch.isfinite(own).all()):
-                raise ValueError(
-                    f"layer {layer}: its output is not finite; check the weights and the calibration batches"
-                )
-            of_heads, found = weighted.transpose(1, 2).flatten(2), []
-            # One buffer for all heads: temporaries of this size would fragment memory.
-            head_map, applied = maps[layer][:, 0].double(), torch.empty_like(own)
-            for source in candidates:
-                for one in maps[source].unbind(1):
-                    torch.bmm(head_map.copy_(one), of_heads, out=applied).sub_(own).mul_(rows).square_()
-                    found.append(applied.unflatten(-1, (num_heads, -1)).sum((0, 1, 3)))
-            errors = torch.stack(found).view(len(candidates), num_heads, num_heads)
-            summed[layer] = summed.get(layer, 0) + errors.cpu()
-            sizes[layer] = sizes.get(layer, 0) + (own * rows).square().sum().cpu()
+    with LayerSums(file, "comparing maps") as kept:
+        for number, batch in enumerate(batches):
+            check_batch(batch)
+            layers = [layer for layer in sources if kept.lacks(layer, number)]
+            if not layers:
+                any_valid = True
+                continue
+            maps, valid, values = recorder(batch)
+            any_valid |= bool(valid.any())
+            rows = valid[..., None].double()
+            for layer in layers:
+                num_heads = maps[layer].shape[1]
+                own_values = values[layer].repeat_interleave(num_heads // values[layer].shape[1], 1)
+                if layer not in roots:
+                    roots[layer], _ = output_factors(stack.layers[layer], num_heads, own_values)
+                weighted = own_values.double() @ roots[layer]
+                own = (maps[layer].double() @ weighted).transpose(1, 2).flatten(2)
+                if not bool(torch.isfinite(own).all()):
+                    raise ValueError(
+                        f"layer {layer}: its output is not finite; check the weights and the calibration batches"
+                    )
+                errors = _summed_errors(own, weighted, [maps[source] for source in sources[layer]], rows)
+                size = (own * rows).square().sum().cpu()
+                kept.add(layer, number, {"errors": errors, "size": size})
+            kept.keep()
     if not any_valid:
         raise ValueError(
             "no calibration batches, or only padding: pass at least one batch, such as [{'input_ids': …}]"
         )
-    return {layer: (summed[layer] / sizes[layer]).float() for layer in sources}
+    return {layer: (kept[layer]["errors"] / kept[layer]["size"]).float() for layer in sources}
+
+
+def _summed_errors(
+    own: Float[Tensor, "batch query outputs"],
+    weighted: Float[Tensor, "batch heads key rank"],
+    maps: list[Float[Tensor, "batch source_heads query key"]],
+    rows: Float[Tensor, "batch query 1"],
+) -> Float[Tensor, "sources source_heads heads"]:
+    """Squared distance of a layer's own output from the one with each map, summed over the rows of a batch."""
+    num_heads = weighted.shape[1]
+    of_heads, found = weighted.transpose(1, 2).flatten(2), []
+    # One buffer for all heads: temporaries of this size would fragment memory.
+    head_map, applied = maps[0][:, 0].double(), torch.empty_like(own)
+    for source in maps:
+        for one in source.unbind(1):
+            torch.bmm(head_map.copy_(one), of_heads, out=applied).sub_(own).mul_(rows).square_()
+            found.append(applied.unflatten(-1, (num_heads, -1)).sum((0, 1, 3)))
+    return torch.stack(found).view(len(maps), -1, num_heads).cpu()
 
 
 def output_factors(

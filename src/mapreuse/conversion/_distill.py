@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from mapreuse.console import check_number
 from mapreuse.conversion._layer_cache import in_evaluation_mode
 from mapreuse.conversion._training_loop import LoopConfig, TrainingLoop
 from mapreuse.conversion._validation import check_original, digest
@@ -51,10 +52,12 @@ class DistillConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.hidden, self.logits) < 0 or self.hidden == self.logits == 0:
-            raise ValueError(
-                f"hidden and logits must be at least 0 and not both 0: got hidden={self.hidden}, logits={self.logits}"
-            )
+        check_number("hidden", self.hidden, 0)
+        check_number("logits", self.logits, 0)
+        if self.hidden == self.logits == 0:
+            raise ValueError("hidden and logits must not both be 0: nothing would be learned")
+        if self.bfloat16 not in (None, True, False):
+            raise ValueError(f"bfloat16 must be True, False or None, got {self.bfloat16!r}")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def distill(
             padding, an activation or the loss is not finite, `held_out` is None and batches differ between readings,
             or `out_dir` cannot be written or holds another run.
     """
+    if not isinstance(config, DistillConfig):
+        raise ValueError(f"config must be a DistillConfig, such as DistillConfig(seconds=600), got {config!r}")
     plan = plan_of(model)
     if plan is None:
         raise ValueError("distill needs a converted model: apply a plan to it first")

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mapreuse.console import one_line
+from mapreuse.conversion._kept_work import write_atomically
 from mapreuse.conversion._layer_cache import in_evaluation_mode
 from mapreuse.conversion._refit import RefitCache, refit_layers
 from mapreuse.conversion._targets import Targets
@@ -73,16 +75,15 @@ def hidden_state_error(original: nn.Module, batches: Iterable[Mapping[str, Any]]
 class PlanEvaluator:
     """The error of a plan after `apply` and `refit`. Each plan is evaluated once.
 
-    Plans that begin with the same layers share the refit of these. With a `cache`, errors of earlier runs with the
-    same `identity` and metric are used. Two metrics are the same if they agree on the first plan, which is always
+    Plans that begin with the same layers share the refit of these. With a `cache`, errors and refits of earlier runs
+    with the same metric are used. Two metrics are the same if they agree on the first plan, which is always
     evaluated.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.
         batches: calibration batches for `refit`.
         metric: the error of a converted model.
-        cache: a file of evaluated plans, one JSON object per line. New plans are added.
-        identity: identifies the model and the batches.
+        cache: folder of this model and these batches, for evaluated plans and refitted layers.
 
     Raises:
         ValueError: if the cache cannot be read or has other content, or an error is not finite.
@@ -93,14 +94,13 @@ class PlanEvaluator:
         original: nn.Module,
         batches: Sequence[Mapping[str, Any]],
         metric: Callable[[nn.Module], float],
-        cache: str | Path | None = None,
-        identity: str = "",
+        cache: Path | None = None,
     ) -> None:
         self._original, self._batches, self._metric = original, batches, metric
-        self._path, self._identity = None if cache is None else Path(cache), identity
-        self._entries = [] if self._path is None else _read_entries(self._path)
+        self._file = None if cache is None else cache / "plans.jsonl"
+        self._entries = [] if self._file is None else _read_entries(self._file)
         self._errors: dict[ReusePlan, float] = {}
-        self._refits = RefitCache(_MAX_BYTES)
+        self._refits = RefitCache(_MAX_BYTES, None if cache is None else cache / "refits")
         self._first: tuple[str, float] | None = None
         self._original_error = self._evaluate(original)
 
@@ -109,19 +109,21 @@ class PlanEvaluator:
         if plan.is_full:
             return self._original_error
         if plan not in self._errors:
-            error = self._evaluate(self.refitted(plan))
+            try:
+                error = self._evaluate(self.refitted(plan))
+            except KeyboardInterrupt as stop:
+                if self._file is not None:
+                    stop.add_note(f"{len(self._entries)} evaluated plans are kept, the first is evaluated again")
+                raise
             if self._first is None:
                 self._first = plan.to_json(), error
                 self._errors = self._cached_errors(*self._first)
             if plan not in self._errors:
                 self._errors[plan] = error
-                if self._path is not None:
-                    entry = {"search": self._identity, "first": self._first, "plan": plan.to_json(), "error": error}
-                    self._entries.append(entry)
+                self._entries.append({"first": self._first, "plan": plan.to_json(), "error": error})
+                if self._file is not None:
                     text = "".join(json.dumps(one) + "\n" for one in self._entries)
-                    partial = self._path.with_name(f"{self._path.name}.partial")
-                    partial.write_text(text)
-                    partial.replace(self._path)
+                    write_atomically(self._file, lambda partial: partial.write_text(text))
         return self._errors[plan]
 
     def refitted(self, plan: ReusePlan) -> nn.Module:
@@ -145,21 +147,17 @@ class PlanEvaluator:
         return {
             ReusePlan.from_json(entry["plan"]): float(entry["error"])
             for entry in self._entries
-            if entry["search"] == self._identity
-            and entry["first"][0] == plan
-            and math.isclose(entry["first"][1], error, rel_tol=_SAME_ERROR)
+            if entry["first"][0] == plan and math.isclose(entry["first"][1], error, rel_tol=_SAME_ERROR)
         }
 
 
-def _read_entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a cache file; none if there is no file yet."""
+def _read_entries(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of evaluated plans; none if there is no file yet."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines]
+        found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not the cache of a search ({error}); choose another file") from None
+        raise ValueError(f"{file} is damaged ({one_line(error)}); delete it") from None
     for number, entry in enumerate(found, start=1):
-        if not isinstance(entry, dict) or set(entry) != {"search", "first", "plan", "error"}:
-            raise ValueError(f"{path}, line {number}: not an evaluated plan; choose another file as cache")
+        if not isinstance(entry, dict) or set(entry) != {"first", "plan", "error"}:
+            raise ValueError(f"{file}, line {number}: not an evaluated plan; delete the file")
     return found

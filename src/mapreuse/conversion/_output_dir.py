@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from mapreuse.models import transformer_directory
 
-SEARCHED, REFITTED, DISTILLED, _WRITTEN = _PARTS = ("search.jsonl", "refitted", "distill", "written")
+LEARNED, REFITTED, DISTILLED, _WRITTEN = _PARTS = ("learned", "refitted", "distill", "written")
 """The contents of a work directory."""
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx")
@@ -49,8 +49,8 @@ def new_directory(out: str | Path) -> Iterator[Path]:
     if out.exists():
         out.rmdir()
     (work / _WRITTEN).rename(out)
-    for part in (SEARCHED, REFITTED, DISTILLED):
-        shutil.rmtree(work / part) if (work / part).is_dir() else (work / part).unlink(missing_ok=True)
+    for part in (LEARNED, REFITTED, DISTILLED):
+        shutil.rmtree(work / part, ignore_errors=True)
     if not any(work.iterdir()):
         work.rmdir()
 

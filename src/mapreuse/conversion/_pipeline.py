@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from mapreuse.conversion._align import align
+from mapreuse.conversion._align import align, aligned
 from mapreuse.conversion._distill import DistillConfig, distill
 from mapreuse.conversion._evaluation import hidden_state_error
+from mapreuse.conversion._kept_work import folder_in, identity_of
 from mapreuse.conversion._output_dir import (
     DISTILLED,
+    LEARNED,
     REFITTED,
-    SEARCHED,
     check_output,
     new_directory,
     work_dir_of,
 )
-from mapreuse.conversion._refit import refit
+from mapreuse.conversion._refit import RefitCache, refit, refit_layers
 from mapreuse.conversion._search import MIN_SEARCH_BATCHES, relative_latencies, search, split_batches
-from mapreuse.conversion._validation import check_plan, checked_batches, digest
+from mapreuse.conversion._targets import Targets
+from mapreuse.conversion._validation import check_plan, checked_batches
 from mapreuse.data import check_precision
 from mapreuse.models import apply, copy_with_same_weights
 from mapreuse.plan import ReusePlan
@@ -68,7 +71,7 @@ class ConversionReport:
         """The report as lines of text."""
         before, after = self.parameters
         no_faster = not self.plan.is_full and self.latency >= self.exact_latency
-        nothing = ["The plan shares no map, so nothing gets faster and there is nothing to distil."]
+        nothing = ["The plan shares no map: nothing to distil, and only the kernels of mapreuse can make it faster."]
         return [
             str(self.plan),
             *(nothing if self.plan.is_full else []),
@@ -116,6 +119,8 @@ def convert(
         True
     """
     check_plan(plan)
+    if not isinstance(distillation, DistillConfig | None):
+        raise ValueError(f"distillation must be a DistillConfig or None, got {distillation!r}")
     if distillation is not None and batches is None:
         raise ValueError("distillation needs batches to learn from")
     if batches is not None:
@@ -157,8 +162,9 @@ def convert_to_directory(
     budget of error the fastest plan. The heads of a given plan are assigned by `align`. Then the copy is refitted,
     and distilled if `distill_seconds` is given. Every fourth batch is held out for evaluation.
 
-    `<out>.work` holds the work in progress: evaluated plans, the refitted copy and checkpoints of the distillation.
-    The same call continues from it after an interrupt. `out` appears when it is complete.
+    `<out>.work` holds the work in progress: compared maps, evaluated plans, refitted layers, the refitted copy and
+    checkpoints of the distillation. The same call continues from it after an interrupt. The notes of the
+    `KeyboardInterrupt` say what is kept and what will be repeated. `out` appears when it is complete.
 
     Args:
         original: a trained model that `apply` accepts; it is not changed.
@@ -184,28 +190,30 @@ def convert_to_directory(
         given = checked_batches(batches, MIN_DISTILLATION_BATCHES, "convert with distillation")
     calibration, evaluation = split_batches(given)
     metric = hidden_state_error(original, evaluation)
-    work = work_dir_of(out)
+    work, identity = work_dir_of(out), identity_of(original, given)
+    folder = folder_in(work / LEARNED, identity)
+    assert folder is not None
     asked: dict[str, Any] = {
         "budget": None if budget is None else dict(budget),
         "plan": None if plan is None else plan.to_json(),
-        "of": digest([original.state_dict(), *given]),
+        "of": identity,
     }
     found = _load_refitted(work / REFITTED, original, asked)
     if found is None:
         latencies = None
         if budget is not None:
             latency = budget.get("latency")
-            candidates = search(original, given, latency=latency, error=budget.get("error"), cache=work / SEARCHED)
+            candidates = search(original, given, latency=latency, error=budget.get("error"), cache=work / LEARNED)
             within = [one for one in candidates if latency is None or one.latency <= latency]
             best = within[-1] if latency is None else within[0]
             plan, model, latencies = best.plan, best.build(), (best.latency, best.exact_latency)
             errors = {"aligned": metric(apply(copy_with_same_weights(original), plan))}
         else:
             assert plan is not None
-            plan = align(original, plan, calibration)
+            plan = aligned(original, plan, calibration, folder)
             model = apply(copy.deepcopy(original), plan)
             errors = {"aligned": metric(model)}
-            refit(model, original, calibration)
+            refit_layers(model, Targets(original, calibration), RefitCache(sys.maxsize, folder / "refits"))
         errors["refitted"] = metric(model)
         described: dict[str, Any] = {
             "asked": asked,

@@ -6,17 +6,19 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mapreuse.conversion._kept_work import read_tensors, write_tensors
 from mapreuse.conversion._layer_cache import LayerCache, in_evaluation_mode
 from mapreuse.conversion._least_squares import DRIFT_SHARES, HeadProjections, LeastSquares
 from mapreuse.conversion._targets import Targets, is_held_out
-from mapreuse.conversion._validation import check_original
+from mapreuse.conversion._validation import check_original, digest
 from mapreuse.data import check_precision
 from mapreuse.models import (
     Layer,
@@ -28,7 +30,7 @@ from mapreuse.models import (
     plan_of,
     value_projection,
 )
-from mapreuse.plan import LayerSource, ReusePlan
+from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
@@ -111,7 +113,12 @@ def refit_layers(model: nn.Module, targets: Targets, cache: RefitCache | None = 
         for layer in filter(plan.reuses, range(plan.num_layers)):
             report = None if cache is None else cache.restore(model, plan, layer)
             if report is None:
-                report = _refit_layer(layer, layers, targets)
+                try:
+                    report = _refit_layer(layer, layers, targets)
+                except KeyboardInterrupt as stop:
+                    if cache is not None and cache.folder is not None:
+                        stop.add_note(f"{len(reports)} refitted layers are kept, layer {layer} is repeated")
+                    raise
                 if cache is not None:
                     cache.store(model, plan, report)
             logger.info("layer %d: held-out error %.4f, before %.4f", layer, report.after, report.before)
@@ -123,16 +130,22 @@ class RefitCache:
     """Refitted weights of layers, for other plans of the same model.
 
     Plans that agree up to a layer give it the same weights. The least recently used layers are dropped beyond
-    `max_bytes`.
+    `max_bytes`. With a `folder`, of this model and these batches alone, the layers are also kept on disk.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._layers = dict[tuple[LayerSource, ...], tuple[LayerRefit, HeadProjections]]()
+    def __init__(self, max_bytes: int, folder: Path | None = None) -> None:
+        self._max_bytes, self.folder = max_bytes, folder
+        self._layers = dict[str, tuple[LayerRefit, HeadProjections]]()
+        kept = [] if folder is None else folder.glob("*.safetensors")
+        for file in sorted(kept, key=lambda file: file.stat().st_mtime):
+            if (found := read_tensors(file)) is not None:
+                tensors, (report, maps) = found
+                fields: dict[str, Any] = {"bias": None, "maps": tuple(maps), **tensors}
+                self._layers[file.name] = LayerRefit(**report), HeadProjections(**fields)
 
     def restore(self, model: nn.Module, plan: ReusePlan, index: int) -> LayerRefit | None:
         """Write a layer's cached weights into the model; None if there are none."""
-        key = plan.layers[: index + 1]
+        key = _up_to(index, plan)
         if key not in self._layers:
             return None
         report, projections = self._layers[key] = self._layers.pop(key)
@@ -146,9 +159,21 @@ class RefitCache:
         projections = read(layer, with_values=report.values)
         dtype = output_projection(layer).weight.dtype
         stored = replace(projections, output=projections.output.to(dtype), values=projections.values.to(dtype))
-        self._layers[plan.layers[: report.layer + 1]] = report, stored
+        key = _up_to(report.layer, plan)
+        self._layers[key] = report, stored
+        if self.folder is not None:
+            tensors = {name: one for name, one in vars(stored).items() if isinstance(one, Tensor)}
+            write_tensors(self.folder / key, tensors, (asdict(report), stored.maps))
         while sum(one.output.nbytes + one.values.nbytes for _, one in self._layers.values()) > self._max_bytes:
-            del self._layers[next(iter(self._layers))]
+            dropped = next(iter(self._layers))
+            del self._layers[dropped]
+            if self.folder is not None:
+                (self.folder / dropped).unlink(missing_ok=True)
+
+
+def _up_to(index: int, plan: ReusePlan) -> str:
+    """The name of what is cached of a layer."""
+    return digest([{"layers": plan.layers[: index + 1]}]) + ".safetensors"
 
 
 def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit:

@@ -12,15 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mapreuse.console import progress_bar
+from mapreuse.console import check_number, progress_bar
 from mapreuse.conversion._align import Head
 from mapreuse.conversion._evaluation import PlanEvaluator, hidden_state_error
+from mapreuse.conversion._kept_work import folder_in, identity_of, kept_json
 from mapreuse.conversion._layer_cache import in_evaluation_mode
 from mapreuse.conversion._search_heuristic import SearchHeuristic
 from mapreuse.conversion._validation import checked_batches, digest
 from mapreuse.data import check_precision
-from mapreuse.measure import time_interleaved
-from mapreuse.models import apply, copy_with_same_weights, plan_of
+from mapreuse.measure import machine, time_interleaved
+from mapreuse.models import apply, check_batch, copy_with_same_weights, plan_of
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -103,36 +104,40 @@ def search(
         timed: the batch to time, such as one of the size used in production. None: the calibration batch of median
             size.
         breadth: number of extensions evaluated in each step.
-        cache: a file of evaluated plans, one JSON object per line. The same search continues from it. Only its first
-            plan is evaluated again.
+        cache: a directory for what the search learns: compared maps, evaluated plans, refitted layers and times. The
+            same search continues from it after an interrupt. It evaluates its first plan again, and times the plans
+            that it returns.
 
     Returns:
         The plans that no other plan beats in both error and latency, from the least error to the least latency.
 
     Raises:
         ValueError: unless exactly one budget is given, if no plan meets it, there are too few batches, the model has
-            a plan already, is in half precision on a CPU or unsupported, or the cache cannot be read.
+            a plan already, is in half precision on a CPU or unsupported, or the cache cannot be used.
     """
     if (latency is None) == (error is None):
         raise ValueError("give exactly one budget: latency=0.7 (relative to the original's) or error=0.02")
-    if latency is not None and not 0 < latency < 1:
-        raise ValueError(f"latency is relative to the original's and must be between 0 and 1, got {latency}")
-    if error is not None and not error >= 0:
-        raise ValueError(f"error must be at least 0, got {error}")
-    if breadth < 1:
-        raise ValueError(f"breadth must be at least 1, got {breadth}")
+    if latency is not None:
+        check_number("latency, relative to the original's,", latency, 0, 1, exclusive=True)
+    if error is not None:
+        check_number("error", error, 0)
+    check_number("breadth", breadth, 1, whole=True)
     check_precision(original)
     if plan_of(original) is not None:
         raise ValueError("the model shares attention maps already; search plans for the original model instead")
     given = checked_batches(batches, MIN_SEARCH_BATCHES, "search")
+    if timed is not None:
+        check_batch(timed)
+    if metric is not None and not callable(metric):
+        raise ValueError(f"metric must be a function of a model, got {metric!r}")
     calibration, evaluation = split_batches(given)
     metric = metric or hidden_state_error(original, evaluation)
     batch = timed or _of_median_size(given)
-    identity = digest([original.state_dict(), *given])
-    evaluate = PlanEvaluator(original, calibration, metric, cache, identity)
-    heuristic = SearchHeuristic(original, calibration, evaluate)
+    folder = None if cache is None else folder_in(cache, identity_of(original, given))
+    evaluate = PlanEvaluator(original, calibration, metric, folder)
+    heuristic = SearchHeuristic(original, calibration, evaluate, folder)
     precision = _COST_PRECISION if latency is None else _PRECISION
-    costs = _CostModel(original, batch, heuristic, precision=precision)
+    costs = _CostModel(original, batch, heuristic, precision=precision, cache=folder)
     if latency is not None and (least := costs.of(heuristic.all)) > latency * (1 + _TOLERANCE):
         raise ValueError(_UNREACHABLE.format(latency, least))
     reusing: frozenset[Head] = frozenset()
@@ -210,7 +215,13 @@ class _CostModel:
     """
 
     def __init__(
-        self, original: nn.Module, batch: Mapping[str, Any], heuristic: SearchHeuristic, *, precision: float
+        self,
+        original: nn.Module,
+        batch: Mapping[str, Any],
+        heuristic: SearchHeuristic,
+        *,
+        precision: float,
+        cache: Path | None = None,
     ) -> None:
         heads = range(heuristic.num_heads)
         plans = {"none": frozenset[Head](), "all": heuristic.all}
@@ -219,7 +230,13 @@ class _CostModel:
         self._original = original
         self._plans = {name: heuristic.plan(heads) for name, heads in plans.items()}
         self._num_heads, self._num_reusing_layers = heuristic.num_heads, len(heuristic.sources)
-        self.calibrate(_times({"original": original} | self.models(), batch, precision=precision))
+        self.calibrate(
+            kept_json(
+                None if cache is None else cache / "times.json",
+                [digest([batch]), precision, machine()],
+                lambda: _times({"original": original} | self.models(), batch, precision=precision),
+            )
+        )
 
     def models(self) -> dict[str, nn.Module]:
         """New models under the three plans. They take memory only while they are timed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mapreuse.console import tracked
 from mapreuse.conversion._align import Head, output_errors, output_factors
+from mapreuse.conversion._kept_work import LayerSums
 from mapreuse.models import (
     MapRecorder,
     Unsupported,
@@ -53,6 +55,7 @@ class RefitErrors:
         errors: from `output_errors`. They choose the four maps that are tried for each head.
         sources: the argument of `output_errors`.
         batches: calibration batches.
+        cache: as for `output_errors`.
     """
 
     def __init__(
@@ -61,30 +64,27 @@ class RefitErrors:
         errors: Mapping[int, Tensor],
         sources: Mapping[int, tuple[int, ...]],
         batches: Iterable[Mapping[str, Any]],
+        cache: Path | None = None,
     ) -> None:
         self._num_heads = next(iter(errors.values())).shape[-1]
         self._parts = {layer: _parts(found, sources[layer]) for layer, found in errors.items()}
-        self._grams: dict[int, Tensor] = {}
-        self._outputs: dict[int, Tensor] = {}
         self._errors: dict[tuple[int, tuple[Head | None, ...]], float] = {}
-        reduction: dict[int, Tensor] = {}
         recorder = MapRecorder(original)
         stack = find_stack(with_projections(original))
-        for batch in batches:
-            maps, valid, values = recorder(batch)
-            for layer, parts in self._parts.items():
-                own_values = values[layer].repeat_interleave(self._num_heads // values[layer].shape[1], 1)
-                if layer not in reduction:
-                    reduction[layer], outputs = output_factors(
-                        stack.layers[layer], self._num_heads, own_values, _MAX_RANK
-                    )
-                    self._outputs[layer] = outputs.flatten(0, 1).cpu()
-                reduced = own_values.double() @ reduction[layer]
-                applied = [(head, source or (layer, head)) for head, source in parts]
-                contexts = [maps[one][:, number].double() @ reduced[:, head] for head, (one, number) in applied]
-                inputs = torch.cat([*contexts, torch.ones_like(contexts[0][..., :1])], -1)[valid]
-                gram = (inputs.mT @ inputs).cpu()
-                self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
+        with LayerSums(None if cache is None else cache / "outputs.safetensors", "comparing outputs") as self._sums:
+            for number, batch in enumerate(batches):
+                layers = [layer for layer in self._parts if self._sums.lacks(layer, number)]
+                if not layers:
+                    continue
+                maps, valid, values = recorder(batch)
+                for layer in layers:
+                    own_values = values[layer].repeat_interleave(self._num_heads // values[layer].shape[1], 1)
+                    if not self._sums[layer]:
+                        factors = output_factors(stack.layers[layer], self._num_heads, own_values, _MAX_RANK)
+                        self._sums.add(layer, number - 1, dict(zip(("reduction", "outputs"), factors, strict=True)))
+                    reduced = own_values.double() @ self._sums[layer]["reduction"].to(own_values.device)
+                    self._sums.add(layer, number, {"gram": self._gram(layer, maps, reduced, valid)})
+                self._sums.keep()
 
     def __call__(self, layer: int, applied: Sequence[Head | None]) -> float:
         """The error of a layer whose heads apply these maps (None: its own). An untried map counts as zero."""
@@ -93,8 +93,16 @@ class RefitErrors:
             self._errors[key] = self._solve(*key) if any(source is not None for source in applied) else 0.0
         return self._errors[key]
 
+    def _gram(self, layer: int, maps: Sequence[Tensor], reduced: Tensor, valid: Tensor) -> Tensor:
+        """Products of the contexts by all maps that are tried, and a one, in a batch."""
+        applied = [(head, source or (layer, head)) for head, source in self._parts[layer]]
+        contexts = [maps[one][:, number].double() @ reduced[:, head] for head, (one, number) in applied]
+        inputs = torch.cat([*contexts, torch.ones_like(contexts[0][..., :1])], -1)[valid]
+        return inputs.mT @ inputs
+
     def _solve(self, layer: int, applied: tuple[Head | None, ...]) -> float:
-        gram, outputs, parts = self._grams[layer], self._outputs[layer], self._parts[layer]
+        sums, parts = self._sums[layer], self._parts[layer]
+        gram, outputs = sums["gram"], sums["outputs"].flatten(0, 1)
         dim = len(outputs) // self._num_heads
         starts = [parts[one] * dim for one in enumerate(applied) if one in parts]
         constant = torch.tensor([len(gram) - 1])
@@ -124,6 +132,7 @@ class SearchHeuristic:
         original: a trained model that `apply` accepts; it is not changed.
         batches: calibration batches, at least four.
         evaluate: the error of a plan after `refit`, such as a `PlanEvaluator`.
+        cache: as for `output_errors`.
 
     Attributes:
         sources: for each layer that can reuse, the possible source layers.
@@ -135,13 +144,17 @@ class SearchHeuristic:
     """
 
     def __init__(
-        self, original: nn.Module, batches: Sequence[Mapping[str, Any]], evaluate: Callable[[ReusePlan], float]
+        self,
+        original: nn.Module,
+        batches: Sequence[Mapping[str, Any]],
+        evaluate: Callable[[ReusePlan], float],
+        cache: Path | None = None,
     ) -> None:
         sources = {layer: found for layer, found in possible_sources(original).items() if found}
         if not sources:
             raise ValueError(f"{type(original).__name__}: no two layers are of one kind, so none can share a map")
-        errors = output_errors(original, sources, tracked("comparing maps", batches))
-        self._refit_errors = RefitErrors(original, errors, sources, tracked("comparing outputs", batches))
+        errors = output_errors(original, sources, tracked("comparing maps", batches), cache=cache)
+        self._refit_errors = RefitErrors(original, errors, sources, tracked("comparing outputs", batches), cache)
         self.sources = sources
         self.num_layers = len(find_stack(original).layers)
         self.num_heads = next(iter(errors.values())).shape[-1]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapreuse.console import one_line, progress_bar
+from mapreuse.console import check_number, one_line, progress_bar
 from mapreuse.conversion._validation import digest
 
 _FORMAT = 2
@@ -40,7 +43,7 @@ class LoopConfig:
         steps: budget in steps. Give exactly one of `steps` and `seconds`.
         seconds: budget in seconds.
         learning_rate: peak learning rate.
-        warmup: fraction of the budget, at least 0 and less than 1.
+        warmup: fraction of the budget, from 0 to 0.99.
         weight_decay: of AdamW.
         evaluate_every: steps between two evaluations.
         patience: training ends after this number of evaluations without improvement.
@@ -59,17 +62,15 @@ class LoopConfig:
             raise ValueError(
                 f"give the budget as steps or as seconds: got steps={self.steps}, seconds={self.seconds}"
             )
-        if not 0 < (self.steps or self.seconds or 0) < math.inf:
-            raise ValueError(f"the budget must be positive, finite: got steps={self.steps}, seconds={self.seconds}")
-        if not (0 <= self.warmup < 1 and self.learning_rate > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                "learning_rate must be positive, weight_decay at least 0, warmup from 0 to less than 1: got "
-                f"{self.learning_rate}, {self.weight_decay} and {self.warmup}"
-            )
-        if self.evaluate_every < 1 or self.patience < 1:
-            raise ValueError(
-                f"evaluate_every and patience must be at least 1, got {self.evaluate_every} and {self.patience}"
-            )
+        if self.steps is not None:
+            check_number("steps", self.steps, 1, whole=True)
+        else:
+            check_number("seconds", self.seconds, 0, exclusive=True)
+        check_number("learning_rate", self.learning_rate, 0, exclusive=True)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_number("warmup", self.warmup, 0, 0.99)
+        check_number("evaluate_every", self.evaluate_every, 1, whole=True)
+        check_number("patience", self.patience, 1, whole=True)
 
     def progress(self, step: int, elapsed: float) -> float:
         """The fraction of the budget used after `step` steps and `elapsed` seconds."""
@@ -100,6 +101,7 @@ class TrainingState:
         epoch_progress: fraction of the budget used when the epoch began.
         history: one entry per evaluation: `step`, `elapsed`, the mean training `loss` since the last one, and
             metrics.
+        losses: training losses since the last evaluation.
         best_step: step of the best evaluation.
         finished: whether the budget or the patience is used up.
         choices: decisions of the caller at the start of the run. A resumed run keeps them.
@@ -111,6 +113,7 @@ class TrainingState:
     position: int = 0
     epoch_progress: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     best_step: int = 0
     finished: bool = False
     choices: dict[str, Any] = field(default_factory=dict)
@@ -199,20 +202,28 @@ class TrainingLoop:
         if self._evaluate_first and not state.history:
             self._evaluate_now({})
         started = time.monotonic() - state.elapsed
-        losses: list[float] = []
         batches = self._share()
-        with progress_bar("training", disable=not self._accelerator.is_main_process) as progress:
+        with (
+            progress_bar("training", disable=not self._accelerator.is_main_process) as progress,
+            _deferred_interrupt(self._out_dir is not None) as interrupted,
+        ):
             while not state.finished:
-                losses.append(self._step(next(batches)))
+                state.losses.append(self._step(next(batches)))
                 state.step += 1
-                state.elapsed = self._agreed(time.monotonic() - started)
+                state.elapsed, stops = self._agreed((time.monotonic() - started, interrupted.is_set()))
                 ended = config.progress(state.step, state.elapsed) >= 1
                 if ended or state.step % config.evaluate_every == 0:
-                    self._evaluate_now({"loss": sum(losses) / len(losses)})
-                    losses.clear()
+                    self._evaluate_now({"loss": sum(state.losses) / len(state.losses)})
+                    state.losses.clear()
                     stale = sum(entry["step"] > state.best_step for entry in state.history)
                     state.finished = ended or stale >= config.patience
                     self._checkpoint()
+                elif stops:
+                    self._checkpoint()
+                if stops:
+                    stop = KeyboardInterrupt()
+                    stop.add_note(f"{self._name}: {state.step} steps are kept")
+                    raise stop
                 progress(self._description(), min(config.progress(state.step, state.elapsed), 1.0), 1.0)
 
     def _share(self) -> Iterator[Any]:
@@ -304,10 +315,11 @@ class TrainingLoop:
             partial.mkdir()
             _save_moments(self._optimizer, partial / "optimizer.safetensors")
             save_model(self._model, str(partial / "model.safetensors"))
-            current = self._weights()
-            self._model.load_state_dict(self._best)
-            save_model(self._model, str(partial / "best.safetensors"))
-            self._model.load_state_dict(current)
+            if self._best:
+                current = self._weights()
+                self._model.load_state_dict(self._best)
+                save_model(self._model, str(partial / "best.safetensors"))
+                self._model.load_state_dict(current)
             described = {"format": _FORMAT, "run": self._identity, "weights": [self._start, digest([self._best])]}
             (partial / "state.json").write_text(json.dumps(described | {"state": asdict(self.state)}))
             partial.rename(complete)
@@ -334,13 +346,37 @@ class TrainingLoop:
         before = self._weights()
         try:
             _load_moments(self._optimizer, folder / "optimizer.safetensors")
-            load_model(self._model, str(folder / "best.safetensors"))
-            self._best = self._weights()
+            if saved["state"]["history"]:
+                load_model(self._model, str(folder / "best.safetensors"))
+                self._best = self._weights()
             load_model(self._model, str(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             self._model.load_state_dict(before)
             raise ValueError(f"{folder}: not a checkpoint ({one_line(error)}); delete it") from None
         self.state, self._start = TrainingState(**saved["state"]), saved["weights"][0]
+
+
+@contextmanager
+def _deferred_interrupt(deferred: bool) -> Iterator[threading.Event]:
+    """The first interrupt by the keyboard sets an event, and raises only at the end of the block. The next one raises
+    at once."""
+    event, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (deferred and in_main_thread and before is signal.default_int_handler):
+        yield event
+        return
+
+    def handle(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        event.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if event.is_set():
+        raise KeyboardInterrupt
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from mapreuse.console import one_line
-from mapreuse.data._files import LIBRARY_ERRORS, MAX_SECONDS, Sample, read_audio, read_image, samples_of
+from mapreuse.console import check_number
+from mapreuse.data._audio import check_sampling_rate
+from mapreuse.data._files import MAX_SECONDS, Sample, read_audio, read_image, refused_in_one_line, samples_of
 from mapreuse.data._models import OpenedModel
 
 MIN_SAMPLES = 4
@@ -68,8 +69,9 @@ def open_batches(
             cannot run on such data alone. The message is one line.
         ModuleNotFoundError: if reading the data needs an optional package: soundfile, pillow or datasets.
     """
-    if batch_size < 1 or (max_batches is not None and max_batches < 1):
-        raise ValueError(f"batch_size and max_batches must be at least 1, got {batch_size} and {max_batches}")
+    given = {"batch_size": batch_size, "max_batches": 1 if max_batches is None else max_batches}
+    for name, number in (given | {"min_batches": min_batches, "min_samples": min_samples}).items():
+        check_number(name, number, 1, whole=True)
     max_samples = None if max_batches is None else max_batches * batch_size
     if max_samples is not None and max_samples < min_samples:
         raise ValueError(
@@ -107,6 +109,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, budget: int) -> l
         batch_size: maximum number of samples in a batch.
         budget: maximum total length of a batch after padding. A longer sample is a batch of its own.
     """
+    check_number("batch_size", batch_size, 1, whole=True)
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         size = len(batches[-1]) + 1 if batches else 1
@@ -156,7 +159,7 @@ def _prepare_texts(opened: OpenedModel, texts: list[str]) -> Prepared:
 
 def _prepare_audio(opened: OpenedModel, samples: list[Sample]) -> Prepared:
     extractor = _companion(opened, AutoFeatureExtractor, _EXTRACTORS, "feature extractor")
-    rate = extractor.sampling_rate
+    rate = check_sampling_rate(extractor.sampling_rate, f"{opened.directory}: the feature extractor")
     audio = [read_audio(sample, rate) for sample in samples]
     padding = inspect.signature(extractor.__call__).parameters.get("padding")
     fixed_length = padding is not None and padding.default == "max_length"  # the model may require it
@@ -171,10 +174,8 @@ def _prepare_images(opened: OpenedModel, samples: list[Sample]) -> Prepared:
 
     def batch(indices: list[int]) -> Mapping[str, Tensor]:
         images = [read_image(samples[index]) for index in indices]  # one batch at a time, for memory
-        try:
+        with refused_in_one_line(f"{type(processor).__name__} cannot make a batch: "):
             made = processor(images, return_tensors="pt")
-        except LIBRARY_ERRORS as error:
-            raise ValueError(f"{type(processor).__name__} cannot make a batch: {one_line(error)}") from None
         if made["pixel_values"].dim() > 4:
             raise ValueError(f"{opened.directory}: the image processor makes videos or tiles, not single images")
         return made
@@ -197,10 +198,8 @@ def _companion(opened: OpenedModel, cls: Any, patterns: Sequence[str], name: str
         raise ValueError(
             f"{opened.directory}: the directory contains no {name}; copy it there from the original model"
         )
-    try:
+    with refused_in_one_line(f"{opened.directory}: the {name} cannot be opened: "):
         return cls.from_pretrained(opened.directory, local_files_only=True)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{opened.directory}: the {name} cannot be opened: {one_line(error)}") from None
 
 
 def _max_positions(model: PreTrainedModel) -> int:

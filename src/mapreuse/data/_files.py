@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from fractions import Fraction
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from mapreuse.console import one_line
+from mapreuse.data._audio import MIN_SECONDS, as_waveform, open_sound, resample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-LIBRARY_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-)
-"""Exceptions that transformers and datasets raise on damaged or foreign files. Catch them around their calls only."""
 
 MAX_SECONDS = 20.0
 """Maximum length of the part of a recording that is read."""
@@ -34,9 +22,26 @@ MAX_SECONDS = 20.0
 Sample = tuple[Path | io.BytesIO, str]
 """A recording or an image: a file or its contents, and a name for messages."""
 
-_MIN_SECONDS = 0.05
 _SUFFIXES = {"audio": (".wav", ".flac"), "image": (".png", ".jpg", ".jpeg")}
 _DATASETS = ("dataset_info.json", "dataset_dict.json")
+
+
+@contextmanager
+def refused_in_one_line(message: str) -> Iterator[None]:
+    """Turn what transformers and datasets raise on damaged or foreign files into a `ValueError` of one line.
+
+    They raise exceptions of any class. What mapreuse itself raises in their calls passes unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        raiser = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__"))
+        if raiser.split(".")[0] == "mapreuse":
+            raise
+        raise ValueError(f"{message}{one_line(error)}") from None
 
 
 def sound_files(folder: str | Path) -> list[Path]:
@@ -64,25 +69,13 @@ def samples_of(path: Path, kind: str) -> Iterator[Any]:
 
 def read_audio(sample: Sample, rate: int) -> np.ndarray:
     """Read the first `MAX_SECONDS` of a recording as mono audio at `rate` Hz."""
-    import soundfile  # an optional dependency
-
     file, name = sample
-    try:
-        with soundfile.SoundFile(file) as sound:
-            source_rate = sound.samplerate
-            samples = sound.read(round(MAX_SECONDS * source_rate), dtype="float32", always_2d=True).mean(1)
-    except soundfile.LibsndfileError as problem:
-        raise ValueError(f"{name}: not a readable wav or flac file ({problem.error_string.rstrip('.')})") from None
-    if len(samples) < _MIN_SECONDS * source_rate:
-        raise ValueError(f"{name}: too short, {len(samples) / source_rate:.3f} s; the minimum is {_MIN_SECONDS} s")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{name}: contains samples that are not finite numbers")
-    if source_rate == rate:
-        return samples
-    from scipy.signal import resample_poly  # slow to import
-
-    ratio = Fraction(rate, source_rate)
-    return resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
+    with open_sound(file, name) as sound:
+        source = sound.samplerate
+        samples = sound.read(round(MAX_SECONDS * source), dtype="float32", always_2d=True).mean(1)
+    if len(samples) < MIN_SECONDS * source:
+        raise ValueError(f"{name}: too short, {len(samples) / source:.3f} s; the minimum is {MIN_SECONDS} s")
+    return resample(as_waveform(samples, name), source, rate)
 
 
 def read_image(sample: Sample) -> Image:
@@ -134,12 +127,11 @@ def _rows(path: Path, kind: str) -> Iterator[Any]:
     """The rows of a datasets directory, without decoding audio and images."""
     import datasets  # an optional dependency
 
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except IndexError:  # a split without a table
-        raise ValueError(f"{path}: contains no rows, or a split contains none") from None
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{path}: {one_line(error)}") from None
+    with refused_in_one_line(f"{path}: "):
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except IndexError:  # a split without a table
+            raise ValueError(f"{path}: contains no rows, or a split contains none") from None
     if isinstance(loaded, datasets.DatasetDict):
         if not loaded:
             raise ValueError(f"{path}: contains no split")

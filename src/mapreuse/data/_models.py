@@ -15,7 +15,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from mapreuse import models
 from mapreuse.console import one_line
-from mapreuse.data._files import LIBRARY_ERRORS
+from mapreuse.data._files import refused_in_one_line
 
 _CONFIG = "config.json"
 
@@ -86,6 +86,7 @@ def open_model(path: str | Path, stack: str = "", *, float32: bool = False) -> O
 
 def check_precision(model: nn.Module) -> None:
     """Raise `ValueError` for a model in half precision on a CPU, where products are slow and too coarse."""
+    models.check_model(model)
     for name, parameter in model.named_parameters():
         if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
@@ -106,10 +107,8 @@ def _open(directory: Path) -> PreTrainedModel:
     named = getattr(transformers, str(name), None)
     cls: Any = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    try:
+    with refused_in_one_line(""):
         model, found = cls.from_pretrained(directory, **options)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(one_line(error)) from None
     missing = sorted(name for name in found["missing_keys"] if not _OPTIONAL_WEIGHTS.search(name))
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}")

@@ -16,7 +16,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from mapreuse.console import tracked
+from mapreuse.console import check_number, tracked
 from mapreuse.maps import STORAGES, StorageChoice, plain_operators
 from mapreuse.measure._contestants import (
     ATTENTIONS,
@@ -93,8 +93,9 @@ def bench(
     """
     if plan_of(model) is not None:
         raise ValueError("the model already shares attention maps; pass the original model and the plan")
-    if repeats < 1 or (threads is not None and threads < 1):
-        raise ValueError(f"repeats and threads must be at least 1, got {repeats} and {threads}")
+    check_number("repeats", repeats, 1, whole=True)
+    if threads is not None:
+        check_number("threads", threads, 1, whole=True)
     for storage in storages:
         if storage not in (*STORAGES, "auto"):
             raise ValueError(f"storages must be some of {', '.join(STORAGES)}, auto; got {storage!r}")

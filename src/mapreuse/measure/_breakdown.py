@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from mapreuse.console import check_number
 from mapreuse.measure._attribution import PartCosts, counted_pass, profiled_pass, sizes_of
 from mapreuse.measure._contestants import Batch, contestants, named_batches, split_plans
 from mapreuse.measure._latency import Latency, cpu_threads, time_interleaved
@@ -76,8 +77,9 @@ def breakdown(
     Raises:
         ValueError: if an argument is invalid.
     """
-    if repeats < 1 or (threads is not None and threads < 1):
-        raise ValueError(f"repeats and threads must be at least 1, got {repeats} and {threads}")
+    check_number("repeats", repeats, 1, whole=True)
+    if threads is not None:
+        check_number("threads", threads, 1, whole=True)
     named = named_batches(batches)
     models = _models(model, plans, kinds)
     if not named or not models:

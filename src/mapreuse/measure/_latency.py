@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mapreuse.console import progress_bar
+from mapreuse.console import check_number, progress_bar
 
 _MAX_FACTOR = 4
 """For the sake of precision, up to this multiple of `repeats` is measured."""
@@ -85,7 +85,14 @@ def time_interleaved(
 
     Returns:
         The latency of each contestant.
+
+    Raises:
+        ValueError: if `repeats`, `warmup` or `precision` is not a number in its range.
     """
+    check_number("repeats", repeats, 1, whole=True)
+    check_number("warmup", warmup, 0, whole=True)
+    if precision is not None:
+        check_number("precision", precision, 0)
     timer = _cuda_seconds if device == "cuda" else _cpu_seconds
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     done, total = 0, (warmup + repeats) * len(contestants)
@@ -133,6 +140,8 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
     """Run with this number of CPU threads; None changes nothing."""
+    if number is not None:
+        check_number("threads", number, 1, whole=True)
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

@@ -11,7 +11,7 @@ from mapreuse.models._recording import MapRecorder, Recording, check_batch, not_
 from mapreuse.models._runtime import MAPS_ARGUMENT, observing_inputs
 from mapreuse.models._snapshots import copy_with_same_weights
 from mapreuse.models._source import Unsupported
-from mapreuse.models._stack import Layer, find_stack
+from mapreuse.models._stack import Layer, check_model, find_stack
 
 __all__ = [
     "MAPS_ARGUMENT",
@@ -22,6 +22,7 @@ __all__ = [
     "Unsupported",
     "apply",
     "check_batch",
+    "check_model",
     "copy_with_same_weights",
     "find_stack",
     "keeping_maps",

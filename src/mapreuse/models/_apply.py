@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mapreuse.console import check_number
 from mapreuse.maps import STORAGES, MapCounts, SharedMaps
 from mapreuse.models._attention_conversion import convert_attention
 from mapreuse.models._map_injection import inject_maps
@@ -17,7 +18,13 @@ from mapreuse.models._plan_conversions import plan_conversions
 from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_cache
 from mapreuse.models._snapshots import Model, copy_with_same_weights, unchanged_on_failure
 from mapreuse.models._source import Unsupported, parameter_names
-from mapreuse.models._stack import ENCODER_STATES, cross_attends_beside, find_stack, maps_travel_by_keyword
+from mapreuse.models._stack import (
+    ENCODER_STATES,
+    check_model,
+    cross_attends_beside,
+    find_stack,
+    maps_travel_by_keyword,
+)
 from mapreuse.models._torch_encoder import unpack
 from mapreuse.plan import ReusePlan
 
@@ -87,8 +94,8 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         raise ValueError("the model shares attention maps already; apply the plan to the original model instead")
     if storage not in (*STORAGES, "auto"):
         raise ValueError(f"storage must be one of {', '.join(STORAGES)} and auto, got {storage!r}")
-    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
-        raise ValueError(f"memory_budget must be a positive integer (bytes) or None, got {memory_budget!r}")
+    if memory_budget is not None:
+        check_number("memory_budget, in bytes,", memory_budget, 1, whole=True)
     before = sum(parameter.numel() for parameter in model.parameters())
     with unchanged_on_failure(model):
         stack = find_stack(model)
@@ -139,6 +146,7 @@ def plan_of(model: nn.Module) -> ReusePlan | None:
 
 def applied_plans(model: nn.Module) -> dict[str, AppliedPlan]:
     """The plans in force in `model`, by the path of the module that runs the layers."""
+    check_model(model)
     found = {path: module.__dict__.get("_map_reuse") for path, module in model.named_modules()}
     return {path: applied for path, applied in found.items() if applied is not None}
 
@@ -182,6 +190,12 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     if implementation not in ("sdpa", "eager"):
         raise Unsupported(
             f"{type(module).__name__} makes masks for {implementation!r}; call set_attn_implementation('sdpa')"
+        )
+    mask = given.get("attention_mask")
+    if implementation == "eager" and isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.bool:
+        raise ValueError(
+            f"{type(module).__name__}: eager attention would add a mask of booleans as 0 and 1; give a mask of "
+            "floats, or call set_attn_implementation('sdpa')"
         )
     kwargs = dict(kwargs)
     if "use_cache" in applied.parameter_names:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mapreuse.maps import is_clearly_faster, needs_plain_operators
 from mapreuse.models._snapshots import Model
+from mapreuse.models._stack import check_model
 
 _MIN_ROWS = 32
 """Rows of input from which oneDNN is used. Its setup takes about as long as a product of 32 rows."""
@@ -42,6 +43,7 @@ def optimize(model: Model) -> Model:
     Args:
         model: any module; calling it twice changes nothing.
     """
+    check_model(model)
     for module in model.modules():
         if type(module) is nn.Linear:
             _optimize_module(module)

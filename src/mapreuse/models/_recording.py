@@ -20,7 +20,7 @@ from mapreuse.models._optimize import optimize
 from mapreuse.models._projections import ValueProjection, value_projection
 from mapreuse.models._runtime import MAPS_ARGUMENT, batch_first, inputs_of
 from mapreuse.models._snapshots import copy_with_same_weights
-from mapreuse.models._stack import find_stack
+from mapreuse.models._stack import check_model, find_stack
 from mapreuse.plan import ReusePlan
 
 
@@ -50,6 +50,7 @@ class MapRecorder:
     """
 
     def __init__(self, model: nn.Module, *, under_plan: bool = False) -> None:
+        check_model(model)
         self._model = optimize(copy_with_same_weights(model)).eval()
         self.num_layers = len(find_stack(self._model).layers)
         if not (under_plan and applied_plans(self._model)):
@@ -104,11 +105,16 @@ def _record_values(
 
 
 def check_batch(batch: object) -> None:
-    """Raise `ValueError` for anything but a mapping, such as one of the tensors of a batch."""
+    """Raise `ValueError` for anything but a mapping that holds a tensor."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             "a batch must be a dictionary of the model's arguments, such as {'input_ids': …}, got a "
             f"{type(batch).__name__}; batches are a list of such dictionaries"
+        )
+    if not any(isinstance(value, Tensor) for value in batch.values()):
+        raise ValueError(
+            f"a batch must hold a tensor, got the keys {list(batch)} without one; tokenizers and feature extractors "
+            "return tensors with return_tensors='pt'"
         )
 
 

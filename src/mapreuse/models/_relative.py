@@ -59,7 +59,7 @@ class _Wav2Vec2ConformerComputing(ComputingAttention):
         assert relative_position_embeddings is not None
         distances = self._heads(self.linear_pos(relative_position_embeddings))
         relative = RelativePositions(query + self.pos_bias_v[:, None], distances)
-        mask, bias = mask_and_bias(self, attention_mask)
+        mask, bias = mask_and_bias(self, query, key, attention_mask)
         scores = Scores(query + self.pos_bias_u[:, None], key, self.scaling, mask=mask, bias=bias, relative=relative)
         return scores, self._values(hidden_states)
 

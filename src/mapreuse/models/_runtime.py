@@ -201,7 +201,7 @@ def make_scores(
     Masks have the meaning that they have for `sdpa` and `eager`: boolean (True attends) or additive. Without a mask,
     attention is causal if `is_causal`, or else the module's attribute of that name, is True.
     """
-    mask, bias = mask_and_bias(module, attention_mask, position_bias)
+    mask, bias = mask_and_bias(module, query, key, attention_mask, position_bias)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     return Scores(
@@ -215,24 +215,45 @@ def make_scores(
 
 
 def mask_and_bias(
-    module: nn.Module, attention_mask: Tensor | None, position_bias: Tensor | None = None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    position_bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A boolean mask (True attends) and an additive bias for the heads that compute, from a mask of either kind."""
+    """A boolean mask (True attends) and an additive bias for the heads that compute, from a mask of either kind.
+
+    Raises:
+        ValueError: if the mask has another shape, type or device than attention needs.
+    """
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     if position_bias is not None:
         position_bias = _of_heads(position_bias, layout.computing)
     if attention_mask is None:
         return None, position_bias
+    name, is_bool = type(module).__name__, attention_mask.dtype == torch.bool
     if attention_mask.dim() != 4:
         raise ValueError(
-            f"{type(module).__name__}: expected a mask of shape (batch, 1, query, key), got "
-            f"{tuple(attention_mask.shape)}; load the model with attn_implementation='sdpa' or 'eager'"
+            f"{name}: expected a mask of shape (batch, 1, query, key), got {tuple(attention_mask.shape)}; load the "
+            "model with attn_implementation='sdpa' or 'eager'"
+        )
+    expected = query.shape[0], layout.num_heads, query.shape[-2], key.shape[-2]
+    if any(size not in (1, full) for size, full in zip(attention_mask.shape, expected, strict=True)):
+        raise ValueError(
+            f"{name}: expected a mask of shape {expected}, or 1 in place of a number, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    if not (is_bool or attention_mask.is_floating_point()) or attention_mask.device != query.device:
+        raise ValueError(
+            f"{name}: expected a mask of booleans (True attends) or of floats (added to the scores) on "
+            f"{query.device}, got {attention_mask.dtype} on {attention_mask.device}; convert it, such as by "
+            "mask.bool()"
         )
     attention_mask = _of_heads(attention_mask, layout.computing)
-    if attention_mask.dtype == torch.bool:
+    if is_bool:
         return attention_mask, position_bias
     # The softmax of a row of −∞ is undefined. The lowest finite number gives the same result in all other rows.
-    bias = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
+    bias = attention_mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     return None, bias if position_bias is None else bias + position_bias
 
 

@@ -59,12 +59,22 @@ class Stack:
     layers: tuple[Layer, ...]
 
 
+def check_model(model: object) -> None:
+    """Raise `ValueError` unless this is a module; a path, for example, is not."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a model, a torch.nn.Module, got {type(model).__name__}; open a directory by from_pretrained "
+            "of transformers or by mapreuse.load"
+        )
+
+
 def find_stack(model: nn.Module) -> Stack:
     """The only stack of attention layers in `model`.
 
     Raises:
         Unsupported: if there is none, if there are several, or if a layer has more than one self-attention.
     """
+    check_model(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
