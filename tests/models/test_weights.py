@@ -119,6 +119,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("family", ["bert", "parakeet"])
 @pytest.mark.parametrize("saved", ["original", "same plan"])
@@ -155,6 +156,7 @@ def averaged(model, **settings):
     return average.module
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
 def test_a_copy_follows_the_plan_and_checks_heads_as_well(family, copied):
@@ -228,7 +230,7 @@ LENGTHS = [12, 90, 91, 150, 300]
 PERMUTED = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [2, 0, 3, 1], 3: [3, 3, 0, 1]})
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("storage", ["dense", "dense16", "recompute"])
 @pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize("length", LENGTHS)

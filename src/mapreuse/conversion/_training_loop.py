@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from mapreuse.console import check_number, one_line, progress_bar
 from mapreuse.conversion._validation import digest
 
-_FORMAT = 2
-"""Version of the checkpoints; mapreuse 0.1.0 wrote version 1."""
+_FORMAT = 3
+"""Version of the checkpoints; mapreuse 0.1.0 wrote version 1. Up to version 2, heads had another order."""
 
 _MAX_GRADIENT_NORM = 1.0
 """Longer gradients are scaled down to this norm."""
