@@ -1,0 +1,264 @@
+"""`export`: a model as files for another runtime, checked against PyTorch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from mapreuse import models
+from mapreuse.console import one_line
+from mapreuse.export._runtimes import RUNTIMES, Run, required
+
+logger = logging.getLogger("mapreuse")
+
+MAX_DIFFERENCE = 1e-4
+"""Maximum of |exported − PyTorch| / max |PyTorch| of a float32 export."""
+
+Batch = Mapping[str, Tensor]
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example: Batch,
+    *,
+    runtime: str = "openvino",
+    int8: Sequence[Batch] | None = None,
+) -> dict[str, Any]:
+    """Write an encoder, with or without a plan, for OpenVINO or ONNX Runtime.
+
+    The files need neither PyTorch nor mapreuse to run. Batch size and lengths are dynamic. Inputs have the names of
+    `example`, outputs those of the model's output (`last_hidden_state`, `logits`, …). After writing, the export is
+    compared with PyTorch at three other shapes, two of them with padding if the model takes an `attention_mask`.
+
+    The directory contains the files of the runtime under the names that optimum and sentence-transformers look for,
+    `config.json` of the original model, and `mapreuse_export.json` with the plan and the differences.
+
+    Args:
+        model: an encoder of `transformers`, or the encoder of an encoder–decoder. It is not changed.
+        path: a new directory.
+        example: keyword arguments of the model's forward: tensors, as a tokenizer or feature extractor makes them.
+        runtime: "openvino" or "onnx".
+        int8: calibration batches like `example`. Weights and activations are quantised to 8 bits by NNCF.
+
+    Returns:
+        The contents of `mapreuse_export.json`. "difference" is the maximum of |exported − PyTorch| / max |PyTorch|
+        over the compared shapes; "int8_error" is ‖int8 − float32‖ / ‖float32‖ of each output on the calibration
+        batches.
+
+    Raises:
+        ValueError: if an argument is invalid, the model is a decoder, an operator cannot be exported, or a float32
+            export differs from PyTorch by more than 1e-4. Nothing is left in `path`.
+        ModuleNotFoundError: if a package is missing; the message says which and how to install it.
+    """
+    path = Path(path)
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    target = RUNTIMES[runtime]
+    required("onnx", "onnxscript", *target.packages, *(["nncf"] if int8 is not None else []))
+    _check_encoder(model)
+    _check_batches(model, [example, *(int8 or [])])
+    with _new_directory(path) as directory, _evaluation(model) as original:
+        program, names = _exported(original, _with_several_items(example))
+        _write_onnx(program, list(example), names, directory / "program.onnx")
+        target.write(directory / "program.onnx", directory, int8)
+        for file in directory.glob("program.onnx*"):
+            file.unlink()
+        run = target.open(directory, None)
+        description: dict[str, Any] = {
+            "runtime": runtime,
+            "precision": "float32" if int8 is None else "int8",
+            "model": type(model).__name__,
+            "plan": _plan(model),
+            "difference": max(_difference(original, run, batch) for batch in _other_shapes(program, example)),
+        }
+        if int8 is None and not description["difference"] <= MAX_DIFFERENCE:
+            raise ValueError(
+                f"the exported {type(model).__name__} differs from PyTorch by {description['difference']:.1e}, more "
+                f"than {MAX_DIFFERENCE}; export it for another runtime, or report this"
+            )
+        if int8 is not None:
+            description["int8_error"] = _int8_error(original, run, int8)
+        if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+            config.save_pretrained(directory)
+        (directory / "mapreuse_export.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    logger.info("%s: difference to PyTorch %.1e", path, description["difference"])
+    return description
+
+
+class _Outputs(nn.Module):
+    """A model that takes tensors by position and returns the tensors of its output, without lists of layers."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self._inputs = tuple(inputs)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.named(dict(zip(self._inputs, tensors, strict=True))).values())
+
+    def named(self, batch: Batch) -> dict[str, Tensor]:
+        """The outputs by name."""
+        output = self.model(**batch)
+        if isinstance(output, Tensor):
+            return {"last_hidden_state": output}
+        if not isinstance(output, Mapping):
+            return {"last_hidden_state": output[0]}
+        return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+
+def _check_encoder(model: nn.Module) -> None:
+    stack = models.find_stack(model)
+    if any(getattr(layer.attention, "is_causal", False) for layer in stack.layers):
+        raise ValueError(f"{type(model).__name__} is a decoder, and export writes encoders only")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        raise ValueError(
+            f"{type(model).__name__} has a decoder, and export writes encoders only; export model.get_encoder()"
+        )
+    for name, weights in model.named_parameters():
+        if weights.dtype != torch.float32 or weights.device.type != "cpu":
+            raise ValueError(
+                f"{name} is {str(weights.dtype).removeprefix('torch.')} on {weights.device}, but export needs float32 "
+                "on the CPU: model.float().cpu()"
+            )
+
+
+def _check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
+    first = batches[0]
+    for batch in batches:
+        if not (isinstance(batch, Mapping) and batch and all(isinstance(one, Tensor) for one in batch.values())):
+            raise ValueError("example and int8 batches must be dictionaries of tensors, such as a tokenizer returns")
+        if batch.keys() != first.keys() or any(batch[name].dim() != first[name].dim() for name in first):
+            raise ValueError(
+                f"int8 batches must have the inputs of the example, {', '.join(first)}, with as many dimensions; got "
+                f"{ {name: tuple(tensor.shape) for name, tensor in batch.items()} }"
+            )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the model in evaluation mode, without gradients."""
+    copied = models.copy_with_same_weights(model).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters, about their own internals
+        yield copied
+
+
+def _with_several_items(example: Batch) -> dict[str, Tensor]:
+    """The example with a batch size of at least two: exporters take a size of one for a constant."""
+    size = len(next(iter(example.values())))
+    return {
+        name: torch.cat([tensor] * 2) if size == 1 and len(tensor) == 1 else tensor
+        for name, tensor in example.items()
+    }
+
+
+def _exported(model: nn.Module, example: Batch) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """The model as a graph of PyTorch's own operators with dynamic shapes, and the names of its outputs."""
+    wrapped = _Outputs(model, list(example))
+    names = list(wrapped.named(example))
+    shapes = tuple({dim: torch.export.Dim.AUTO for dim in range(tensor.dim())} for tensor in example.values())
+    try:
+        program = torch.export.export(wrapped, tuple(example.values()), dynamic_shapes=(shapes,), strict=False)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"torch.export cannot export {type(model).__name__}: {one_line(error)}") from error
+    return program, names
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], file: Path
+) -> None:
+    try:
+        torch.onnx.export(
+            program, dynamo=True, input_names=list(inputs), output_names=list(outputs), verbose=False
+        ).save(file)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"torch.onnx cannot export this model: {one_line(error)}") from error
+
+
+def _other_shapes(program: torch.export.ExportedProgram, example: Batch) -> Iterator[dict[str, Tensor]]:
+    """Three batches of other shapes, cut or repeated from the example; in two of them, items are padded."""
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"][-len(example) :]
+    sizes = [node.meta["val"].shape for node in placeholders]
+    for items, factor, padding in ((1, 0.5, 0.0), (2, 0.75, 0.3), (3, 1.0, 0.5)):
+        batch = {}
+        for (name, tensor), symbols in zip(example.items(), sizes, strict=True):
+            for dim, size in enumerate(symbols):
+                if isinstance(size, torch.SymInt):
+                    length = items if dim == 0 else max(1, math.ceil(factor * tensor.shape[dim]))
+                    tensor = tensor.index_select(dim, torch.arange(length) % tensor.shape[dim])
+            batch[name] = tensor.contiguous()
+        if padding and (mask := batch.get("attention_mask")) is not None and mask.dim() == 2:
+            batch["attention_mask"] = mask = mask.clone()
+            mask[-1, math.ceil((1 - padding) * mask.shape[1]) :] = 0
+        yield batch
+
+
+def _difference(model: nn.Module, run: Run, batch: Batch) -> float:
+    """max |exported − PyTorch| / max |PyTorch|, without padding, over all outputs."""
+    found = run(batch)
+    largest = 0.0
+    for name, (ours, expected) in _compared(model, found, batch).items():
+        if ours.shape != expected.shape:
+            raise ValueError(f"the exported {name} has shape {tuple(ours.shape)}, not {tuple(expected.shape)}")
+        difference = ((ours - expected).abs().max() / expected.abs().max()).item()
+        largest = max(largest, math.inf if math.isnan(difference) else difference)
+    return largest
+
+
+def _compared(model: nn.Module, found: Batch, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each floating-point output and what it should be, without the positions that are padding."""
+    with models.recorded_states(model) as (states, masks):
+        expected = _Outputs(model, list(batch)).named(batch)
+    valid = models.not_padding(masks[0], states[-1])
+    pairs = {}
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            both = found[name], tensor
+            pairs[name] = both if tensor.shape[:2] != valid.shape else (both[0][valid], both[1][valid])
+    return pairs
+
+
+def _int8_error(model: nn.Module, run: Run, batches: Sequence[Batch]) -> dict[str, float]:
+    sums: dict[str, list[float]] = {}
+    for batch in batches:
+        for name, (ours, expected) in _compared(model, run(batch), batch).items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += (ours - expected).square().sum().item()
+            total[1] += expected.square().sum().item()
+    return {name: math.sqrt(error / max(size, 1e-30)) for name, (error, size) in sums.items()}
+
+
+def _plan(model: nn.Module) -> dict[str, Any] | None:
+    plan = models.plan_of(model)
+    return None if plan is None else json.loads(plan.to_json())
+
+
+@contextmanager
+def _new_directory(path: Path) -> Iterator[Path]:
+    """A directory that becomes `path` if the code inside succeeds."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; choose another directory or delete it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{path} cannot be made: {above} is not a writable directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
+        written = Path(scratch) / "written"
+        written.mkdir()
+        yield written
+        if path.exists():
+            path.rmdir()
+        written.rename(path)
