@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig
 from mapreuse import models
 from mapreuse.console import one_line
 from mapreuse.export._runtimes import RUNTIMES, Run, required
+from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
 
@@ -99,15 +101,11 @@ def export(
 
 
 class _Outputs(nn.Module):
-    """A model that takes tensors by position and returns the tensors of its output, without lists of layers."""
+    """A model and the outputs of it that are exported: floating-point tensors, not lists of layers or masks."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._inputs = tuple(inputs)
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.named(dict(zip(self._inputs, tensors, strict=True))).values())
 
     def named(self, batch: Batch) -> dict[str, Tensor]:
         """The outputs by name."""
@@ -116,7 +114,9 @@ class _Outputs(nn.Module):
             return {"last_hidden_state": output}
         if not isinstance(output, Mapping):
             return {"last_hidden_state": output[0]}
-        return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+        return {
+            name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()
+        }
 
 
 def _check_encoder(model: nn.Module) -> None:
@@ -129,9 +129,9 @@ def _check_encoder(model: nn.Module) -> None:
         )
     for name, weights in model.named_parameters():
         if weights.dtype != torch.float32 or weights.device.type != "cpu":
+            dtype = str(weights.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} is {str(weights.dtype).removeprefix('torch.')} on {weights.device}, but export needs float32 "
-                "on the CPU: model.float().cpu()"
+                f"{name} is {dtype} on {weights.device}, but export needs float32 on the CPU: model.float().cpu()"
             )
 
 
@@ -149,8 +149,13 @@ def _check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the model in evaluation mode, without gradients."""
+    """A copy of the model in evaluation mode, without gradients. Without a plan, it gets one that shares nothing.
+
+    Its computing layers then consist of operators that every exporter knows.
+    """
     copied = models.copy_with_same_weights(model).eval()
+    if models.plan_of(copied) is None:
+        models.apply(copied, ReusePlan.full(len(models.find_stack(copied).layers)))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters, about their own internals
         yield copied
@@ -167,29 +172,57 @@ def _with_several_items(example: Batch) -> dict[str, Tensor]:
 
 def _exported(model: nn.Module, example: Batch) -> tuple[torch.export.ExportedProgram, list[str]]:
     """The model as a graph of PyTorch's own operators with dynamic shapes, and the names of its outputs."""
-    wrapped = _Outputs(model, list(example))
-    names = list(wrapped.named(example))
-    shapes = tuple({dim: torch.export.Dim.AUTO for dim in range(tensor.dim())} for tensor in example.values())
+
+    class Positional(_Outputs):
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.named(dict(zip(example, tensors, strict=True))).values())
+
+    # The exporters name the inputs of the graph after these parameters.
+    parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *example)]
+    Positional.forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    names = list(_Outputs(model).named(example))
+    shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in _dynamic_dims(example).values())
     try:
-        program = torch.export.export(wrapped, tuple(example.values()), dynamic_shapes=(shapes,), strict=False)
+        program = torch.export.export(Positional(model), tuple(example.values()), dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"torch.export cannot export {type(model).__name__}: {one_line(error)}") from error
     return program, names
+
+
+def _dynamic_dims(example: Batch) -> dict[str, tuple[int, ...]]:
+    """The dimensions of each input that may change: the batch size, and the length if the inputs have one.
+
+    The length is that of the attention mask, or else of the first input, unless it is an image.
+    """
+    main = example.get("attention_mask", next(iter(example.values())))
+    if main.dim() not in (2, 3):
+        return dict.fromkeys(example, (0,))
+    length = main.shape[1]
+    found = {}
+    for name, tensor in example.items():
+        dims = [dim for dim in range(1, tensor.dim()) if tensor.shape[dim] == length]
+        found[name] = (0, *dims[:1])
+    return found
 
 
 def _write_onnx(
     program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], file: Path
 ) -> None:
     try:
-        torch.onnx.export(
+        exported = torch.onnx.export(
             program, dynamo=True, input_names=list(inputs), output_names=list(outputs), verbose=False
-        ).save(file)
+        )
+        assert exported is not None
+        exported.save(file)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"torch.onnx cannot export this model: {one_line(error)}") from error
 
 
 def _other_shapes(program: torch.export.ExportedProgram, example: Batch) -> Iterator[dict[str, Tensor]]:
-    """Three batches of other shapes, cut or repeated from the example; in two of them, items are padded."""
+    """Three batches of other shapes, cut or repeated from the example; in two of them, items are padded.
+
+    Only dimensions that are dynamic in the program change: it may have found that a length is fixed.
+    """
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"][-len(example) :]
     sizes = [node.meta["val"].shape for node in placeholders]
     for items, factor, padding in ((1, 0.5, 0.0), (2, 0.75, 0.3), (3, 1.0, 0.5)):
@@ -219,15 +252,15 @@ def _difference(model: nn.Module, run: Run, batch: Batch) -> float:
 
 
 def _compared(model: nn.Module, found: Batch, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each floating-point output and what it should be, without the positions that are padding."""
+    """Each output and what it should be, without the positions that are padding."""
     with models.recorded_states(model) as (states, masks):
-        expected = _Outputs(model, list(batch)).named(batch)
+        expected = _Outputs(model).named(batch)
     valid = models.not_padding(masks[0], states[-1])
     pairs = {}
     for name, tensor in expected.items():
-        if tensor.is_floating_point():
-            both = found[name], tensor
-            pairs[name] = both if tensor.shape[:2] != valid.shape else (both[0][valid], both[1][valid])
+        both = found[name], tensor
+        has_positions = both[0].shape[:2] == tensor.shape[:2] == valid.shape
+        pairs[name] = (both[0][valid], both[1][valid]) if has_positions else both
     return pairs
 
 
