@@ -9,6 +9,7 @@ model = mr.apply(model, plan)
 from importlib.metadata import version
 
 from mapreuse.conversion import DistillConfig, align, convert, distill, refit, search
+from mapreuse.exporting import export
 from mapreuse.models import Unsupported, apply, load, optimize, plan_of, save
 from mapreuse.plan import ReusePlan
 
@@ -23,6 +24,7 @@ __all__ = [
     "apply",
     "convert",
     "distill",
+    "export",
     "load",
     "optimize",
     "plan_of",

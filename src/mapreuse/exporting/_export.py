@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from mapreuse import models
 from mapreuse.console import one_line
-from mapreuse.export._runtimes import RUNTIMES, Run, required
+from mapreuse.exporting._runtimes import RUNTIMES, Run, required
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")

@@ -31,7 +31,7 @@ def required(*names: str) -> list[Any]:
         try:
             found.append(importlib.import_module(name))
         except ModuleNotFoundError as error:
-            if error.name != name:
+            if error.name not in (name, None):
                 raise
             raise ModuleNotFoundError(f"exporting needs the package {name}: {_PIP}") from None
     return found

@@ -1,0 +1,135 @@
+"""Exported models give PyTorch's outputs in OpenVINO and ONNX Runtime, for other shapes than the example's."""
+
+import json
+import sys
+
+import pytest
+import torch
+from agreement import PLANS
+from families import build
+from transformers import AutoConfig
+
+import mapreuse as mr
+from mapreuse.exporting import open_exported
+
+SAMPLE = ["parakeet", "bert"]
+FAMILIES = ["wav2vec2-conformer-relative", "wav2vec2-conformer-rotary", "roberta", "distilbert", "electra",
+            "modernbert", "vit", "deit", "dinov2", "wav2vec2", "hubert", "whisper-encoder", "ast", "clip-vision"]  # fmt: skip
+
+
+def tokens(batch, length, valid=None):
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[-1, valid or length :] = 0
+    return {"input_ids": torch.randint(0, 50, (batch, length)), "attention_mask": mask}
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        return model(**batch).last_hidden_state
+
+
+@pytest.mark.parametrize("family", [*SAMPLE, *(pytest.param(family, marks=pytest.mark.full) for family in FAMILIES)])
+@pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnx", marks=pytest.mark.full)])
+@pytest.mark.parametrize("plan", ["groups of 2", pytest.param(None, marks=pytest.mark.full)])
+def test_an_export_gives_the_outputs_of_pytorch(family, runtime, plan, tmp_path):
+    model, batch = build(family)
+    original_class = type(model)
+    if plan is not None:
+        mr.apply(model, PLANS[plan])
+    description = mr.export(model, tmp_path / "out", batch, runtime=runtime)
+    assert description["difference"] < 1e-4
+    assert json.loads((tmp_path / "out/mapreuse_export.json").read_text()) == description
+    assert description["plan"] == (None if plan is None else json.loads(PLANS[plan].to_json()))
+    assert type(model) is original_class
+    assert isinstance(AutoConfig.from_pretrained(tmp_path / "out"), type(model.config)), "without plans"
+
+    full = {name: torch.ones_like(one) if "mask" in name else one for name, one in batch.items()}
+    found = open_exported(tmp_path / "out", threads=1)(full)["last_hidden_state"]
+    torch.testing.assert_close(found, outputs(model, full), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("openvino", marks=pytest.mark.full)])
+def test_one_export_serves_every_length_and_padding(runtime, tmp_path):
+    model, _ = build("bert")
+    mr.apply(model, PLANS["two sources"])
+    mr.export(model, tmp_path / "out", tokens(2, 15), runtime=runtime)
+    run = open_exported(tmp_path / "out")
+    for batch in (tokens(1, 1), tokens(1, 2), tokens(3, 12, 7), tokens(2, 40, 9)):
+        valid = batch["attention_mask"].bool()
+        found = run(batch)["last_hidden_state"]
+        torch.testing.assert_close(found[valid], outputs(model, batch)[valid], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnx", marks=pytest.mark.full)])
+def test_int8_is_smaller_and_reports_its_error(runtime, tmp_path):
+    model, _ = build("bert")
+    mr.apply(model, PLANS["groups of 2"])
+    torch.manual_seed(1)
+    batches = [tokens(4, 20) for _ in range(4)]
+    mr.export(model, tmp_path / "float32", batches[0], runtime=runtime)
+    description = mr.export(model, tmp_path / "int8", batches[0], runtime=runtime, int8=batches)
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).iterdir()) for name in ("float32", "int8")]
+    assert sizes[1] < sizes[0]
+    run = open_exported(tmp_path / "int8")
+    errors = [run(batch)["last_hidden_state"] - outputs(model, batch) for batch in batches]
+    norms = [outputs(model, batch).square().sum() for batch in batches]
+    expected = (sum(error.square().sum() for error in errors) / sum(norms)).sqrt().item()
+    assert description["int8_error"]["last_hidden_state"] == pytest.approx(expected, rel=1e-3)
+    assert 0 < expected < 0.2
+
+
+def decoder():
+    return build("llama")
+
+
+def encoder_decoder():
+    from transformers import BartConfig, BartModel
+
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return BartModel(BartConfig(**sizes, **heads, vocab_size=50)), tokens(1, 9)
+
+
+def half_precision():
+    model, batch = build("bert")
+    return model.half(), batch
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        (lambda: build("bert"), {"runtime": "tensorrt"}, "runtime must be one of openvino, onnx, got 'tensorrt'"),
+        (lambda: build("bert"), {"int8": [{"input_ids": torch.ones(1, 5)}]}, "int8 batches must have the inputs of"),
+        (lambda: (build("bert")[0], {"input_ids": [1, 2]}), {}, "must be dictionaries of tensors"),
+        (decoder, {}, "LlamaModel is a decoder, and export writes encoders only"),
+        (encoder_decoder, {}, "several stacks|export model.get_encoder"),
+        (half_precision, {}, "is float16 on cpu, but export needs float32 on the CPU"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_on_one_line_and_nothing_is_written(made, options, message, tmp_path):
+    model, batch = made()
+    with pytest.raises(ValueError, match=message) as raised:
+        mr.export(model, tmp_path / "out", batch, **options)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_exists_is_kept(tmp_path):
+    model, batch = build("bert")
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(ValueError, match="exists already; choose another directory or delete it"):
+        mr.export(model, tmp_path, batch)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    model, batch = build("bert")
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package openvino: pip install 'mapreuse\[export\]'"):
+        mr.export(model, tmp_path / "out", batch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_without_an_export_is_named(tmp_path):
+    with pytest.raises(ValueError, match="contains no exported model"):
+        open_exported(tmp_path)
