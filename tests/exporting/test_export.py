@@ -13,8 +13,10 @@ import mapreuse as mr
 from mapreuse.exporting import open_exported
 
 SAMPLE = ["parakeet", "bert"]
-FAMILIES = ["wav2vec2-conformer-relative", "wav2vec2-conformer-rotary", "roberta", "distilbert", "electra",
-            "modernbert", "vit", "deit", "dinov2", "wav2vec2", "hubert", "whisper-encoder", "ast", "clip-vision"]  # fmt: skip
+FAMILIES = [
+    "wav2vec2-conformer-relative", "wav2vec2-conformer-rotary", "roberta", "distilbert", "electra", "modernbert",
+    "vit", "deit", "dinov2", "wav2vec2", "hubert", "whisper-encoder", "ast", "clip-vision",
+]  # fmt: skip
 
 
 def tokens(batch, length, valid=None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,8 +53,8 @@ class Scores:
     relative: RelativePositions | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Shape of the map: (batch, heads, query, key)."""
+    def shape(self) -> tuple[Any, Any, Any, Any]:
+        """Shape of the map: (batch, heads, query, key). The numbers are symbols while a model is exported."""
         batch, heads, num_queries, _ = self.query.shape
         return batch, heads, num_queries, self.key.shape[-2]
 
