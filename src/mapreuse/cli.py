@@ -242,6 +242,37 @@ def convert(
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
+@app.command(name="export")
+def export_(
+    model: ModelName,
+    calibration: CalibrationData,
+    out: Annotated[Path, typer.Option(help="new directory for the exported model")],
+    runtime: Annotated[str, typer.Option(help="openvino or onnx")] = "openvino",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="quantise weights and activations to 8 bits with the calibration data")
+    ] = False,
+    stack: Stack = "",
+    float32: Float32 = False,
+    max_batches: MaxBatches = 16,
+) -> None:
+    """Write an encoder for OpenVINO or ONNX Runtime, with any batch size and length, checked against PyTorch.
+
+    MODEL may be converted or not. Running the exported model needs neither PyTorch nor mapreuse.
+    """
+    from mapreuse import export
+    from mapreuse.conversion import copy_companions
+
+    opened, batches = _calibrated(model, calibration, max_batches, stack, float32=float32)
+    folder = opened.directory.relative_to(model)
+    example = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
+    found = export(opened.part, out / folder, example, runtime=runtime, int8=batches if int8 else None)
+    copy_companions(model, out)
+    console.print(f"{out}: {found['runtime']}, {found['precision']}", markup=False, highlight=False)
+    console.print(f"Maximum difference to PyTorch at other shapes: {found['difference']:.1e}", highlight=False)
+    for name, error in found.get("int8_error", {}).items():
+        console.print(f"Relative error of {name} on the calibration data: {error:.3f}", highlight=False)
+
+
 def analyze_model(part: Module, batches: Batches, out: Path, *, model: str, calibration: str, program: str) -> None:
     """The command `analyze` of both programs, for an opened model."""
     from mapreuse import measure

@@ -63,15 +63,12 @@ def test_one_export_serves_every_length_and_padding(runtime, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnx", marks=pytest.mark.full)])
-def test_int8_is_smaller_and_reports_its_error(runtime, tmp_path):
+def test_int8_reports_its_error(runtime, tmp_path):
     model, _ = build("bert")
     mr.apply(model, PLANS["groups of 2"])
     torch.manual_seed(1)
     batches = [tokens(4, 20) for _ in range(4)]
-    mr.export(model, tmp_path / "float32", batches[0], runtime=runtime)
     description = mr.export(model, tmp_path / "int8", batches[0], runtime=runtime, int8=batches)
-    sizes = [sum(file.stat().st_size for file in (tmp_path / name).iterdir()) for name in ("float32", "int8")]
-    assert sizes[1] < sizes[0]
     run = open_exported(tmp_path / "int8")
     errors = [run(batch)["last_hidden_state"] - outputs(model, batch) for batch in batches]
     norms = [outputs(model, batch).square().sum() for batch in batches]

@@ -156,9 +156,15 @@ def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
     copied = models.copy_with_same_weights(model).eval()
     if models.plan_of(copied) is None:
         models.apply(copied, ReusePlan.full(len(models.find_stack(copied).layers)))
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporters, about their own internals
-        yield copied
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters, about their own internals
+            yield copied
+    finally:
+        exporter.setLevel(level)
 
 
 def _with_several_items(example: Batch) -> dict[str, Tensor]:
