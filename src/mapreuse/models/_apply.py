@@ -114,7 +114,7 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         for conversion in conversions:
             convert_attention(conversion)
         if not by_keyword:
-            inject_maps(stack)
+            inject_maps(stack.module)
         removed = sorted(names - stack.module.state_dict().keys())
         stack.module._map_reuse = replace(stack.module._map_reuse, removed=tuple(removed))  # type: ignore
         stack.module.register_load_state_dict_pre_hook(_drop_placeholders)

@@ -53,7 +53,7 @@ def share(
         The context, and the map of all heads in their original order if the caller asked for maps, else None.
     """
     layout: LayerLayout = module._layout  # type: ignore[assignment]
-    maps = maps or vars(module).get(INJECTED_MAPS)
+    maps = maps or getattr(module, INJECTED_MAPS, None)
     if maps is None:
         raise ValueError(
             f"layer {layout.layer} of a model that shares attention maps was called by itself; call the whole model"
