@@ -42,7 +42,7 @@ app = command_app(
 )
 
 ModelName = Annotated[
-    str, typer.Argument(help="directory of a model, as save_pretrained or mapreuse convert wrote it")
+    str, typer.Argument(help="directory of the original model, as save_pretrained wrote it")
 ]
 CalibrationData = Annotated[
     str,
@@ -244,7 +244,9 @@ def convert(
 
 @app.command(name="export")
 def export_(
-    model: ModelName,
+    model: Annotated[
+        str, typer.Argument(help="directory of a model, as save_pretrained or mapreuse convert wrote it")
+    ],
     calibration: CalibrationData,
     out: Annotated[Path, typer.Option(help="new directory for the exported model")],
     runtime: Annotated[str, typer.Option(help="openvino or onnx")] = "openvino",
