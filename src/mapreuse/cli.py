@@ -41,9 +41,7 @@ app = command_app(
     "speed and its attention maps. MODEL is a directory that save_pretrained wrote.",
 )
 
-ModelName = Annotated[
-    str, typer.Argument(help="directory of the original model, as save_pretrained wrote it")
-]
+ModelName = Annotated[str, typer.Argument(help="directory of the original model, as save_pretrained wrote it")]
 CalibrationData = Annotated[
     str,
     typer.Option(
