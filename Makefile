@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study full-study test test-full test-versions wheel coverage check docs readme models works-with speed setup speech clean
+.PHONY: study full-study test test-full test-versions wheel check docs readme models works-with speed setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -37,10 +37,6 @@ test-versions: setup
 # A wheel with the compiled kernel in dist/, tested where there is no compiler.
 wheel: setup
 	$(BIN)/nox -s wheel
-
-# Lines that the tests run of the rooms that everything rests on: at least nine in ten.
-coverage: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=src/mapreuse --cov-report=term --cov-fail-under=90
 
 check: setup docs
 	$(BIN)/ruff format --check src lab tests docs examples
