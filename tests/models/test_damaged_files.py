@@ -183,7 +183,7 @@ def test_a_configuration_that_makes_no_model_is_refused(saved, changes):
         ({"stack": 3}, "its plan does not fit BertModel"),
         ({"storage": "sparse"}, "storage must be one of"),
         ({"storage": 3}, "storage must be one of .*, got 3"),
-        ({"memory_budget": "1 GB"}, "memory_budget must be a positive integer .*, got '1 GB'"),
+        ({"memory_budget": "1 GB"}, "memory_budget, in bytes, must be a whole number, at least 1, got '1 GB'"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(monkeypatch, saved, changes, problem):
