@@ -132,9 +132,7 @@ def test_storage_and_budget_are_saved(tmp_path):
 def test_an_invalid_budget_is_refused(monkeypatch, budget):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is outside tests
     model, _ = build("bert")
-    with pytest.raises(
-        ValueError, match="memory_budget, in bytes, must be a whole number, at least 1, got"
-    ) as error:
+    with pytest.raises(ValueError, match="memory_budget, in bytes, must be a whole number, at least 1, got") as error:
         mr.apply(model, GROUPS, memory_budget=budget)
     assert "\n" not in str(error.value)
     assert mr.plan_of(model) is None
