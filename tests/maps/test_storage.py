@@ -17,6 +17,7 @@ from mapreuse.maps import (
     SharedMaps,
     StorageChoice,
     compute,
+    plain_operators,
 )
 from mapreuse.maps._storage_choice import StorageCost, choose_storage
 from mapreuse.maps.reference import attention_map
@@ -137,6 +138,20 @@ def test_with_gradients_weights_are_not_compressed(storage):
     assert stored.weights.dtype == torch.float32
     stored.apply(case.values).sum().backward()
     assert query.grad is not None
+
+
+@pytest.mark.parametrize(("storage", "stored"), [("auto", "dense"), ("dense8", "dense"), ("recompute", "recompute")])
+def test_a_recorded_pass_does_not_try_storages_and_names_the_budget_it_needs(storage, stored, monkeypatch):
+    case = make_case(num_queries=70, num_keys=70)
+    monkeypatch.setattr("mapreuse.maps._shared_maps.choose_storage", None)
+    needed = {"dense": 4 * 2 * 3 * 70 * 70, "recompute": case.scores.nbytes}[stored]
+    with torch.no_grad(), plain_operators():
+        for budget in (needed, None):
+            maps = SharedMaps(storage=storage, counts=MapCounts(1, 1, 3, 3), budget=budget)
+            assert maps.storage(case.scores, case.values) in (stored, storage)
+        short = SharedMaps(storage=storage, counts=MapCounts(1, 1, 3, 3), budget=needed - 1)
+        with pytest.raises(ValueError, match=f"recorded pass stores shared maps as {stored}, .*={needed}, but got"):
+            short.storage(case.scores, case.values)
 
 
 def costs_of(**costs):

@@ -56,9 +56,9 @@ def export(
         int8: calibration batches like `example`. Weights and activations are quantised to 8 bits by NNCF.
 
     Returns:
-        The contents of `mapreuse_export.json`. "difference" is the maximum of abs(exported − PyTorch) / max(abs(PyTorch))
-        over the compared shapes; "int8_error" is ‖int8 − float32‖ / ‖float32‖ of each output on the calibration
-        batches.
+        The contents of `mapreuse_export.json`. "difference" is the maximum, over the compared shapes, of
+        abs(exported − PyTorch) / max(abs(PyTorch)). "int8_error" is ‖int8 − float32‖ / ‖float32‖ of each output on
+        the calibration batches.
 
     Raises:
         ValueError: if an argument is invalid, the model is a decoder, an operator cannot be exported, or a float32
