@@ -131,8 +131,8 @@ def bench(
 ) -> None:
     """Measure how much faster a model becomes with shared attention maps, on your data.
 
-    The contestants take turns, so that all meet the same disturbances. Each is checked against a reference before it
-    is timed. Quality is not measured: convert reports it.
+    Implementations are timed in turns, and each is checked against a reference first. Quality is not measured:
+    convert reports it.
     """
     from mapreuse import measure
 

@@ -184,9 +184,11 @@ def run_command(
         message = "interrupted; run the same command again to continue" if continues else "interrupted"
         fail(f"{message}: {stop}" if str(stop) else message, INTERRUPTED)
     except typer.TyperException as error:
-        fail(f"{error.format_message().rstrip('.')}; see {name} --help")
+        context = getattr(error, "ctx", None)
+        command = f"{name} {context.info_name}" if context is not None and context.parent is not None else name
+        fail(f"{error.format_message().rstrip('.')}; see {command} --help")
     except ModuleNotFoundError as error:
-        fail(f"{error}; install the optional dependencies: {extras}")
+        fail(str(error) if "pip install" in str(error) else f"{error}; install the optional dependencies: {extras}")
     except (ValueError, OSError) as error:
         fail(str(error))
 
