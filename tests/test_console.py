@@ -60,7 +60,7 @@ def test_a_wrong_option_names_the_help(monkeypatch, capsys):
     status, written = run(monkeypatch, capsys, lambda: None, "--colour")
     assert status == 2
     assert "--colour" in written
-    assert written.endswith("see program --help\n")
+    assert written.endswith("see program work --help\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
