@@ -295,3 +295,21 @@ def check_number(
 def one_line(error: Exception) -> str:
     """The message of an exception on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
+
+
+@contextlib.contextmanager
+def refused_in_one_line(message: str) -> Iterator[None]:
+    """Turn what another library raises into a `ValueError` of one line that starts with `message`.
+
+    Libraries raise exceptions of any class. What mapreuse itself raises in their calls passes unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        raiser = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__"))
+        if raiser.split(".")[0] == "mapreuse":
+            raise
+        raise ValueError(f"{message}{one_line(error)}") from None

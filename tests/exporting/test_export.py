@@ -10,7 +10,7 @@ from families import build
 from transformers import AutoConfig
 
 import mapreuse as mr
-from mapreuse.exporting import open_exported
+from mapreuse.exporting import RUNTIMES, open_exported
 
 SAMPLE = ["parakeet", "bert"]
 FAMILIES = [
@@ -99,6 +99,7 @@ def half_precision():
     [
         (lambda: build("bert"), {"runtime": "tensorrt"}, "runtime must be one of openvino, onnx, got 'tensorrt'"),
         (lambda: build("bert"), {"int8": [{"input_ids": torch.ones(1, 5)}]}, "int8 batches must have the inputs of"),
+        (lambda: build("bert"), {"int8": []}, "int8 needs at least one calibration batch"),
         (lambda: (build("bert")[0], {"input_ids": [1, 2]}), {}, "must be dictionaries of tensors"),
         (decoder, {}, "LlamaModel is a decoder, and export writes encoders only"),
         (encoder_decoder, {}, "several stacks|export model.get_encoder"),
@@ -110,6 +111,18 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_nothing_is_written(m
     with pytest.raises(ValueError, match=message) as raised:
         mr.export(model, tmp_path / "out", batch, **options)
     assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["write", "open"])
+def test_a_runtime_that_fails_is_refused_on_one_line_and_nothing_is_written(failing, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("an operator is missing\nand more")
+
+    monkeypatch.setattr(type(RUNTIMES["onnx"]), failing, fail)
+    model, batch = build("bert")
+    with pytest.raises(ValueError, match="onnx cannot run this BertModel: an operator is missing and more"):
+        mr.export(model, tmp_path / "out", batch, runtime="onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from mapreuse.console import check_number
+from mapreuse.console import check_number, refused_in_one_line
 from mapreuse.data._audio import check_sampling_rate
-from mapreuse.data._files import MAX_SECONDS, Sample, read_audio, read_image, refused_in_one_line, samples_of
+from mapreuse.data._files import MAX_SECONDS, Sample, read_audio, read_image, samples_of
 from mapreuse.data._models import OpenedModel
 
 MIN_SAMPLES = 4

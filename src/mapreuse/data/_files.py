@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mapreuse.console import one_line
+from mapreuse.console import one_line, refused_in_one_line
 from mapreuse.data._audio import MIN_SECONDS, as_waveform, open_sound, resample
 
 if TYPE_CHECKING:
@@ -24,24 +23,6 @@ Sample = tuple[Path | io.BytesIO, str]
 
 _SUFFIXES = {"audio": (".wav", ".flac"), "image": (".png", ".jpg", ".jpeg")}
 _DATASETS = ("dataset_info.json", "dataset_dict.json")
-
-
-@contextmanager
-def refused_in_one_line(message: str) -> Iterator[None]:
-    """Turn what transformers and datasets raise on damaged or foreign files into a `ValueError` of one line.
-
-    They raise exceptions of any class. What mapreuse itself raises in their calls passes unchanged.
-    """
-    try:
-        yield
-    except Exception as error:
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        raiser = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__"))
-        if raiser.split(".")[0] == "mapreuse":
-            raise
-        raise ValueError(f"{message}{one_line(error)}") from None
 
 
 def sound_files(folder: str | Path) -> list[Path]:

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from mapreuse import models
-from mapreuse.console import one_line
-from mapreuse.data._files import refused_in_one_line
+from mapreuse.console import one_line, refused_in_one_line
 
 _CONFIG = "config.json"
 

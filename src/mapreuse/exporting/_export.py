@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mapreuse import models
-from mapreuse.console import one_line
+from mapreuse.console import refused_in_one_line
 from mapreuse.exporting._runtimes import RUNTIMES, Run, required
 from mapreuse.plan import ReusePlan
 
@@ -71,14 +71,15 @@ def export(
     target = RUNTIMES[runtime]
     required("onnx", "onnxscript", *target.packages, *(["nncf"] if int8 is not None else []))
     _check_encoder(model)
-    _check_batches(model, [example, *(int8 or [])])
+    _check_batches(example, int8)
     with _new_directory(path) as directory, _evaluation(model) as original:
         program, names = _exported(original, _with_several_items(example))
         _write_onnx(program, list(example), names, directory / "program.onnx")
-        target.write(directory / "program.onnx", directory, int8)
+        with refused_in_one_line(f"{runtime} cannot run this {type(model).__name__}: "):
+            target.write(directory / "program.onnx", directory, int8)
+            run = target.open(directory, None)
         for file in directory.glob("program.onnx*"):
             file.unlink()
-        run = target.open(directory, None)
         description: dict[str, Any] = {
             "runtime": runtime,
             "precision": "float32" if int8 is None else "int8",
@@ -135,8 +136,10 @@ def _check_encoder(model: nn.Module) -> None:
             )
 
 
-def _check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
-    first = batches[0]
+def _check_batches(example: Batch, int8: Sequence[Batch] | None) -> None:
+    if int8 is not None and not int8:
+        raise ValueError("int8 needs at least one calibration batch, better some dozens")
+    first, batches = example, [example, *(int8 or [])]
     for batch in batches:
         if not (isinstance(batch, Mapping) and batch and all(isinstance(one, Tensor) for one in batch.values())):
             raise ValueError("example and int8 batches must be dictionaries of tensors, such as a tokenizer returns")
@@ -188,10 +191,8 @@ def _exported(model: nn.Module, example: Batch) -> tuple[torch.export.ExportedPr
     Positional.forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     names = list(_Outputs(model).named(example))
     shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in _dynamic_dims(example).values())
-    try:
+    with refused_in_one_line(f"torch.export cannot export {type(model).__name__}: "):
         program = torch.export.export(Positional(model), tuple(example.values()), dynamic_shapes=shapes, strict=False)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"torch.export cannot export {type(model).__name__}: {one_line(error)}") from error
     return program, names
 
 
@@ -214,14 +215,12 @@ def _dynamic_dims(example: Batch) -> dict[str, tuple[int, ...]]:
 def _write_onnx(
     program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], file: Path
 ) -> None:
-    try:
+    with refused_in_one_line("torch.onnx cannot export this model: "):
         exported = torch.onnx.export(
             program, dynamo=True, input_names=list(inputs), output_names=list(outputs), verbose=False
         )
         assert exported is not None
         exported.save(file)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"torch.onnx cannot export this model: {one_line(error)}") from error
 
 
 def _other_shapes(program: torch.export.ExportedProgram, example: Batch) -> Iterator[dict[str, Tensor]]:
@@ -247,7 +246,8 @@ def _other_shapes(program: torch.export.ExportedProgram, example: Batch) -> Iter
 
 def _difference(model: nn.Module, run: Run, batch: Batch) -> float:
     """max |exported − PyTorch| / max |PyTorch|, without padding, over all outputs."""
-    found = run(batch)
+    with refused_in_one_line("the exported model cannot run with another shape: "):
+        found = run(batch)
     largest = 0.0
     for name, (ours, expected) in _compared(model, found, batch).items():
         if ours.shape != expected.shape:

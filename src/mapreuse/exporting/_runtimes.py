@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mapreuse.console import one_line
+from mapreuse.console import refused_in_one_line
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """A model in a runtime: inputs by name to outputs by name."""
@@ -115,10 +115,8 @@ def _quantised(model: Any, calibration: Sequence[Mapping[str, Tensor]]) -> Any:
     """The model in int8: post-training quantisation by NNCF, with its settings for Transformers."""
     (nncf,) = required("nncf")
     data = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in calibration]
-    try:
+    with refused_in_one_line("NNCF cannot quantise this model: "):
         return nncf.quantize(model, nncf.Dataset(data), subset_size=len(data), model_type=nncf.ModelType.TRANSFORMER)
-    except (RuntimeError, nncf.ValidationError, nncf.InternalError, nncf.UnsupportedModelError) as error:
-        raise ValueError(f"NNCF cannot quantise this model: {one_line(error)}") from error
 
 
 def open_exported(path: str | Path, *, threads: int | None = None) -> Run:
