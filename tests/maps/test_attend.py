@@ -141,6 +141,22 @@ def test_gradients_match_the_definition(case, keep):
         torch.testing.assert_close(leaf.grad, expected, atol=2e-4, rtol=1e-3)
 
 
+def test_gradients_with_dropout_do_not_depend_on_the_number_of_threads():
+    """The backward pass computes the dropout of the forward pass again, in other blocks."""
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 3):
+        case, leaves = with_gradients(make_case(batch=2, heads=6, num_queries=65, relative=True))
+        torch.manual_seed(0)
+        torch.set_num_threads(3)
+        context, _ = attend(case.scores, case.values, keep=True, dropout_p=0.3)
+        torch.set_num_threads(count)
+        found.append(torch.autograd.grad(context.pow(3).sum(), leaves))
+        torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize(

@@ -185,8 +185,8 @@ def test_every_layer_draws_its_own_dropout_of_the_map_before_dropout(monkeypatch
 
     factors_of, computed = BlockDropout.factors, {}
 
-    def factors(self, like, block):
-        found = factors_of(self, like, block)
+    def factors(self, like, numbers):
+        found = factors_of(self, like, numbers)
         computed.setdefault(self, []).append((found == 0).float().mean().item())
         return found
 

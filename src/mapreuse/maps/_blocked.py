@@ -49,7 +49,7 @@ def blocked(
         context[item, :, rows:] = 0
     for block in blocks(scores, values):
         weights = map_of(block)
-        dropped = weights if dropout is None else weights * dropout.factors(weights, block.number)
+        dropped = weights if dropout is None else weights * dropout.factors(weights, block.numbers)
         torch.bmm(dropped, block.values, out=context[block.place])
     return context
 
@@ -99,7 +99,7 @@ class Block:
     """A block of one item: some heads, at least one per thread, and some rows of each.
 
     Attributes:
-        number: position in the order of blocks.
+        numbers: a number for each of its heads, which differs between items, heads and rows.
         item, heads, rows, keys: index of the item, slices of heads and rows, and number of keys.
         place: index of the block in a tensor of shape (batch, heads, query, …).
         shape: (heads, rows, keys).
@@ -110,14 +110,14 @@ class Block:
 
     def __init__(
         self,
-        number: int,
+        numbers: Sequence[int],
         place: tuple[int, slice, slice],
         scores: Scores,
         values: Tensor,
         num_keys: int,
         memory: tuple[Tensor, Tensor],
     ) -> None:
-        self.number, self.place = number, place
+        self.numbers, self.place = numbers, place
         self.item, self.heads, self.rows = _, heads, rows = place
         valid_keys = scores.key.shape[2]
         self.keys = min(valid_keys, rows.stop) if scores.is_causal else valid_keys
@@ -193,14 +193,16 @@ def blocks(scores: Scores, values: Tensor) -> Iterator[Block]:
         num_rows, num_heads = max(1, min(num_queries, _GPU_ROWS)), heads
     width = 0 if scores.relative is None else num_keys + num_rows - 1
     memory = values.new_empty(num_heads * num_rows * num_keys), values.new_empty(num_heads * num_rows * width)
-    number = 0
     for index, (valid_rows, valid_keys) in enumerate(scores.valid_lengths):
         of_item = _scores_of_item(scores, index, valid_rows, valid_keys)
         item_values = values[index, :, :valid_keys].contiguous()
         for of_heads in slices(heads, num_heads):
             for of_rows in slices(valid_rows, num_rows):
-                yield Block(number, (index, of_heads, of_rows), of_item, item_values, num_keys, memory)
-                number += 1
+                numbers = [
+                    (index * heads + head) * num_queries + of_rows.start
+                    for head in range(of_heads.start, of_heads.stop)
+                ]
+                yield Block(numbers, (index, of_heads, of_rows), of_item, item_values, num_keys, memory)
 
 
 def _scores_of_item(scores: Scores, item: int, rows: int, keys: int) -> Scores:
@@ -283,7 +285,7 @@ def blocked_gradients(
             if dropout is None:
                 d_values[keys] += block_map.mT @ d_rows
             else:
-                factors = dropout.factors(d_map, block.number)
+                factors = dropout.factors(d_map, block.numbers)
                 d_values[keys] += (block_map * factors).mT @ d_rows
                 d_map *= factors
         if d_weights is not None:
@@ -308,7 +310,7 @@ def dropout_factors(scores: Scores, values: Tensor, dropout: BlockDropout) -> Fl
     """The factors by which `blocked` multiplies the weights of the whole map; zero for padding."""
     factors = values.new_zeros(scores.shape)
     for block in blocks(scores, values):
-        factors[block.place][..., : block.keys] = dropout.factors(values.new_empty(block.shape), block.number)
+        factors[block.place][..., : block.keys] = dropout.factors(values.new_empty(block.shape), block.numbers)
     return factors
 
 

@@ -142,9 +142,9 @@ def shift(
 
     With one more column, the wanted scores of successive rows start 2·T − 1 elements apart.
     """
-    rows, distances = scores.shape[-2:]
+    rows, distances = scores.size(-2), scores.size(-1)
     flat = functional.pad(scores, (0, 1)).flatten(-2)[..., rows - 1 : rows - 1 + rows * distances]
-    return flat.unflatten(-1, (rows, distances))[..., :rows]
+    return flat.view_as(scores)[..., :rows]
 
 
 def part_of_item(tensor: Tensor | None, item: int, rows: int, keys: int) -> Tensor | None:

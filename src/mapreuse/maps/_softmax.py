@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +66,15 @@ class BlockDropout:
     probability: float
     seed: int
 
-    @classmethod
-    def drawn(cls, probability: float) -> BlockDropout | None:
-        """Draw a seed from PyTorch's generator; None if the probability is zero."""
-        return cls(probability, int(torch.randint(2**62, ()))) if probability > 0.0 else None
+    def factors(
+        self, like: Float[Tensor, "heads rows keys"], numbers: Sequence[int]
+    ) -> Float[Tensor, "heads rows keys"]:
+        """Factors of the weights of a block: 0 if dropped, else 1 / (1 − probability).
 
-    def factors(self, like: Tensor, block: int) -> Tensor:
-        """Factors of the weights of block number `block`: 0 if dropped, else 1 / (1 − probability)."""
-        generator = torch.Generator(like.device).manual_seed(self.seed + block)
-        kept = torch.empty_like(like).bernoulli_(1.0 - self.probability, generator=generator)
+        They depend on the number that each head of the block has, not on which heads a block consists of.
+        """
+        generator = torch.Generator(like.device)
+        kept = torch.empty_like(like)
+        for head, number in zip(kept, numbers, strict=True):
+            head.bernoulli_(1.0 - self.probability, generator=generator.manual_seed(self.seed + number))
         return kept.div_(1.0 - self.probability) if self.probability < 1.0 else kept

@@ -37,6 +37,10 @@ def optimize(model: Model) -> Model:
     LoRA, pruning) find the layers that they look for. This affects inference in float32 on a CPU; in training, under
     `torch.compile` and on other devices the modules run as before.
 
+    `copy.deepcopy` and pickling keep the faster forward. Shallow copies of modules, such as those of `copy.copy` and
+    `torch.nn.DataParallel`, would run with the weights of the original module: optimize the copies instead.
+    `torch.jit.script` cannot compile an optimized module.
+
     Sharing maps (`apply`) is independent of this: call either, or both, in any order. `load` returns a model without
     it.
 
