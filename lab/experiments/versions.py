@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TURNS = 5
+TURNS = 3
 CASES = [
     *(("MiniLM", plan, length, 30 if length < 200 else 10) for plan in ("1x6", "2x3") for length in (20, 128, 512)),
-    *(("Conformer-M", plan, length, 5) for plan in ("1x16", "4x4") for length in (250, 1000, 2000)),
+    *(("Conformer-M", plan, length, 3) for plan in ("1x16", "4x4") for length in (250, 1000, 2000)),
 ]
 """Model, plan, number of positions, and number of timed calls in a turn."""
 
