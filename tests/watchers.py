@@ -548,6 +548,10 @@ WATCHERS = {
 }
 
 REFUSED = {
+    "torch.onnx.export(dynamo=False)": (
+        "cannot export relative positions for other lengths",
+        "pass `dynamo=True`, or use `mapreuse.export`",
+    ),
     "torch.fx.symbolic_trace": ("torch.fx.symbolic_trace cannot follow", "use `torch.export.export` or `make_fx`"),
     "checkpoint_wrapper, reentrant": ("use_reentrant=False", "use `CheckpointImpl.NO_REENTRANT`"),
     "gradient checkpointing, reentrant": ("use_reentrant=False", "pass `use_reentrant=False`"),

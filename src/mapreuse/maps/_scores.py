@@ -119,6 +119,11 @@ class Scores:
         """Compute all scores, with gradients. Masked scores are the most negative number of their type."""
         scores = self.query @ self.key.transpose(-2, -1)
         if self.relative is not None:
+            if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+                raise ValueError(
+                    "torch.onnx.export(dynamo=False) cannot export relative positions for other lengths; pass "
+                    "dynamo=True, or use mapreuse.export"
+                )
             scores = scores + shift(self.relative.query @ self.relative.key.transpose(-2, -1))
         scores = scores * self.scaling
         if self.bias is not None:
