@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 from watched import FAMILIES, LENGTHS, LONGEST, PLANS, Defined, Watched, converted, inputs, original
-from watchers import PARALLEL, REFUSED, WATCHERS, Case, Found, NotQuantised, Run, Tensors
+from watchers import PARALLEL, REFUSED, WATCHERS, Case, Found, NotQuantised, Run, Tensors, end_processes
 
 STORAGES = ("dense", "dense16", "dense8", "recompute")
 ORIGINALS = ("original, eager", "original, sdpa")
@@ -60,7 +60,10 @@ def result(case: Case) -> Result:
 
 def results(watcher: str, family: str) -> list[tuple[Case, Result]]:
     """Try one tool on one family, in every way."""
-    return [(case, result(case)) for case in cases(watcher, family)]
+    found = [(case, result(case)) for case in cases(watcher, family)]
+    if watcher == PARALLEL:
+        end_processes()
+    return found
 
 
 def cases(watcher: str, family: str) -> Iterator[Case]:

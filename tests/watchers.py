@@ -390,6 +390,13 @@ def _ranks() -> list[ProcessPoolExecutor]:
     return [ProcessPoolExecutor(1, context, initializer=_join, initargs=(rank, file)) for rank in range(2)]
 
 
+def end_processes() -> None:
+    """End the two processes, which would keep the process that started them from ending."""
+    for process in _ranks():
+        process.shutdown()
+    _ranks.cache_clear()
+
+
 def _join(rank: int, file: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
