@@ -29,12 +29,14 @@ CASES = [
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        other = Path(directory) / "other"
+        other, turns = Path(directory) / "other", []
         subprocess.run(["git", "worktree", "add", "-q", "--detach", other, sys.argv[1]], cwd=ROOT, check=True)
         try:
             for library in (ROOT / "src/mapreuse/maps").glob("*.so"):
                 (other / "src/mapreuse/maps" / library.name).write_bytes(library.read_bytes())
-            turns = [(_measured(other), _measured(ROOT)) for _ in range(TURNS)]
+            for turn in range(TURNS):  # who comes first may matter
+                found = {root: _measured(root) for root in ((other, ROOT) if turn % 2 else (ROOT, other))}
+                turns.append((found[other], found[ROOT]))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", other], cwd=ROOT, check=True)
     print(f"| model | plan | T | {sys.argv[1][:12]} | this version ÷ {sys.argv[1][:12]} |\n|---|---|---|---|---|")
