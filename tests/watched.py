@@ -97,7 +97,8 @@ def _vit(length: int) -> nn.Module:
 
 
 def _torch_encoder(length: int) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, dropout=0.0, batch_first=True)
+    # With ReLU, rounding can move a value across the kink, and derivatives there are not comparable.
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, dropout=0.0, activation="gelu", batch_first=True)
     return nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH))
 
 

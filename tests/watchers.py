@@ -180,16 +180,20 @@ def saved_flops(case: Case, batch: int, length: int) -> int:
     """FLOPs of the queries, keys and scores that reusing heads do not compute.
 
     Of the scores of relative positions, the original computes those of all 2·T − 1 distances for each query, and the
-    kernel for long inputs only those of T.
+    kernels, which serve long inputs and compressed maps, only those of T. The forward of Whisper has a fixed number of
+    heads: a layer in which some heads compute projects the queries and keys of all.
     """
     saved, dim, key_heads = 0, WIDTH // HEADS, 2 if case.family == "Llama" else HEADS
     distances = 2 * length - 1 if case.family in ("Wav2Vec2-Conformer", "Parakeet") else 0
-    computed_distances = min(distances, length) if length > 90 else distances
     copies = batch if case.family == "Parakeet" else 1  # of the distances, in the original
     for layer in range(LAYERS):
         own = [head for head, source in enumerate(PLANS[case.plan].heads(layer, HEADS)) if source is None]
         keys = len({head * key_heads // HEADS for head in own})
         reusing = HEADS - len(own)
+        if case.family == "Whisper encoder" and own:
+            reusing, keys = 0, key_heads
+        is_compressed = case.storage in ("dense16", "dense8") and PLANS[case.plan].readers(layer)
+        computed_distances = min(distances, length) if length > 90 or is_compressed else distances
         saved += (
             2
             * WIDTH
@@ -220,6 +224,8 @@ def within(context: Callable[[], Any]) -> Callable[..., Run]:
 def traced(model: Watched, case: Case, example: Tensors, with_gradients: bool = False, save: bool = False) -> Run:
     with torch.set_grad_enabled(with_gradients):
         run = torch.jit.trace(model, example, check_trace=False)
+        for _ in range(2):  # TorchScript optimises the second run, which some original models do not survive
+            run(*example)
     if save:
         buffer = io.BytesIO()
         torch.jit.save(run, buffer)

@@ -227,6 +227,17 @@ def check_writable_directory(option: str, directory: Path) -> None:
         raise ValueError(f"{option} {directory} cannot be written: {existing} is not a writable directory")
 
 
+def check_new_directory(out: Path) -> None:
+    """Raise `ValueError` if `out` cannot become a new directory. An empty directory may be there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; choose another directory or delete it")
+    if os.path.ismount(out):
+        raise ValueError(f"{out} is a mount point, which cannot be replaced; choose a new directory in it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{out} cannot be made: {above} is not a writable directory")
+
+
 def write_json(file: Path | None, data: dict[str, Any]) -> None:
     """Write JSON to a file, if one is given."""
     if file is not None:

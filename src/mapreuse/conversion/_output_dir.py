@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import stat
 from collections.abc import Iterator, Set
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from mapreuse.console import check_new_directory
 from mapreuse.models import transformer_directory
 
 LEARNED, REFITTED, DISTILLED, _WRITTEN = _PARTS = ("learned", "refitted", "distill", "written")
@@ -30,7 +30,7 @@ def work_dir_of(out: str | Path) -> Path:
 
 def check_output(out: str | Path) -> None:
     """Raises `ValueError` if `out` cannot become a new directory, or its work directory holds other files."""
-    _check_new(Path(out).resolve())
+    check_new_directory(Path(out).resolve())
     _check_work(work_dir_of(out))
 
 
@@ -45,7 +45,7 @@ def new_directory(out: str | Path) -> Iterator[Path]:
     shutil.rmtree(work / _WRITTEN, ignore_errors=True)
     (work / _WRITTEN).mkdir(parents=True)
     yield work / _WRITTEN
-    _check_new(out)
+    check_new_directory(out)
     if out.exists():
         out.rmdir()
     (work / _WRITTEN).rename(out)
@@ -106,13 +106,3 @@ def _check_work(work: Path) -> None:
         raise ValueError(
             f"{work} holds {others[0]}, but the conversion keeps its work there: move it, or choose another --out"
         )
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; choose another directory or delete it")
-    if os.path.ismount(out):
-        raise ValueError(f"{out} is a mount point, which cannot be replaced; choose a new directory in it")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"{out} cannot be made: {above} is not a writable directory")

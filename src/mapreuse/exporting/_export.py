@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mapreuse import models
-from mapreuse.console import refused_in_one_line
+from mapreuse.console import check_new_directory, refused_in_one_line
 from mapreuse.exporting._runtimes import RUNTIMES, Run, required
 from mapreuse.plan import ReusePlan
 
@@ -249,10 +248,10 @@ def _difference(model: nn.Module, run: Run, batch: Batch) -> float:
     with refused_in_one_line("the exported model cannot run with another shape: "):
         found = run(batch)
     largest = 0.0
-    for name, (ours, expected) in _compared(model, found, batch).items():
-        if ours.shape != expected.shape:
-            raise ValueError(f"the exported {name} has shape {tuple(ours.shape)}, not {tuple(expected.shape)}")
-        difference = ((ours - expected).abs().max() / expected.abs().max()).item()
+    for name, (exported, expected) in _compared(model, found, batch).items():
+        if exported.shape != expected.shape:
+            raise ValueError(f"the exported {name} has shape {tuple(exported.shape)}, not {tuple(expected.shape)}")
+        difference = ((exported - expected).abs().max() / expected.abs().max()).item()
         largest = max(largest, math.inf if math.isnan(difference) else difference)
     return largest
 
@@ -273,9 +272,9 @@ def _compared(model: nn.Module, found: Batch, batch: Batch) -> dict[str, tuple[T
 def _int8_error(model: nn.Module, run: Run, batches: Sequence[Batch]) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for batch in batches:
-        for name, (ours, expected) in _compared(model, run(batch), batch).items():
+        for name, (exported, expected) in _compared(model, run(batch), batch).items():
             total = sums.setdefault(name, [0.0, 0.0])
-            total[0] += (ours - expected).square().sum().item()
+            total[0] += (exported - expected).square().sum().item()
             total[1] += expected.square().sum().item()
     return {name: math.sqrt(error / max(size, 1e-30)) for name, (error, size) in sums.items()}
 
@@ -288,11 +287,7 @@ def _plan(model: nn.Module) -> dict[str, Any] | None:
 @contextmanager
 def _new_directory(path: Path) -> Iterator[Path]:
     """A directory that becomes `path` if the code inside succeeds."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists already; choose another directory or delete it")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"{path} cannot be made: {above} is not a writable directory")
+    check_new_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as scratch:
         written = Path(scratch) / "written"

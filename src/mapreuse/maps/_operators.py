@@ -331,9 +331,9 @@ def _differentiable_gradients(
     if (dropout := _dropout(ctx.dropout_p, seed)) is not None:
         dropped = weights * dropout_factors(scores, values, dropout)
     outputs = [(out, grad) for out, grad in ((dropped @ values, d_context), (weights, d_map)) if grad is not None]
-    wanted = [one for one in inputs if one is not None and one.requires_grad]
+    differentiated = [one for one in inputs if one is not None and one.requires_grad]
     products, grads = zip(*outputs, strict=True)
-    gradients = iter(torch.autograd.grad(products, wanted, grads, create_graph=True, allow_unused=True))
+    gradients = iter(torch.autograd.grad(products, differentiated, grads, create_graph=True, allow_unused=True))
     return [next(gradients) if one is not None and one.requires_grad else None for one in inputs]
 
 

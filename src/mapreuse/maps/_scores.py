@@ -145,7 +145,7 @@ def shift(
 ) -> Float[Tensor, "batch heads query key"]:
     """Turn scores by distance into scores by key: `shift(P)[i, j] = P[i, T − 1 − i + j]`.
 
-    With one more column, the wanted scores of successive rows start 2·T − 1 elements apart.
+    With one more column, the scores of successive rows start 2·T − 1 elements apart.
     """
     rows, distances = scores.size(-2), scores.size(-1)
     flat = functional.pad(scores, (0, 1)).flatten(-2)[..., rows - 1 : rows - 1 + rows * distances]
