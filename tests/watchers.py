@@ -180,8 +180,8 @@ def saved_flops(case: Case, batch: int, length: int) -> int:
     """FLOPs of the queries, keys and scores that reusing heads do not compute.
 
     Of the scores of relative positions, the original computes those of all 2·T − 1 distances for each query, and the
-    kernels, which serve long inputs and compressed maps, only those of T. The forward of Whisper has a fixed number of
-    heads: a layer in which some heads compute projects the queries and keys of all.
+    kernels, which serve long inputs and compressed maps, only those of T. The forward of Whisper has a fixed number
+    of heads: a layer in which some heads compute projects the queries and keys of all.
     """
     saved, dim, key_heads = 0, WIDTH // HEADS, 2 if case.family == "Llama" else HEADS
     distances = 2 * length - 1 if case.family in ("Wav2Vec2-Conformer", "Parakeet") else 0

@@ -17,6 +17,14 @@ GROUPS = {"plan": mr.ReusePlan.grouped(3, 3)}
 SEARCH = {"budget": {"error": 0.3}}
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """A test run in the background of a shell would ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def bert():
     return peaked_bert(0)

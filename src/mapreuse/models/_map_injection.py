@@ -9,7 +9,7 @@ from torch import nn
 
 from mapreuse.maps import SharedMaps
 from mapreuse.models._runtime import INJECTED_MAPS
-from mapreuse.models._sharing_classes import SharingAttention, sharing_class
+from mapreuse.models._sharing_classes import sharing_class
 from mapreuse.models._source import Unsupported
 
 
@@ -31,7 +31,7 @@ class MapInjection(nn.Module):
             )
         if not torch.compiler.is_compiling():
             return super(MapInjection, _copy_with_maps(self, attention_maps)).forward(*args, **kwargs)
-        sharing = [module for module in self.modules() if isinstance(module, SharingAttention)]
+        sharing = [module for module in self.modules() if _is_converted(module)]
         for module in sharing:
             setattr(module, INJECTED_MAPS, attention_maps)
         output = super().forward(*args, **kwargs)
@@ -45,10 +45,15 @@ def inject_maps(module: Any) -> None:
     module.__class__ = sharing_class(MapInjection, type(module))  # type: ignore[arg-type]
 
 
+def _is_converted(module: nn.Module) -> bool:
+    """Whether a module is an attention under a plan. Some of those that compute keep their original class."""
+    return "_layout" in vars(module)
+
+
 def _copy_with_maps(module: nn.Module, maps: SharedMaps | None) -> Any:
     """A copy of a module that shares maps, or holds one that does; the module itself otherwise."""
     children = {name: child and _copy_with_maps(child, maps) for name, child in module._modules.items()}
-    shares = isinstance(module, SharingAttention)
+    shares = _is_converted(module)
     if not shares and all(children[name] is child for name, child in module._modules.items()):
         return module
     copied = object.__new__(type(module))
