@@ -72,6 +72,23 @@ def _whisper() -> Built:
     return tf.WhisperModel(config).encoder, {"input_features": torch.randn(2, 8, 40)}
 
 
+def _moonshine() -> tf.MoonshineModel:
+    """Heads of width 8 are padded to 12."""
+    config = tf.MoonshineConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        encoder_num_hidden_layers=4,
+        decoder_num_hidden_layers=4,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        vocab_size=50,
+        max_position_embeddings=40,
+        pad_head_dim_to_multiple_of=6,
+        pad_token_id=0,
+    )
+    return tf.MoonshineModel(config)
+
+
 def _ast() -> Built:
     patches = {"patch_size": 4, "frequency_stride": 4, "time_stride": 4}
     config = tf.ASTConfig(**SIZE, num_mel_bins=16, max_length=32, **patches)
@@ -105,6 +122,8 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "wav2vec2": lambda: _speech(tf.Wav2Vec2Config, tf.Wav2Vec2Model),
     "hubert": lambda: _speech(tf.HubertConfig, tf.HubertModel),
     "whisper-encoder": _whisper,
+    "moonshine-encoder": lambda: (_moonshine().encoder, {"input_values": torch.randn(2, 6400)}),
+    "moonshine-decoder": lambda: (_moonshine().decoder, _tokens()),
     "ast": _ast,
     "clip-text": lambda: _text(tf.CLIPTextConfig, tf.CLIPTextModel),
     "clip-vision": lambda: _image(tf.CLIPVisionConfig, tf.CLIPVisionModel),

@@ -57,6 +57,11 @@ _UNLESS_NONE = {HEADS // 2, WIDTH // HEADS}
 """Sizes that a field gets even if its default is None: key/value heads and head dimensions."""
 
 _SETTINGS: dict[str, dict[str, Any]] = {
+    "moonshine": {
+        "encoder_num_key_value_heads": HEADS,
+        "decoder_num_key_value_heads": HEADS,
+        "pad_head_dim_to_multiple_of": 6,
+    },
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "esmc": {"num_key_value_heads": HEADS},

@@ -1,6 +1,6 @@
 """Where does attention live in a model family, and how is it made to share maps?"""
 
-from mapreuse.models import _fused, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
+from mapreuse.models import _fused, _moonshine, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
 from mapreuse.models._apply import apply, plan_of, with_projections
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._layout import LayerLayout, keeping_maps, layout_of
