@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from mapreuse.conversion import DistillConfig, align, convert, distill, refit, search
 from mapreuse.exporting import export
-from mapreuse.models import Unsupported, apply, load, optimize, plan_of, save
+from mapreuse.models import Unsupported, apply, drop_layers, load, optimize, plan_of, save
 from mapreuse.plan import ReusePlan
 
 __version__ = version("mapreuse")
@@ -24,6 +24,7 @@ __all__ = [
     "apply",
     "convert",
     "distill",
+    "drop_layers",
     "export",
     "load",
     "optimize",

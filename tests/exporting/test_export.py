@@ -62,6 +62,14 @@ def test_one_export_serves_every_length_and_padding(runtime, tmp_path):
         torch.testing.assert_close(found[valid], outputs(model, batch)[valid], atol=1e-4, rtol=1e-4)
 
 
+def test_the_own_attention_of_a_model_without_a_plan_is_written_on_request(tmp_path):
+    model, batch = build("bert")
+    mr.export(model, tmp_path / "own", batch, runtime="onnx", own_attention=True)
+    found = open_exported(tmp_path / "own")(batch)["last_hidden_state"]
+    valid = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[valid], outputs(model, batch)[valid], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnx", marks=pytest.mark.full)])
 def test_int8_reports_its_error(runtime, tmp_path):
     model, _ = build("bert")

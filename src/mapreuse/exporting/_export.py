@@ -37,6 +37,7 @@ def export(
     *,
     runtime: str = "openvino",
     int8: Sequence[Batch] | None = None,
+    own_attention: bool = False,
 ) -> dict[str, Any]:
     """Write an encoder, with or without a plan, for OpenVINO or ONNX Runtime.
 
@@ -53,6 +54,8 @@ def export(
         example: keyword arguments of the model's forward: tensors, as a tokenizer or feature extractor makes them.
         runtime: "openvino" or "onnx".
         int8: calibration batches like `example`. Weights and activations are quantised to 8 bits by NNCF.
+        own_attention: write the model's own attention, as other exporters do, if it has no plan. It is there to
+            compare with.
 
     Returns:
         The contents of `mapreuse_export.json`. "difference" is the maximum, over the compared shapes, of
@@ -71,7 +74,7 @@ def export(
     required("onnx", "onnxscript", *target.packages, *(["nncf"] if int8 is not None else []))
     _check_encoder(model)
     _check_batches(example, int8)
-    with _new_directory(path) as directory, _evaluation(model) as original:
+    with _new_directory(path) as directory, _evaluation(model, own_attention) as original:
         program, names = _exported(original, _with_several_items(example))
         _write_onnx(program, list(example), names, directory / "program.onnx")
         with refused_in_one_line(f"{runtime} cannot run this {type(model).__name__}: "):
@@ -150,13 +153,13 @@ def _check_batches(example: Batch, int8: Sequence[Batch] | None) -> None:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
+def _evaluation(model: nn.Module, own_attention: bool) -> Iterator[nn.Module]:
     """A copy of the model in evaluation mode, without gradients. Without a plan, it gets one that shares nothing.
 
-    Its computing layers then consist of operators that every exporter knows.
+    Its computing layers then consist of operators that every exporter knows. With `own_attention` it gets none.
     """
     copied = models.copy_with_same_weights(model).eval()
-    if models.plan_of(copied) is None:
+    if models.plan_of(copied) is None and not own_attention:
         models.apply(copied, ReusePlan.full(len(models.find_stack(copied).layers)))
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level

@@ -2,6 +2,7 @@
 
 from mapreuse.models import _fused, _moonshine, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
 from mapreuse.models._apply import apply, plan_of, with_projections
+from mapreuse.models._drop_layers import drop_layers
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._layout import LayerLayout, keeping_maps, layout_of
 from mapreuse.models._optimize import optimize, optimized
@@ -24,6 +25,7 @@ __all__ = [
     "check_batch",
     "check_model",
     "copy_with_same_weights",
+    "drop_layers",
     "find_stack",
     "keeping_maps",
     "layout_of",
