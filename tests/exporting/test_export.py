@@ -56,6 +56,8 @@ def test_one_export_serves_every_length_and_padding(runtime, tmp_path):
     mr.apply(model, PLANS["two sources"])
     mr.export(model, tmp_path / "out", tokens(2, 15), runtime=runtime)
     run = open_exported(tmp_path / "out")
+    (written,) = [file.read_bytes() for file in (tmp_path / "out").iterdir() if file.suffix in (".onnx", ".xml")]
+    assert b"encoder.layer.3.attention.self.value/" in written, "profilers show the modules of operators"
     for batch in (tokens(1, 1), tokens(1, 2), tokens(3, 12, 7), tokens(2, 40, 9)):
         valid = batch["attention_mask"].bool()
         found = run(batch)["last_hidden_state"]

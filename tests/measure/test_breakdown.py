@@ -1,4 +1,4 @@
-"""Breakdown: the time and the FLOPs of a pass belong to the parts that took them."""
+"""Breakdown: the time, the FLOPs and the bytes of a pass belong to the parts that took them."""
 
 import copy
 import json
@@ -8,14 +8,16 @@ import pytest
 import torch
 from families import build
 from tiny_models import SENTENCES, save_bert
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import mapreuse as mr
 from mapreuse import cli
 from mapreuse.maps import KERNEL_RANGE, _blocked
-from mapreuse.measure import PARTS, Contestant, breakdown, breakdown_tables
-from mapreuse.measure._attribution import Event, Range, Sizes, attribute
+from mapreuse.measure import PARTS, Contestant, breakdown, breakdown_tables, part_of_modules
+from mapreuse.measure._attribution import Event, Range, Sizes, attribute, counted_pass
+from mapreuse.measure._traffic import traffic
 
 FRAMES = 48
 SLEEP = 0.05
@@ -71,6 +73,52 @@ def test_flops_of_parakeets_parts_are_those_of_their_formulas(measured):
     assert eager["feed_forward"] == LAYERS * 2 * (2 * 2 * FRAMES * width * 64)
     assert not {"softmax", "norms"} & eager.keys()
     assert fused["fused"] == eager["scores"] + eager["context"]
+
+
+def test_bytes_are_the_sizes_of_inputs_and_outputs(monkeypatch):
+    monkeypatch.setattr(_blocked, "_MAX_SHORT", 0)  # the kernels, in spite of the small maps
+    width, heads, frames, distances = 32, 4, FRAMES, 2 * FRAMES - 1
+    model = mr.apply(encoder(), mr.ReusePlan.parse("4x1"))
+    with torch.inference_mode():
+        _, found = counted_pass(model, features(), Sizes(FRAMES, width // heads))
+    rows, one_map = frames * width, heads * frames * frames
+    linear = 2 * rows + width * width + width
+
+    for part in ("query", "key", "value", "output"):
+        # "query" also adds two positional biases, each of which reads one and writes another tensor.
+        assert found[0, part] == 4 * (linear + (part == "query") * 2 * (2 * rows + width))
+    assert found[0, "scores"] == 4 * 2 * rows
+    assert found[0, "positional_scores"] == 4 * (rows + distances * width)
+    assert found[0, "softmax"] == 4 * one_map
+    assert found[0, "context"] == 4 * 2 * rows + 16  # and the valid lengths
+    assert found[3, "context"] == 4 * (one_map + 2 * rows) + 16
+    assert (3, "scores") not in found
+
+
+def test_bytes_of_views_of_expanded_tensors_and_of_overwritten_memory():
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.total += sum(size for _, size in traffic(func, args, kwargs or {}, result, "rest"))
+            return result
+
+    row = torch.ones(1, 8)
+    with Count() as count:
+        torch.empty(8, 8).copy_(row.expand(8, 8).t()).add_(1.0)  # reads 8, writes 64; reads 64, writes 64
+    assert count.total == 4 * (8 + 64 + 64 + 64)
+
+
+def test_every_module_of_a_layer_belongs_to_a_part():
+    parts = part_of_modules(mr.apply(encoder(), mr.ReusePlan.parse("4x1")))
+
+    assert parts["layers.0.self_attn"] == (0, "attention")
+    assert parts["layers.0.self_attn.q_proj"] == (0, "query")
+    assert "layers.1.self_attn.q_proj" not in parts
+    assert parts["layers.3.conv"] == (3, "convolution")
+    assert parts["subsampling"] == (None, "subsampling")
+    assert {part for _, part in parts.values()} - {"attention"} <= PARTS.keys()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +330,7 @@ def test_json_holds_every_part_of_every_contestant_and_batch(results, measured):
     for one in data["breakdowns"]:
         for parts in (one["parts"], *(layer["parts"] for layer in one["layers"])):
             assert list(parts) == list(PARTS)
-            assert all(cost.keys() == {"seconds", "flops"} for cost in parts.values())
+            assert all(cost.keys() == {"seconds", "flops", "bytes"} for cost in parts.values())
         assert sum(cost["seconds"] for cost in one["parts"].values()) == pytest.approx(one["attributed"])
         assert one["coverage"] == pytest.approx(one["attributed"] / one["whole"]["seconds"])  # one repeat
         assert sum(layer["count"] for layer in one["layers"]) == LAYERS
@@ -292,7 +340,7 @@ def test_tables_show_every_contestant_of_each_batch(results):
     names = ["sdpa", "eager", "mapreuse full", "mapreuse 4x1"]
     tables = breakdown_tables(results)
 
-    assert [table.title.partition(":")[0] for table in tables] == ["48"] * 3 + ["96"] * 3
+    assert [table.title.partition(":")[0] for table in tables] == ["48"] * 4 + ["96"] * 4
     for table in tables:
         assert {len(row) for row in table.rows} == {len(table.header)}
         assert all(any(name in title for title in table.header) for name in names)
@@ -309,6 +357,7 @@ def test_parts_that_do_not_add_up_get_a_note(results, measured):
     ("options", "message"),
     [
         ({"repeats": 0}, "at least 1"),
+        ({"warmup": -1}, "at least 0"),
         ({"kinds": ("no_such",)}, "no_such"),
         ({"kinds": ("sdpa+compile",)}, "compiled"),
         ({"plans": "2x1"}, "is for 2 layers"),

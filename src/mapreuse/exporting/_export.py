@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -222,7 +223,19 @@ def _write_onnx(
             program, dynamo=True, input_names=list(inputs), output_names=list(outputs), verbose=False
         )
         assert exported is not None
+        _name_operators(exported.model.graph)
         exported.save(file)
+
+
+def _name_operators(graph: Iterable[Any]) -> None:
+    """Put the path of its module before the name of each operator, such as "encoder.layer.0.output/node_MatMul_9".
+
+    Profilers of the runtimes show these names.
+    """
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        path = scopes[-2].removeprefix("model").removeprefix(".") if len(scopes) > 1 else ""
+        node.name = f"{path}/{node.name}"
 
 
 def _other_shapes(program: torch.export.ExportedProgram, example: Batch) -> Iterator[dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from mapreuse.measure._analysis import Analysis, Similarity, analyze, maps_by_sequence
 from mapreuse.measure._analysis_report import analysis_tables, write_analysis
+from mapreuse.measure._attribution import part_of_modules
 from mapreuse.measure._bench import bench, contestant_memory, disagreement
 from mapreuse.measure._breakdown import PARTS, breakdown
 from mapreuse.measure._contestants import Contestant, use_attention
@@ -34,6 +35,7 @@ __all__ = [
     "machine",
     "maps_by_sequence",
     "memory_in_fresh_process",
+    "part_of_modules",
     "peak_memory",
     "ratio_text",
     "time_interleaved",

@@ -1,4 +1,4 @@
-"""Time and FLOPs of each part of a forward pass.
+"""Time, FLOPs and bytes of each part of a forward pass.
 
 Hooks open a range for every module that is a part, such as a feed-forward module. Inside an attention module, between
 the projections, operators tell which phase begins:
@@ -7,7 +7,7 @@ the projections, operators tell which phase begins:
 
 A phase lasts from the operator that opens it to the operator that opens the next one. So every moment and every FLOP
 belongs to exactly one part, and the parts add up to the whole pass. Times come from PyTorch's profiler, FLOPs from
-its FLOP counter.
+its FLOP counter, bytes from the operands of the operators.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mapreuse.maps import KERNEL_RANGE, products_of, recorded_phases
 from mapreuse.measure._flops import flop_counter
+from mapreuse.measure._traffic import traffic
 from mapreuse.models import Layer, find_stack, plan_of, recorded_states
 
 _PREFIX = "mapreuse part "
@@ -51,7 +52,7 @@ _PART_OF_PROJECTION = {
 _LINEAR, _CONVOLUTION = (nn.Linear, Conv1D), (nn.Conv1d, nn.Conv2d)
 
 PartCosts: TypeAlias = dict[tuple[int | None, str], float]
-"""Seconds or FLOPs by layer (None outside the layers) and part."""
+"""Seconds, FLOPs or bytes by layer (None outside the layers) and part."""
 
 
 class Range(NamedTuple):
@@ -225,14 +226,14 @@ def profiled_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> P
     return costs
 
 
-def counted_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> PartCosts:
-    """FLOPs of each layer and part of one forward pass."""
+def counted_pass(model: nn.Module, batch: Mapping[str, Any], sizes: Sizes) -> tuple[PartCosts, PartCosts]:
+    """FLOPs and bytes of each layer and part of one forward pass."""
     with flop_counter(model) as counter:
         counting = _CountParts(counter, sizes)
         with _hooks(model, counting.enter, counting.leave) as counting.ranges, torch.no_grad(), counting:
             counting.enter(0)
             model(**batch)
-    return dict(counting.costs)
+    return dict(counting.flops), dict(counting.bytes)
 
 
 def sizes_of(model: nn.Module, batch: Mapping[str, Any]) -> Sizes:
@@ -244,11 +245,12 @@ def sizes_of(model: nn.Module, batch: Mapping[str, Any]) -> Sizes:
 
 
 class _CountParts(TorchDispatchMode):
-    """Counts FLOPs by layer and part, inside a FLOP counter."""
+    """Counts FLOPs and bytes by layer and part, inside a FLOP counter."""
 
     def __init__(self, counter: FlopCounterMode, sizes: Sizes) -> None:
         super().__init__()
-        self.costs: PartCosts = defaultdict(float)
+        self.flops: PartCosts = defaultdict(float)
+        self.bytes: PartCosts = defaultdict(float)
         self.ranges: list[Range] = []
         self._counter, self._sizes = counter, sizes
         self._open: list[_OpenRange] = []
@@ -265,13 +267,15 @@ class _CountParts(TorchDispatchMode):
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         innermost = self._open[-1]
-        if (products := products_of(func, args)) is not None:
-            for part, flops in products.items():
-                self.costs[innermost.range.layer, part] += flops
-            return result
-        shapes = [tensor.shape for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
-        innermost.part = phase_of(func._schema.name, shapes, innermost, self._sizes)
-        self.costs[innermost.range.layer, innermost.part] += self._counter.get_total_flops() - before
+        layer, products = innermost.range.layer, products_of(func, args)
+        if products is None:
+            shapes = [tensor.shape for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
+            innermost.part = phase_of(func._schema.name, shapes, innermost, self._sizes)
+            products = {innermost.part: self._counter.get_total_flops() - before}
+        for part, flops in products.items():
+            self.flops[layer, part] += flops
+        for part, size in traffic(func, args, kwargs or {}, result, innermost.part):
+            self.bytes[layer, part] += size
         return result
 
 
@@ -288,6 +292,22 @@ def _hooks(model: nn.Module, enter: Callable[[int], None], leave: Callable[[int]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def part_of_modules(model: nn.Module) -> dict[str, tuple[int | None, str]]:
+    """The layer and the part that modules belong to, by their path. Modules inside them belong to the same part.
+
+    The layer is None outside the layers. The part is a key of `PARTS`, or "attention" for an attention module, whose
+    own operators belong to several parts.
+
+    Args:
+        model: a model that `apply` accepts, with or without a plan.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    return {
+        paths[module]: (found.layer, "attention" if found.is_attention else found.part)
+        for module, found in part_ranges(model)
+    }
 
 
 def part_ranges(model: nn.Module) -> Iterator[tuple[nn.Module, Range]]:

@@ -1,4 +1,4 @@
-"""`breakdown`: time and FLOPs of each part of a forward pass."""
+"""`breakdown`: time, FLOPs and bytes of each part of a forward pass."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ def breakdown(
     plans: str = "",
     kinds: Sequence[str] = ("sdpa", "mapreuse"),
     repeats: int = 5,
+    warmup: int = 1,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Time and FLOPs of each part of a model's forward pass, as it is and with shared maps.
+    """Time, FLOPs and bytes of each part of a model's forward pass, as it is and with shared maps.
 
-    Contestants take turns. In each turn, a contestant runs once as it is, and once under the profiler. The bytes that
-    a part reads and writes are not reported: PyTorch knows the operands of an operator, but not what a fused kernel
-    keeps in the cache.
+    Contestants take turns. In each turn, a contestant runs once as it is, and once under the profiler. The bytes are
+    the sizes of the inputs and outputs of every operator, each once. They are the memory traffic if no cache keeps a
+    tensor between operators; what a fused kernel keeps inside is not in them.
 
     Args:
         model: a model that `apply` accepts. A model that shares maps already is measured as it is, and named "as
@@ -60,6 +61,7 @@ def breakdown(
         batches, plans: as for `bench`.
         kinds: contestants, as for `bench`, without `+compile`.
         repeats: number of turns that count.
+        warmup: number of turns before them.
         threads: CPU threads; None for PyTorch's default.
 
     Returns:
@@ -68,7 +70,7 @@ def breakdown(
 
         - `name` of the contestant, such as "sdpa" or "mapreuse 4x4", and `batch`, the name of the batch;
         - `whole`: `seconds` of the forward pass without hooks and profiler, and their `spread`;
-        - `parts`: `seconds` and `flops` of each part, summed over the model; medians over repeats;
+        - `parts`: `seconds`, `flops` and `bytes` of each part, summed over the model; medians over repeats;
         - `attributed`: the sum of the parts, in seconds;
         - `coverage`: the sum of the parts ÷ `whole`, median over repeats. It shows how reliable the breakdown is;
         - `layers`: for the layers of each `kind` ("computing", "reusing" or "partly reusing"), their `count`, and
@@ -78,6 +80,7 @@ def breakdown(
         ValueError: if an argument is invalid.
     """
     check_number("repeats", repeats, 1, whole=True)
+    check_number("warmup", warmup, 0, whole=True)
     if threads is not None:
         check_number("threads", threads, 1, whole=True)
     named = named_batches(batches)
@@ -85,8 +88,8 @@ def breakdown(
     if not named or not models:
         raise ValueError("breakdown needs at least one batch and one contestant")
     with cpu_threads(threads):
-        found = [one for name, batch in named.items() for one in _on_batch(models, name, batch, repeats)]
-        return {"schema": 2, "machine": machine(), "parts": PARTS, "breakdowns": found}
+        found = [one for name, batch in named.items() for one in _on_batch(models, name, batch, repeats, warmup)]
+        return {"schema": 3, "machine": machine(), "parts": PARTS, "breakdowns": found}
 
 
 def _models(model: nn.Module, plans: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
@@ -103,7 +106,9 @@ def _models(model: nn.Module, plans: str, kinds: Sequence[str]) -> dict[str, nn.
     return {entry.name: entry.build(model).eval() for entry in entries}
 
 
-def _on_batch(models: Mapping[str, nn.Module], name: str, batch: Batch, repeats: int) -> list[dict[str, Any]]:
+def _on_batch(
+    models: Mapping[str, nn.Module], name: str, batch: Batch, repeats: int, warmup: int
+) -> list[dict[str, Any]]:
     first = next(iter(models.values()))
     sizes = sizes_of(first, batch)
     profiles: dict[str, list[PartCosts]] = {one: [] for one in models}
@@ -116,34 +121,40 @@ def _on_batch(models: Mapping[str, nn.Module], name: str, batch: Batch, repeats:
         calls[one] = partial(model, **batch)
         calls[f"{one}, by parts"] = partial(profiled, one)
     device = next(first.parameters()).device.type
-    measured = time_interleaved(calls, repeats=repeats, device=device, title=f"Timing, {name}")
+    measured = time_interleaved(calls, repeats=repeats, warmup=warmup, device=device, title=f"Timing, {name}")
     found = []
     for one, model in models.items():
-        flops = counted_pass(model, batch, sizes)
-        timed = profiles[one][2::2]  # one warm-up call, then pairs of calls of which the second counts
-        _divide_fused(flops, timed[-1])
-        found.append(_summarised(one, name, measured[one], timed, flops, model))
+        counted = counted_pass(model, batch, sizes)
+        timed = profiles[one][warmup + 1 :: 2]  # warm-up calls, then pairs of calls of which the second counts
+        for counts in counted:
+            _divide_fused(counts, timed[-1])
+        found.append(_summarised(one, name, measured[one], timed, counted, model))
     return found
 
 
-def _divide_fused(flops: PartCosts, profile: PartCosts) -> None:
-    """Divide the FLOPs of fused attention between its two products, if its time was measured in phases."""
-    for layer, part in list(flops):
+def _divide_fused(counts: PartCosts, profile: PartCosts) -> None:
+    """Divide the FLOPs or bytes of fused attention between its two products, if its time was measured in phases."""
+    for layer, part in list(counts):
         if part == "fused" and (layer, part) not in profile:
-            half = flops.pop((layer, part)) / 2
+            half = counts.pop((layer, part)) / 2
             for product in ("scores", "context"):
-                flops[layer, product] = flops.get((layer, product), 0.0) + half
+                counts[layer, product] = counts.get((layer, product), 0.0) + half
 
 
 def _summarised(
-    name: str, batch: str, whole: Latency, profiles: list[PartCosts], flops: PartCosts, model: nn.Module
+    name: str,
+    batch: str,
+    whole: Latency,
+    profiles: list[PartCosts],
+    counted: tuple[PartCosts, PartCosts],
+    model: nn.Module,
 ) -> dict[str, Any]:
     by_kind: dict[str, list[int | None]] = {}
     num_layers = len(find_stack(model).layers)
     for layer in range(num_layers):
         by_kind.setdefault(_kind(plan_of(model), layer), []).append(layer)
     turns = zip(profiles, whole.seconds, strict=True)
-    parts = _parts(profiles, flops, [None, *range(num_layers)])
+    parts = _parts(profiles, counted, [None, *range(num_layers)])
     return {
         "name": name,
         "batch": batch,
@@ -152,21 +163,24 @@ def _summarised(
         "attributed": sum(part["seconds"] for part in parts.values()),
         "parts": parts,
         "layers": [
-            {"kind": kind, "count": len(layers), "parts": _parts(profiles, flops, layers, divisor=len(layers))}
+            {"kind": kind, "count": len(layers), "parts": _parts(profiles, counted, layers, divisor=len(layers))}
             for kind, layers in by_kind.items()
         ],
     }
 
 
 def _parts(
-    profiles: list[PartCosts], flops: PartCosts, layers: Sequence[int | None], divisor: int = 1
+    profiles: list[PartCosts],
+    counted: tuple[PartCosts, PartCosts],
+    layers: Sequence[int | None],
+    divisor: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Cost of each part, summed over layers (None stands for everything outside them), divided by `divisor`."""
     costs = {}
     for part in PARTS:
         seconds = statistics.median(sum(profile.get((layer, part), 0.0) for layer in layers) for profile in profiles)
-        count = sum(flops.get((layer, part), 0) for layer in layers)
-        costs[part] = {"seconds": seconds / divisor, "flops": int(count) // divisor}
+        flops, size = (sum(counts.get((layer, part), 0) for layer in layers) for counts in counted)
+        costs[part] = {"seconds": seconds / divisor, "flops": int(flops) // divisor, "bytes": int(size) // divisor}
     return costs
 
 

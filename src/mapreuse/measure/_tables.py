@@ -77,11 +77,12 @@ def _memory(cell: dict[str, Any]) -> str:
 
 
 def breakdown_tables(results: dict[str, Any]) -> list[Table]:
-    """For each batch: the time of each part, the time of one layer of each kind, and FLOPs."""
+    """For each batch: the time of each part, the time of one layer of each kind, FLOPs and bytes."""
     tables, titles = [], results["parts"]
     for batch in dict.fromkeys(one["batch"] for one in results["breakdowns"]):
         here = [one for one in results["breakdowns"] if one["batch"] == batch]
-        tables += [_time_table(here, titles), _layer_table(here, titles), _flop_table(here, titles)]
+        tables += [_time_table(here, titles), _layer_table(here, titles)]
+        tables += [_count_table(here, titles, "flops", "GFLOPs"), _count_table(here, titles, "bytes", "GB")]
     return tables
 
 
@@ -111,11 +112,11 @@ def _layer_table(measured: Sequence[_Measured], titles: dict[str, str]) -> Table
     return Table(f"{measured[0]['batch']}: milliseconds per layer", ["", *columns], rows)
 
 
-def _flop_table(measured: Sequence[_Measured], titles: dict[str, str]) -> Table:
-    flops = [{part: cost["flops"] for part, cost in one["parts"].items()} for one in measured]
-    rows = _rows(titles, lambda part: ((one[part], f"{one[part] / 1e9:.3g}") for one in flops))
-    rows.append(["sum", *(f"{sum(one.values()) / 1e9:.3g}" for one in flops)])
-    return Table(f"{measured[0]['batch']}: GFLOPs", ["", *(one["name"] for one in measured)], rows)
+def _count_table(measured: Sequence[_Measured], titles: dict[str, str], count: str, unit: str) -> Table:
+    counts = [{part: cost[count] for part, cost in one["parts"].items()} for one in measured]
+    rows = _rows(titles, lambda part: ((one[part], f"{one[part] / 1e9:.3g}") for one in counts))
+    rows.append(["sum", *(f"{sum(one.values()) / 1e9:.3g}" for one in counts)])
+    return Table(f"{measured[0]['batch']}: {unit}", ["", *(one["name"] for one in measured)], rows)
 
 
 def _rows(titles: dict[str, str], cells: Callable[[str], Iterable[tuple[float, str]]]) -> list[list[str]]:
