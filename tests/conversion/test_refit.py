@@ -20,20 +20,20 @@ from mapreuse.conversion import LayerRefit, PlanEvaluator, _least_squares, _refi
 from mapreuse.conversion._least_squares import HeadProjections, LeastSquares
 from mapreuse.conversion._refit import RefitCache, refit_layers
 from mapreuse.conversion._targets import Targets
-from mapreuse.models import find_stack, output_projection
+from mapreuse.models import find_stack, output_projection, value_projection
 
 FEW, MANY = 11, 200
 """Numbers of rows: few enough to be stored as they are, and enough for normal equations."""
 
 
-def random_problem(rows, maps, with_bias=True):
-    """Projections of two inputs of width 5, and the rows of a regression."""
+def random_problem(rows, maps, with_bias=True, value_heads=None):
+    """Projections of inputs of width 5 by each map, and the rows of a regression."""
     torch.manual_seed(0)
     heads, inputs = len(maps), 5 * (max(maps) + 1)
     weights = HeadProjections(
         maps,
-        torch.randn(heads, 5, 3).double(),
-        torch.randn(heads, 3).double(),
+        torch.randn(value_heads or heads, 5, 3).double(),
+        torch.randn(value_heads or heads, 3).double(),
         torch.randn(heads, 3, 4).double(),
         torch.randn(4).double() if with_bias else None,
     )
@@ -42,8 +42,10 @@ def random_problem(rows, maps, with_bias=True):
 
 def contexts(weights, inputs):
     """The definition, head by head."""
-    heads = zip(weights.maps, weights.values, weights.value_bias, strict=True)
-    return torch.cat([inputs[:, 5 * m : 5 * m + 5] @ values + bias for m, values, bias in heads], 1)
+    repeats = len(weights.maps) // len(weights.values)
+    values, biases = (one.repeat_interleave(repeats, 0) for one in (weights.values, weights.value_bias))
+    heads = zip(weights.maps, values, biases, strict=True)
+    return torch.cat([inputs[:, 5 * m : 5 * m + 5] @ value + bias for m, value, bias in heads], 1)
 
 
 def outputs(weights, inputs):
@@ -80,12 +82,15 @@ def test_the_solved_output_projection_is_that_of_ridge_regression(rows, with_bia
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
-@pytest.mark.parametrize("maps", [(0, 1), (0, 1, 1)])
+@pytest.mark.parametrize(("maps", "last"), [((0, 1), 1), ((0, 1, 1), 1), ((2, 1, 1, 0), 2), ((0, 1, 2, 0, 1, 0), 3)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_no_small_change_of_solved_values_lowers_the_penalised_error(rows, with_bias, maps):
-    start, inputs, targets, drift = random_problem(rows, maps, with_bias)
+def test_no_small_change_of_solved_values_lowers_the_penalised_error(rows, with_bias, maps, last):
+    """The `last` heads share one value head, as in grouped-query attention."""
+    start, inputs, targets, drift = random_problem(rows, maps, with_bias, len(maps) // last)
     solved = summed(start, inputs, targets, drift)._solve_values(start, 1.0, 0.05)
-    gram, product = inputs[:, 5:].mT @ inputs[:, 5:], start.output[-1] @ start.output[-1].mT
+    by_map = [inputs[:, 5 * number : 5 * number + 5] for number in maps[-last:]]
+    gram = sum(one.mT @ one for one in by_map) / last
+    product = sum(one @ one.mT for one in start.output[-last:])
     strength = 0.05 * torch.linalg.eigvalsh(gram).mean() * torch.linalg.eigvalsh(product).mean()
 
     def penalised(values):
@@ -133,20 +138,21 @@ def test_a_refit_reduces_the_error_on_unseen_batches():
 
 
 @pytest.mark.parametrize(
-    "second",
+    ("family", "second"),
     [
-        pytest.param(0, marks=pytest.mark.full),
-        pytest.param(((0, 2), (0, 0), (0, 2), (0, 2)), marks=pytest.mark.full),
-        ((0, 2), None, None, (0, 2)),
+        pytest.param("bert", 0, marks=pytest.mark.full),
+        pytest.param("bert", ((0, 2), (0, 0), (0, 2), (0, 2)), marks=pytest.mark.full),
+        ("bert", ((0, 2), None, None, (0, 2))),
+        ("llama", 0),
     ],
 )
-def test_a_refit_recovers_lost_values(second):
-    """If every head applies a different map, several apply the same one, or some compute their own."""
-    model, _ = build("bert")
+def test_a_refit_recovers_lost_values(family, second):
+    """If every head applies a different map, several apply the same one, some compute their own, or share values."""
+    model, _ = build(family)
     converted = mr.convert(model, mr.ReusePlan((None, second, None, None)))
     torch.manual_seed(0)
     with torch.no_grad():
-        converted.encoder.layer[1].attention.self.value.weight.normal_(std=0.3)
+        value_projection(find_stack(converted).layers[1]).module.weight.normal_(std=0.3)
     (report,) = mr.refit(converted, model, random_batches(60))
 
     assert report.values

@@ -15,20 +15,24 @@ DRIFT_SHARES = (0.0, 1.0)
 _BLOCK = 512
 """Rows of a symmetric product that are computed at once."""
 
+_MAX_STEPS, _TOLERANCE = 50, 1e-6
+"""Conjugate gradients end after so many steps, or when the residual has this size relative to the right-hand side."""
+
 
 @dataclass(frozen=True)
 class HeadProjections:
     """Value and output projections of a reusing layer, head by head, in float64.
 
-        output = Σ_h (inputs[maps[h]] values[h] + value_bias[h]) output[h] + bias
+        output = Σ_h (inputs[maps[h]] values[g(h)] + value_bias[g(h)]) output[h] + bias
 
-    with inputs[m] = A_m X for each map A_m that the layer applies. If values are not refitted, inputs are the
+    with inputs[m] = A_m X for each map A_m that the layer applies, and g(h) the value head of head h: under
+    grouped-query attention, several neighbouring heads have the same. If values are not refitted, inputs are the
     contexts themselves, one for each head, and `values` is the identity.
     """
 
     maps: tuple[int, ...]
-    values: Float[Tensor, "heads inputs head_dim"]
-    value_bias: Float[Tensor, "heads head_dim"]
+    values: Float[Tensor, "value_heads inputs head_dim"]
+    value_bias: Float[Tensor, "value_heads head_dim"]
     output: Float[Tensor, "heads head_dim width"]
     bias: Tensor | None
 
@@ -44,19 +48,30 @@ class HeadProjections:
     ) -> Float[Tensor, "context_and_one columns"]:
         """Bᵀ · matrix, with B the linear map from [inputs, 1] to [contexts, 1]."""
         blocks = matrix[:-1].unflatten(0, (self.num_maps, -1))
-        heads = [values.mT @ blocks[number] for values, number in zip(self.values, self.maps, strict=True)]
-        context = torch.stack(heads) + self.value_bias[..., None] * matrix[-1]
+        heads = [self.values[group].mT @ blocks[number] for group, number in zip(self.groups, self.maps, strict=True)]
+        context = torch.stack(heads) + self.value_bias[self.groups, :, None] * matrix[-1]
         return torch.cat([context.flatten(0, 1), matrix[-1:]])
 
     def contexts(self, inputs: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows context"]:
-        """inputs[maps[h]] values[h] + value_bias[h], head after head."""
+        """inputs[maps[h]] values[g(h)] + value_bias[g(h)], head after head."""
         by_head = inputs.double().unflatten(1, (self.num_maps, -1)).transpose(0, 1)[list(self.maps)]
-        return (by_head @ self.values + self.value_bias[:, None]).transpose(0, 1).flatten(1)
+        return (by_head @ self.values[self.groups] + self.value_bias[self.groups, None]).transpose(0, 1).flatten(1)
 
     def one_per_map(self, by_head: Float[Tensor, "rows heads_inputs"]) -> Float[Tensor, "rows inputs"]:
         """For each map, the inputs of the first head that applies it."""
         first = [self.maps.index(number) for number in range(self.num_maps)]
         return by_head.unflatten(1, (len(self.maps), -1))[:, first].flatten(1)
+
+    @property
+    def by_value_head(self) -> list[tuple[int, ...]]:
+        """For each value head, the maps of its heads."""
+        size = len(self.maps) // len(self.values)
+        return [self.maps[start : start + size] for start in range(0, len(self.maps), size)]
+
+    @property
+    def groups(self) -> list[int]:
+        """For each head, the number of its value head."""
+        return [head * len(self.values) // len(self.maps) for head in range(len(self.maps))]
 
     @property
     def num_maps(self) -> int:
@@ -145,16 +160,17 @@ class LeastSquares:
         """The image of contexts and a one."""
         one = self._images[0][:, -1:].double()
         heads = [
-            self._inputs(number) @ values + one * bias
-            for number, values, bias in zip(projections.maps, projections.values, projections.value_bias, strict=True)
+            self._inputs(number) @ projections.values[group] + one * projections.value_bias[group]
+            for number, group in zip(projections.maps, projections.groups, strict=True)
         ]
         return torch.cat([*heads, one], 1)
 
     @functools.cached_property
     def _eigen(self) -> list[tuple[Tensor, Tensor]]:
-        """Eigenvalues and eigenvectors of Zᵀ Z for each map."""
-        numbers = range(self._start.num_maps)
-        return [torch.linalg.eigh(self._to_inputs(number, self._inputs(number))) for number in numbers]
+        """For each value head, eigenvalues and eigenvectors of the mean of Zᵀ Z over its heads."""
+        grams = [self._to_inputs(number, self._inputs(number)) for number in range(self._start.num_maps)]
+        of_values = [torch.stack([grams[number] for number in maps]) for maps in self._start.by_value_head]
+        return [torch.linalg.eigh(found.mean(0)) for found in of_values]
 
     @functools.cached_property
     def _start_equations(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,28 +224,72 @@ class LeastSquares:
         )
 
     def _solve_values(self, projections: HeadProjections, share: float, ridge: float) -> HeadProjections:
-        """Head by head, minimise ‖Z V output[h] − residual of the other heads‖² + λ ‖V − V₀‖² over V.
-
-        Z is inputs[maps[h]]. The normal equations G V P + λ V = B are diagonal in the eigenvectors of G = Zᵀ Z and of
-        P = output[h] output[h]ᵀ.
-        """
+        """Solve for the values of one value head after another, each exactly."""
         values, output = projections.values.clone(), projections.output
         by_head = self._contexts(projections)[:, :-1].unflatten(1, output.shape[:2])
         extended, target, drift = self._images
         aim = target.double() + share * drift.double()
         if projections.bias is not None:
             aim -= extended[:, -1:].double() * projections.bias
-        for head, number in enumerate(projections.maps):
-            onto = output[head].mT  # multiplied from the right first: a head is narrower than the output
-            by_head[:, head] = extended[:, -1:] * projections.value_bias[head]
+        for group, maps in enumerate(projections.by_value_head):
+            heads = slice(group * len(maps), (group + 1) * len(maps))
+            onto = (
+                output[heads].flatten(0, 1).mT
+            )  # multiplied from the right first: heads are narrower than the output
+            by_head[:, heads] = (extended[:, -1:] * projections.value_bias[group])[:, None]
             residual = aim @ onto - by_head.flatten(1) @ (output.flatten(0, 1) @ onto)
-            sizes, vectors = self._eigen[number]
-            widths, turned = torch.linalg.eigh(output[head] @ onto)
-            strength = ridge * _one_if_zero(sizes.mean() * widths.mean())
-            moment = vectors.mT @ (self._to_inputs(number, residual) + strength * self._start.values[head]) @ turned
-            values[head] = vectors @ (moment / (sizes[:, None] * widths + strength)) @ turned.mT
-            by_head[:, head] += self._inputs(number) @ values[head]
+            values[group] = self._solve_value_head(group, output[heads], residual, ridge)
+            by_head[:, heads] += torch.stack([self._inputs(number) @ values[group] for number in maps], 1)
         return replace(projections, values=values)
+
+    def _solve_value_head(
+        self,
+        group: int,
+        output: Float[Tensor, "heads head_dim width"],
+        residual: Float[Tensor, "image heads_head_dim"],
+        ridge: float,
+    ) -> Float[Tensor, "inputs head_dim"]:
+        """Minimise ‖Σ_h Z[h] V output[h] − Y‖² + λ ‖V − V₀‖² over V, given the image of Y output[h]ᵀ for each head h.
+
+        The sum is over the heads of one value head, and Z[h] is inputs[maps[h]]. The normal equations are
+
+            Σ_h Z[h]ᵀ Σ_k Z[k] V output[k] output[h]ᵀ + λ V = Σ_h Z[h]ᵀ Y output[h]ᵀ + λ V₀
+
+        With G the mean of Z[h]ᵀ Z[h] and P the sum of output[h] output[h]ᵀ, G V P + λ V is diagonal in the
+        eigenvectors of G and of P. This solves the equations of one head, and preconditions conjugate gradients for
+        several.
+        """
+        maps, (sizes, vectors) = self._start.by_value_head[group], self._eigen[group]
+        widths, turned = torch.linalg.eigh((output @ output.mT).sum(0))
+        strength = ridge * _one_if_zero(sizes.mean() * widths.mean())
+        products = output.flatten(0, 1) @ output.flatten(0, 1).mT
+
+        def to_inputs(image: Tensor) -> Tensor:
+            parts = zip(maps, image.chunk(len(maps), 1), strict=True)
+            return torch.stack([self._to_inputs(*one) for one in parts]).sum(0)
+
+        def equations(values: Tensor) -> Tensor:
+            image = torch.cat([self._inputs(number) @ values for number in maps], 1)
+            return to_inputs(image @ products) + strength * values
+
+        def precondition(moment: Tensor) -> Tensor:
+            return vectors @ (vectors.mT @ moment @ turned / (sizes[:, None] * widths + strength)) @ turned.mT
+
+        moment = to_inputs(residual) + strength * self._start.values[group]
+        solved = precondition(moment)
+        if len(maps) == 1:
+            return solved
+        left = moment - equations(solved)
+        direction = step = precondition(left)
+        for _ in range(_MAX_STEPS):
+            if left.norm() <= _TOLERANCE * moment.norm():
+                break
+            size, moved = (left * step).sum(), equations(direction)
+            length = size / (direction * moved).sum()
+            solved, left = solved + length * direction, left - length * moved
+            step = precondition(left)
+            direction = step + (left * step).sum() / size * direction
+        return solved
 
 
 def _one_if_zero(size: Tensor) -> Tensor:

@@ -73,12 +73,13 @@ def refit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, 
 
     with X the input of the attention in the converted model after the refit of earlier layers, A the maps that the
     attention applies, and Y its output in the original. The regression is solved for O and b, then three times for V
-    (head by head) and for O and b. Every fourth batch is held out. These batches decide about λ, about changing V,
-    and about correcting the error of the layer's input as well. A layer that no candidate improves keeps its weights.
+    (one head after another) and for O and b. Every fourth batch is held out. These batches decide about λ, about
+    changing V, and about correcting the error of the layer's input as well. A layer that no candidate improves keeps
+    its weights.
 
-    Padding is left out. Heads that apply the same map share its equations; heads that compute their own map are
-    refitted too. Values keep their weights in layers where heads share them (grouped-query attention), and where the
-    number of maps times the width exceeds 12,288.
+    Padding is left out. Heads that apply the same map share its equations. Heads that compute their own map are
+    refitted too, and so are values that several heads share (grouped-query attention). Values keep their weights
+    where the number of maps times the width exceeds 12,288.
 
     Args:
         model: a converted model with a plan in force.
@@ -180,7 +181,7 @@ def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit
     layer = layers.layers[index]
     maps, values = _maps_of(layout_of(layer)), value_projection(layer)
     num_inputs = len(set(maps)) * values.weight.shape[-1]
-    moves_values = values.num_heads == len(maps) and num_inputs <= _MAX_INPUTS
+    moves_values = num_inputs <= _MAX_INPUTS
     start = read(layer, with_values=moves_values)
 
     def observed(held_out: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -270,8 +271,8 @@ def read(layer: Layer, *, with_values: bool) -> HeadProjections:
     if not with_values:
         return HeadProjections.of_contexts(output, bias)
     values = value_projection(layer)
-    value_bias = torch.zeros_like(output[..., 0]) if values.bias is None else _copy(values.bias)
-    return HeadProjections(_maps_of(layout), _copy(values.weight).mT, value_bias, output, bias)
+    value_bias = values.weight.new_zeros(values.weight.shape[:2]) if values.bias is None else values.bias
+    return HeadProjections(_maps_of(layout), _copy(values.weight).mT, _copy(value_bias), output, bias)
 
 
 def _copy(weight: Tensor) -> Tensor:
