@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import build
+from text_batches import random_batches
 
 import mapreuse as mr
 from mapreuse.conversion._align import output_errors
@@ -45,10 +46,17 @@ def test_align_takes_the_heads_with_the_least_error_and_keeps_layers_planned_hea
     assert aligned.layers[3] == plan.layers[3]
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "parakeet"])
-def test_the_error_of_an_assignment_is_the_change_of_the_layers_output(family):
-    """By definition, from recorded maps and values, head by head; also with grouped and fused values."""
+@pytest.mark.parametrize(
+    ("family", "length"), [("bert", None), ("llama", None), ("gpt2", None), ("parakeet", None), ("llama", 150)]
+)
+def test_the_error_of_an_assignment_is_the_change_of_the_layers_output(family, length):
+    """By definition, from recorded maps and values, head by head; also with grouped and fused values.
+
+    Samples of more than 64 positions are compared at 64 evenly spaced ones.
+    """
     model, batch = build(family)
+    if length is not None:
+        (batch,) = random_batches(1, length=length)
     errors = output_errors(model, {1: (0,)}, [batch, batch])[1]
     maps, valid, values = MapRecorder(model)(batch)
     num_heads = maps[1].shape[1]
@@ -65,6 +73,10 @@ def test_the_error_of_an_assignment_is_the_change_of_the_layers_output(family):
     bias = 0 if projection.bias is None else projection.bias.detach()
     torch.testing.assert_close((whole + bias)[valid], seen[0][valid], atol=1e-4, rtol=1e-3)
 
+    if length is not None:
+        compared = torch.zeros(length, dtype=torch.bool)
+        compared[[round(number * (length - 1) / 63) for number in range(64)]] = True
+        valid = valid & compared
     assert errors.shape == (1, num_heads, num_heads)
     for source in range(num_heads):
         for head in range(num_heads):

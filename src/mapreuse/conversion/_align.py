@@ -28,6 +28,9 @@ from mapreuse.plan import ReusePlan
 Head: TypeAlias = tuple[int, int]
 """Layer and head."""
 
+_MAX_QUERIES = 64
+"""Maximum number of queries of a sample that maps are compared at. They are evenly spaced."""
+
 
 def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]]) -> ReusePlan:
     """Assign a source head to each head of the layers that reuse all their maps.
@@ -36,8 +39,8 @@ def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, A
 
         assignment[l][h] = argmin_g Σ ‖(A[source(l), g] − A[l, h]) V[l, h] O[l, h]‖²
 
-    with A the maps, V the values and O a head's part of the output projection. The sum is over all positions of the
-    calibration batches except padding.
+    with A the maps, V the values and O a head's part of the output projection. The sum is over the queries of the
+    calibration batches except padding; over 64 evenly spaced ones in longer samples.
 
     Args:
         original: the model before `apply`; it is not changed.
@@ -85,7 +88,7 @@ def output_errors(
 
         errors[l][s, g, h] = Σ ‖(A[s, g] − A[l, h]) V[l, h] O[l, h]‖² / Σ Σ_h ‖A[l, h] V[l, h] O[l, h]‖²
 
-    The sums are over all queries of the batches except padding.
+    The sums are over the queries of the batches except padding; over 64 evenly spaced ones in longer samples.
 
     Args:
         original: the model before `apply`.
@@ -114,20 +117,23 @@ def output_errors(
                 continue
             maps, valid, values = recorder(batch)
             any_valid |= bool(valid.any())
-            rows = valid[..., None].double()
+            length = valid.shape[1]
+            queries = torch.linspace(0, length - 1, min(length, _MAX_QUERIES)).round().long().to(valid.device)
+            rows = valid[:, queries, None].float()
             for layer in layers:
                 num_heads = maps[layer].shape[1]
                 own_values = values[layer].repeat_interleave(num_heads // values[layer].shape[1], 1)
                 if layer not in roots:
                     roots[layer], _ = output_factors(stack.layers[layer], num_heads, own_values)
-                weighted = own_values.double() @ roots[layer]
-                own = (maps[layer].double() @ weighted).transpose(1, 2).flatten(2)
+                weighted = own_values.float() @ roots[layer].float()
+                own = (maps[layer][:, :, queries].float() @ weighted).transpose(1, 2).flatten(2)
                 if not bool(torch.isfinite(own).all()):
                     raise ValueError(
                         f"layer {layer}: its output is not finite; check the weights and the calibration batches"
                     )
-                errors = _summed_errors(own, weighted, [maps[source] for source in sources[layer]], rows)
-                size = (own * rows).square().sum().cpu()
+                of_sources = (maps[source][:, :, queries] for source in sources[layer])
+                errors = _summed_errors(own, weighted, of_sources, rows)
+                size = (own * rows).square().sum(dtype=torch.float64).cpu()
                 kept.add(layer, number, {"errors": errors, "size": size})
             kept.keep()
     if not any_valid:
@@ -140,19 +146,18 @@ def output_errors(
 def _summed_errors(
     own: Float[Tensor, "batch query outputs"],
     weighted: Float[Tensor, "batch heads key rank"],
-    maps: list[Float[Tensor, "batch source_heads query key"]],
+    maps: Iterable[Float[Tensor, "batch source_heads query key"]],
     rows: Float[Tensor, "batch query 1"],
 ) -> Float[Tensor, "sources source_heads heads"]:
     """Squared distance of a layer's own output from the one with each map, summed over the rows of a batch."""
     num_heads = weighted.shape[1]
-    of_heads, found = weighted.transpose(1, 2).flatten(2), []
-    # One buffer for all heads: temporaries of this size would fragment memory.
-    head_map, applied = maps[0][:, 0].double(), torch.empty_like(own)
+    of_heads, applied = weighted.transpose(1, 2).flatten(2), torch.empty_like(own)  # one buffer for all heads
+    found = []
     for source in maps:
-        for one in source.unbind(1):
-            torch.bmm(head_map.copy_(one), of_heads, out=applied).sub_(own).mul_(rows).square_()
-            found.append(applied.unflatten(-1, (num_heads, -1)).sum((0, 1, 3)))
-    return torch.stack(found).view(len(maps), -1, num_heads).cpu()
+        for one in source.float().unbind(1):
+            torch.bmm(one, of_heads, out=applied).sub_(own).mul_(rows).square_()
+            found.append(applied.sum((0, 1), dtype=torch.float64).unflatten(0, (num_heads, -1)).sum(1))
+    return torch.stack(found).view(-1, source.shape[1], num_heads).cpu()
 
 
 def output_factors(
