@@ -216,6 +216,10 @@ def convert(
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
+    window: Annotated[
+        int | None,
+        typer.Option(help="for language models: take the text as a whole, cut into windows of so many tokens"),
+    ] = None,
 ) -> None:
     """Convert a model to one whose layers share attention maps.
 
@@ -227,7 +231,7 @@ def convert(
 
     def opening(min_samples: int) -> Opened:
         opened, batches = _calibrated(
-            model, calibration, max_batches, stack, min_samples=min_samples, float32=float32
+            model, calibration, max_batches, stack, min_samples=min_samples, float32=float32, window=window
         )
 
         def write(part: Module, directory: Path) -> None:
@@ -344,13 +348,19 @@ def _calibrated(
     *,
     min_samples: int = 4,
     float32: bool = False,
+    window: int | None = None,
 ) -> tuple[OpenedModel, Batches]:
     """The model that the command line names, and batches for it."""
     from mapreuse.data import open_batches, open_model
 
     opened = open_model(model, stack, float32=float32)
     batches = open_batches(
-        opened, calibration, max_batches=max_batches, min_batches=_MIN_BATCHES, min_samples=min_samples
+        opened,
+        calibration,
+        max_batches=max_batches,
+        min_batches=_MIN_BATCHES,
+        min_samples=min_samples,
+        window=window,
     )
     return opened, batches
 

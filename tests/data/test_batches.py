@@ -25,6 +25,31 @@ def test_sentences_are_batched_by_length_and_cut_at_the_models_positions(bert, s
     assert words.decode(batches[0]["input_ids"][0]) == "heads [PAD] [PAD]"
 
 
+def test_windows_cover_the_text_without_overlap(bert, sentences):
+    words = tokenizer()
+    batches = open_batches(open_model(bert), sentences, batch_size=2, window=7)
+    rows = torch.cat([batch["input_ids"] for batch in batches])
+    tokens = words(sentences.read_text().rstrip("\n"))["input_ids"]
+    assert rows.flatten().tolist() == tokens[: len(tokens) // 7 * 7]
+    assert all(bool(batch["attention_mask"].all()) for batch in batches)
+    assert len(open_batches(open_model(bert), sentences, batch_size=2, max_batches=2, window=7)) == 2
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        (1, "window must be a whole number, at least 2, got 1"),
+        (9, "window=9 is more than the 8 tokens"),
+        (7, "found 2 windows of 7 tokens, but at least 4"),
+    ],
+)
+def test_windows_that_the_model_cannot_take_or_the_text_does_not_fill_are_refused(bert, tmp_path, window, message):
+    text = tmp_path / "short.txt"
+    text.write_text("one two three\n" * 5)
+    with pytest.raises(ValueError, match=message):
+        open_batches(open_model(bert), text, window=window)
+
+
 def test_max_batches_limits_the_number_of_sentences(bert, sentences):
     batches = open_batches(open_model(bert), sentences, batch_size=2, max_batches=2)
 

@@ -6,10 +6,11 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
@@ -40,6 +41,7 @@ def open_batches(
     max_batches: int | None = None,
     min_batches: int = 1,
     min_samples: int = MIN_SAMPLES,
+    window: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """Read calibration data and prepare batches for a model: keyword arguments of its forward, on the CPU.
 
@@ -47,6 +49,8 @@ def open_batches(
     the kind of data:
 
     - tokens: a text file with one sentence per line. A sentence is cut after 256 tokens, or the model's maximum.
+      With `window`, the file is one text instead, and each sample is a window of so many tokens, without overlap.
+      Give a language model windows that are as long as its contexts will be.
     - audio: a folder of wav or flac files, searched recursively. Recordings are averaged over channels, resampled,
       and cut after 20 s. A batch contains at most 20 s of padded audio. If the feature extractor pads to a fixed
       length, as Whisper's does to 30 s, a batch is one recording.
@@ -62,11 +66,12 @@ def open_batches(
         min_batches: reduce the batch size to get at least this many batches.
         min_samples: number of samples that the caller needs. If `min_batches` is at least as large, there will also
             be this many batches.
+        window: number of tokens of each sample of a text; None for one sample per line.
 
     Raises:
         ValueError: if the data is missing, unreadable, of the wrong kind, or has fewer than `min_samples` samples; if
-            the model's directory has no tokenizer, feature extractor or image processor; or if the stack of layers
-            cannot run on such data alone. The message is one line.
+            the model's directory has no tokenizer, feature extractor or image processor; if the stack of layers
+            cannot run on such data alone; or if `window` is more than the model's maximum. The message is one line.
         ModuleNotFoundError: if reading the data needs an optional package: soundfile, pillow or datasets.
     """
     given = {"batch_size": batch_size, "max_batches": 1 if max_batches is None else max_batches}
@@ -86,7 +91,13 @@ def open_batches(
             f"{type(opened.part).__name__} takes {input_name}; calibration data can be text, audio or images"
         )
     kind, noun, prepare = _KINDS[input_name]
-    samples = list(itertools.islice(samples_of(path, kind), max_samples))
+    found = samples_of(path, kind)
+    if window is not None:
+        if kind != "text":
+            raise ValueError(f"a window is a number of tokens, but {type(opened.part).__name__} takes {noun}")
+        noun, prepare = f"windows of {window} tokens", _prepare_windows
+        found = _windows(opened, "\n".join(found), window)
+    samples = list(itertools.islice(found, max_samples))
     check_enough(samples, path, noun, min_samples)
     size = min(batch_size, max(1, len(samples) // min_batches))
     lengths, budget, make_batch = prepare(opened, samples)
@@ -141,20 +152,50 @@ def _prepare_texts(opened: OpenedModel, texts: list[str]) -> Prepared:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(f"{opened.directory}: the tokenizer has no padding token")
-    reader = opened.part if isinstance(opened.part, PreTrainedModel) else opened.model
-    max_tokens = min(_MAX_TOKENS, tokenizer.model_max_length, _max_positions(reader))
-    options = {"truncation": True, "max_length": max_tokens}
+    options = {"truncation": True, "max_length": min(_MAX_TOKENS, _max_tokens(opened, tokenizer))}
     encoded = tokenizer(texts, **options)["input_ids"]
-    largest = max(max(tokens, default=0) for tokens in encoded)
+    _check_tokens(opened, encoded)
+    options |= {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
+    lengths = [len(tokens) for tokens in encoded]
+    return lengths, sys.maxsize, lambda indices: tokenizer([texts[index] for index in indices], **options)
+
+
+def _windows(opened: OpenedModel, text: str, window: int) -> Iterator[list[int]]:
+    """The tokens of a text, cut into windows; what is left at the end is dropped."""
+    check_number("window", window, 2, whole=True)
+    tokenizer = _companion(opened, AutoTokenizer, _TOKENIZERS, "tokenizer")
+    if window > (maximum := _max_tokens(opened, tokenizer)):
+        raise ValueError(f"window={window} is more than the {maximum} tokens that the model takes")
+    tokens = tokenizer(text, verbose=False)["input_ids"]
+    return (tokens[start : start + window] for start in range(0, len(tokens) - window + 1, window))
+
+
+def _prepare_windows(opened: OpenedModel, windows: list[list[int]]) -> Prepared:
+    _check_tokens(opened, windows)
+
+    def batch(indices: list[int]) -> Mapping[str, Tensor]:
+        tokens = torch.tensor([windows[index] for index in indices])
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    return [len(tokens) for tokens in windows], sys.maxsize, batch
+
+
+def _max_tokens(opened: OpenedModel, tokenizer: Any) -> int:
+    return min(tokenizer.model_max_length, _max_positions(_reader(opened)))
+
+
+def _reader(opened: OpenedModel) -> PreTrainedModel:
+    return opened.part if isinstance(opened.part, PreTrainedModel) else opened.model
+
+
+def _check_tokens(opened: OpenedModel, encoded: list[list[int]]) -> None:
+    largest, reader = max(max(tokens, default=0) for tokens in encoded), _reader(opened)
     num_embeddings = reader.get_input_embeddings().weight.shape[0]
     if largest >= num_embeddings:
         raise ValueError(
             f"{opened.directory}: the tokenizer returns token {largest}, but {type(reader).__name__} has only "
             f"{num_embeddings}; they belong to different models"
         )
-    options |= {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
-    lengths = [len(tokens) for tokens in encoded]
-    return lengths, sys.maxsize, lambda indices: tokenizer([texts[index] for index in indices], **options)
 
 
 def _prepare_audio(opened: OpenedModel, samples: list[Sample]) -> Prepared:
@@ -205,7 +246,7 @@ def _companion(opened: OpenedModel, cls: Any, patterns: Sequence[str], name: str
 def _max_positions(model: PreTrainedModel) -> int:
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
-        return _MAX_TOKENS
+        return sys.maxsize
     for name, module in model.named_modules():
         is_embedding = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
         if is_embedding and module.padding_idx is not None:
