@@ -152,7 +152,7 @@ def _prepare_texts(opened: OpenedModel, texts: list[str]) -> Prepared:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(f"{opened.directory}: the tokenizer has no padding token")
-    options = {"truncation": True, "max_length": min(_MAX_TOKENS, _max_tokens(opened, tokenizer))}
+    options: dict[str, Any] = {"truncation": True, "max_length": min(_MAX_TOKENS, _max_tokens(opened, tokenizer))}
     encoded = tokenizer(texts, **options)["input_ids"]
     _check_tokens(opened, encoded)
     options |= {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
