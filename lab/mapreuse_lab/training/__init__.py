@@ -3,7 +3,7 @@
 from mapreuse_lab.training._audio import waveform_of
 from mapreuse_lab.training._calibration import speech_batches
 from mapreuse_lab.training._corpora import Corpus, open_corpus
-from mapreuse_lab.training._evaluation import ErrorRates, Errors, evaluate, middle_of
+from mapreuse_lab.training._evaluation import ErrorRates, Errors, evaluate, middle_of, resampled_rates
 from mapreuse_lab.training._features import FeatureConfig, features
 from mapreuse_lab.training._files import CorpusError, cache_dir, write_whole
 from mapreuse_lab.training._normalise import alphabet
@@ -29,6 +29,7 @@ __all__ = [
     "middle_of",
     "open_corpus",
     "phoneme_batches",
+    "resampled_rates",
     "speech_batches",
     "train",
     "waveform_of",

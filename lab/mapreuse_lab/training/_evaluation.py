@@ -6,7 +6,7 @@ from typing import Any
 
 import jiwer
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int, Shaped
 from lhotse.cut import Cut
 
 from mapreuse.data import batches_by_length
@@ -85,10 +85,7 @@ class Errors:
 
     def resampled(self, metric: str) -> np.ndarray:
         """Rates over utterances drawn with replacement; the same draws for every set of as many utterances."""
-        pooled = self.counts[metric].sum(0)
-        draws = np.random.default_rng(0).integers(len(pooled), size=(_RESAMPLES, len(pooled)))
-        drawn = pooled[draws].sum(1)
-        return drawn[:, 0] / drawn[:, 1]
+        return resampled_rates(self.counts[metric].sum(0))
 
     def interval(self, metric: str) -> tuple[float, float]:
         """95 % bootstrap interval of the rate over utterances."""
@@ -97,6 +94,16 @@ class Errors:
     def select(self, seeds: Sequence[int]) -> "Errors":
         """The seeds at these indices."""
         return Errors({metric: counts[list(seeds)] for metric, counts in self.counts.items()})
+
+
+def resampled_rates(sums: Shaped[np.ndarray, "samples 2"]) -> Float[np.ndarray, " draws"]:
+    """Bootstrap of Σ amounts / Σ units, for samples of (amount, units) drawn with replacement.
+
+    The draws are the same for every set of as many samples: differences of two results are paired.
+    """
+    draws = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
+    drawn = sums[draws].sum(1)
+    return drawn[:, 0] / drawn[:, 1]
 
 
 def middle_of(samples: np.ndarray) -> tuple[float, float]:
