@@ -42,13 +42,14 @@ from mapreuse.models._reading import AttentionForm, read_attention
 from mapreuse.models._source import fingerprint_of
 
 SWIN_KEYS = ("k_proj", "relative_position_bias")
+CACHE = {"cache": "layer_idx"}
 FORMS = {
-    LlamaAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout"),
-    FaithfulAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout"),
-    BertSelfAttention: AttentionForm(("query",), ("key",), "value", (), "dropout.p"),
-    BartAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("out_proj",), "dropout"),
+    LlamaAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout", **CACHE),
+    FaithfulAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout", **CACHE),
+    BertSelfAttention: AttentionForm(("query",), ("key",), "value", (), "dropout.p", **CACHE),
+    BartAttention: AttentionForm(("q_proj",), ("k_proj",), "v_proj", ("out_proj",), "dropout", **CACHE),
     Qwen3Attention: AttentionForm(
-        ("q_norm", "q_proj"), ("k_norm", "k_proj"), "v_proj", ("o_proj",), "attention_dropout"
+        ("q_norm", "q_proj"), ("k_norm", "k_proj"), "v_proj", ("o_proj",), "attention_dropout", **CACHE
     ),
     SwinAttention: AttentionForm(
         ("q_proj",), SWIN_KEYS, "v_proj", ("o_proj",), "attention_dropout", ("relative_position_bias",)
@@ -59,6 +60,30 @@ FORMS = {
 @pytest.mark.parametrize("cls", FORMS)
 def test_the_role_of_each_attribute_is_read(cls):
     assert read_attention(cls) == FORMS[cls]
+
+
+UPDATE = "key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)"
+OTHER_UPDATES = {
+    "under a condition": ("past_key_values is not None:", "past_key_values is not None and self.training:"),
+    "scaled values": (UPDATE, UPDATE.replace("(key_states, value_states,", "(key_states, 2 * value_states,")),
+    "scaled values before": (UPDATE, f"value_states = 2 * value_states\n        {UPDATE}"),
+    "keys kept elsewhere": (UPDATE, f"self.seen = key_states\n        {UPDATE}"),
+    "keys thrown away": (UPDATE, UPDATE.replace("key_states, value_states =", "_, value_states =")),
+    "another layer": (UPDATE, UPDATE.replace("self.layer_idx", "self.layer_idx + 1")),
+    "two updates": (UPDATE, f"{UPDATE}\n        {UPDATE}"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_UPDATES)
+def test_a_class_that_updates_a_cache_in_another_way_takes_none(monkeypatch, change):
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, *OTHER_UPDATES[change]))
+    assert read_attention(FaithfulAttention).cache is None
+    model, batch = faithful_llama()
+    mr.apply(model, PLANS["groups of 2"])
+    assert model(**batch).past_key_values is None
+    with pytest.raises(ValueError, match="cannot use a cache: mapreuse does not know how its attention") as error:
+        model(**batch, use_cache=True)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("alteration", ALTERATIONS)

@@ -311,29 +311,6 @@ def test_a_norm_of_the_context_leaves_no_output_projection():
         output_projection(find_stack(model).layers[0])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_a_decoder_under_a_plan_makes_no_cache_and_refuses_one(family):
-    model, batch = build(family)
-    mr.apply(model, GROUPS)
-    assert model.config.use_cache
-    assert model(**batch).past_key_values is None
-    assert model(**batch, use_cache=False).past_key_values is None
-    for arguments in ({"use_cache": True}, {"past_key_values": tf.DynamicCache()}):
-        with pytest.raises(ValueError, match=r"keeps no cache.*use_cache=False") as error:
-            model(**batch, **arguments)
-        assert "\n" not in str(error.value)
-    positional = () if family == "gpt2" else (None, None)
-    with pytest.raises(ValueError, match="keeps no cache"):
-        model(batch["input_ids"], *positional, tf.DynamicCache())
-
-
-@pytest.mark.parametrize("cls", [tf.LlamaForCausalLM, tf.Qwen2ForCausalLM, tf.GPT2LMHeadModel])
-def test_generate_with_a_decoder_under_a_plan_is_refused(cls):
-    model = mr.apply(cls(build(cls.config_class.model_type)[0].config).eval(), GROUPS)
-    with pytest.raises(ValueError, match=r"keeps no cache.*use_cache=False"):
-        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
-
-
 class WrappedLinear(nn.Module):
     """Wrapped as in PEFT."""
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mapreuse.console import check_number
 from mapreuse.maps import STORAGES, MapCounts, SharedMaps
 from mapreuse.models._attention_conversion import convert_attention
+from mapreuse.models._cache import cache_of, check_cache
 from mapreuse.models._map_injection import inject_maps
 from mapreuse.models._plan_conversions import plan_conversions
-from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_cache
+from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_other_states
 from mapreuse.models._snapshots import Model, copy_with_same_weights, unchanged_on_failure
 from mapreuse.models._source import Unsupported, parameter_names
 from mapreuse.models._stack import (
@@ -42,6 +43,7 @@ class AppliedPlan:
         counts: numbers of maps in a forward pass.
         parameter_names: the parameters of the module's forward.
         cross_attends: the module may be given encoder states, as only its cross-attention uses them.
+        caches: the layers can use a cache.
         removed: names of the module's parameters and buffers that the conversion removed.
     """
 
@@ -51,6 +53,7 @@ class AppliedPlan:
     counts: MapCounts
     parameter_names: tuple[str, ...]
     cross_attends: bool
+    caches: bool
     removed: tuple[str, ...] = ()
 
 
@@ -110,6 +113,7 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
             _map_counts(plan, [len(conversion.layout.computing) for conversion in conversions]),
             parameter_names(type(stack.module)),
             cross_attends_beside(stack),
+            all(conversion.form.cache is not None for conversion in conversions),
         )
         for conversion in conversions:
             convert_attention(conversion)
@@ -184,7 +188,17 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     """Forward pre-hook of the stack: make the `SharedMaps` of this pass."""
     applied: AppliedPlan = module._map_reuse  # type: ignore[assignment]
     given = dict(zip(applied.parameter_names, args, strict=False)) | kwargs
-    refuse_cache(module, given, allowed=ENCODER_STATES if applied.cross_attends else None)
+    name, cache = type(module).__name__, cache_of(given)
+    refuse_other_states(
+        module, {key: given[key] for key in given if not (applied.cross_attends and key == ENCODER_STATES)}
+    )
+    if (cache is not None or given.get("use_cache")) and not applied.caches:
+        raise ValueError(
+            f"{name} shares attention maps and cannot use a cache: mapreuse does not know how its attention updates "
+            "one; call it with use_cache=False and without a cache"
+        )
+    if cache is not None:
+        check_cache(name, applied.plan, cache)
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):
@@ -198,14 +212,8 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             "floats, or call set_attn_implementation('sdpa')"
         )
     kwargs = dict(kwargs)
-    if "use_cache" in applied.parameter_names:
-        if given.get("use_cache"):
-            raise ValueError(
-                f"{type(module).__name__} shares attention maps and keeps no cache; call it with use_cache=False, "
-                "and without generate()"
-            )
-        if given.get("use_cache") is None:
-            kwargs["use_cache"] = False  # otherwise a decoder would make a cache
+    if "use_cache" in applied.parameter_names and given.get("use_cache") is None:
+        kwargs["use_cache"] = cache is not None  # the configuration's default would make a cache in every call
     maps = SharedMaps(
         storage=applied.storage,
         counts=applied.counts,

@@ -16,7 +16,12 @@ from mapreuse.models._layout import LayerLayout
 from mapreuse.models._projections import HeadCounts
 from mapreuse.models._reading import AttentionForm
 from mapreuse.models._runtime import IMPLEMENTATION
-from mapreuse.models._sharing_classes import ReusingAttention, SharingAttention, sharing_class
+from mapreuse.models._sharing_classes import (
+    PartlyComputingAttention,
+    ReusingAttention,
+    SharingAttention,
+    sharing_class,
+)
 from mapreuse.models._stack import Layer
 
 COMPUTING_HEADS = "computing_heads"
@@ -68,8 +73,10 @@ def convert_attention(conversion: Conversion) -> None:
     if isinstance(attention, SharingAttention):
         return
     mixin = form.computing if layout.computing else ReusingAttention
-    if mixin is not None:
-        attention.__class__ = sharing_class(mixin, type(attention))  # type: ignore[arg-type]
+    partly = PartlyComputingAttention if layout.parts and mixin is None else None
+    if mixin or partly:
+        attention.__class__ = sharing_class(mixin or partly, type(attention))  # type: ignore[arg-type]
+    if mixin:
         return
     # The original forward calls mapreuse's attention function. The public setter of the implementation would change
     # the configuration of other modules as well.

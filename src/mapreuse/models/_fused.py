@@ -51,6 +51,7 @@ class _GPT2Computing(FusedComputing):
         **kwargs: Any,
     ) -> tuple[Scores, Tensor]:
         query, key, values = self._split(hidden_states)
+        key, values = self._cached(key, values, kwargs)
         return make_scores(self, query, key, attention_mask, self.scaling, kwargs.get("is_causal")), values
 
 
@@ -64,5 +65,6 @@ def _modernbert(module: nn.Module) -> AttentionForm:
 def _gpt2(module: nn.Module) -> AttentionForm:
     if module.reorder_and_upcast_attn:
         raise Unsupported("GPT2Attention: reorder_and_upcast_attn=True is not supported; load the model with False")
-    output = ("c_proj", "resid_dropout")
-    return AttentionForm((), (), "c_attn", output, "attn_dropout.p", fused=True, computing=_GPT2Computing)
+    output, dropout = ("c_proj", "resid_dropout"), "attn_dropout.p"
+    computing = _GPT2Computing
+    return AttentionForm((), (), "c_attn", output, dropout, fused=True, computing=computing, cache="layer_idx")

@@ -38,6 +38,7 @@ class LayerLayout:
         order: the heads, in the order in which their contexts are made.
         publishes: later layers apply the map of the heads that compute.
         releases: the source layers whose last reader is this layer.
+        plan: the plan.
     """
 
     layer: int
@@ -53,6 +54,7 @@ class LayerLayout:
     order: tuple[int, ...]
     publishes: bool
     releases: tuple[int, ...]
+    plan: ReusePlan
 
     def in_order(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Put the heads of parts of shape (batch, heads, …) in order, as dimension `dim` of one tensor."""
@@ -121,6 +123,7 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, *
         order=(*computing, *(one[2] for _, part in sorted(parts.items()) for one in part)),
         publishes=bool(plan.readers(layer)),
         releases=tuple(source for source in plan.sources(layer) if plan.readers(source)[-1] == layer),
+        plan=plan,
     )
 
 

@@ -46,14 +46,20 @@ CACHES = (
     "past_key_values",
     "past_key_value",
     "layer_past",
-    "key_value_states",
-    "encoder_hidden_states",
 )
-"""Arguments with keys and values from another call or another model. Layers that share maps refuse them."""
+"""Arguments with the keys and values of earlier calls."""
 
-ABSENT = (*CACHES, "is_cross_attention")
-"""Arguments that are None or False in every call of a layer that shares maps."""
+OTHER_STATES = ("key_value_states", "encoder_hidden_states")
+"""Arguments with states of another model. Layers that share maps refuse them."""
 
+ABSENT = (*OTHER_STATES, "is_cross_attention")
+"""Names that are None or False in every call of a layer that shares maps."""
+
+_UPDATE = re.compile(r"(\w+), (\w+) = \w+\.update\(\1, \2, self\.(\w+)\)")
+_CHOICE_OF_CACHE = re.compile(
+    rf"is_updated = .*|(?:{'|'.join(CACHES)}|cur\w+) = (?:{'|'.join(CACHES)})(?:\.self_attention_cache)?"
+)
+"""Statements for a cache: the update of the layer's part, and the choice of that part."""
 
 _NUM_HEADS = re.compile(r"heads|num_head|\bn_head\b")
 """In names of attributes and variables that hold a number of heads."""
@@ -77,6 +83,7 @@ class AttentionForm:
         fused: `value` makes queries, keys and values, as three blocks in this order.
         computing: mixin for layers that compute maps; None to keep the original forward.
         head_dim: width of a head if the module does not store it.
+        cache: the attribute with the index of the layer in a cache; None if modules of the class take no cache.
     """
 
     query: tuple[str, ...]
@@ -92,6 +99,7 @@ class AttentionForm:
     fused: bool = False
     computing: type[nn.Module] | None = None
     head_dim: int | None = None
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def read_attention(cls: type[nn.Module]) -> AttentionForm:
 def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
     """The form of a class with this forward. It is read once; every layer of every copy of a model needs it."""
     function = forward_of(cls)
-    before, call, after = _split_at_call(cls, list(_straight_line(function.body, certain=True)))
+    before, call, after = _split_at_call(cls, list(_straight_line(function.body)))
     arguments = _call_arguments(cls, call)
     hidden_states = function.args.args[1].arg
     _check_dimensions(cls, before, hidden_states)
@@ -144,38 +152,73 @@ def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
         output_dropout=output_dropout,
         fixed_heads=any(map(_NUM_HEADS.search, names)),
         takes_maps=function.args.kwarg is not None and _CALL in calls_with_kwargs(call, function),
+        cache=_cache_index(cls, function, arguments, value),
     )
 
 
-def _straight_line(body: Iterable[ast.stmt], *, certain: bool) -> Iterator[_Step]:
-    """The statements that run without a cache and without cross-attention, in order."""
+def _cache_index(cls: type, function: ast.FunctionDef, arguments: dict[str, ast.expr], value: str) -> str | None:
+    """The attribute `i` if all that a cache changes is `keys, values = cache.update(keys, values, self.i)`.
+
+    Otherwise None. `keys` and `values` must be what attention gets.
+    """
+    without = {ast.unparse(step.statement) for step in _straight_line(function.body)}
+    steps = list(_straight_line(function.body, cached=True))
+    updates = []
+    for index, step in enumerate(steps):
+        text = ast.unparse(step.statement)
+        if text in without or _CHOICE_OF_CACHE.fullmatch(text):
+            continue
+        update = _UPDATE.fullmatch(text)
+        if update is None or not step.certain:
+            return None
+        updates.append((index, update))
+    if len(updates) != 1:
+        return None
+    index, update = updates[0]
+    if (update[1], update[2]) != (ast.unparse(arguments["key"]), ast.unparse(arguments["value"])):
+        return None
+    projected = _inlined(cls, _resolve(ast.Name(update[2]), steps[:index]))
+    try:
+        same = _value_projection(cls, projected, function.args.args[1].arg) == value
+    except Unsupported:
+        return None
+    return update[3] if same else None
+
+
+def _straight_line(body: Iterable[ast.stmt], *, certain: bool = True, cached: bool = False) -> Iterator[_Step]:
+    """The statements that run without cross-attention, with or without a cache, in order."""
     for statement in body:
         if not isinstance(statement, ast.If):
             yield _Step(statement, certain)
             continue
-        holds = _truth(statement.test)
+        holds = _truth(statement.test, cached)
         if holds is not False:
-            yield from _straight_line(statement.body, certain=certain and holds is True)
+            yield from _straight_line(statement.body, certain=certain and holds is True, cached=cached)
         if holds is not True:
-            yield from _straight_line(statement.orelse, certain=certain and holds is False)
+            yield from _straight_line(statement.orelse, certain=certain and holds is False, cached=cached)
 
 
-def _truth(test: ast.expr) -> bool | None:
-    """The value of a condition if all names in `ABSENT` are None or False; None if that does not determine it."""
+def _truth(test: ast.expr, cached: bool = False) -> bool | None:
+    """The value of a condition if all names in `ABSENT` are None or False; None if that does not determine it.
+
+    Those in `CACHES` are None without a cache, and not None with one.
+    """
     match test:
-        case ast.Name(id=name) if name in ABSENT:
+        case ast.Name(id=name) if name in ABSENT or (name in CACHES and not cached):
             return False
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            holds = _truth(operand)
+            holds = _truth(operand, cached)
             return None if holds is None else not holds
         case ast.BoolOp(op=op, values=values):
             decisive = isinstance(op, ast.Or)
-            operands = [_truth(value) for value in values]
+            operands = [_truth(value, cached) for value in values]
             if decisive in operands:
                 return decisive
             return None if None in operands else not decisive
-        case ast.Compare(left=ast.Name(id=name), ops=[op], comparators=[ast.Constant(value=None)]) if name in ABSENT:
-            return isinstance(op, ast.Is)
+        case ast.Compare(left=ast.Name(id=name), ops=[op], comparators=[ast.Constant(value=None)]) if (
+            name in ABSENT or name in CACHES
+        ):
+            return isinstance(op, ast.Is) != (cached and name in CACHES)
     return None
 
 

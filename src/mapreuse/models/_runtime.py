@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, as_index, attend, compute
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._reading import CACHES, INERT
+from mapreuse.models._reading import INERT, OTHER_STATES
 
 MAPS_ARGUMENT = "attention_maps"
 """The keyword argument that passes the `SharedMaps` of a forward pass from layer to layer."""
@@ -35,6 +35,7 @@ def share(
     values: Float[Tensor, "batch value_heads key value_dim"],
     scores: Scores | None,
     *,
+    num_queries: int,
     dropout_p: float = 0.0,
 ) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
     """The context of a layer, from its own scores and the maps of its source layers.
@@ -47,6 +48,7 @@ def share(
         maps: the maps of this forward pass.
         values: the values of this layer.
         scores: the scores of the heads that compute, or None if no head computes.
+        num_queries: number of positions of the input; with a cache, there are more values.
         dropout_p: attention dropout. Each layer draws its own.
 
     Returns:
@@ -76,8 +78,8 @@ def share(
                 raise RuntimeError(
                     f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run"
                 )
-            batch, _, num_queries, dim = values.shape
-            contexts.append(values.new_zeros(batch, len(pairs), num_queries, dim))  # LayerDrop skipped the source
+            # LayerDrop skipped the source
+            contexts.append(values.new_zeros(len(values), len(pairs), num_queries, values.shape[-1]))
         else:
             contexts.append(source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p))
             if maps.output_attentions:
@@ -141,13 +143,13 @@ def batch_first(attention: nn.Module, states: Tensor) -> Float[Tensor, "batch po
     return states if getattr(attention, "batch_first", True) else states.transpose(0, 1)
 
 
-def refuse_cache(module: nn.Module, arguments: dict[str, Any], allowed: str | None = None) -> None:
-    """Raise `ValueError` if arguments hold keys and values of another call or another model."""
-    for name in CACHES:
-        if name != allowed and arguments.get(name) is not None:
+def refuse_other_states(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` if arguments hold states of another model."""
+    for name in OTHER_STATES:
+        if arguments.get(name) is not None:
             raise ValueError(
-                f"{type(module).__name__} shares attention maps and cannot take {name}: it keeps no cache and "
-                "attends only to its own inputs. Call it without this argument, and with use_cache=False"
+                f"{type(module).__name__} shares attention maps and cannot take {name}, as it attends only to its "
+                "own inputs; call it without this argument"
             )
 
 
@@ -179,7 +181,7 @@ def _attention_function(
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     query, key = query[:, as_index(layout.queries)], key[:, as_index(layout.keys)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
-    return share(module, attention_maps, value, scores, dropout_p=dropout)
+    return share(module, attention_maps, value, scores, num_queries=query.shape[-2], dropout_p=dropout)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_function)

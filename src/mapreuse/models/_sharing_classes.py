@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mapreuse.maps import Scores
+from mapreuse.models._cache import OneLayer, cache_of, update_cache
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._reading import AttentionForm
-from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_cache, refuse_unknown, share
+from mapreuse.models._reading import CACHES, AttentionForm
+from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_other_states, refuse_unknown, share
 from mapreuse.models._source import parameter_names
 
 
@@ -39,15 +40,21 @@ class SharingAttention(nn.Module):
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call, by the names that they have in the original forward."""
         arguments = dict(zip(self._parameter_names[1:], args, strict=False)) | kwargs
-        refuse_cache(self, arguments)
+        refuse_other_states(self, arguments)
         return arguments
 
-    def _share(self, values: Tensor, scores: Scores | None, arguments: dict[str, Any]) -> Any:
-        """The output of the module, with the map if the original forward returns one."""
+    def _cached(self, keys: Tensor | None, values: Tensor, arguments: dict[str, Any]) -> tuple[Any, Tensor]:
+        """Keys and values of all positions, from those of the new ones and the cache of the call, if it has one."""
+        cache = cache_of(arguments)
+        return (keys, values) if cache is None else update_cache(self, cache, keys, values)
+
+    def _share(self, hidden_states: Tensor, values: Tensor, scores: Scores | None, arguments: dict[str, Any]) -> Any:
+        """The output of the module for these inputs, with the map if the original forward returns one."""
         form, dropout_p = self._form, 0.0
         if self.training and form.dropout is not None:
             dropout_p = attrgetter(form.dropout)(self)
-        context, weights = share(self, arguments.get(MAPS_ARGUMENT), values, scores, dropout_p=dropout_p)
+        maps, num_queries = arguments.get(MAPS_ARGUMENT), hidden_states.shape[1]
+        context, weights = share(self, maps, values, scores, num_queries=num_queries, dropout_p=dropout_p)
         context = context.flatten(2)
         for name in form.output:
             context = getattr(self, name)(context)
@@ -65,7 +72,7 @@ class ComputingAttention(SharingAttention):
             self, {name: arguments[name] for name in arguments.keys() - self._parameter_names - {MAPS_ARGUMENT}}
         )
         scores, values = self._project(hidden_states, **arguments)
-        return self._share(values, scores, arguments)
+        return self._share(hidden_states, values, scores, arguments)
 
     def _project(self, hidden_states: Tensor, **arguments: Any) -> tuple[Scores, Tensor]:
         """The scores of the heads that compute, and the values of all heads."""
@@ -81,7 +88,19 @@ class ReusingAttention(SharingAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
-        return self._share(self._values(hidden_states), None, arguments)
+        _, values = self._cached(None, self._values(hidden_states), arguments)
+        return self._share(hidden_states, values, None, arguments)
+
+
+class PartlyComputingAttention(SharingAttention):
+    """An attention module with the original forward in which some heads compute and others reuse."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(self._parameter_names, args, strict=False)) | kwargs
+        for name in CACHES:
+            if arguments.get(name) is not None:
+                arguments[name] = OneLayer(self, arguments[name])
+        return super().forward(**arguments)
 
 
 @functools.cache

@@ -1,0 +1,111 @@
+"""What a layer under a plan stores in a `Cache` of `transformers`, and which caches it takes.
+
+A layer whose heads all compute stores keys and values, as without a plan. A layer with heads that reuse stores one
+tensor, the keys that it projects followed by its values, as heads of one tensor. It is stored in the place of the
+keys, because `transformers` reads lengths there; the place of the values holds a tensor of width zero. All methods of
+a cache (`update`, `reorder_cache`, `crop`, `reset`, …) then work unchanged, in each of its classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
+
+from mapreuse.models._layout import LayerLayout
+from mapreuse.models._reading import CACHES
+from mapreuse.plan import ReusePlan
+
+_PLAN = "_map_reuse"
+"""The attribute of a cache that holds the plan under which it was filled, if a layer stores it in our form."""
+
+
+class CachedStates(NamedTuple):
+    """The keys and values of all positions that a layer may attend to.
+
+    Attributes:
+        keys: the keys that the layer projects, or None if it projects none.
+        values: the values.
+    """
+
+    keys: Float[Tensor, "batch key_heads key dim"] | None
+    values: Float[Tensor, "batch value_heads key value_dim"]
+
+
+def cache_of(arguments: dict[str, Any]) -> Any:
+    """The cache among the arguments of a call, or None."""
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+
+
+def update_cache(
+    attention: nn.Module,
+    cache: Cache,
+    keys: Float[Tensor, "batch key_heads new dim"] | None,
+    values: Float[Tensor, "batch value_heads new value_dim"],
+) -> CachedStates:
+    """Store the keys and values of new positions in the cache; returns those of all positions.
+
+    Args:
+        attention: a self-attention module under a plan.
+        cache: the cache of the call.
+        keys: the new keys of the heads that compute, or None if no head computes.
+        values: the new values of all heads.
+    """
+    layout: LayerLayout = attention._layout  # type: ignore[assignment]
+    index: int = getattr(attention, attention._form.cache)  # type: ignore[union-attr, arg-type]
+    cache = _of_self_attention(cache)
+    if not layout.parts:
+        return CachedStates(*cache.update(keys, values, index))
+    setattr(cache, _PLAN, layout.plan)
+    new = values if keys is None else torch.cat([keys, values], 1)
+    stored, _ = cache.update(new, new.new_empty(*new.shape[:3], 0), index)
+    num_keys = new.shape[1] - values.shape[1]
+    return CachedStates(stored[:, :num_keys] if num_keys else None, stored[:, num_keys:])
+
+
+def check_cache(name: str, plan: ReusePlan, cache: object) -> None:
+    """Raise `ValueError` unless the layers under `plan` can continue this cache. The message starts with `name`."""
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"{name}: expected a cache of transformers, such as DynamicCache, got {type(cache).__name__}"
+        )
+    part = _of_self_attention(cache)
+    filled = any(isinstance(layer, CacheLayerMixin) and _is_filled(layer) for layer in part.layers[:1])
+    found = getattr(part, _PLAN, None)
+    if filled and found != (None if plan.is_full else plan):
+        filled_by = "without this plan (by the original model, say)" if found is None else "under another plan"
+        raise ValueError(f"{name}: the cache was filled {filled_by}; start with a new cache")
+    for layer in () if plan.is_full else part.layers:
+        if not isinstance(layer, DynamicLayer | StaticLayer) or isinstance(layer, BaseQuantizedLayer):
+            raise ValueError(
+                f"{name} shares attention maps and cannot use a cache with layers of {type(layer).__name__}; use "
+                "DynamicCache or StaticCache"
+            )
+
+
+def _is_filled(layer: CacheLayerMixin) -> bool:
+    return layer.is_initialized and (layer.keys is None or layer.keys.numel() > 0)
+
+
+def _of_self_attention(cache: Any) -> Any:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+class OneLayer:
+    """Stands for a cache in the forward of a layer that computes some of its maps: `update` stores in our form."""
+
+    def __init__(self, attention: nn.Module, cache: Cache) -> None:
+        self.attention, self.cache = attention, cache
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any) -> CachedStates:
+        return update_cache(self.attention, self.cache, keys, values)
