@@ -8,22 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mapreuse.cli import (
-    Budget,
-    Device,
-    DistillSeconds,
-    JsonFile,
-    Memory,
-    Plan,
-    Plans,
-    ProfiledCalls,
-    ProfiledContestants,
-    Storage,
-    Threads,
-    Training,
-    analyze_model,
-    convert_model,
-)
+from mapreuse.cli import analyze_model, convert_model, exports_directory
 from mapreuse.console import (
     Table,
     check_writable_directory,
@@ -36,6 +21,23 @@ from mapreuse.console import (
     run_command,
     show_tables,
     write_json,
+)
+from mapreuse.options import (
+    Budget,
+    Device,
+    DistillSeconds,
+    ExportsDirectory,
+    JsonFile,
+    MaxSeconds,
+    Memory,
+    Plan,
+    Plans,
+    PngFile,
+    ProfiledCalls,
+    ProfiledContestants,
+    Storage,
+    Threads,
+    Training,
 )
 
 if TYPE_CHECKING:
@@ -285,10 +287,10 @@ def bench(
     contestants: Annotated[
         str,
         typer.Option(
-            help="what to time: eager and sdpa (attention of transformers), flex (FlexAttention) and mapreuse, each "
-            "also with +optimize, +compile or both"
+            help="what to time: as for mapreuse bench, and flex (FlexAttention). Default: all for which packages are "
+            "installed"
         ),
-    ] = "sdpa,sdpa+optimize,mapreuse,mapreuse+optimize",
+    ] = "",
     storage: Storage = "dense",
     batch_size: BatchSize = 1,
     threads: Threads = None,
@@ -297,9 +299,12 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(help="number of timed calls; default: 7, or 15 for --kernels")
     ] = None,
+    max_seconds: MaxSeconds = 30.0,
     part: Annotated[str, typer.Option(help="layers, or whole for the encoder with its front end")] = "layers",
     memory: Memory = False,
     training: Training = False,
+    exports: ExportsDirectory = None,
+    png_file: PngFile = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="time single attention kernels instead")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -307,7 +312,8 @@ def bench(
     from mapreuse import measure
     from mapreuse_lab import benchmarks
 
-    check_writable_file(json_file)
+    for file in (json_file, png_file):
+        check_writable_file(file)
     options: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": device}
     if repeats is not None:
         options["repeats"] = repeats
@@ -319,20 +325,25 @@ def bench(
         results = benchmarks.bench_kernels(chosen, **options)
         tables = benchmarks.kernel_tables(results)
     else:
-        results = benchmarks.bench_encoder(
-            encoder,
-            chosen,
-            plans=plans,
-            kinds=comma_separated(contestants),
-            storages=comma_separated(storage),
-            batch_size=batch_size,
-            part=part,
-            memory=memory,
-            training=training,
-            **options,
-        )
+        with exports_directory(exports) as directory:
+            results = benchmarks.bench_encoder(
+                encoder,
+                chosen,
+                plans=plans,
+                kinds=comma_separated(contestants) or None,
+                storages=comma_separated(storage),
+                batch_size=batch_size,
+                part=part,
+                memory=memory,
+                training=training,
+                exports=directory,
+                max_seconds=max_seconds,
+                **options,
+            )
         tables = measure.bench_tables(results)
     write_json(json_file, results | {"command": command_line("mapreuse-lab")})
+    if png_file is not None and not kernels:
+        measure.plot_bench(results, png_file)
     show_tables(tables)
     console.print(f"Inputs: {results['signal']}.", highlight=False)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -13,6 +16,7 @@ from mapreuse.console import (
     check_writable_directory,
     check_writable_file,
     comma_separated,
+    comma_separated_integers,
     command_app,
     command_line,
     console,
@@ -20,6 +24,31 @@ from mapreuse.console import (
     run_command,
     show_tables,
     write_json,
+)
+from mapreuse.options import (
+    BatchSize,
+    Budget,
+    CalibrationData,
+    Contestants,
+    Device,
+    DistillSeconds,
+    ExportsDirectory,
+    Float32,
+    JsonFile,
+    MaxBatches,
+    MaxSeconds,
+    Memory,
+    ModelName,
+    Plan,
+    Plans,
+    PngFile,
+    ProfiledCalls,
+    ProfiledContestants,
+    Stack,
+    Storage,
+    Threads,
+    TimedBatches,
+    Training,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +62,7 @@ if TYPE_CHECKING:
     Batches: TypeAlias = list[dict[str, Tensor]]
     Opened: TypeAlias = tuple[Module, Batches, Callable[[Module, Path], object]]
 
+_MAX_BATCHES = 64
 _MIN_BATCHES = 16  # with little data, batches hold fewer than 8 samples instead
 
 app = command_app(
@@ -40,64 +70,6 @@ app = command_app(
     "Make Transformers faster by sharing attention maps between layers: convert a trained model, and measure its "
     "speed and its attention maps. MODEL is a directory that save_pretrained wrote.",
 )
-
-ModelName = Annotated[str, typer.Argument(help="directory of the original model, as save_pretrained wrote it")]
-CalibrationData = Annotated[
-    str,
-    typer.Option(
-        help="sample inputs, similar to those that the model will see: a text file with one sentence per line, a "
-        "folder of wav, flac, png or jpg files, or a datasets directory"
-    ),
-]
-Stack = Annotated[
-    str, typer.Option(help="path of the stack of layers, if the model has several, such as model.encoder")
-]
-Float32 = Annotated[
-    bool, typer.Option("--float32", help="load the weights in float32; needed if they are stored in half precision")
-]
-MaxBatches = Annotated[
-    int, typer.Option(help="use at most this many batches of calibration data, with 8 samples each")
-]
-TimedBatches = Annotated[
-    int, typer.Option("--max-batches", help="number of batches to time; their lengths are those of the data")
-]
-BatchSize = Annotated[int, typer.Option(help="sequences per batch")]
-Plans = Annotated[
-    str,
-    typer.Option(
-        help="plans to compare: full (no sharing), or parts SIZExNUMBER such as 2x3; parts make up one plan until "
-        "all layers are used, so full,2x3,1x2,2x2 are three plans. Default: full, groups of 2 and 4, and two groups"
-    ),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="file for all results as JSON")]
-Storage = Annotated[
-    str, typer.Option(help="how shared maps are stored: some of dense, dense16, dense8, recompute, auto")
-]
-Memory = Annotated[bool, typer.Option("--memory", help="measure peak memory too, in separate processes")]
-Training = Annotated[bool, typer.Option("--training", help="time a training step: forward and backward")]
-ProfiledContestants = Annotated[
-    str, typer.Option(help="what to measure: some of eager, sdpa, mapreuse, each also with +optimize")
-]
-ProfiledCalls = Annotated[int, typer.Option("--repeats", help="number of profiled calls")]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="search for the best plan: 'latency<=0.7' for 70 % of the original's latency (both without "
-        "mapreuse.optimize), or 'error<=0.02' for a maximum error, 1 − cosine of the last hidden states"
-    ),
-]
-Plan = Annotated[
-    str | None,
-    typer.Option(
-        help="use this plan instead of a search: 2x3 for three groups of two layers, [0,1,1,3] for the source of "
-        "each layer, or full to share nothing and only use the kernels of mapreuse"
-    ),
-]
-DistillSeconds = Annotated[
-    float | None, typer.Option(help="then train the converted model to match the original for this long")
-]
 
 
 def main() -> None:
@@ -110,56 +82,64 @@ def bench(
     model: ModelName,
     calibration: CalibrationData,
     plans: Plans = "",
-    contestants: Annotated[
-        str,
-        typer.Option(
-            help="what to time: eager and sdpa (the attention of transformers) and mapreuse, each also with "
-            "+optimize (faster convolutions and linear layers), +compile (torch.compile) or both"
-        ),
-    ] = "sdpa,sdpa+optimize,mapreuse,mapreuse+optimize",
+    contestants: Contestants = "",
+    lengths: Annotated[
+        str, typer.Option(help="lengths of the inputs to time, such as 20,128,512; default: quantiles of the data's")
+    ] = "",
     storage: Storage = "dense",
     stack: Stack = "",
     float32: Float32 = False,
     batch_size: BatchSize = 8,
-    max_batches: TimedBatches = 4,
+    max_batches: TimedBatches = 3,
     threads: Threads = None,
     device: Device = "cpu",
     repeats: Annotated[int, typer.Option(help="number of timed calls")] = 7,
+    max_seconds: MaxSeconds = 30.0,
     memory: Memory = False,
     training: Training = False,
+    exports: ExportsDirectory = None,
+    png_file: PngFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure how much faster a model becomes with shared attention maps, on your data.
+    """Measure how much faster a model becomes: shared maps, torch.compile, OpenVINO, ONNX Runtime, int8.
 
-    Implementations are timed in turns, and each is checked against a reference first. Quality is not measured:
-    convert reports it.
+    Everything runs on your data, in turns, and each contestant is checked against a reference first. Quality is not
+    measured: advise and convert report it.
     """
     from mapreuse import measure
 
-    check_writable_file(json_file)
+    for file in (json_file, png_file):
+        check_writable_file(file)
     opening: dict[str, Any] = {"model": model, "stack": stack, "float32": float32, "device": device}
     opening |= {"calibration": calibration, "batch_size": batch_size, "max_batches": max_batches}
-    part, batches = _timed(**opening)
+    opening |= {"lengths": comma_separated_integers("--lengths", lengths)}
+    part, batches, samples = _benched(**opening)
+    with exports_directory(exports) as directory:
 
-    def measured(contestant: measure.Contestant, name: str) -> int:
-        return measure.memory_in_fresh_process(
-            _peak_memory, {"name": name, "contestant": asdict(contestant), "threads": threads, "opening": opening}
+        def measured(contestant: measure.Contestant, name: str) -> int:
+            request: dict[str, Any] = {"name": name, "contestant": asdict(contestant), "opening": opening}
+            request |= {"threads": threads, "exports": str(directory)}
+            return measure.memory_in_fresh_process(_peak_memory, request)
+
+        results = measure.bench(
+            part,
+            batches,
+            plans=plans,
+            kinds=comma_separated(contestants) or None,
+            storages=comma_separated(storage),
+            repeats=repeats,
+            threads=threads,
+            training=training,
+            memory=measured if memory else None,
+            calibration=samples,
+            exports=directory,
+            max_seconds=max_seconds,
         )
-
-    results = measure.bench(
-        part,
-        batches,
-        plans=plans,
-        kinds=comma_separated(contestants),
-        storages=comma_separated(storage),
-        repeats=repeats,
-        threads=threads,
-        training=training,
-        memory=measured if memory else None,
-    )
     results |= {"command": command_line("mapreuse"), "model": model, "calibration": calibration}
     write_json(json_file, results)
     show_tables(measure.bench_tables(results))
+    if png_file is not None:
+        measure.plot_bench(results, png_file)
 
 
 @app.command()
@@ -181,7 +161,7 @@ def breakdown(
     from mapreuse import measure
 
     check_writable_file(json_file)
-    part, batches = _timed(model, stack, float32, device, calibration, batch_size, max_batches)
+    part, batches, _ = _benched(model, stack, float32, device, calibration, batch_size, max_batches)
     kinds = comma_separated(contestants)
     results = measure.breakdown(part, batches, plans=plans, kinds=kinds, repeats=repeats, threads=threads)
     write_json(json_file, results | {"command": command_line("mapreuse"), "model": model})
@@ -320,24 +300,49 @@ def convert_model(
         console.print(line, markup=False, highlight=False)
 
 
-def _timed(
-    model: str, stack: str, float32: bool, device: str, calibration: str, batch_size: int, max_batches: int
-) -> tuple[Module, Batches]:
-    """A model, or the part of it that holds the stack, and batches for it, on a device."""
-    from mapreuse.data import open_batches, open_model
+@contextmanager
+def exports_directory(given: Path | None) -> Iterator[Path]:
+    """The directory of exported models, or a temporary one."""
+    if given is not None:
+        check_writable_directory("--exports", given)
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def _benched(
+    model: str,
+    stack: str,
+    float32: bool,
+    device: str,
+    calibration: str,
+    batch_size: int,
+    max_batches: int,
+    lengths: Sequence[int] = (),
+) -> tuple[Module, Batches, Batches]:
+    """A model, or the part of it that holds the stack, batches to time, and batches for int8, on a device."""
+    from mapreuse.data import batches_by_quantile, batches_of_lengths, open_batches, open_model
 
     check_device(device)
     opened = open_model(model, stack, float32=float32)
-    batches = open_batches(opened, calibration, batch_size=batch_size, max_batches=max_batches, min_samples=1)
+    found = open_batches(opened, calibration, batch_size=batch_size, max_batches=_MAX_BATCHES, min_samples=1)
+    timed = batches_of_lengths(found, lengths, batch_size) if lengths else batches_by_quantile(found, max_batches)
     opened.model.to(device)
-    return opened.part, [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in timed]
+    return opened.part, moved, batches_by_quantile(found, _MIN_BATCHES)
 
 
-def _peak_memory(name: str, contestant: dict[str, Any], threads: int | None, opening: dict[str, Any]) -> int:
+def _peak_memory(
+    name: str, contestant: dict[str, Any], threads: int | None, exports: str, opening: dict[str, Any]
+) -> int:
     """Peak memory of one contestant, in bytes; for `memory_in_fresh_process`."""
     from mapreuse import measure
 
-    return measure.contestant_memory(*_timed(**opening), name, measure.Contestant(**contestant), threads=threads)
+    part, batches, _ = _benched(**opening)
+    described = measure.Contestant(**contestant)
+    return measure.contestant_memory(part, batches, name, described, threads=threads, exports=exports)
 
 
 def _calibrated(

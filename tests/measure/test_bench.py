@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import sys
+import time
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ from mapreuse import cli
 from mapreuse.maps import StorageChoice
 from mapreuse.maps._storage_choice import StorageCost
 from mapreuse.measure import (
+    ALL_KINDS,
     Contestant,
     bench,
     bench_tables,
+    fastest_threads,
     memory_in_fresh_process,
     peak_memory,
+    plot_bench,
 )
 from mapreuse.measure import _bench as internals
 from mapreuse.measure._contestants import split_plans
@@ -56,9 +60,12 @@ def test_contestants_are_checked_timed_and_compared_with_those_that_share_no_map
     assert flops[0] == flops[1] == flops[2] > flops[3] > 0
     assert json.loads(json.dumps(results))["batches"] == results["batches"]
     (table,) = bench_tables(results)
-    assert list(table.header) == ["", "latency", "speed-up over eager", "speed-up over sdpa"]
+    assert list(table.header) == ["", *results["batches"]]
+    assert "speed-up over sdpa" in table.title
     assert [row[0] for row in table.rows] == list(found["contestants"])
-    assert all("±" in cell for cell in table.rows[-1][1:])
+    assert f"{speed_up:.2f}×" in table.rows[-1][1]
+    best = min(("mapreuse full", "mapreuse 4x1"), key=lambda name: found["contestants"][name]["median"])
+    assert f", {best} has " in table.notes[0]
     assert mr.plan_of(model) is None
 
 
@@ -134,8 +141,8 @@ def test_a_contestant_that_fails_is_reported_on_one_line_and_the_others_go_on():
 
     for name in ("broken", "broken+optimize"):
         assert cells[name]["not_measured"] == "NotImplementedError: no kernel for this device"
-        assert f"{name}: not measured: NotImplementedError: no kernel for this device" in table.notes
         assert next(row for row in table.rows if row[0] == name)[1] == "not measured"
+    assert "broken, broken+optimize: not measured: NotImplementedError: no kernel for this device" in table.notes
     assert "seconds" in cells["mapreuse 4x1"]
 
 
@@ -203,6 +210,7 @@ def test_plans_that_do_not_fit_the_model_are_refused(text):
         ({"plans": "2x4"}, "is for 8 layers, but the model has 4"),
         ({"storages": ("fast",)}, "storages must be some of dense"),
         ({"storages": ()}, "at least one"),
+        ({"training": True, "kinds": ("sdpa+onnx",)}, "runtimes cannot train"),
         ({"threads": 0}, "at least 1"),
         ({"repeats": 0}, "at least 1"),
     ],
@@ -253,8 +261,101 @@ def test_memory_is_in_the_results_and_a_killed_contestant_is_not_timed():
     assert cells["mapreuse 4x1"]["memory_bytes"] == 3 * 2**20
     assert "SIGKILL" in cells["eager"]["not_measured"]
     assert {row[0]: row[-1] for row in table.rows} == {
-        "eager": "not measured", "sdpa": "12 MiB", "mapreuse full": "3 MiB", "mapreuse 4x1": "3 MiB"
+        "eager": "", "sdpa": "12 MiB", "mapreuse full": "3 MiB", "mapreuse 4x1": "3 MiB"
     }  # fmt: skip
+
+
+IN_RUNTIMES = ("sdpa", "mapreuse", "sdpa+openvino", "mapreuse+openvino", "mapreuse+openvino+int8")
+
+
+def test_runtimes_are_contestants_and_int8_has_an_error(tmp_path):
+    model, batch = build("bert")
+    options = OPTIONS | {"plans": "4x1", "kinds": IN_RUNTIMES, "threads": 1}
+    results = bench(model, [batch], **options, exports=tmp_path)
+    cells, (table,) = only_batch(results)["contestants"], bench_tables(results)
+
+    assert list(cells) == [
+        "sdpa", "mapreuse 4x1", "sdpa+openvino", "mapreuse 4x1+openvino", "mapreuse 4x1+openvino+int8"
+    ]  # fmt: skip
+    assert all("seconds" in cell for cell in cells.values()), cells
+    assert all(cell["agreement"] <= 1e-4 for cell in cells.values() if not cell["int8"])
+    error = cells["mapreuse 4x1+openvino+int8"]["int8_error"]
+    assert 1e-4 < error < 0.3
+    assert [row[-1] for row in table.rows] == [""] * 4 + [f"{error:.3f}"]
+    assert {"sdpa", "sdpa+openvino"} <= set(only_batch(results)["ratios"]["mapreuse 4x1+openvino"])
+    descriptions = [json.loads(file.read_text()) for file in tmp_path.glob("*/mapreuse_export.json")]
+    assert sorted((one["precision"], one["plan"] is None) for one in descriptions) == [
+        ("float32", False), ("float32", True), ("int8", False)
+    ]  # fmt: skip
+
+
+def test_a_missing_runtime_is_skipped_with_its_command_unless_it_was_named(monkeypatch):
+    for package in ("openvino", "onnx"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(internals, "ALL_KINDS", ("sdpa", "mapreuse", "sdpa+openvino", "mapreuse+onnx+int8"))
+    model, batch = build("bert")
+    results = bench(model, [batch], plans="4x1", repeats=1, threads=1)
+    cells, (table,) = only_batch(results)["contestants"], bench_tables(results)
+
+    assert {name for name, cell in cells.items() if "seconds" in cell} == {"sdpa", "mapreuse 4x1"}
+    skipped = [note for note in table.notes if "not measured" in note]
+    assert skipped == [
+        "sdpa+openvino, mapreuse 4x1+onnx+int8: not measured: exporting needs the package onnx: "
+        "pip install 'mapreuse[export]'"
+    ]
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mapreuse\[export\]'"):
+        bench(model, [batch], **OPTIONS | {"kinds": ("sdpa+openvino",)})
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_by_default_every_kind_takes_part(training, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(internals, "contestants", lambda kinds, *rest: chosen.append(kinds) or [])
+    model, batch = build("bert")
+    with pytest.raises(ValueError, match="at least one"):
+        bench(model, [batch], training=training)
+    assert chosen == [("sdpa", "mapreuse") if training else ALL_KINDS]
+    assert {"eager", "sdpa+compile", "sdpa+onnx+int8", "mapreuse+compile", "mapreuse+openvino"} < set(ALL_KINDS)
+
+
+def test_a_contestant_above_the_limit_runs_once_and_not_on_later_batches():
+    model, batch = build("bert")
+    slow = {"slow": lambda copied: copied.register_forward_hook(lambda *args: time.sleep(0.3))}
+    kinds = ("sdpa", "slow", "mapreuse")
+    options = OPTIONS | {"kinds": kinds, "plans": "4x1", "threads": 1, "max_seconds": 0.25}
+    results = bench(model, {"first": batch, "second": batch}, **options, attentions=slow)
+    first, second = (found["contestants"] for found in results["batches"].values())
+
+    assert [len(first[name]["seconds"]) for name in ("sdpa", "slow")] == [2, 1]
+    assert "seconds" not in second["slow"]
+    assert second["slow"]["not_measured"] == "one run on first took 0 s, more than 0.25 s"
+    ratio = results["batches"]["first"]["ratios"]["mapreuse 4x1"]["slow"]
+    assert ratio["median"] == pytest.approx(first["slow"]["median"] / first["mapreuse 4x1"]["median"])
+
+
+def test_without_a_number_the_faster_number_of_threads_serves_all(monkeypatch):
+    monkeypatch.setattr(internals, "fastest_threads", lambda call: (call() is None) or (1, {"1": 0.5, "2": 0.8}))
+    model, batch = build("bert")
+    results = bench(model, [batch], **OPTIONS | {"kinds": ("sdpa",)})
+
+    assert results["config"]["threads"] == results["machine"]["threads"] == 1
+    (table,) = bench_tables(results)
+    assert "1 CPU thread (with 2, this model takes 1.60 times as long)" in table.title
+
+
+def test_all_threads_are_chosen_where_they_are_faster(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    for slower, best in ((1, 2), (2, 1)):
+        number, seconds = fastest_threads(
+            lambda slower=slower: time.sleep(0.02 * (torch.get_num_threads() == slower))
+        )
+        assert (number, list(seconds)) == (best, ["1", "2"])
+
+
+def test_the_chart_is_a_png(tmp_path):
+    model, batch = build("bert")
+    plot_bench(bench(model, {"a": batch, "b": batch}, **OPTIONS, threads=1), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
@@ -266,14 +367,16 @@ def saved(tmp_path):
 
 def test_the_command_measures_a_saved_model_on_the_users_data(saved, tmp_path):
     words = [*saved, "--plans", "full,3x1", "--contestants", "sdpa,mapreuse", "--max-batches", "2"]
+    words += ["--batch-size", "4", "--png", str(tmp_path / "bench.png")]
     ran = CliRunner().invoke(
         cli.app, [*words, "--json", str(tmp_path / "new" / "bench.json")], env={"COLUMNS": "120"}
     )
 
     assert ran.exit_code == 0, ran.output
-    assert "speed-up over sdpa" in ran.stdout
+    assert "speed-up over sdpa" in " ".join(ran.stdout.split())
     results = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert len(results["batches"]) == 2
+    assert (tmp_path / "bench.png").is_file()
     for found in results["batches"].values():
         assert list(found["contestants"]) == ["sdpa", "mapreuse full", "mapreuse 3x1"]
 
@@ -285,3 +388,14 @@ def test_the_command_measures_the_memory_of_each_contestant(saved):
 
     assert ran.exit_code == 0, ran.output
     assert ran.stdout.count(" MiB") == 2
+
+
+def test_the_command_measures_given_lengths(saved, tmp_path):
+    words = [*saved, "--contestants", "sdpa", "--lengths", "2,7", "--batch-size", "3", "--threads", "1"]
+    ran = CliRunner().invoke(cli.app, [*words, "--json", str(tmp_path / "bench.json")])
+
+    assert ran.exit_code == 0, ran.output
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert list(results["batches"]) == ["input_ids 3 × 2", "input_ids 3 × 7"]
+    ran = CliRunner().invoke(cli.app, [*words[:-4], "--lengths", "2,x"])
+    assert "--lengths must be integers" in str(ran.exception)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ ATTENTIONS = {"flex": use_flex_attention}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_CALIBRATION = (128, 180, 250, 350, 500)
+"""Lengths of the inputs that int8 is calibrated on."""
 
 _FRAMES = "encoder frames of 40 ms"
 _SPEECH_LIKE = (
@@ -155,14 +158,18 @@ def bench_encoder(
     batch_size: int = 1,
     dtype: str = "float32",
     device: str = "cpu",
+    exports: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Results of `measure.bench` for an encoder, with FlexAttention among the possible contestants.
+
+    int8 is calibrated on inputs of 128 to 500 positions.
 
     Args:
         name, lengths, part, batch_size, dtype, device: see `open_encoder`.
         threads: CPU threads; None for PyTorch's default.
         memory: measure each contestant's peak memory too, in fresh processes.
+        exports: directory that keeps exported models; needed with `memory`.
         options: other arguments of `measure.bench`.
     """
     opening: dict[str, Any] = {"part": part, "batch_size": batch_size, "dtype": dtype, "device": device}
@@ -170,18 +177,27 @@ def bench_encoder(
 
     def measured(contestant: Contestant, length: str) -> int:
         request = {"name": name, "length": int(length), "threads": threads, "contestant": asdict(contestant)}
+        request |= {"exports": None if exports is None else str(exports)}
         return memory_in_fresh_process(encoder_memory, request | opening)
 
-    peak = measured if memory else None
-    results = bench(model, batches, attentions=ATTENTIONS, threads=threads, memory=peak, **options)
+    samples = list(open_encoder(name, _CALIBRATION, **opening | {"batch_size": 2})[1].values())
+    options |= {"memory": measured if memory else None, "exports": exports, "calibration": samples}
+    results = bench(model, batches, attentions=ATTENTIONS, threads=threads, **options)
     spec = ENCODERS[name]
     described = f"{name}, {'layers' if part == 'layers' else 'whole encoder'}, batch {batch_size}"
     return results | {"model": described, "unit": spec.unit, "signal": spec.signal}
 
 
-def encoder_memory(name: str, length: int, threads: int | None, contestant: dict[str, Any], **opening: Any) -> int:
+def encoder_memory(
+    name: str,
+    length: int,
+    threads: int | None,
+    contestant: dict[str, Any],
+    exports: str | None = None,
+    **opening: Any,
+) -> int:
     """Peak memory of one contestant, in bytes; for `memory_in_fresh_process`."""
     model, batches = open_encoder(name, (length,), **opening)
-    return contestant_memory(
-        model, batches, str(length), Contestant(**contestant), attentions=ATTENTIONS, threads=threads
-    )
+    described = Contestant(**contestant)
+    options: dict[str, Any] = {"attentions": ATTENTIONS, "threads": threads, "exports": exports}
+    return contestant_memory(model, batches, str(length), described, **options)

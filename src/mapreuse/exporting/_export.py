@@ -69,10 +69,8 @@ def export(
         ModuleNotFoundError: if a package is missing; the message says which and how to install it.
     """
     path = Path(path)
-    if runtime not in RUNTIMES:
-        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    check_runtime(runtime, int8=int8 is not None)
     target = RUNTIMES[runtime]
-    required("onnx", "onnxscript", *target.packages, *(["nncf"] if int8 is not None else []))
     _check_encoder(model)
     _check_batches(example, int8)
     with _new_directory(path) as directory, _evaluation(model, own_attention) as original:
@@ -102,6 +100,18 @@ def export(
         (directory / "mapreuse_export.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     logger.info("%s: difference to PyTorch %.1e", path, description["difference"])
     return description
+
+
+def check_runtime(runtime: str, *, int8: bool = False) -> None:
+    """Check a runtime for `export`.
+
+    Raises:
+        ValueError: if there is no such runtime.
+        ModuleNotFoundError: if one of its packages is missing.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    required("onnx", "onnxscript", *RUNTIMES[runtime].packages, *(["nncf"] if int8 else []))
 
 
 class _Outputs(nn.Module):

@@ -101,8 +101,8 @@ def _models(model: nn.Module, plans: str, kinds: Sequence[str]) -> dict[str, nn.
             )
         return {"as saved": model}
     entries = contestants(kinds, split_plans(plans, len(find_stack(model).layers)), ("dense",))
-    if any(entry.compiled for entry in entries):
-        raise ValueError("breakdown cannot measure compiled models: a compiled graph has no modules")
+    if any(entry.compiled or entry.runtime for entry in entries):
+        raise ValueError("breakdown cannot measure compiled or exported models: they have no modules")
     return {entry.name: entry.build(model).eval() for entry in entries}
 
 

@@ -1,21 +1,32 @@
-"""Contestants of a benchmark: one model with different attention, plans, storages and optimizations."""
+"""Contestants of a benchmark: one model with different attention, plans, storages, optimizations and runtimes."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from mapreuse.exporting import RUNTIMES, export, open_exported
 from mapreuse.models import apply, check_batch, copy_with_same_weights, find_stack, optimize
 from mapreuse.plan import ReusePlan
 
 SHARING = "mapreuse"
-OPTIMIZE, COMPILE = "+optimize", "+compile"
+OPTIMIZE, COMPILE, INT8 = "+optimize", "+compile", "+int8"
+_IN_RUNTIMES = tuple(f"+{runtime}{int8}" for runtime in RUNTIMES for int8 in ("", INT8))
+SUFFIXES = ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE, *_IN_RUNTIMES)
+"""What a contestant can have in addition to its attention."""
+ALL_KINDS = (
+    "eager",
+    *(kind + suffix for kind in ("sdpa", SHARING) for suffix in ("", OPTIMIZE, COMPILE, *_IN_RUNTIMES)),
+)
+"""What a user would choose from."""
 
 Batch = Mapping[str, Any]
 
@@ -48,6 +59,8 @@ class Contestant:
         storage: storage of shared maps.
         optimized: `optimize` was called on the model.
         compiled: the model runs under `torch.compile`.
+        runtime: "openvino" or "onnx" if it runs there; "" for PyTorch.
+        int8: it was quantised to 8 bits for the runtime.
     """
 
     kind: str
@@ -55,17 +68,37 @@ class Contestant:
     storage: str = "dense"
     optimized: bool = False
     compiled: bool = False
+    runtime: str = ""
+    int8: bool = False
 
     @property
     def name(self) -> str:
-        """Name in tables, such as "sdpa" or "mapreuse 4x4 recompute+optimize"."""
+        """Name in tables, such as "sdpa", "mapreuse 4x4 recompute+optimize" or "mapreuse 4x4+openvino+int8"."""
         words = [self.kind]
         if self.kind == SHARING:
             words += [self.plan] if self.storage == "dense" else [self.plan, self.storage]
-        return " ".join(words) + OPTIMIZE * self.optimized + COMPILE * self.compiled
+        suffixes = [OPTIMIZE] * self.optimized + [COMPILE] * self.compiled
+        suffixes += [f"+{self.runtime}"] * bool(self.runtime) + [INT8] * self.int8
+        return " ".join(words) + "".join(suffixes)
 
-    def build(self, model: nn.Module, attentions: Mapping[str, Attention] = ATTENTIONS) -> nn.Module:
-        """A copy of `model` that runs as this contestant does, uncompiled. Weights are shared where possible."""
+    @property
+    def in_pytorch(self) -> Contestant:
+        """The same attention, plan and storage in PyTorch, uncompiled."""
+        return replace(self, compiled=False, runtime="", int8=False)
+
+    def build(
+        self,
+        model: nn.Module,
+        attentions: Mapping[str, Attention] = ATTENTIONS,
+        exports: Exports | None = None,
+    ) -> nn.Module:
+        """A copy of `model` that runs as this contestant does, uncompiled. Weights are shared where possible.
+
+        `exports` are needed if it runs in a runtime.
+        """
+        if self.runtime:
+            assert exports is not None
+            return exports.open(self, model, attentions)
         built = copy_with_same_weights(model)
         if self.kind == SHARING:
             apply(built, ReusePlan.parse(self.plan, len(find_stack(model).layers)), storage=self.storage)
@@ -74,29 +107,83 @@ class Contestant:
         return optimize(built) if self.optimized else built
 
 
+@dataclass(frozen=True)
+class Exports:
+    """Exported contestants in a directory. Each is exported once.
+
+    Attributes:
+        directory: the directory.
+        example: a batch for `export`.
+        calibration: batches for int8.
+        threads: CPU threads; None for the runtime's default.
+    """
+
+    directory: Path
+    example: Batch
+    calibration: Sequence[Batch]
+    threads: int | None
+
+    def open(self, contestant: Contestant, model: nn.Module, attentions: Mapping[str, Attention]) -> nn.Module:
+        """The contestant as a module that runs in its runtime."""
+        path = self.directory / hashlib.sha256(contestant.name.encode()).hexdigest()[:16]
+        if not path.exists():
+            export(
+                contestant.in_pytorch.build(model, attentions),
+                path,
+                self.example,
+                runtime=contestant.runtime,
+                int8=self.calibration if contestant.int8 else None,
+                own_attention=contestant.kind != SHARING,
+            )
+        return InRuntime(open_exported(path, threads=self.threads))
+
+
+class InRuntime(nn.Module):
+    """An exported model in its runtime; its output is the first of the model."""
+
+    def __init__(self, run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The first output."""
+        return next(iter(self.run(batch).values()))
+
+
 def contestants(
     kinds: Sequence[str],
     plans: Sequence[str],
     storages: Sequence[str],
     attentions: Collection[str] = tuple(ATTENTIONS),
 ) -> list[Contestant]:
-    """One contestant for each kind; of "mapreuse", one for each plan and storage. Uncompiled contestants come first.
+    """One contestant for each kind; of "mapreuse", one for each plan and storage.
+
+    Uncompiled contestants come first, and those in PyTorch before those in runtimes.
 
     Raises:
         ValueError: if there is no such kind.
     """
-    suffixes = ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE)
-    allowed = [kind + suffix for suffix in suffixes for kind in (*attentions, SHARING)]
+    allowed = [kind + suffix for suffix in SUFFIXES for kind in (*attentions, SHARING)]
     found: list[Contestant] = []
     for name in kinds:
         if name not in allowed:
             raise ValueError(f"contestants must be some of {', '.join(allowed)}; got {name!r}")
-        kind = name.partition("+")[0]
+        kind, *suffixes = name.split("+")
+        runtime = next((suffix for suffix in suffixes if suffix in RUNTIMES), "")
         pairs = [("full", "dense")]
-        if kind == SHARING:  # storage makes no difference to a plan without sharing
-            pairs = [(plan, "dense" if plan == "full" else storage) for plan, storage in product(plans, storages)]
-        found += [Contestant(kind, *pair, optimized=OPTIMIZE in name, compiled=COMPILE in name) for pair in pairs]
-    return sorted(dict.fromkeys(found), key=lambda one: one.compiled)
+        if kind == SHARING:  # storage makes no difference to a plan without sharing, and runtimes have none
+            pairs = [
+                (plan, "dense" if plan == "full" or runtime else storage)
+                for plan, storage in product(plans, storages)
+            ]
+        flags: dict[str, Any] = {
+            "runtime": runtime,
+            "optimized": OPTIMIZE in name,
+            "compiled": COMPILE in name,
+            "int8": INT8 in name,
+        }
+        found += [Contestant(kind, *pair, **flags) for pair in pairs]
+    return sorted(dict.fromkeys(found), key=lambda one: (one.compiled, one.runtime != "", one.int8))
 
 
 def split_plans(text: str, num_layers: int) -> tuple[str, ...]:

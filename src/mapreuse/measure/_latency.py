@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +54,12 @@ class Latency:
         return math.sqrt(math.pi / 2 / len(self.seconds)) * deviation
 
     def speed_up_over(self, slower: Latency) -> dict[str, float]:
-        """Median and spread of the quotients of two contestants' times in the same turn."""
+        """Median and spread of the quotients of two contestants' times in the same turn.
+
+        If one of them ran less often, the quotient of the medians.
+        """
+        if len(slower.seconds) != len(self.seconds):
+            return {"median": slower.median / self.median, "spread": 0.0}
         quotients = Latency(tuple(a / b for a, b in zip(slower.seconds, self.seconds, strict=True)))
         return {"median": quotients.median, "spread": quotients.spread}
 
@@ -67,6 +74,7 @@ def time_interleaved(
     repeats: int,
     warmup: int = 1,
     precision: float | None = None,
+    single_from: float = math.inf,
     device: str = "cpu",
     title: str = "Timing",
 ) -> dict[str, Latency]:
@@ -80,6 +88,8 @@ def time_interleaved(
         repeats: number of timed turns.
         warmup: number of turns before them.
         precision: repeat until the `uncertainty` of each contestant is at most this, up to four times `repeats`.
+        single_from: calls that take at least this many seconds are made once in a turn; to them, the memory makes no
+            difference.
         device: "cpu", timed by the clock, or "cuda", timed by synchronised events.
         title: text before the progress bar.
 
@@ -95,6 +105,7 @@ def time_interleaved(
         check_number("precision", precision, 0)
     timer = _cuda_seconds if device == "cuda" else _cpu_seconds
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    last: dict[str, float] = {}
     done, total = 0, (warmup + repeats) * len(contestants)
     with torch.inference_mode(), progress_bar(title) as progress:
         for turn in itertools.count():
@@ -102,9 +113,9 @@ def time_interleaved(
                 break
             for name, call in contestants.items():
                 counts = turn >= warmup
-                if counts:
+                if counts and last.get(name, 0.0) < single_from:
                     call()
-                taken = timer(call)
+                taken = last[name] = timer(call)
                 if counts:
                     seconds[name].append(taken)
                 done += 1
@@ -135,6 +146,23 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
     stop.record()
     torch.cuda.synchronize()
     return start.elapsed_time(stop) / 1000
+
+
+def fastest_threads(call: Callable[[], object]) -> tuple[int, dict[str, float]]:
+    """The faster of one CPU thread and all of them, and the seconds that the call takes with each.
+
+    On virtual machines, two threads can be slower than one.
+    """
+    numbers = dict.fromkeys((1, len(os.sched_getaffinity(0))))
+
+    def run(number: int) -> None:
+        with cpu_threads(number):
+            call()
+
+    contestants = {str(number): partial(run, number) for number in numbers}
+    measured = time_interleaved(contestants, repeats=3, title="Threads") if len(numbers) > 1 else {}
+    seconds = {name: latency.median for name, latency in measured.items()}
+    return min(numbers, key=lambda number: seconds.get(str(number), 0.0)), seconds
 
 
 @contextmanager

@@ -15,48 +15,104 @@ _Measured = dict[str, Any]
 
 
 def bench_tables(results: dict[str, Any]) -> list[Table]:
-    """For each batch: latency, speed-up over the attention implementations that share no maps, and memory."""
-    config = results["config"]
-    measured = "training step" if config["training"] else "forward pass"
-    place = (
-        results["machine"]["gpu"] if config["device"] == "cuda" else f"{results['machine']['threads']} CPU threads"
-    )
-    setting = f"{measured}, {config['dtype']}, {place}"
-    return [
-        _bench_table(f"{results['model']}, {name} {results.get('unit', '')}".rstrip() + f": {setting}", found)
-        for name, found in results["batches"].items()
-    ]
+    """Speed-up over the baseline and latency of each contestant, by batch; errors of int8; peak memory.
 
-
-def _bench_table(title: str, measured: dict[str, Any]) -> Table:
-    cells, ratios = measured["contestants"], measured["ratios"]
-    compared = [name for name in cells if any(name in row for row in ratios.values())]
-    others = [name for name in compared if cells[name]["kind"] != "mapreuse"] or compared
-    with_memory = any("memory_bytes" in cell or "memory_not_measured" in cell for cell in cells.values())
-    header = ["", "latency", *(f"speed-up over {name}" for name in others), *(["peak memory"] if with_memory else [])]
+    The baseline is "sdpa", or else the first contestant that shares no maps.
+    """
+    config, batches = results["config"], results["batches"]
+    base = baseline_of(results)
+    cells = {
+        name: [at["contestants"][name] for at in batches.values()]
+        for name in next(iter(batches.values()))["contestants"]
+    }
+    columns = [*batches]
     rows = [
         [
             name,
-            latency_text(cell),
-            *(ratio_text(ratios.get(name, {}).get(other)) for other in others),
-            *([_memory(cell)] if with_memory else []),
+            *(_speed_cell(at["contestants"][name], at["ratios"].get(name, {}).get(base)) for at in batches.values()),
         ]
-        for name, cell in cells.items()
+        for name in cells
     ]
-    notes = [
-        "eager and sdpa are the attention implementations of transformers. +optimize is mapreuse.optimize: faster "
-        "convolutions and linear layers, independent of shared maps. ± is half the interquartile range."
+    for title, key, shown in (
+        ("error of int8", "int8_error", "{:.3f}".format),
+        ("peak memory", "memory_bytes", _mebibytes),
+    ):
+        found = {name: [cell[key] for cell in row if key in cell] for name, row in cells.items()}
+        if any(found.values()):
+            columns.append(title)
+            for row in rows:
+                row.append(shown(max(found[row[0]])) if found[row[0]] else "")
+    measured = "training step" if config["training"] else "forward pass"
+    place = results["machine"]["gpu"] if config["device"] == "cuda" else _threads(config, results["machine"])
+    unit = f", columns: {results['unit']}" if "unit" in results else ""
+    title = f"{results['model']}: speed-up over {base} and latency of a {measured}, {config['dtype']}, {place}{unit}"
+    return [Table(title, ["", *columns], rows, [*_fastest(batches), *_notes(batches)])]
+
+
+def baseline_of(results: dict[str, Any]) -> str:
+    """The contestant that speed-ups in tables refer to."""
+    names = [
+        name
+        for at in results["batches"].values()
+        for name, cell in at["contestants"].items()
+        if cell["plan"] == "full"
     ]
-    for name, cell in cells.items():
-        if "not_measured" in cell:
-            notes.append(f"{name}: not measured: {cell['not_measured']}")
-        if "memory_not_measured" in cell:
-            notes.append(f"{name}: memory not measured: {cell['memory_not_measured']}")
-        if cell.get("graph_breaks"):
-            notes.append(f"{name}: {cell['graph_breaks']} graph breaks; code between graphs ran uncompiled")
-    if measured["compiled_while_timed"]:
-        notes.append(f"{measured['compiled_while_timed']} graphs were compiled during the timing")
-    return Table(title, header, rows, notes)
+    return "sdpa" if "sdpa" in names else next(iter(names), "")
+
+
+def _threads(config: dict[str, Any], machine: dict[str, Any]) -> str:
+    number = config["threads"] or machine["threads"]
+    text = f"{number} CPU thread" + "s" * (number > 1)
+    other = {name: one for name, one in config.get("thread_seconds", {}).items() if name != str(number)}
+    return text + "".join(
+        f" (with {name}, this model takes {one / config['thread_seconds'][str(number)]:.2f} times as long)"
+        for name, one in other.items()
+    )
+
+
+def _speed_cell(cell: dict[str, Any], ratio: dict[str, float] | None) -> str:
+    if "median" not in cell:
+        return "not measured"
+    return f"{ratio['median']:.2f}×, {latency_text(cell)}" if ratio else latency_text(cell)
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:.0f} MiB"
+
+
+def _fastest(batches: dict[str, Any]) -> list[str]:
+    """For each batch, the fastest contestant without mapreuse and the fastest with it, also without int8."""
+    lines = []
+    for batch, at in batches.items():
+        timed = {name: cell for name, cell in at["contestants"].items() if "median" in cell}
+        for precision, allowed in (("", timed), ("float: ", {n: c for n, c in timed.items() if not c.get("int8")})):
+            rivals = [name for name, cell in allowed.items() if cell["kind"] != "mapreuse"]
+            ours = [name for name, cell in allowed.items() if cell["kind"] == "mapreuse"]
+            if not rivals or not ours or (precision and len(allowed) == len(timed)):
+                continue
+            rival, best = (min(names, key=lambda name: allowed[name]["median"]) for names in (rivals, ours))
+            lines.append(
+                f"{batch}, {precision}{best} has {allowed[rival]['median'] / allowed[best]['median']:.2f} times the "
+                f"speed of {rival}, the fastest without mapreuse."
+            )
+    return lines
+
+
+def _notes(batches: dict[str, Any]) -> list[str]:
+    """Why something was not measured: one line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for batch, at in batches.items():
+        for name, cell in at["contestants"].items():
+            for key, text in (("not_measured", "not measured"), ("memory_not_measured", "memory not measured")):
+                if key in cell:
+                    reasons.setdefault(f"{text}: {cell[key]}", []).append(name)
+            if cell.get("graph_breaks"):
+                text = f"{cell['graph_breaks']} graph breaks; code between graphs ran uncompiled"
+                reasons.setdefault(text, []).append(name)
+        if at["compiled_while_timed"]:
+            text = f"{at['compiled_while_timed']} graphs were compiled during the timing"
+            reasons.setdefault(text, []).append(batch)
+    return [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
 
 
 def ratio_text(ratio: dict[str, float] | None) -> str:
@@ -70,10 +126,6 @@ def latency_text(cell: dict[str, Any]) -> str:
         return "not measured"
     seconds = cell["median"]
     return (f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms") + f" ± {cell['spread']:.0%}"
-
-
-def _memory(cell: dict[str, Any]) -> str:
-    return f"{cell['memory_bytes'] / 2**20:.0f} MiB" if "memory_bytes" in cell else "not measured"
 
 
 def breakdown_tables(results: dict[str, Any]) -> list[Table]:
