@@ -115,7 +115,10 @@ def defined_packed_output(
             mask = mask.unflatten(0, (-1, attention.num_heads))
         if key_padding_mask is not None:
             mask = mask + key_padding_mask[:, None, None]
-        packed = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        if hasattr(attention, "in_proj"):
+            packed = attention.in_proj(x)
+        else:
+            packed = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
         output = attention.out_proj(context_of(attention, packed, mask))
         return output if attention.batch_first else output.transpose(0, 1), None
 
@@ -136,6 +139,19 @@ def defined_packed_output(
             del vars(attention)["forward"]
     assert len(own) == plan.num_layers
     return output
+
+
+def unpack_projections(model: nn.Module) -> None:
+    """Make plain linear layers of the projections of torch's attention, so that tools treat them as all others."""
+    for attention in (one for one in model.modules() if isinstance(one, nn.MultiheadAttention)):
+        for name, weight, bias in (
+            ("in_proj", attention.in_proj_weight, attention.in_proj_bias),
+            ("out_proj", attention.out_proj.weight, attention.out_proj.bias),
+        ):
+            linear = nn.Linear(*weight.shape[::-1])
+            linear.weight, linear.bias = weight, bias
+            setattr(attention, name, linear)
+        attention.in_proj_weight = attention.in_proj_bias = None
 
 
 def valid_rows(model: nn.Module, batch: dict[str, Tensor], output: Any) -> Tensor:

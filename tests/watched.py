@@ -11,7 +11,14 @@ import torch
 import transformers as tf
 from agreement import randomize_biases
 from families import SIZE
-from oracle import as_it_is, defined_packed_output, in_eight_bits, in_sixteen_bits, softmax_follows
+from oracle import (
+    as_it_is,
+    defined_packed_output,
+    in_eight_bits,
+    in_sixteen_bits,
+    softmax_follows,
+    unpack_projections,
+)
 from torch import Tensor, nn
 from vision_blocks import MaskedTransformer
 
@@ -186,6 +193,7 @@ class Defined(Watched):
 
     def __init__(self, family: str, length: int, plan: str, storage: str = "dense") -> None:
         super().__init__(family, build(family, length, "eager"))
+        unpack_projections(self.model)
         self.plan = PLANS[plan]
         self.stored = {"dense8": in_eight_bits, "dense16": in_sixteen_bits}.get(storage, as_it_is)
         self.maps: list[Tensor] = []
