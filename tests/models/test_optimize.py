@@ -315,6 +315,35 @@ def test_an_optimized_model_can_be_copied_and_pickled(faster):
             assert torch.equal(one(x), one[0].bias.expand(40, 8)), "it must not compute with the original's weights"
 
 
+def as_replica(linear):
+    replica = linear._replicate_for_data_parallel()
+    replica.weight, replica.bias = linear.weight, linear.bias
+    return replica
+
+
+@pytest.mark.parametrize("copied", [copy.copy, as_replica])
+def test_a_shallow_copy_computes_with_its_own_weights_and_outlives_the_original(copied, faster):
+    original = mr.optimize(nn.Linear(8, 8))
+    copied_once = copied(original)
+    copied_once._parameters = dict(weight=nn.Parameter(torch.zeros(8, 8)), bias=nn.Parameter(torch.ones(8)))
+    del original
+    with torch.inference_mode():
+        for one in (copied_once, copy.deepcopy(copied_once), pickle.loads(pickle.dumps(copied_once))):
+            assert torch.equal(one(torch.randn(40, 8)), torch.ones(40, 8))
+            assert "forward" not in vars(one)
+            assert optimized_modules(mr.optimize(one)) == [""]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_torch_jit_script_compiles_an_optimized_model_and_takes_the_faster_forward_off(faster):
+    model, x = mr.optimize(nn.Sequential(nn.Linear(8, 5))), torch.randn(40, 8)
+    with torch.inference_mode():
+        expected = model(x)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+        torch.testing.assert_close(model(x), expected)
+    assert optimized_modules(model) == []
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit", "parakeet", "wav2vec2-conformer-relative"])
 def test_apply_and_optimize_agree_in_either_order_and_optimize_changes_no_type(name, faster, monkeypatch):
     monkeypatch.setattr(_optimize, "_MIN_ROWS", 1)

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import logging
 import pickle
+import re
 import subprocess
 import sys
 
@@ -158,6 +160,32 @@ def test_accelerate_saves_and_offloads(tmp_path):
     with pytest.warns(UserWarning, match="offloaded modules"):
         offloaded.save_pretrained(tmp_path / "again")
     assert_same_model(tf.AutoModel.from_pretrained(tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize("opener", [tf.AutoModel.from_pretrained, mr.load])
+def test_a_directory_with_the_weights_of_another_plan_is_not_opened(tmp_path, opener):
+    others = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={1: [None, 0, 1, None]})
+    for name, plan in {"2x2": GROUPS, "by heads": others}.items():
+        directory = tmp_path / name
+        mr.apply(build("bert")[0], GROUPS).save_pretrained(directory)
+        accelerate.Accelerator(cpu=True).save_model(mr.apply(build("bert", seed=1)[0], plan), directory)
+        with pytest.raises(ValueError, match=r"not saved with its plan: .*; save the model again by save_pretrained"):
+            opener(directory)
+
+
+def test_a_directory_that_lost_its_plan_is_not_opened_and_weights_alone_are_reported(tmp_path, caplog):
+    model = mr.apply(build("bert")[0], GROUPS)
+    model.save_pretrained(tmp_path / "config over")
+    model.config.save_pretrained(tmp_path / "config over")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        tf.AutoModel.from_pretrained(tmp_path / "config over")
+    build("bert")[0].save_pretrained(tmp_path / "weights over")
+    accelerate.Accelerator(cpu=True).save_model(model, tmp_path / "weights over")
+    with pytest.raises(ValueError, match="was not saved with mapreuse"):
+        mr.load(tmp_path / "weights over")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    tf.AutoModel.from_pretrained(tmp_path / "weights over")
+    assert re.search(r"attention\.self\.query\.weight .*MISSING", caplog.text)
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):

@@ -17,6 +17,7 @@ from packed_encoders import WIDTH, encoder, peaked
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import load_sharded_checkpoint
 
 import mapreuse as mr
 
@@ -99,7 +100,7 @@ def test_weights_of_other_heads_are_refused_and_those_of_the_same_heads_load(fam
             model.load_state_dict(states["first"], strict=strict)
         with pytest.raises(RuntimeError, match=OTHER_HEADS):
             safetensors.torch.load_model(model, tmp_path / "model.safetensors", strict=strict)
-        with pytest.raises(RuntimeError, match="holds unknown heads, but under this plan heads 1, 3 compute"):
+        with pytest.raises(RuntimeError, match=r"heads 1, 3 compute, but the buffer computing_heads .* is not among"):
             model.load_state_dict(unnamed, strict=strict)
         with pytest.raises(RuntimeError, match=OTHER_HEADS):
             accelerate.load_checkpoint_in_model(model, tmp_path, strict=strict)
@@ -132,6 +133,15 @@ def test_other_loaders_give_the_weights_to_the_heads_they_belong_to(family, load
     model = converted(family, plan)
     LOADERS[loader](model, tmp_path)
     assert_follows(model, family, plan)
+
+
+def test_shards_without_the_buffer_that_names_the_heads_are_refused_with_that_reason(tmp_path):
+    saved = mr.apply(trained("bert")[0], PLANS["in part"])
+    saved.save_pretrained(tmp_path, max_shard_size="4KB")
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="one shard of a checkpoint; open the directory by from_pretrained"):
+            load_sharded_checkpoint(converted("bert", PLANS["in part"]), tmp_path, strict=strict)
+    assert_follows(tf.BertModel.from_pretrained(tmp_path), "bert", PLANS["in part"])
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -84,7 +85,9 @@ class ReuseQuantizer(HfQuantizer):
             del config.transformers_weights
         return config
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         entries = self.quantization_config.__dict__
         apply_saved_plans(model, entries)
         if _is_same_class(model, entries):
@@ -100,6 +103,8 @@ class ReuseQuantizer(HfQuantizer):
             modules[name]._is_hf_initialized = True
         self._placeholders = {f"^{re.escape(name)}$" for name in removed}
         model._keys_to_ignore_on_load_unexpected.update(self._placeholders)
+        if entries["version"] == VERSIONS[-1]:
+            _check_placeholders(model, removed, checkpoint_files or [])
         if entries["version"] in VERSIONS[:4]:
             model._keys_to_ignore_on_load_missing.add(f"{COMPUTING_HEADS}$")
 
@@ -216,6 +221,25 @@ def removed_names(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that conversions removed from the model."""
     stacks = applied_plans(model).items()
     return [f"{stack}.{name}".removeprefix(".") for stack, applied in stacks for name in applied.removed]
+
+
+def _check_placeholders(model: PreTrainedModel, removed: list[str], files: list[str]) -> None:
+    """Raise `ValueError` if files of weights lack the empty tensors of their plan: another tool wrote them."""
+    found: list[str] = []
+    for file in files:
+        if not file.endswith(".safetensors"):
+            return
+        with safe_open(file, "pt") as weights:
+            names = list(weights.keys())
+            found += [name for name in names if weights.get_slice(name).get_shape() == [0]]
+    prefix = f"{model.base_model_prefix}."  # a base model has no prefix, and one with a head has
+    if files and (
+        lacking := {one.removeprefix(prefix) for one in removed} - {one.removeprefix(prefix) for one in found}
+    ):
+        raise ValueError(
+            f"the weights of this {type(model).__name__} were not saved with its plan: they lack the empty tensor "
+            f"{min(lacking)}; save the model again by save_pretrained, as accelerator.save_model keeps no plan"
+        )
 
 
 def floating_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -37,9 +37,9 @@ def optimize(model: Model) -> Model:
     LoRA, pruning) find the layers that they look for. This affects inference in float32 on a CPU; in training, under
     `torch.compile` and on other devices the modules run as before.
 
-    `copy.deepcopy` and pickling keep the faster forward. Shallow copies of modules, such as those of `copy.copy` and
-    `torch.nn.DataParallel`, would run with the weights of the original module: optimize the copies instead.
-    `torch.jit.script` cannot compile an optimized module.
+    `copy.deepcopy` and pickling keep the faster forward. Shallow copies of modules (`copy.copy`, the replicas of
+    `torch.nn.DataParallel`) run the usual one, and `torch.jit.script` takes the faster one off; call `optimize` on
+    them.
 
     Sharing maps (`apply`) is independent of this: call either, or both, in any order. `load` returns a model without
     it.
@@ -77,27 +77,47 @@ def optimized(model: nn.Module) -> Iterator[None]:
     finally:
         for module in model.modules():
             if is_optimized(module) and module not in before:
-                del vars(module)["forward"]
+                vars(module)["forward"].__self__.remove()
 
 
 def _optimize_module(module: nn.Module) -> None:
     if "forward" not in vars(module):  # another tool may have replaced it
-        vars(module)["forward"] = OptimizedModule(module).forward
+        OptimizedModule(module)
 
 
 class OptimizedModule:
     """The owner of a faster `forward`, which is stored on the module itself, so that the module keeps its class.
 
-    It refers to the module weakly: otherwise, only the garbage collector would free the module.
+    It refers to the module weakly: otherwise, only the garbage collector would free the module. The other methods on
+    the module keep the owner out of copies that have other weights.
     """
 
     __slots__ = ("_module",)
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
+        vars(module).update({name: getattr(self, method) for name, method in _METHODS.items()})
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OptimizedModule, (self._module(),)
+    def remove(self) -> Any:
+        """Give the module the forward of its class again; returns the module."""
+        module: Any = self._module()
+        for name in vars(module).keys() - self.state().keys():
+            del vars(module)[name]
+        return module
+
+    def state(self) -> _State:
+        """The state of the module without what belongs to this owner."""
+        module: Any = self._module()
+        state = {name: one for name, one in vars(module).items() if getattr(one, "__self__", None) is not self}
+        return _State(module, state)
+
+    def replicate(self) -> nn.Module:
+        """A replica of the module for `torch.nn.DataParallel`."""
+        module: Any = self._module()
+        replica = type(module)._replicate_for_data_parallel(module)
+        for name in vars(module).keys() - self.state().keys():
+            del vars(replica)[name]
+        return replica
 
     def forward(self, input: Tensor) -> Tensor:
         """The faster forward, or that of the module's class if other code must see PyTorch's own operators."""
@@ -108,6 +128,23 @@ class OptimizedModule:
             if faster is not None:
                 return faster(module, input, weight, bias)
         return type(module).forward(module, input)
+
+
+class _State(dict[str, Any]):
+    """The state of an optimized module. A deep or unpickled copy is optimized; a shallow one gets this as it is."""
+
+    def __init__(self, module: nn.Module, state: dict[str, Any]) -> None:
+        super().__init__(state)
+        self._module = module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _optimize_copy, (self._module, dict(self))
+
+
+def _optimize_copy(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Optimize a copy that has no state yet; returns the state."""
+    _optimize_module(module)
+    return state
 
 
 def _can_be_faster(*tensors: Tensor) -> bool:
@@ -181,6 +218,14 @@ def _conv2d(
         input.contiguous(memory_format=channels_last), weight.contiguous(memory_format=channels_last), bias
     )
 
+
+_METHODS = {
+    "forward": "forward",
+    "__getstate__": "state",
+    "_replicate_for_data_parallel": "replicate",
+    "__prepare_scriptable__": "remove",
+}
+"""Attributes of an optimized module, and the methods of its owner that they hold."""
 
 _FASTER: dict[Callable[..., Tensor], Callable[..., Tensor]] = {
     nn.Linear.forward: _linear,
