@@ -1,17 +1,21 @@
 """Write docs/works_with.md: which tools give the right numbers with a model under a plan, and which are refused.
 
-Tries every watcher of tests/watchers.py on every family, plan and length; it takes long. Fails, and writes
-nothing, if a model gives wrong numbers or is refused without a listed way out. With --sample, it tries
-what `make test` tries. Given names of watchers, it prints their results only.
+Tries every watcher of tests/watchers.py on every family, plan and length; it takes long. After a stop, the same
+command continues, unless the code has changed. Fails, and writes nothing, if a model gives wrong numbers or is
+refused without a listed way out. With --sample, it tries what `make test` tries. Given names of watchers, it prints
+their results only.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import pickle
 import re
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,6 +25,7 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from measured import Case  # noqa: E402
 from verdicts import (  # noqa: E402  a module of the tests
     REACHES,
     STORAGES,
@@ -31,11 +36,13 @@ from verdicts import (  # noqa: E402  a module of the tests
     sample,
 )
 from watched import FAMILIES, LENGTHS, PLANS  # noqa: E402
-from watchers import REFUSED, WATCHERS, Case  # noqa: E402
+from watchers import REFUSED, WATCHERS  # noqa: E402
 
 from mapreuse.console import progress_bar  # noqa: E402
 
 PAGE = ROOT / "docs/works_with.md"
+KEPT = ROOT / "docs/_build/works_with"
+"""Directory of the results of a run, in one file for each version of the code."""
 Found = list[tuple[Case, Result]]
 
 
@@ -65,14 +72,29 @@ def _sampled() -> dict[str, Found]:
 def _tried(watchers: list[str]) -> dict[str, Found]:
     """Results by watcher, with one process per core."""
     pairs = [(watcher, family) for family in FAMILIES for watcher in watchers]  # a definition serves many watchers
+    KEPT.mkdir(parents=True, exist_ok=True)
+    file = KEPT / _version_of_the_code()
+    kept = (
+        dict(pickle.loads(base64.b64decode(line)) for line in file.read_bytes().splitlines()) if file.exists() else {}
+    )
+    left = [pair for pair in pairs if pair not in kept]
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
-    found: dict[str, Found] = {watcher: [] for watcher in watchers}
-    with pool, progress_bar("Trying tools") as progress:
-        tried = pool.map(results, *zip(*pairs, strict=True))
-        for number, ((watcher, family), ones) in enumerate(zip(pairs, tried, strict=True), start=1):
-            found[watcher] += ones
-            progress(f"{family}: {watcher}", number, len(pairs))
-    return found
+    with pool, progress_bar("Trying tools") as progress, file.open("ab") as lines:
+        started = {pool.submit(results, *pair): pair for pair in left}
+        for number, done in enumerate(as_completed(started), start=1 + len(pairs) - len(left)):
+            pair = started[done]
+            kept[pair] = done.result()
+            lines.write(base64.b64encode(pickle.dumps((pair, kept[pair]))) + b"\n")
+            lines.flush()
+            progress(f"{pair[1]}: {pair[0]}", number, len(pairs))
+    return {watcher: [one for family in FAMILIES for one in kept[watcher, family]] for watcher in watchers}
+
+
+def _version_of_the_code() -> str:
+    """A name that changes with the library, the tests, PyTorch and transformers."""
+    files = sorted(file for room in ("src", "tests") for file in (ROOT / room).rglob("*.py"))
+    code = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(code + f"{torch.__version__} {transformers.__version__}".encode()).hexdigest()[:16]
 
 
 def page(found: dict[str, Found]) -> str:

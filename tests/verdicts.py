@@ -12,9 +12,11 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 
+from measured import Case, Found, Run, Tensors
+from tools import NotQuantised, end_processes
 from torch import Tensor
 from watched import FAMILIES, LENGTHS, LONGEST, PLANS, Defined, Watched, converted, inputs, original
-from watchers import PARALLEL, REFUSED, WATCHERS, Case, Found, NotQuantised, Run, Tensors, end_processes
+from watchers import PARALLEL, REFUSED, WATCHERS
 
 STORAGES = ("dense", "dense16", "dense8", "recompute")
 ORIGINALS = ("original, eager", "original, sdpa")
@@ -61,7 +63,7 @@ def result(case: Case) -> Result:
 def results(watcher: str, family: str) -> list[tuple[Case, Result]]:
     """Try one tool on one family, in every way."""
     found = [(case, result(case)) for case in cases(watcher, family)]
-    if watcher == PARALLEL:
+    if watcher in PARALLEL:
         end_processes()
     return found
 
@@ -97,7 +99,7 @@ def sample() -> list[Case]:
     Fast tools meet all lengths, plans and storages but not all families. Of slow tools, there is one recording each.
     """
     ways = [(plan, storage) for plan in PLANS for storage in STORAGES if plan != "full" or storage == "dense"]
-    fast = [name for name, watcher in WATCHERS.items() if not watcher.is_slow and name != PARALLEL]
+    fast = [name for name, watcher in WATCHERS.items() if not watcher.is_slow and name not in PARALLEL]
     chosen = []
     for i, watcher in enumerate(fast):
         families = [family for family in FAMILIES if WATCHERS[watcher].applies(family)]

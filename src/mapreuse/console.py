@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -180,6 +181,7 @@ def run_command(
             raise KeyboardInterrupt
         sys.exit(status)
     except (typer.Abort, KeyboardInterrupt) as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second interrupt would print a traceback at the end
         continues = any(command in resumable for command in sys.argv[1:2])
         message = "interrupted; run the same command again to continue" if continues else "interrupted"
         fail(f"{message}: {stop}" if str(stop) else message, INTERRUPTED)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured import output
 from verdicts import cases, distance, is_accepted, result, sample
 from watched import FAMILIES, LENGTHS, PLANS, Defined, inputs
-from watchers import PARALLEL, WATCHERS, output
+from watchers import PARALLEL, WATCHERS
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,9 @@ def test_a_watched_model_gives_the_defined_numbers_or_is_refused_in_one_line(wor
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [case for case in cases(PARALLEL, "BERT") if case.length in (12, 91)], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for tool in PARALLEL for case in cases(tool, "BERT") if case.length in (12, 91)], ids=str
+)
 def test_two_processes_learn_from_the_gradients_of_one(worker, case):
     found = worker.submit(result, case).result()
     assert found.status == "right", found
@@ -35,7 +38,7 @@ def test_two_processes_learn_from_the_gradients_of_one(worker, case):
 def test_every_tool_is_on_the_page():
     page = (Path(__file__).parents[2] / "docs/works_with.md").read_text()
     listed = set(re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE))
-    assert WATCHERS.keys() - {PARALLEL} <= listed <= WATCHERS.keys()
+    assert WATCHERS.keys() - {*PARALLEL} <= listed <= WATCHERS.keys()
 
 
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "full"])
