@@ -1,6 +1,7 @@
 """Shapes are checked while tests run: every jaxtyping annotation of the tensor rooms becomes an assertion."""
 
 import os
+import signal
 import sys
 
 import hypothesis
@@ -18,6 +19,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The same examples every time, however loaded the machine.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A command ignores interrupts after the first one; the tests after it must not."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

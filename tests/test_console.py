@@ -3,6 +3,7 @@
 import doctest
 import io
 import re
+import signal
 import sys
 
 import numpy as np
@@ -54,6 +55,22 @@ def test_an_expected_error_ends_in_one_line_and_a_status(monkeypatch, capsys, er
     assert found == status
     assert message in written
     assert written.count("\n") == 1
+
+
+def test_a_second_interrupt_does_not_disturb_the_first_ones_end(monkeypatch, capsys):
+    def interrupted():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(signal.SIGINT)
+
+    fail = console.sys.exit
+
+    def end(status):
+        signal.raise_signal(signal.SIGINT)
+        fail(status)
+
+    monkeypatch.setattr(console.sys, "exit", end)
+    status, written = run(monkeypatch, capsys, interrupted)
+    assert (status, written) == (130, "program: interrupted; run the same command again to continue\n")
 
 
 def test_a_wrong_option_names_the_help(monkeypatch, capsys):

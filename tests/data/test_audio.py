@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import soundfile
+import torch
 from tiny_models import save_wav2vec2
 
 from mapreuse.data import as_waveform, open_batches, open_model, open_sound, resample
@@ -34,6 +35,40 @@ def test_a_streamed_wav_file_is_read_to_its_end_from_disk_and_from_memory(tmp_pa
             sound.seek(100)
             np.testing.assert_array_equal(sound.read(dtype="int16"), TONE[100:])
     assert (tmp_path / "streamed.wav").read_bytes() == contents
+
+
+@pytest.mark.parametrize("samples", [TONE[:0], TONE])
+def test_tags_after_the_samples_are_not_read_as_samples(tmp_path, samples):
+    info = b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
+    contents = wav(samples=samples) + b"LIST" + struct.pack("<I", len(info)) + info
+    (tmp_path / "tagged.wav").write_bytes(contents)
+    for file in (tmp_path / "tagged.wav", io.BytesIO(contents)):
+        with open_sound(file) as sound:
+            np.testing.assert_array_equal(sound.read(dtype="int16"), samples)
+
+
+@pytest.mark.parametrize("size", [None, 0, 2**64 - 1])
+@pytest.mark.parametrize("kind", ["RF64", "RIFX"])
+def test_wav_files_with_other_headers_are_read_or_refused_with_a_way_out(tmp_path, kind, size):
+    order = "<" if kind == "RF64" else ">"
+    given = 2 * len(TONE) if size is None else size
+    form = struct.pack(f"{order}4sIHHIIHH", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16)
+    if kind == "RF64":
+        head = b"RF64" + b"\xff" * 4 + b"WAVEds64" + struct.pack("<IQQQI", 28, given, given, given // 2, 0)
+        contents = head + form + b"data" + b"\xff" * 4 + TONE.tobytes()
+    else:
+        head = b"RIFX" + struct.pack(">I", min(36 + given, 2**32 - 1)) + b"WAVE"
+        contents = head + form + b"data" + struct.pack(">I", min(given, 2**32 - 1)) + TONE.astype(">i2").tobytes()
+    (tmp_path / "other.wav").write_bytes(contents)
+    if size is None or (kind, size) == ("RIFX", 2**64 - 1):
+        with open_sound(tmp_path / "other.wav") as sound:
+            np.testing.assert_array_equal(sound.read(dtype="int16"), TONE)
+    else:
+        with (
+            pytest.raises(ValueError, match=rf"other\.wav: the header of this {kind} .* ffmpeg"),
+            open_sound(tmp_path / "other.wav"),
+        ):
+            pass
 
 
 def test_a_wav_file_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path):
@@ -87,6 +122,9 @@ def test_reversed_half_and_integer_samples_are_taken_as_they_are():
         (floats.astype(np.float64), floats),
         (floats.astype(np.float16), floats.astype(np.float16)),
         ([0.5, -0.25], [0.5, -0.25]),
+        (torch.from_numpy(TONE), floats),
+        (torch.tensor([0.5, -0.25], requires_grad=True), [0.5, -0.25]),
+        (torch.tensor([0.5, -0.25], dtype=torch.bfloat16, requires_grad=True), [0.5, -0.25]),
     ):
         found = as_waveform(given)
         assert found.dtype == np.float32
@@ -105,6 +143,8 @@ def test_reversed_half_and_integer_samples_are_taken_as_they_are():
         (TONE.reshape(2, -1), r"got shape \(2, 4000\)"),
         (np.array([0.0, np.nan]), "not finite"),
         (np.array([1e300]), "not finite"),
+        (torch.ones(3, device="meta"), "expected a dense tensor with data, got .* on meta"),
+        (torch.ones(3).to_sparse(), "expected a dense tensor with data, got a torch.sparse_coo on cpu"),
     ],
 )
 def test_samples_of_another_type_or_shape_are_refused(samples, message):
