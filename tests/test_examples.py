@@ -69,6 +69,20 @@ def test_trainer(tmp_path):
     assert tf.pipeline("text-classification", model=str(tmp_path / "out"))(SENTENCES[0])
 
 
+def test_generate(tmp_path):
+    generate = example("generate")
+    original, batches, turns = generate.small_model()
+    plan = mr.ReusePlan.parse("1x2,2x1")
+    model, text = mr.convert(original, plan, batches), torch.empty(1, 0, dtype=torch.int64)
+    for turn in turns:
+        text = torch.cat([text, turn], 1)
+        text = model.generate(
+            text, attention_mask=torch.ones_like(text), use_cache=False, max_new_tokens=8, do_sample=False
+        )
+    assert torch.equal(generate.main(["--out", str(tmp_path / "out")]), text)
+    assert mr.plan_of(mr.load(tmp_path / "out")) == mr.plan_of(model)
+
+
 @pytest.mark.usefixtures("regular_times")
 def test_search_budget(tmp_path):
     model = example("search_budget").main(["--error", "0.1", "--out", str(tmp_path / "out")])

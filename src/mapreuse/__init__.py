@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from mapreuse.conversion import DistillConfig, align, convert, distill, refit, search
 from mapreuse.exporting import export
-from mapreuse.models import Unsupported, apply, drop_layers, load, optimize, plan_of, save
+from mapreuse.models import Unsupported, apply, cache_bytes, drop_layers, load, optimize, plan_of, save
 from mapreuse.plan import ReusePlan
 
 __version__ = version("mapreuse")
@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "align",
     "apply",
+    "cache_bytes",
     "convert",
     "distill",
     "drop_layers",

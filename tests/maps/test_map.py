@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from map_cases import cases, make_case, with_gradients
 
 from mapreuse.maps import DenseMap, RecomputedMap, Scores, as_index
+from mapreuse.maps._scores import product_of_heads
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 KINDS = ["dense", "recompute"]
@@ -67,3 +68,15 @@ def test_only_heads_that_are_not_consecutive_are_copied(heads):
 
     assert selected.tolist() == [[row[head] for head in heads] for row in tensor.tolist()]
     assert (selected.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()) is consecutive
+
+
+@pytest.mark.parametrize(
+    "choice", [[0, 0, 1, 1], [0, 1, 2, 3], [2, 2, 2, 2], [1, 0, 0, 3, 1], [0, 2], [3, 1], [2, 2, 3, 3]]
+)
+def test_heads_of_a_step_multiply_matrices_that_they_share(choice):
+    rows, matrices = torch.randn(2, len(choice), 1, 5), torch.randn(2, 4, 5, 3)
+    product = product_of_heads(rows, matrices, choice)
+    torch.testing.assert_close(product, rows @ matrices[:, choice])
+    weights = rows.softmax(-1)
+    pairs = tuple((len(choice) - 1 - head, matrix) for head, matrix in enumerate(choice))
+    torch.testing.assert_close(DenseMap(weights).apply(matrices, pairs), weights.flip(1) @ matrices[:, choice])

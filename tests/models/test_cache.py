@@ -9,7 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from decoders import DECODERS, PLANS, PROMPTS, continued, converted, defined, generated, inputs, original, plan_for
+from decoders import (
+    DECODERS,
+    PLANS,
+    PROMPTS,
+    SIZE,
+    continued,
+    converted,
+    defined,
+    generated,
+    inputs,
+    original,
+    plan_for,
+)
+from families import build
+from tiny_models import tokenizer
 
 import mapreuse as mr
 
@@ -53,15 +67,34 @@ def test_a_plan_without_sharing_fills_the_cache_of_the_original(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_a_reusing_layer_stores_values_only(family):
-    model = converted(family, mr.ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, None, 1, 3]}))
-    cache = model(**inputs(PROMPTS["one text"]), use_cache=True).past_key_values
-    heads, positions = cache.layers[0].values.shape[1], cache.layers[0].values.shape[2]
-    sizes = [layer.keys.numel() + layer.values.numel() for layer in cache.layers]
-    of_values = heads * positions * 8
-    assert sizes == [2 * of_values, of_values, 2 * of_values, of_values + positions * 8]
-    assert [cache.get_seq_length(layer) for layer in range(4)] == [7] * 4
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_reusing_layer_stores_values_only_as_cache_bytes_says(family):
+    by_heads = mr.ReusePlan.from_sources([0, 0, 2, 2], heads={3: [1, None, 1, 3]})
+    model = converted(family, by_heads)
+    cache = model(**inputs(torch.ones(1, 5, dtype=torch.int64)), use_cache=True).past_key_values
+    stored = [(layer.keys.nbytes + layer.values.nbytes) // 5 for layer in cache.layers]
+    found = mr.cache_bytes(model)
+    assert list(found.layers) == stored
+    assert found == mr.cache_bytes(original(family), by_heads)
+    of_values = stored[0] // 2
+    assert stored[1] == of_values
+    assert stored[3] == of_values + (32 if family != "opt" else of_values)  # OPT cannot project keys of one head
+    assert [cache.get_seq_length(layer) for layer in range(4)] == [5] * 4
+
+
+def test_the_table_of_a_plan_shows_bytes_for_each_token():
+    lines = str(mr.cache_bytes(original("llama"), GROUPS)).splitlines()
+    assert lines[1] == "cache: 384 bytes a token (512 without sharing: -25.0%)"
+    assert lines[3] == "layer 1  reuses layer 0      64 bytes"
+    assert mr.cache_bytes(original("llama")).summary() == "cache: 512 bytes a token"
+    assert mr.cache_bytes(converted("llama", GROUPS).half()).layers == (64, 32, 64, 32)
+
+
+def test_bytes_of_models_without_a_cache_are_refused():
+    with pytest.raises(ValueError, match="BertEncoder keeps no cache; only decoders do"):
+        mr.cache_bytes(build("bert")[0])
+    with pytest.raises(ValueError, match="the model has another plan in force"):
+        mr.cache_bytes(converted("llama", GROUPS), FULL)
 
 
 @pytest.mark.parametrize("plan", [GROUPS, IN_PART], ids=["groups", "in part"])
@@ -187,3 +220,19 @@ def test_a_saved_decoder_generates(tmp_path):
     converted("llama", IN_PART).save_pretrained(tmp_path)
     for model in (tf.AutoModelForCausalLM.from_pretrained(tmp_path), mr.load(tmp_path)):
         assert torch.equal(generated(model, inputs(PROMPTS["one text"]))[0], tokens)
+
+
+def test_pipelines_generate_text_and_transcripts(tmp_path):
+    made = tokenizer()
+    made.save_pretrained(tmp_path)
+    config = tf.LlamaConfig(
+        **SIZE, vocab_size=len(made), max_position_embeddings=40, eos_token_id=None, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    mr.apply(tf.LlamaForCausalLM(config), GROUPS).save_pretrained(tmp_path)
+    run = tf.pipeline("text-generation", model=str(tmp_path))
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    texts = [one[0]["generated_text"] for one in run(["heads", "maps are alike"], batch_size=2, **settings)]
+    without = [one[0]["generated_text"] for one in run(["heads", "maps are alike"], use_cache=False, **settings)]
+    assert texts == without
+    assert all(len(text.split()) > 4 for text in texts)

@@ -34,7 +34,7 @@ from mapreuse.conversion._search import MIN_SEARCH_BATCHES, relative_latencies, 
 from mapreuse.conversion._targets import Targets
 from mapreuse.conversion._validation import check_plan, checked_batches
 from mapreuse.data import check_precision
-from mapreuse.models import apply, copy_with_same_weights
+from mapreuse.models import CacheBytes, apply, cache_bytes, copy_with_same_weights, keeps_cache
 from mapreuse.plan import ReusePlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,6 +59,7 @@ class ConversionReport:
         latency: time of a forward pass on the calibration batch of median size, divided by the original's.
         exact_latency: the same for a plan that reuses nothing.
         parameters: number of parameters of the original and of the converted model.
+        cache: bytes that the model caches for each token; None for an encoder.
     """
 
     plan: ReusePlan
@@ -66,6 +67,7 @@ class ConversionReport:
     latency: float
     exact_latency: float
     parameters: tuple[int, int]
+    cache: CacheBytes | None = None
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -73,7 +75,7 @@ class ConversionReport:
         no_faster = not self.plan.is_full and self.latency >= self.exact_latency
         nothing = ["The plan shares no map: nothing to distil, and only the kernels of mapreuse can make it faster."]
         return [
-            str(self.plan),
+            str(self.cache or self.plan),
             *(nothing if self.plan.is_full else []),
             "error = 1 − cosine of the last hidden states to the original's, on held-out calibration batches",
             *(f"error, {step}: {error:.4f}" for step, error in self.errors.items()),
@@ -239,7 +241,8 @@ def convert_to_directory(
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (original, model))
     with new_directory(out) as written:
         save(model, written)
-    return ConversionReport(plan, errors, *latencies, (before, after))
+    cache = cache_bytes(model) if keeps_cache(model) else None
+    return ConversionReport(plan, errors, *latencies, (before, after), cache)
 
 
 def _load_refitted(

@@ -1,6 +1,6 @@
 """How is an attention map computed, stored and applied? Tensors only."""
 
-from mapreuse.maps._attend import attend, is_clearly_faster
+from mapreuse.maps._attend import attend, attend_step, is_clearly_faster
 from mapreuse.maps._c_kernel import KERNEL_RANGE, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
 from mapreuse.maps._operators import needs_plain_operators, plain_operators, products_of
@@ -23,6 +23,7 @@ __all__ = [
     "StorageChoice",
     "as_index",
     "attend",
+    "attend_step",
     "compute",
     "is_clearly_faster",
     "needs_plain_operators",

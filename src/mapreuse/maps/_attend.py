@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mapreuse.maps import _c_kernel
 from mapreuse.maps._blocked import is_short
 from mapreuse.maps._operators import attention, needs_plain_operators, store_attention
-from mapreuse.maps._scores import Scores
+from mapreuse.maps._scores import Scores, product_of_heads
 from mapreuse.maps._softmax import drop, softmax
 
 _MIN_SCORES = 1 << 17
@@ -74,6 +74,25 @@ def attend_with_lengths(
         context, lengths = store_attention(scores, values, weights, None, dropout_p=dropout_p)
         return context, weights, lengths
     return attention(scores, values, keep=keep, dropout_p=dropout_p)
+
+
+def attend_step(
+    scores: Scores,
+    values: Float[Tensor, "batch value_heads key value_dim"],
+    value_heads: Sequence[int],
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Float[Tensor, "batch heads 1 value_dim"], Float[Tensor, "batch heads 1 key"]]:
+    """`attend` for a decoding step: one query per head, and keys and values that heads may share.
+
+    Args:
+        scores: scores with `key_heads`.
+        values: values.
+        value_heads: for each head of the scores, its head of the values.
+        dropout_p: as for `attend`.
+    """
+    weights = softmax(scores)
+    return product_of_heads(drop(weights, dropout_p), values, value_heads), weights
 
 
 def _fused(scores: Scores, values: Tensor, dropout_p: float) -> Tensor:

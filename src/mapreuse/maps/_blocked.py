@@ -19,11 +19,13 @@ _GPU_ROWS = 1024
 """Enough rows to keep a GPU busy; not tuned."""
 _MAX_SHORT = 1 << 13
 """Maximum number of weights per head for which one product of the whole batch, padding included, is fastest."""
+_KEYS_PER_QUERY = 64
+"""Minimum ratio of keys to queries for which it is fastest, too: in decoding, where one position attends to many."""
 
 
 def is_short(num_queries: int, num_keys: int) -> bool:
     """Whether a map of this size is computed and applied for the whole batch at once."""
-    return num_queries * num_keys <= _MAX_SHORT
+    return num_queries * num_keys <= _MAX_SHORT or _KEYS_PER_QUERY * num_queries <= num_keys
 
 
 def blocked(

@@ -13,7 +13,7 @@ from torch import Tensor
 from mapreuse.maps._attend import attend
 from mapreuse.maps._blocked import is_short
 from mapreuse.maps._operators import apply_map, needs_plain_operators
-from mapreuse.maps._scores import Scores, as_index
+from mapreuse.maps._scores import Scores, as_index, product_of_heads
 from mapreuse.maps._softmax import drop, softmax
 
 HeadPairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -82,6 +82,9 @@ class DenseMap(AttentionMap):
             weights = self.dense().to(values.dtype)
             if heads is None:
                 return drop(weights, dropout_p) @ values
+            if weights.shape[2] == 1:
+                map_heads, value_heads = zip(*heads, strict=True)
+                return product_of_heads(drop(weights[:, as_index(map_heads)], dropout_p), values, value_heads)
             # In the order of the map, heads in succession are a view of it.
             order = sorted(range(len(heads)), key=heads.__getitem__)
             map_heads, value_heads = zip(*(heads[slot] for slot in order), strict=True)

@@ -36,21 +36,23 @@ class Scores:
 
     Attributes:
         query: queries, after rotary positions or the content bias of relative positions.
-        key: keys, after rotary positions, with as many heads as the queries.
+        key: keys, after rotary positions, with as many heads as the queries, unless `key_heads` says otherwise.
         scaling: factor of the products, usually 1/√dim.
         mask: True if a query may attend to a key.
         bias: added to the scores.
         is_causal: no query attends to a later key.
         relative: relative positions, or None. They need as many queries as keys.
+        key_heads: for each head, its head of the keys; only in a decoding step, for `attend_step`.
     """
 
     query: Float[Tensor, "batch heads query dim"]
-    key: Float[Tensor, "batch heads key dim"]
+    key: Float[Tensor, "batch key_heads key dim"]
     scaling: float
     mask: Bool[Tensor, "#batch #heads #query key"] | None = None
     bias: Float[Tensor, "#batch #heads #query key"] | None = None
     is_causal: bool = False
     relative: RelativePositions | None = None
+    key_heads: tuple[Any, ...] | None = None  # a check of `int` draws random items, which hypothesis forbids
 
     @property
     def shape(self) -> tuple[Any, Any, Any, Any]:
@@ -117,7 +119,10 @@ class Scores:
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:
         """Compute all scores, with gradients. Masked scores are the most negative number of their type."""
-        scores = self.query @ self.key.transpose(-2, -1)
+        if self.key_heads is None:
+            scores = self.query @ self.key.transpose(-2, -1)
+        else:
+            scores = product_of_heads(self.query, self.key.transpose(-2, -1), self.key_heads)
         if self.relative is not None:
             if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
                 raise ValueError(
@@ -164,3 +169,27 @@ def as_index(heads: Sequence[int]) -> slice | list[int]:
     """An index that selects these heads of a tensor: a slice if they are consecutive, which avoids a copy."""
     run = range(heads[0], heads[0] + len(heads))
     return slice(run.start, run.stop) if list(heads) == list(run) else list(heads)
+
+
+def product_of_heads(
+    rows: Float[Tensor, "batch heads query inner"],
+    matrices: Float[Tensor, "batch matrices inner width"],
+    choice: Sequence[int],
+) -> Float[Tensor, "batch heads query width"]:
+    """Multiply the rows of each head by one of the matrices: `rows[h] @ matrices[choice[h]]`.
+
+    Heads that share a matrix are multiplied as one. Selecting the matrices first would copy them for each head, which
+    takes longer than the product if a head has only one row.
+    """
+    used = list(dict.fromkeys(choice))
+    size = len(choice) // len(used)
+    chosen = as_index(used)
+    if isinstance(chosen, slice) and list(choice) == [matrix for matrix in used for _ in range(size)]:
+        product = rows.unflatten(1, (len(used), size)).flatten(2, 3) @ matrices[:, chosen]
+        return product.unflatten(2, (size, rows.shape[2])).flatten(1, 2)
+    found: dict[int, Tensor] = {}
+    for matrix in used:
+        heads = [head for head, one in enumerate(choice) if one == matrix]
+        product = rows[:, heads].flatten(1, 2) @ matrices[:, matrix]
+        found |= zip(heads, product.unflatten(1, (len(heads), rows.shape[2])).unbind(1), strict=True)
+    return torch.stack([found[head] for head in range(len(choice))], 1)

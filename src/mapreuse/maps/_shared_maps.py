@@ -79,8 +79,6 @@ class SharedMaps:
         Raises:
             ValueError: if no storage fits the budget. The message names a budget that would.
         """
-        if scores.shape[-2] == 1:
-            return "dense"  # a decoding step has one row per head: smaller than its keys, and nothing to choose
         if self._is_chosen:
             return self._storage
         assert self._counts is not None

@@ -2,6 +2,7 @@
 
 from mapreuse.models import _fused, _moonshine, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
 from mapreuse.models._apply import apply, plan_of, with_projections
+from mapreuse.models._cache_bytes import CacheBytes, cache_bytes, keeps_cache
 from mapreuse.models._drop_layers import drop_layers
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._layout import LayerLayout, keeping_maps, layout_of
@@ -16,18 +17,21 @@ from mapreuse.models._stack import Layer, check_model, find_stack
 
 __all__ = [
     "MAPS_ARGUMENT",
+    "CacheBytes",
     "Layer",
     "LayerLayout",
     "MapRecorder",
     "Recording",
     "Unsupported",
     "apply",
+    "cache_bytes",
     "check_batch",
     "check_model",
     "copy_with_same_weights",
     "drop_layers",
     "find_stack",
     "keeping_maps",
+    "keeps_cache",
     "layout_of",
     "load",
     "not_padding",

@@ -107,5 +107,5 @@ class OneLayer:
     def __init__(self, attention: nn.Module, cache: Cache) -> None:
         self.attention, self.cache = attention, cache
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any) -> CachedStates:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, **kwargs: Any) -> CachedStates:
         return update_cache(self.attention, self.cache, keys, values)

@@ -55,7 +55,7 @@ OTHER_STATES = ("key_value_states", "encoder_hidden_states")
 ABSENT = (*OTHER_STATES, "is_cross_attention")
 """Names that are None or False in every call of a layer that shares maps."""
 
-_UPDATE = re.compile(r"(\w+), (\w+) = \w+\.update\(\1, \2, self\.(\w+)\)")
+_UPDATE = re.compile(r"(\w+), (\w+) = \w+\.update\(\1, \2, self\.(\w+)(?:, kwargs=kwargs)?\)")
 _CHOICE_OF_CACHE = re.compile(
     rf"is_updated = .*|(?:{'|'.join(CACHES)}|cur\w+) = (?:{'|'.join(CACHES)})(?:\.self_attention_cache)?"
 )

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from mapreuse.maps import AttentionMap, HeadPairs, RecomputedMap, Scores, SharedMaps, as_index, attend, compute
+from mapreuse.maps import (
+    AttentionMap,
+    DenseMap,
+    HeadPairs,
+    RecomputedMap,
+    Scores,
+    SharedMaps,
+    as_index,
+    attend,
+    attend_step,
+    compute,
+)
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import INERT, OTHER_STATES
 
@@ -67,7 +78,7 @@ def share(
     weights: list[Tensor] = []
     if scores is not None:
         scores = scores.to(values.dtype)  # under autocast, sums and rotations have another type than projections
-        context, own = _compute(layout, maps, values[:, as_index(layout.own_values)], scores, dropout_p)
+        context, own = _compute(layout, maps, values, scores, dropout_p)
         contexts.append(context)
         if maps.output_attentions:
             weights.append(own.dense())
@@ -98,6 +109,12 @@ def _compute(
     layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
 ) -> tuple[Tensor, AttentionMap]:
     """Context and map of the heads that compute. All of them are published, also if only some are applied."""
+    if scores.key_heads is not None:  # a step's map is smaller than its keys, so that no storage needs to be chosen
+        context, weights = attend_step(scores, values, layout.own_values, dropout_p=dropout_p)
+        if layout.publishes:
+            maps.publish(layout.layer, DenseMap(weights))
+        return context, DenseMap(weights)
+    values = values[:, as_index(layout.own_values)]
     if not layout.publishes:
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)
     storage, buffer = maps.storage(scores, values), maps.buffer(scores)
@@ -179,7 +196,7 @@ def _attention_function(
     """The attention function that the original forward of a computing module calls."""
     refuse_unknown(module, kwargs)
     layout: LayerLayout = module._layout  # type: ignore[assignment]
-    query, key = query[:, as_index(layout.queries)], key[:, as_index(layout.keys)]
+    query = query[:, as_index(layout.queries)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
     return share(module, attention_maps, value, scores, num_queries=query.shape[-2], dropout_p=dropout)
 
@@ -200,19 +217,23 @@ def make_scores(
 ) -> Scores:
     """Scores from the arguments of an attention function of `transformers`.
 
-    Masks have the meaning that they have for `sdpa` and `eager`: boolean (True attends) or additive. Without a mask,
-    attention is causal if `is_causal`, or else the module's attribute of that name, is True.
+    The keys are those that the layer projects. Masks have the meaning that they have for `sdpa` and `eager`: boolean
+    (True attends) or additive. Without a mask, attention is causal if `is_causal`, or else the module's attribute of
+    that name, is True.
     """
     mask, bias = mask_and_bias(module, query, key, attention_mask, position_bias)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    layout: LayerLayout = module._layout  # type: ignore[assignment]
+    is_step = query.shape[-2] == 1
     return Scores(
         query=query,
-        key=key,
+        key=key if is_step else key[:, as_index(layout.keys)],
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         mask=mask,
         bias=bias,
-        is_causal=is_causal and attention_mask is None and query.shape[-2] > 1,
+        is_causal=is_causal and attention_mask is None and not is_step,
+        key_heads=layout.keys if is_step else None,
     )
 
 
