@@ -39,8 +39,8 @@ def register_style(adapter: Callable[[nn.Module], AttentionForm | None]) -> None
     _ADAPTERS.append(adapter)
 
 
-def attention_form(module: nn.Module) -> AttentionForm:
-    """The form of an attention module.
+def attention_form(module: nn.Module, *, cross: bool = False) -> AttentionForm:
+    """The form of an attention module. Adapters are for self-attention; cross-attention is always read.
 
     Raises:
         Unsupported: if its class cannot share maps. The message names the class and the reason.
@@ -51,6 +51,8 @@ def attention_form(module: nn.Module) -> AttentionForm:
             f"{cls.__name__}: its forward was replaced on the module itself, by a device map or a patch; load the "
             "model on one device and without patches"
         )
+    if cross:
+        return read_attention(cls, cross=True)
     return next(filter(None, (adapter(module) for adapter in _ADAPTERS)), None) or read_attention(cls)
 
 

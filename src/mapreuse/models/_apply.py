@@ -16,7 +16,7 @@ from mapreuse.models._attention_conversion import convert_attention
 from mapreuse.models._cache import cache_of, check_cache
 from mapreuse.models._map_injection import inject_maps
 from mapreuse.models._plan_conversions import plan_conversions
-from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_other_states
+from mapreuse.models._runtime import CROSS_MAPS_ARGUMENT, MAPS_ARGUMENT, refuse_other_states
 from mapreuse.models._snapshots import Model, copy_with_same_weights, unchanged_on_failure
 from mapreuse.models._source import Unsupported, parameter_names
 from mapreuse.models._stack import (
@@ -45,6 +45,7 @@ class AppliedPlan:
         cross_attends: the module may be given encoder states, as only its cross-attention uses them.
         caches: the layers can use a cache.
         removed: names of the module's parameters and buffers that the conversion removed.
+        attention: "self" or "cross".
     """
 
     plan: ReusePlan
@@ -55,9 +56,21 @@ class AppliedPlan:
     cross_attends: bool
     caches: bool
     removed: tuple[str, ...] = ()
+    attention: str = "self"
 
 
-def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budget: int | None = None) -> Model:
+_ATTRIBUTES = {"self": "_map_reuse", "cross": "_cross_map_reuse"}
+"""The attributes of a module that hold the plans in force, by attention."""
+
+
+def apply(
+    model: Model,
+    plan: ReusePlan,
+    *,
+    storage: str = "dense",
+    memory_budget: int | None = None,
+    attention: str = "self",
+) -> Model:
     """Make the layers of `model` share attention maps as `plan` says, in place; returns the model.
 
         context = M[source layer][source head] @ V
@@ -79,6 +92,8 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         memory_budget: maximum size in bytes of the shared maps alive at once. A forward pass that needs more raises
             an error before its first map; the message names a sufficient budget. None means no limit, or for "auto"
             a quarter of the device's memory.
+        attention: "self" for the maps of self-attention, or "cross" for those by which a decoder attends to an
+            encoder. A decoder may have a plan for each. In saved models, the second one's stack is named `….cross`.
 
     Raises:
         ValueError: if the plan does not fit the model, or the model cannot share maps (`Unsupported`). The message
@@ -93,7 +108,9 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
     """
     if not isinstance(plan, ReusePlan):
         raise ValueError(f"plan must be a ReusePlan, such as ReusePlan.parse('4x4'), got {plan!r}")
-    if applied_plans(model):
+    if attention not in _ATTRIBUTES:
+        raise ValueError(f"attention must be 'self' or 'cross', got {attention!r}")
+    if any(applied.attention == attention for applied in applied_plans(model).values()):
         raise ValueError("the model shares attention maps already; apply the plan to the original model instead")
     if storage not in (*STORAGES, "auto"):
         raise ValueError(f"storage must be one of {', '.join(STORAGES)} and auto, got {storage!r}")
@@ -101,12 +118,14 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
         check_number("memory_budget, in bytes,", memory_budget, 1, whole=True)
     before = sum(parameter.numel() for parameter in model.parameters())
     with unchanged_on_failure(model):
-        stack = find_stack(model)
+        stack, is_cross = find_stack(model, attention), attention == "cross"
         names = stack.module.state_dict().keys()
         stack = unpack(stack)
-        conversions = plan_conversions(model, stack, plan)
+        conversions = plan_conversions(model, stack, plan, cross=is_cross)
         by_keyword = maps_travel_by_keyword(stack) and all(one.form.takes_maps for one in conversions)
-        stack.module._map_reuse = AppliedPlan(  # type: ignore[assignment]
+        if is_cross and not by_keyword:
+            raise Unsupported(f"{type(stack.module).__name__} does not pass keyword arguments to its cross-attention")
+        applied = AppliedPlan(
             plan,
             storage,
             memory_budget,
@@ -114,15 +133,16 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
             parameter_names(type(stack.module)),
             cross_attends_beside(stack),
             all(conversion.form.cache is not None for conversion in conversions),
+            attention=attention,
         )
         for conversion in conversions:
             convert_attention(conversion)
         if not by_keyword:
             inject_maps(stack.module)
         removed = sorted(names - stack.module.state_dict().keys())
-        stack.module._map_reuse = replace(stack.module._map_reuse, removed=tuple(removed))  # type: ignore
+        setattr(stack.module, _ATTRIBUTES[attention], replace(applied, removed=tuple(removed)))
         stack.module.register_load_state_dict_pre_hook(_drop_placeholders)
-        stack.module.register_forward_pre_hook(_open_maps, with_kwargs=True)
+        stack.module.register_forward_pre_hook(_open_cross_maps if is_cross else _open_maps, with_kwargs=True)
         stack.module.register_forward_hook(_close_maps, with_kwargs=True)
     after = sum(parameter.numel() for parameter in model.parameters())
     reusing = sum(plan.reuses(layer) for layer in range(plan.num_layers))
@@ -133,13 +153,13 @@ def apply(model: Model, plan: ReusePlan, *, storage: str = "dense", memory_budge
     return model
 
 
-def plan_of(model: nn.Module) -> ReusePlan | None:
-    """The plan in force in `model`, or None.
+def plan_of(model: nn.Module, attention: str = "self") -> ReusePlan | None:
+    """The plan in force in `model` for its "self" or "cross" attention, or None.
 
     Raises:
         ValueError: if several stacks of the model have a plan each.
     """
-    applied = applied_plans(model)
+    applied = {path: one for path, one in applied_plans(model).items() if one.attention == attention}
     if len(applied) > 1:
         paths = ", ".join(map(repr, applied))
         raise ValueError(
@@ -149,9 +169,12 @@ def plan_of(model: nn.Module) -> ReusePlan | None:
 
 
 def applied_plans(model: nn.Module) -> dict[str, AppliedPlan]:
-    """The plans in force in `model`, by the path of the module that runs the layers."""
+    """The plans in force in `model`, by the path of the module that runs the layers, with `cross` at its end."""
     check_model(model)
-    found = {path: module.__dict__.get("_map_reuse") for path, module in model.named_modules()}
+    found: dict[str, AppliedPlan | None] = {}
+    for path, module in model.named_modules():
+        found[path] = module.__dict__.get(_ATTRIBUTES["self"])
+        found[f"{path}.cross".removeprefix(".")] = module.__dict__.get(_ATTRIBUTES["cross"])
     return {path: applied for path, applied in found.items() if applied is not None}
 
 
@@ -168,8 +191,8 @@ def with_projections(model: nn.Module) -> nn.Module:
 
 def _drop_placeholders(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Hook of `load_state_dict`: ignore the empty tensors that saved files contain in place of removed ones."""
-    applied: AppliedPlan = module._map_reuse  # type: ignore[assignment]
-    for name in applied.removed:
+    plans = filter(None, (vars(module).get(attribute) for attribute in _ATTRIBUTES.values()))
+    for name in (name for applied in plans for name in applied.removed):
         if prefix + name in state_dict and state_dict[prefix + name].numel() == 0:
             del state_dict[prefix + name]
 
@@ -192,11 +215,7 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     refuse_other_states(
         module, {key: given[key] for key in given if not (applied.cross_attends and key == ENCODER_STATES)}
     )
-    if (cache is not None or given.get("use_cache")) and not applied.caches:
-        raise ValueError(
-            f"{name} shares attention maps and cannot use a cache: mapreuse does not know how its attention updates "
-            "one; call it with use_cache=False and without a cache"
-        )
+    _check_cache_use(name, applied, given)
     if cache is not None:
         check_cache(name, applied.plan, cache)
     config = getattr(module, "config", None)
@@ -214,7 +233,30 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     kwargs = dict(kwargs)
     if "use_cache" in applied.parameter_names and given.get("use_cache") is None:
         kwargs["use_cache"] = cache is not None  # the configuration's default would make a cache in every call
-    maps = SharedMaps(
+    return args, kwargs | {MAPS_ARGUMENT: _new_maps(applied, config, given)}
+
+
+def _open_cross_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The same for the maps of cross-attention."""
+    applied: AppliedPlan = vars(module)[_ATTRIBUTES["cross"]]
+    given = dict(zip(applied.parameter_names, args, strict=False)) | kwargs
+    name, cache = type(module).__name__, cache_of(given)
+    _check_cache_use(name, applied, given)
+    if cache is not None:
+        check_cache(name, applied.plan, cache, cross=True)
+    return args, kwargs | {CROSS_MAPS_ARGUMENT: _new_maps(applied, getattr(module, "config", None), given)}
+
+
+def _check_cache_use(name: str, applied: AppliedPlan, given: dict[str, Any]) -> None:
+    if (cache_of(given) is not None or given.get("use_cache")) and not applied.caches:
+        raise ValueError(
+            f"{name} shares attention maps and cannot use a cache: mapreuse does not know how its attention updates "
+            "one; call it with use_cache=False and without a cache"
+        )
+
+
+def _new_maps(applied: AppliedPlan, config: Any, given: dict[str, Any]) -> SharedMaps:
+    return SharedMaps(
         storage=applied.storage,
         counts=applied.counts,
         budget=applied.memory_budget,
@@ -222,10 +264,11 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         differentiable=torch.is_grad_enabled(),
         output_attentions=bool(given.get("output_attentions", getattr(config, "output_attentions", False))),
     )
-    return args, kwargs | {MAPS_ARGUMENT: maps}
 
 
 def _close_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the stack: the maps live as long as the output of the pass."""
     if not torch.compiler.is_compiling():
-        kwargs[MAPS_ARGUMENT].close(output)
+        for maps in (kwargs.get(MAPS_ARGUMENT), kwargs.get(CROSS_MAPS_ARGUMENT)):
+            if maps is not None:
+                maps.close(output)

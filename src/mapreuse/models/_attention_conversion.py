@@ -19,6 +19,7 @@ from mapreuse.models._runtime import IMPLEMENTATION
 from mapreuse.models._sharing_classes import (
     PartlyComputingAttention,
     ReusingAttention,
+    ReusingCrossAttention,
     SharingAttention,
     sharing_class,
 )
@@ -72,7 +73,8 @@ def convert_attention(conversion: Conversion) -> None:
         attention.head_dim = conversion.heads.head_dim
     if isinstance(attention, SharingAttention):
         return
-    mixin = form.computing if layout.computing else ReusingAttention
+    reusing = ReusingAttention if form.states is None else ReusingCrossAttention
+    mixin = form.computing if layout.computing else reusing
     partly = PartlyComputingAttention if layout.parts and mixin is None else None
     if mixin or partly:
         attention.__class__ = sharing_class(mixin or partly, type(attention))  # type: ignore[arg-type]

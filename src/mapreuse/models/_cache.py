@@ -8,6 +8,7 @@ a cache (`update`, `reorder_cache`, `crop`, `reset`, …) then work unchanged, i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,13 +74,36 @@ def update_cache(
     return CachedStates(stored[:, :num_keys] if num_keys else None, stored[:, num_keys:])
 
 
-def check_cache(name: str, plan: ReusePlan, cache: object) -> None:
+def values_of_encoder(
+    attention: nn.Module, cache: EncoderDecoderCache, project: Callable[[Tensor], Tensor], states: Tensor
+) -> Float[Tensor, "batch value_heads key value_dim"]:
+    """The values of the encoder's states: from the cache, or else projected and stored there.
+
+    Args:
+        attention: a cross-attention module all of whose heads reuse.
+        cache: the cache of the call.
+        project: makes values from states.
+        states: the states of the encoder.
+    """
+    index: int = getattr(attention, attention._form.cache)  # type: ignore[union-attr, arg-type]
+    part = cache.cross_attention_cache
+    if cache.is_updated.get(index):
+        return part.layers[index].keys
+    cache.is_updated[index] = True
+    setattr(part, _PLAN, attention._layout.plan)  # type: ignore[union-attr]
+    values = project(states)
+    return part.update(values, values.new_empty(*values.shape[:3], 0), index)[0]
+
+
+def check_cache(name: str, plan: ReusePlan, cache: object, *, cross: bool = False) -> None:
     """Raise `ValueError` unless the layers under `plan` can continue this cache. The message starts with `name`."""
     if not isinstance(cache, Cache):
         raise ValueError(
             f"{name}: expected a cache of transformers, such as DynamicCache, got {type(cache).__name__}"
         )
-    part = _of_self_attention(cache)
+    if cross and not isinstance(cache, EncoderDecoderCache):
+        raise ValueError(f"{name}: cross-attention needs an EncoderDecoderCache, got {type(cache).__name__}")
+    part = cache.cross_attention_cache if cross else _of_self_attention(cache)
     filled = any(isinstance(layer, CacheLayerMixin) and _is_filled(layer) for layer in part.layers[:1])
     found = getattr(part, _PLAN, None)
     if filled and found != (None if plan.is_full else plan):

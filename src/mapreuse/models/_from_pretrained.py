@@ -179,11 +179,15 @@ def apply_saved_plans(model: PreTrainedModel, entries: dict[str, Any]) -> None:
         reuse = reuse if isinstance(reuse, dict) else {}
         stack, storage = reuse.get("stack"), reuse.get("storage") or reuse.get("strategy", "")
         path = _path_in(model, stack, entries) if isinstance(stack, str) else stack
+        attention = "self"
+        if isinstance(path, str) and path not in modules and _is_cross(path):
+            path, attention = _module_of(path), "cross"
         if not (isinstance(path, str) and path in modules):
             raise ValueError(f"{problem}: it has no module {path!r}; a {entries['class']} was saved")
         try:
             plan = ReusePlan.from_json(json.dumps(reuse.get("plan")))
-            apply(modules[path], plan, storage=storage, memory_budget=reuse.get("memory_budget"))
+            budget = reuse.get("memory_budget")
+            apply(modules[path], plan, storage=storage, memory_budget=budget, attention=attention)
         except ValueError as error:
             raise ValueError(f"{problem}: {one_line(error)}") from None
         if entries["version"] == 1 and any(isinstance(source, tuple) for source in plan.layers):
@@ -220,7 +224,17 @@ def remove_modules(model: PreTrainedModel, absent: list[Any]) -> None:
 def removed_names(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that conversions removed from the model."""
     stacks = applied_plans(model).items()
-    return [f"{stack}.{name}".removeprefix(".") for stack, applied in stacks for name in applied.removed]
+    paths = ((stack if applied.attention == "self" else _module_of(stack), applied) for stack, applied in stacks)
+    return [f"{path}.{name}".removeprefix(".") for path, applied in paths for name in applied.removed]
+
+
+def _is_cross(stack: str) -> bool:
+    return stack == "cross" or stack.endswith(".cross")
+
+
+def _module_of(stack: str) -> str:
+    """The path of the module that runs the layers of `….cross`."""
+    return stack.removesuffix("cross").removesuffix(".")
 
 
 def _check_placeholders(model: PreTrainedModel, removed: list[str], files: list[str]) -> None:

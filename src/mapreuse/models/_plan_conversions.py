@@ -35,7 +35,7 @@ _KIND = (
 _PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
 
 
-def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
+def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan, *, cross: bool = False) -> list[Conversion]:
     """The conversion of each layer of a stack.
 
     Raises:
@@ -44,7 +44,7 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
     names = [f"layer {index} ({type(layer.attention).__name__})" for index, layer in enumerate(stack.layers)]
     forms = []
     for index, layer in enumerate(stack.layers):
-        forms.append(attention_form(layer.attention))
+        forms.append(attention_form(layer.attention, cross=cross))
         _check_projections(f"layer {index}", layer.attention, forms[index])
     if plan.num_layers != len(stack.layers):
         raise ValueError(
@@ -67,6 +67,11 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Co
         separable = is_separable(layer.attention, form, heads)
         layouts.append(lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable=separable))
     conversions = [Conversion(*one) for one in zip(stack.layers, forms, counts, layouts, strict=True)]
+    if cross and (partly := [layout.layer for layout in layouts if layout.computing and layout.parts]):
+        raise Unsupported(
+            f"layer {partly[0]}: in cross-attention, the heads of a layer must all compute or all reuse; give all of "
+            "them a source"
+        )
     for index in range(plan.num_layers):
         for source in plan.sources(index):
             if difference := _difference(stack, conversions, index, source):

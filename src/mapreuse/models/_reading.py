@@ -59,7 +59,11 @@ _UPDATE = re.compile(r"(\w+), (\w+) = \w+\.update\(\1, \2, self\.(\w+)(?:, kwarg
 _CHOICE_OF_CACHE = re.compile(
     rf"is_updated = .*|(?:{'|'.join(CACHES)}|cur\w+) = (?:{'|'.join(CACHES)})(?:\.self_attention_cache)?"
 )
-"""Statements for a cache: the update of the layer's part, and the choice of that part."""
+_CHOICE_OF_CROSS_CACHE = re.compile(
+    r"is_updated = .*|\w+\.is_updated\[self\.\w+\] = True|\w+ = \w+(?:\.cross_attention_cache)?"
+    r"|\w+ = \w+\.layers\[self\.\w+\]\.(?:keys|values)"
+)
+"""Statements for a cache: the update of the layer's part, the choice of that part, and reading it again."""
 
 _NUM_HEADS = re.compile(r"heads|num_head|\bn_head\b")
 """In names of attributes and variables that hold a number of heads."""
@@ -84,6 +88,7 @@ class AttentionForm:
         computing: mixin for layers that compute maps; None to keep the original forward.
         head_dim: width of a head if the module does not store it.
         cache: the attribute with the index of the layer in a cache; None if modules of the class take no cache.
+        states: for cross-attention, the argument with the states that it attends to; None for self-attention.
     """
 
     query: tuple[str, ...]
@@ -100,6 +105,7 @@ class AttentionForm:
     computing: type[nn.Module] | None = None
     head_dim: int | None = None
     cache: str | None = None
+    states: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,25 +120,28 @@ class _Step:
         return ast.unparse(self.statement).splitlines()[0]
 
 
-def read_attention(cls: type[nn.Module]) -> AttentionForm:
-    """The form of an attention class.
+def read_attention(cls: type[nn.Module], *, cross: bool = False) -> AttentionForm:
+    """The form of an attention class, in use as self-attention or as cross-attention.
 
     Raises:
         Unsupported: if its forward does not follow the pattern.
     """
-    return _form(cls, cls.forward)  # type: ignore[arg-type]  # classes are hashable
+    return _form(cls, cls.forward, cross)  # type: ignore[arg-type]  # classes are hashable
 
 
 @cache
-def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
+def _form(cls: type[nn.Module], forward: Callable, cross: bool) -> AttentionForm:
     """The form of a class with this forward. It is read once; every layer of every copy of a model needs it."""
-    function = forward_of(cls)
+    function = _CrossAttends().visit(forward_of(cls)) if cross else forward_of(cls)
+    states = next((one.arg for one in function.args.args if one.arg in OTHER_STATES), None) if cross else None
+    if cross and states is None:
+        raise Unsupported(f"{cls.__name__}: its forward takes no states to cross-attend to")
     before, call, after = _split_at_call(cls, list(_straight_line(function.body)))
     arguments = _call_arguments(cls, call)
     hidden_states = function.args.args[1].arg
     _check_dimensions(cls, before, hidden_states)
     values = _inlined(cls, _resolve(arguments["value"], before))
-    value = _value_projection(cls, values, hidden_states)
+    value = _value_projection(cls, values, states or hidden_states)
     output, output_dropout = _output(cls, call, after)
     kept = self_attributes(values) | set(output)
     origins = {name: _with_methods(cls, _origins(before, argument)) for name, argument in arguments.items()}
@@ -152,24 +161,43 @@ def _form(cls: type[nn.Module], forward: Callable) -> AttentionForm:
         output_dropout=output_dropout,
         fixed_heads=any(map(_NUM_HEADS.search, names)),
         takes_maps=function.args.kwarg is not None and _CALL in calls_with_kwargs(call, function),
-        cache=_cache_index(cls, function, arguments, value),
+        cache=_cache_index(cls, function, arguments, value, states),
+        states=states,
     )
 
 
-def _cache_index(cls: type, function: ast.FunctionDef, arguments: dict[str, ast.expr], value: str) -> str | None:
+class _CrossAttends(ast.NodeTransformer):
+    """Replaces conditions by their value in cross-attention."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        match node:
+            case ast.Compare(left=ast.Name(id=name), ops=[op], comparators=[ast.Constant(value=None)]) if (
+                name in OTHER_STATES
+            ):
+                return ast.Constant(isinstance(op, ast.IsNot))
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        is_read = isinstance(node.ctx, ast.Load)
+        return ast.Constant(True) if node.id == "is_cross_attention" and is_read else node
+
+
+def _cache_index(
+    cls: type, function: ast.FunctionDef, arguments: dict[str, ast.expr], value: str, states: str | None
+) -> str | None:
     """The attribute `i` if all that a cache changes is `keys, values = cache.update(keys, values, self.i)`.
 
-    Otherwise None. `keys` and `values` must be what attention gets.
+    Otherwise None. `keys` and `values` must be what attention gets. Cross-attention may also read them again.
     """
     without = {ast.unparse(step.statement) for step in _straight_line(function.body)}
     steps = list(_straight_line(function.body, cached=True))
     updates = []
     for index, step in enumerate(steps):
         text = ast.unparse(step.statement)
-        if text in without or _CHOICE_OF_CACHE.fullmatch(text):
+        if text in without or (_CHOICE_OF_CROSS_CACHE if states else _CHOICE_OF_CACHE).fullmatch(text):
             continue
         update = _UPDATE.fullmatch(text)
-        if update is None or not step.certain:
+        if update is None or not (step.certain or states):
             return None
         updates.append((index, update))
     if len(updates) != 1:
@@ -177,6 +205,8 @@ def _cache_index(cls: type, function: ast.FunctionDef, arguments: dict[str, ast.
     index, update = updates[0]
     if (update[1], update[2]) != (ast.unparse(arguments["key"]), ast.unparse(arguments["value"])):
         return None
+    if states is not None:
+        return update[3]
     projected = _inlined(cls, _resolve(ast.Name(update[2]), steps[:index]))
     try:
         same = _value_projection(cls, projected, function.args.args[1].arg) == value
@@ -204,6 +234,8 @@ def _truth(test: ast.expr, cached: bool = False) -> bool | None:
     Those in `CACHES` are None without a cache, and not None with one.
     """
     match test:
+        case ast.Constant(value=bool(value)):
+            return value
         case ast.Name(id=name) if name in ABSENT or (name in CACHES and not cached):
             return False
         case ast.UnaryOp(op=ast.Not(), operand=operand):

@@ -30,6 +30,9 @@ from mapreuse.models._reading import INERT, OTHER_STATES
 MAPS_ARGUMENT = "attention_maps"
 """The keyword argument that passes the `SharedMaps` of a forward pass from layer to layer."""
 
+CROSS_MAPS_ARGUMENT = "cross_attention_maps"
+"""The same for the maps of cross-attention."""
+
 INJECTED_MAPS = "_injected_maps"
 """The attribute that holds the `SharedMaps` if no keyword argument can; see `MapInjection`."""
 
@@ -191,6 +194,7 @@ def _attention_function(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     attention_maps: SharedMaps | None = None,
+    cross_attention_maps: SharedMaps | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
     """The attention function that the original forward of a computing module calls."""
@@ -198,7 +202,8 @@ def _attention_function(
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     query = query[:, as_index(layout.queries)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
-    return share(module, attention_maps, value, scores, num_queries=query.shape[-2], dropout_p=dropout)
+    maps = attention_maps if module._form.states is None else cross_attention_maps  # type: ignore[union-attr]
+    return share(module, maps, value, scores, num_queries=query.shape[-2], dropout_p=dropout)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_function)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mapreuse.maps import Scores
-from mapreuse.models._cache import OneLayer, cache_of, update_cache
+from mapreuse.models._cache import OneLayer, cache_of, update_cache, values_of_encoder
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import CACHES, AttentionForm
-from mapreuse.models._runtime import MAPS_ARGUMENT, refuse_other_states, refuse_unknown, share
+from mapreuse.models._runtime import CROSS_MAPS_ARGUMENT, MAPS_ARGUMENT, refuse_other_states, refuse_unknown, share
 from mapreuse.models._source import parameter_names
+
+_MAPS = {MAPS_ARGUMENT, CROSS_MAPS_ARGUMENT}
 
 
 class SharingAttention(nn.Module):
@@ -53,7 +55,8 @@ class SharingAttention(nn.Module):
         form, dropout_p = self._form, 0.0
         if self.training and form.dropout is not None:
             dropout_p = attrgetter(form.dropout)(self)
-        maps, num_queries = arguments.get(MAPS_ARGUMENT), hidden_states.shape[1]
+        maps = arguments.get(MAPS_ARGUMENT if form.states is None else CROSS_MAPS_ARGUMENT)
+        num_queries = hidden_states.shape[1]
         context, weights = share(self, maps, values, scores, num_queries=num_queries, dropout_p=dropout_p)
         context = context.flatten(2)
         for name in form.output:
@@ -68,9 +71,7 @@ class ComputingAttention(SharingAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
-        refuse_unknown(
-            self, {name: arguments[name] for name in arguments.keys() - self._parameter_names - {MAPS_ARGUMENT}}
-        )
+        refuse_unknown(self, {name: arguments[name] for name in arguments.keys() - self._parameter_names - _MAPS})
         scores, values = self._project(hidden_states, **arguments)
         return self._share(hidden_states, values, scores, arguments)
 
@@ -89,6 +90,16 @@ class ReusingAttention(SharingAttention):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
         _, values = self._cached(None, self._values(hidden_states), arguments)
+        return self._share(hidden_states, values, None, arguments)
+
+
+class ReusingCrossAttention(SharingAttention):
+    """A cross-attention that projects only the values of the encoder's states, once for all steps with a cache."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(self._parameter_names[1:], args, strict=False)) | kwargs
+        states, cache = arguments[self._form.states or ""], cache_of(arguments)
+        values = self._values(states) if cache is None else values_of_encoder(self, cache, self._values, states)
         return self._share(hidden_states, values, None, arguments)
 
 

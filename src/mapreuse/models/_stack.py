@@ -68,23 +68,28 @@ def check_model(model: object) -> None:
         )
 
 
-def find_stack(model: nn.Module) -> Stack:
+def find_stack(model: nn.Module, attention: str = "self") -> Stack:
     """The only stack of attention layers in `model`.
 
+    Args:
+        model: the model, or a part of it.
+        attention: "self" or "cross"; which attention of each layer is meant.
+
     Raises:
-        Unsupported: if there is none, if there are several, or if a layer has more than one self-attention.
+        Unsupported: if there is none, if there are several, or if a layer has more than one such attention.
     """
     check_model(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if _is_list(module) and all(map(_attentions, _elements(module)))
+        if _is_list(module) and all(_attentions(layer, attention) for layer in _elements(module))
     ]
     # A list inside a layer of another list is a stack; the outer list holds its stages.
     innermost = [(name, layers) for name, layers in lists if not any(n.startswith(f"{name}.") for n, _ in lists)]
     cls_name = type(model).__name__
     if not innermost:
-        raise Unsupported(f"{cls_name} holds no list of layers with attention in every layer")
+        kind = "" if attention == "self" else "cross-"
+        raise Unsupported(f"{cls_name} holds no list of layers with {kind}attention in every layer")
     if len(innermost) > 1:
         paths = ", ".join(repr(name.rpartition(".")[0] or "the model itself") for name, _ in innermost)
         raise Unsupported(
@@ -100,10 +105,10 @@ def find_stack(model: nn.Module) -> Stack:
     path, _, list_name = (name, "", "") if isinstance(layers, nn.Sequential) else name.rpartition(".")
     found = []
     for index, layer in enumerate(_elements(layers)):
-        attentions = _attentions(layer)
+        attentions = _attentions(layer, attention)
         if len(attentions) != 1:
             raise Unsupported(
-                f"layer {index} ({type(layer).__name__}) holds {len(attentions)} self-attentions "
+                f"layer {index} ({type(layer).__name__}) holds {len(attentions)} {attention}-attentions "
                 f"({', '.join(path for path, _ in attentions)}), expected one"
             )
         found.append(Layer(layer, *attentions[0]))
@@ -122,8 +127,8 @@ def _elements(layers: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers._modules.values() if layer is not None]
 
 
-def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The innermost modules of a layer whose class is named attention, without cross-attention."""
+def _attentions(layer: nn.Module, attention: str = "self") -> list[tuple[str, nn.Module]]:
+    """The innermost modules of a layer whose class is named attention: self-attentions, or cross-attentions."""
     named = {
         path: module
         for path, module in layer.named_modules()
@@ -133,8 +138,8 @@ def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in named.items():
         holds_another = any(other.startswith(f"{path}." if path else "") and other != path for other in named)
         words = f"{path} {type(module).__name__}".lower()
-        is_cross = "cross" in words or "encoder_attn" in words or getattr(module, "is_cross_attention", False)
-        if not (holds_another or is_cross):
+        is_cross = "cross" in words or "encoder_attn" in words or bool(getattr(module, "is_cross_attention", False))
+        if not holds_another and is_cross == (attention == "cross"):
             found.append((path, module))
     return found
 
