@@ -32,6 +32,7 @@ INERT = {
     "position_ids",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "return_dict",
     "use_cache",
     "cache_position",

@@ -88,8 +88,9 @@ def find_stack(model: nn.Module, attention: str = "self") -> Stack:
     innermost = [(name, layers) for name, layers in lists if not any(n.startswith(f"{name}.") for n, _ in lists)]
     cls_name = type(model).__name__
     if not innermost:
-        kind = "" if attention == "self" else "cross-"
-        raise Unsupported(f"{cls_name} holds no list of layers with {kind}attention in every layer")
+        if attention == "cross":
+            raise Unsupported(f"{cls_name} holds no list of layers with cross-attention in every layer")
+        raise Unsupported(f"{cls_name} holds no list of layers with attention in every layer")
     if len(innermost) > 1:
         paths = ", ".join(repr(name.rpartition(".")[0] or "the model itself") for name, _ in innermost)
         raise Unsupported(
