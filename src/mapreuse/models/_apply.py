@@ -248,7 +248,8 @@ def _open_cross_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 
 
 def _check_cache_use(name: str, applied: AppliedPlan, given: dict[str, Any]) -> None:
-    if (cache_of(given) is not None or given.get("use_cache")) and not applied.caches:
+    makes_one = given.get("use_cache") and "use_cache" in applied.parameter_names
+    if (makes_one or cache_of(given) is not None) and not applied.caches:
         raise ValueError(
             f"{name} shares attention maps and cannot use a cache: mapreuse does not know how its attention updates "
             "one; call it with use_cache=False and without a cache"
