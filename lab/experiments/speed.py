@@ -8,31 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from mapreuse.console import Table
-from mapreuse.measure import latency_text
+from mapreuse.measure import bench_tables
 
 SPEED = Path(__file__).parent.parent / "results" / "speed"
 
 Results = dict[str, Any]
 
 SECTIONS = {
-    "encoder": ("Conformer-M, encoder layers", "The papers' encoder: 16 layers of width 256, relative positions."),
-    "two": ("Conformer-M, two maps", "With groups of 8 layers, two layers compute a map."),
-    "whole": ("Conformer-M with its front end", "Subsampling included, which no plan makes faster."),
-    "compiled": ("Conformer-M under torch.compile", "`+optimize` has no effect in compiled code."),
-    "plain": ("Conformer-M without relative positions", "`sdpa` is a fused kernel here."),
-    "minilm": ("all-MiniLM-L6-v2", "A trained sentence encoder, 6 layers of width 384; 16 texts per batch."),
-    "bert": ("BERT-base", "12 layers of width 768, absolute positions."),
-    "training": ("A training step of Conformer-M", "Forward and backward, with dropout; `+optimize` has no effect."),
-    "bfloat16": ("Conformer-M in bfloat16", "On a processor with fast bfloat16 products (AMX)."),
-    "memory": ("Peak memory of Conformer-M", "In addition to weights and inputs, with each storage of shared maps."),
-    "storage": ("Storages of shared maps", "`auto` takes the fastest one that fits a quarter of the memory."),
+    "conformer": ("Conformer-M", "The papers' encoder: 16 layers of width 256, relative positions, subsampling."),
+    "conformer-long": ("Conformer-M, long inputs", "One run of each contestant."),
+    "conformer-8": ("Conformer-M, eight inputs at a time", "Longer inputs take minutes a run and were left out."),
+    "compile": ("torch.compile", "The layers of Conformer-M at short lengths."),
+    "minilm-1": ("all-MiniLM-L6-v2, one text at a time", "A trained sentence encoder: 6 layers of width 384."),
+    "minilm": ("all-MiniLM-L6-v2, eight texts at a time", "The same."),
+    "memory": ("Peak memory of Conformer-M", "Above weights and inputs, with each storage of shared maps."),
     "long": ("Long recordings", "One pass of Conformer-M with `+optimize`, without warm-up."),
-    "kernels": (
-        "Attention kernels and matrix products",
-        "Latency of one layer's kernel, relative to the matrix products (PyTorch's, by MKL) that it has to do.",
-    ),
     "breakdown": ("Where the time goes", "Share of a forward pass of Conformer-M, front end included."),
 }
+"""Files, their titles, and a line about each."""
 
 
 def main() -> int:
@@ -49,60 +42,37 @@ def main() -> int:
 
 def page(files: dict[str, Results]) -> list[str]:
     """The page: a table for each JSON file, then the command of each."""
-    machine = files["encoder"]["machine"]
+    shown = {name: files[name] for name in SECTIONS if name in files}
+    machine = next(iter(shown.values()))["machine"]
     lines = [
         "# Speed",
         "",
-        "Latency of encoders with random weights, batch 1, float32, 2 CPU threads. `sdpa` and `eager` are the",
-        "attention implementations of transformers. `mapreuse full` is the same model with mapreuse's exact kernels;",
-        "`mapreuse 4x4` has 4 groups of 4 layers that share a map. `+optimize` also makes convolutions and linear",
-        "layers faster, which has nothing to do with shared maps: compare rows with it to `sdpa+optimize`.",
+        "Each cell has the speed-up over `sdpa`, then the latency in float32. `sdpa` is the fused attention of",
+        "transformers; `sdpa+openvino` and `sdpa+onnx` are the same model in OpenVINO and ONNX Runtime. `mapreuse",
+        "full` has the exact kernels of mapreuse, `mapreuse 4x4` four groups of four layers that share a map.",
+        "`+optimize` also makes convolutions and linear layers faster, which has nothing to do with shared maps.",
+        "`+int8` is quantised; its error is relative to the same plan in float32 (random weights for Conformer-M).",
         "Contestants took turns; speed-ups are medians of quotients. `make speed` measures everything again,",
-        "`make speed-encoder` and the like one file, and `make readme` writes this page.",
+        "`make speed-conformer` and the like one file, and `make readme` writes this page.",
         "",
         f"Machine: {describe(machine)}; torch {machine['torch']}, transformers {machine['transformers']}.",
     ]
-    for name, (title, note) in SECTIONS.items():
-        if name in files:
-            lines += ["", f"## {title}", "", note]
-            if describe(files[name]["machine"]) != describe(machine):
-                lines.append(f"Measured on another machine: {describe(files[name]['machine'])}.")
-            lines += ["", OTHER_TABLES.get(name, bench_table)(files[name]).markdown()]
+    for name, results in shown.items():
+        title, note = SECTIONS[name]
+        lines += ["", f"## {title}", "", note]
+        if describe(results["machine"]) != describe(machine):
+            lines.append(f"Measured on another machine: {describe(results['machine'])}.")
+        tables = [OTHER_TABLES[name](results)] if name in OTHER_TABLES else bench_tables(results)
+        for table in tables:
+            lines += ["", *([f"{table.title}.", ""] if table.title else []), table.markdown()]
+            lines += ["", *(f"- {text}" for text in table.notes)] if table.notes else []
     lines += ["", "## Commands", ""]
-    return [*lines, *(f"- `{name}.json`: `{results['command']}`" for name, results in files.items())]
+    return [*lines, *(f"- `{name}.json`: `{results['command']}`" for name, results in shown.items())]
 
 
 def describe(machine: dict[str, Any]) -> str:
     """Processor, cores and vector instructions."""
     return f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}"
-
-
-def bench_table(results: Results) -> Table:
-    """Contestants by length: latency, speed-up over each attention implementation of transformers, memory."""
-    batches = results["batches"]
-    cells = [cell for at in batches.values() for cell in at["contestants"].values()]
-    others = list(dict.fromkeys(other for at in batches.values() for row in at["ratios"].values() for other in row))
-    others = [name for name in others if not name.startswith("mapreuse")] or others
-    with_memory = any("memory_bytes" in cell for cell in cells)
-    rows = []
-    for length, at in batches.items():
-        for name, cell in at["contestants"].items():
-            stored = f" ({cell['chosen_storage']})" if "chosen_storage" in cell else ""
-            ratios = at["ratios"].get(name, {})
-            row = [length, name + stored, latency_text(cell)]
-            row += [f"{ratios[other]['median']:.2f}×" if other in ratios else "" for other in others]
-            row += [f"{cell['memory_bytes'] / 1e6:.0f} MB" if "memory_bytes" in cell else ""] * with_memory
-            rows.append(row)
-    header = ["T", "", "latency", *(f"speed-up over {name}" for name in others), *["peak memory"] * with_memory]
-    return Table("", header, rows)
-
-
-def kernel_table(results: Results) -> Table:
-    """Ratios of kernels to products, and growth, by length."""
-    lengths = results["lengths"]
-    names = next(iter(lengths.values()))["ratios"]
-    rows = [[name, *(f"{at['ratios'][name]['median']:.2f}" for at in lengths.values())] for name in names]
-    return Table("", ["", *(f"T = {length}" for length in lengths)], rows)
 
 
 def breakdown_table(results: Results) -> Table:
@@ -133,11 +103,10 @@ def long_table(results: Results) -> Table:
 
 
 OTHER_TABLES = {
-    "kernels": kernel_table,
     "breakdown": breakdown_table,
     "long": long_table,
 }
-"""Tables of the files that `mapreuse-lab bench` did not write."""
+"""Tables of the files that `bench` did not write."""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mapreuse.cli import analyze_model, convert_model, exports_directory
+from mapreuse.commands import analyze_model, convert_model, exports_directory
 from mapreuse.console import (
     Table,
     check_writable_directory,
@@ -43,7 +43,7 @@ from mapreuse.options import (
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from mapreuse.cli import Opened
+    from mapreuse.commands import Opened
     from mapreuse_lab.training import Recogniser
 
 _CORPORA = "prompts:en (or fr, es, it, ru), synthetic:en, librispeech:DIRECTORY, kaldi:DIRECTORY or cuts:FILE"

@@ -12,6 +12,7 @@ from mapreuse_lab.training import Recogniser
 from rich.console import Console
 
 import mapreuse as mr
+from mapreuse import commands
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def run(monkeypatch, capsys):
     """Runs the command; returns its exit status, standard output and standard error."""
 
     def run(*arguments):
-        monkeypatch.setattr(cli, "console", Console(width=200))
+        for module in (cli, commands):
+            monkeypatch.setattr(module, "console", Console(width=200))
         return run_command(cli.main, "mapreuse-lab", monkeypatch, capsys, *arguments)
 
     return run

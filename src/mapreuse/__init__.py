@@ -8,6 +8,7 @@ model = mr.apply(model, plan)
 
 from importlib.metadata import version
 
+from mapreuse.advising import advise
 from mapreuse.conversion import DistillConfig, align, convert, distill, refit, search
 from mapreuse.exporting import export
 from mapreuse.models import Unsupported, apply, cache_bytes, drop_layers, load, optimize, plan_of, save
@@ -20,6 +21,7 @@ __all__ = [
     "ReusePlan",
     "Unsupported",
     "__version__",
+    "advise",
     "align",
     "apply",
     "cache_bytes",

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mapreuse.commands import (
+    analyze_model,
+    convert_model,
+    exports_directory,
+    open_benched,
+    open_calibrated,
+    peak_memory_of,
+    write_option,
+)
 from mapreuse.console import (
-    check_device,
-    check_writable_directory,
+    check_new_directory,
     check_writable_file,
     comma_separated,
     comma_separated_integers,
     command_app,
     command_line,
     console,
-    continuing_from,
     run_command,
     show_tables,
     write_json,
@@ -52,18 +56,9 @@ from mapreuse.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
     from torch.nn import Module
 
-    from mapreuse.data import OpenedModel
-
-    Batches: TypeAlias = list[dict[str, Tensor]]
-    Opened: TypeAlias = tuple[Module, Batches, Callable[[Module, Path], object]]
-
-_MAX_BATCHES = 64
-_MIN_BATCHES = 16  # with little data, batches hold fewer than 8 samples instead
+    from mapreuse.commands import Opened
 
 app = command_app(
     "mapreuse",
@@ -113,13 +108,13 @@ def bench(
     opening: dict[str, Any] = {"model": model, "stack": stack, "float32": float32, "device": device}
     opening |= {"calibration": calibration, "batch_size": batch_size, "max_batches": max_batches}
     opening |= {"lengths": comma_separated_integers("--lengths", lengths)}
-    part, batches, samples = _benched(**opening)
+    part, batches, samples = open_benched(**opening)
     with exports_directory(exports) as directory:
 
         def measured(contestant: measure.Contestant, name: str) -> int:
             request: dict[str, Any] = {"name": name, "contestant": asdict(contestant), "opening": opening}
             request |= {"threads": threads, "exports": str(directory)}
-            return measure.memory_in_fresh_process(_peak_memory, request)
+            return measure.memory_in_fresh_process(peak_memory_of, request)
 
         results = measure.bench(
             part,
@@ -161,7 +156,7 @@ def breakdown(
     from mapreuse import measure
 
     check_writable_file(json_file)
-    part, batches, _ = _benched(model, stack, float32, device, calibration, batch_size, max_batches)
+    part, batches, _ = open_benched(model, stack, float32, device, calibration, batch_size, max_batches)
     kinds = comma_separated(contestants)
     results = measure.breakdown(part, batches, plans=plans, kinds=kinds, repeats=repeats, threads=threads)
     write_json(json_file, results | {"command": command_line("mapreuse"), "model": model})
@@ -181,7 +176,7 @@ def analyze(
 
     Layers with similar maps can share one. The heat maps of the page need the extra plots of mapreuse.
     """
-    opened, batches = _calibrated(model, calibration, max_batches, stack, float32=float32)
+    opened, batches = open_calibrated(model, calibration, max_batches, stack, float32=float32)
     analyze_model(opened.part, batches, out, model=model, calibration=calibration, program="mapreuse")
 
 
@@ -210,7 +205,7 @@ def convert(
     from mapreuse.conversion import copy_companions
 
     def opening(min_samples: int) -> Opened:
-        opened, batches = _calibrated(
+        opened, batches = open_calibrated(
             model, calibration, max_batches, stack, min_samples=min_samples, float32=float32, window=window
         )
 
@@ -222,6 +217,69 @@ def convert(
 
     convert_model(opening, out, budget, plan, distill_seconds)
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
+
+
+@app.command()
+def drop(
+    model: ModelName,
+    layers: Annotated[str, typer.Option(help="indices of the layers to remove, from 0, such as 3,4")],
+    out: Annotated[Path, typer.Option(help="new directory for the smaller model")],
+    stack: Stack = "",
+) -> None:
+    """Write a model without some of its layers. advise and conversion.hidden_state_error measure what that costs."""
+    from mapreuse import drop_layers
+    from mapreuse.conversion import copy_companions
+    from mapreuse.data import open_model
+
+    chosen = comma_separated_integers("--layers", layers)
+    check_new_directory(out)
+    opened = open_model(model, stack)
+    opened.with_part(drop_layers(opened.part, chosen)).save_pretrained(out / opened.directory.relative_to(model))
+    copy_companions(model, out)
+    console.print(f"{out}: {len(chosen)} layers fewer", markup=False, highlight=False)
+
+
+@app.command(name="advise")
+def advise_(
+    model: ModelName,
+    calibration: CalibrationData,
+    max_error: Annotated[float, typer.Option(help="maximum error of the recommended option")] = 0.03,
+    metric: Annotated[
+        str,
+        typer.Option(help="cosine: 1 − mean cosine to the original's outputs; or relative: norm of the difference"),
+    ] = "cosine",
+    out: Annotated[Path | None, typer.Option(help="new directory: write the recommended model there")] = None,
+    batch_size: BatchSize = 8,
+    threads: Threads = None,
+    stack: Stack = "",
+    float32: Float32 = False,
+    max_batches: MaxBatches = 32,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the options that need no training on this machine, and recommend one, with its commands.
+
+    Options: mapreuse.optimize, OpenVINO and ONNX Runtime, int8, layers dropped, and shared maps. An interrupt prints
+    what was measured until then.
+    """
+    from mapreuse import advise
+    from mapreuse.data import with_batch_size
+
+    check_writable_file(json_file)
+    if out is not None:
+        check_new_directory(out)
+    opened, batches = open_calibrated(model, calibration, max_batches, stack, min_samples=8, float32=float32)
+    timed = with_batch_size(batches[len(batches) // 2], batch_size)
+    found = advise(opened.part, batches, metric=metric, max_error=max_error, timed=timed, threads=threads)
+    write_json(json_file, found.data() | {"command": command_line("mapreuse"), "model": model})
+    show_tables([found.table()])
+    for line in found.lines(model, calibration, "OUT" if out is None else str(out)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if found.interrupted:
+        raise KeyboardInterrupt
+    if out is not None:
+        option, part = found.recommended.option, found.recommended.model
+        write_option(opened, part, out, batches, model=model, runtime=option.runtime, int8=option.int8)
+        console.print(f"{out}: {option.name}", markup=False, highlight=False)
 
 
 @app.command(name="export")
@@ -243,131 +301,12 @@ def export_(
 
     MODEL may be converted or not. Running the exported model needs neither PyTorch nor mapreuse.
     """
-    from mapreuse import export
-    from mapreuse.conversion import copy_companions
-
-    opened, batches = _calibrated(model, calibration, max_batches, stack, float32=float32)
-    folder = opened.directory.relative_to(model)
-    example = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
-    found = export(opened.part, out / folder, example, runtime=runtime, int8=batches if int8 else None)
-    copy_companions(model, out)
+    opened, batches = open_calibrated(model, calibration, max_batches, stack, float32=float32)
+    found = write_option(opened, opened.part, out, batches, model=model, runtime=runtime, int8=int8)
     console.print(f"{out}: {found['runtime']}, {found['precision']}", markup=False, highlight=False)
     console.print(f"Maximum difference to PyTorch at other shapes: {found['difference']:.1e}", highlight=False)
     for name, error in found.get("int8_error", {}).items():
         console.print(f"Relative error of {name} on the calibration data: {error:.3f}", highlight=False)
-
-
-def analyze_model(part: Module, batches: Batches, out: Path, *, model: str, calibration: str, program: str) -> None:
-    """The command `analyze` of both programs, for an opened model."""
-    from mapreuse import measure
-
-    check_writable_directory("--out", out)
-    found = measure.analyze(part, batches)
-    measure.write_analysis(found, out, model=model, calibration=calibration, command=command_line(program))
-    show_tables(measure.analysis_tables(found))
-    console.print(f"Page: {out / 'index.html'}", markup=False, highlight=False)
-
-
-def convert_model(
-    opening: Callable[[int], Opened], out: Path, budget: str | None, plan: str | None, distill_seconds: float | None
-) -> None:
-    """The command `convert` of both programs.
-
-    `opening` gives the model, batches of at least so many samples in all, and the function that saves the model.
-    """
-    from mapreuse import ReusePlan
-    from mapreuse.conversion import (
-        MIN_CONVERSION_BATCHES,
-        MIN_DISTILLATION_BATCHES,
-        check_output,
-        convert_to_directory,
-        parse_budget,
-    )
-    from mapreuse.models import find_stack
-
-    check_output(out)
-    limits = None if budget is None else parse_budget(budget)
-    reuse = None if plan is None or plan == "full" else ReusePlan.parse(plan)
-    minimum = MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES
-    part, batches, write = opening(minimum)
-    if plan == "full":
-        reuse = ReusePlan.full(len(find_stack(part).layers))
-    with continuing_from(f"{out}.work"):
-        report = convert_to_directory(
-            part, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
-        )
-    for line in report.lines():
-        console.print(line, markup=False, highlight=False)
-
-
-@contextmanager
-def exports_directory(given: Path | None) -> Iterator[Path]:
-    """The directory of exported models, or a temporary one."""
-    if given is not None:
-        check_writable_directory("--exports", given)
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
-
-
-def _benched(
-    model: str,
-    stack: str,
-    float32: bool,
-    device: str,
-    calibration: str,
-    batch_size: int,
-    max_batches: int,
-    lengths: Sequence[int] = (),
-) -> tuple[Module, Batches, Batches]:
-    """A model, or the part of it that holds the stack, batches to time, and batches for int8, on a device."""
-    from mapreuse.data import batches_by_quantile, batches_of_lengths, open_batches, open_model
-
-    check_device(device)
-    opened = open_model(model, stack, float32=float32)
-    found = open_batches(opened, calibration, batch_size=batch_size, max_batches=_MAX_BATCHES, min_samples=1)
-    timed = batches_of_lengths(found, lengths, batch_size) if lengths else batches_by_quantile(found, max_batches)
-    opened.model.to(device)
-    moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in timed]
-    return opened.part, moved, batches_by_quantile(found, _MIN_BATCHES)
-
-
-def _peak_memory(
-    name: str, contestant: dict[str, Any], threads: int | None, exports: str, opening: dict[str, Any]
-) -> int:
-    """Peak memory of one contestant, in bytes; for `memory_in_fresh_process`."""
-    from mapreuse import measure
-
-    part, batches, _ = _benched(**opening)
-    described = measure.Contestant(**contestant)
-    return measure.contestant_memory(part, batches, name, described, threads=threads, exports=exports)
-
-
-def _calibrated(
-    model: str,
-    calibration: str,
-    max_batches: int,
-    stack: str,
-    *,
-    min_samples: int = 4,
-    float32: bool = False,
-    window: int | None = None,
-) -> tuple[OpenedModel, Batches]:
-    """The model that the command line names, and batches for it."""
-    from mapreuse.data import open_batches, open_model
-
-    opened = open_model(model, stack, float32=float32)
-    batches = open_batches(
-        opened,
-        calibration,
-        max_batches=max_batches,
-        min_batches=_MIN_BATCHES,
-        min_samples=min_samples,
-        window=window,
-    )
-    return opened, batches
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_contestants_are_checked_timed_and_compared_with_those_that_share_no_map
     assert [row[0] for row in table.rows] == list(found["contestants"])
     assert f"{speed_up:.2f}×" in table.rows[-1][1]
     best = min(("mapreuse full", "mapreuse 4x1"), key=lambda name: found["contestants"][name]["median"])
-    assert f", {best} has " in table.notes[0]
+    assert f": {best} over " in table.notes[0]
     assert mr.plan_of(model) is None
 
 

@@ -3,7 +3,7 @@
 from mapreuse.data._audio import as_waveform, check_sampling_rate, open_sound, resample
 from mapreuse.data._batches import batches_by_length, check_enough, open_batches
 from mapreuse.data._files import sound_files
-from mapreuse.data._lengths import batches_by_quantile, batches_of_lengths
+from mapreuse.data._lengths import batches_by_quantile, batches_of_lengths, with_batch_size
 from mapreuse.data._models import OpenedModel, check_precision, open_model
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "open_sound",
     "resample",
     "sound_files",
+    "with_batch_size",
 ]

@@ -85,16 +85,17 @@ def _fastest(batches: dict[str, Any]) -> list[str]:
     lines = []
     for batch, at in batches.items():
         timed = {name: cell for name, cell in at["contestants"].items() if "median" in cell}
-        for precision, allowed in (("", timed), ("float: ", {n: c for n, c in timed.items() if not c.get("int8")})):
+        for precision, allowed in (
+            ("", timed),
+            ("without int8, ", {n: c for n, c in timed.items() if not c.get("int8")}),
+        ):
             rivals = [name for name, cell in allowed.items() if cell["kind"] != "mapreuse"]
             ours = [name for name, cell in allowed.items() if cell["kind"] == "mapreuse"]
             if not rivals or not ours or (precision and len(allowed) == len(timed)):
                 continue
             rival, best = (min(names, key=lambda name: allowed[name]["median"]) for names in (rivals, ours))
-            lines.append(
-                f"{batch}, {precision}{best} has {allowed[rival]['median'] / allowed[best]['median']:.2f} times the "
-                f"speed of {rival}, the fastest without mapreuse."
-            )
+            speed_up = allowed[rival]["median"] / allowed[best]["median"]
+            lines.append(f"{batch}: {precision}{best} over {rival}, the fastest without mapreuse: {speed_up:.2f}×")
     return lines
 
 
