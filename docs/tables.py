@@ -62,7 +62,8 @@ def main() -> int:
 
 
 def _block(name: str, table: Table) -> str:
-    return f"<!-- begin {name} table: make readme -->\n{table.markdown()}\n<!-- end {name} table -->"
+    text = "\n\n".join([table.markdown(), *table.notes])
+    return f"<!-- begin {name} table: make readme -->\n{text}\n<!-- end {name} table -->"
 
 
 def results_table() -> Table:
@@ -109,7 +110,12 @@ def results_table() -> Table:
         (len(conformers) + 2, "MiniLM"),
     ):
         cells[row][0] = model
-    return Table("", ["model", "option", "quality", "speed-up at T positions"], cells)
+    threads = _read("speed/conformer.json")["config"]["threads"]
+    note = (
+        f"Word error rates have their 95 % interval. One recording at a time with {threads} CPU thread{'s' * (threads > 1)} (speech recogniser: 2), 8 texts at a "
+        "time; float32, or int8 where the option says so."
+    )
+    return Table("", ["model", "option", "quality", "speed-up at T positions"], cells, [note])
 
 
 def minilm_table() -> Table:

@@ -126,10 +126,10 @@ class Advice:
 
     @property
     def pareto(self) -> tuple[MeasuredOption, ...]:
-        """The options that no other one beats in both error and latency, from the least error."""
+        """The options that no other one beats in both error (to four decimals) and latency, from the least error."""
 
         def beats(one: MeasuredOption, other: MeasuredOption) -> bool:
-            a, b = (one.error, one.latency), (other.error, other.latency)
+            a, b = (round(one.error, 4), one.latency), (round(other.error, 4), other.latency)
             return a != b and a[0] <= b[0] and a[1] <= b[1]
 
         best = [one for one in self.options if not any(beats(other, one) for other in self.options)]

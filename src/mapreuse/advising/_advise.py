@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -44,8 +46,8 @@ _CHOICE_BATCHES = 4
 """Number of calibration batches that decide which layer to drop."""
 _MAX_PLANS = 2
 """Number of plans of a search that are tried in runtimes."""
-_GIVE_UP = 2.0
-"""Options with more than this multiple of the maximum error are not measured further."""
+_SHOWN = 2.0
+"""Plans with up to this multiple of the maximum error are shown too, and layers are dropped until it is reached."""
 
 
 def advise(
@@ -62,8 +64,9 @@ def advise(
 
     The options are: the model as it is; `optimize`; OpenVINO and ONNX Runtime, in float32 and int8 (`export`); the
     kernels of mapreuse without sharing; layers dropped (`drop_layers`), chosen one by one; and plans found by
-    `search`, refitted. Dropped layers and plans are tried in the fastest way to run in float32 and, if its error is
-    small enough, in the fastest with int8. Runtimes whose packages are missing are left out, with a note.
+    `search`, refitted. Layers are dropped, and plans searched, up to twice the maximum error, to show what they give.
+    They are tried in the fastest way to run in float32 and, if its error is small enough, in the fastest with int8.
+    Runtimes whose packages are missing are left out, with a note.
 
     Every fourth batch is held out for the error. Finally, all options are timed in turns. An interrupt
     (`KeyboardInterrupt`) ends the measurements, and the advice is about what was measured until then.
@@ -156,7 +159,7 @@ class _Advisor:
         return ways
 
     def _drop(self, ways: Sequence[Option]) -> None:
-        """Drop the layer that changes outputs least, then the next one, until the error is too large."""
+        """Drop the layer that changes outputs least, then the next one, until the error is far above the limit."""
         number = len(find_stack(self.original).layers)
         error = _error(
             self.metric, self.original, self.calibration[:: max(1, len(self.calibration) // _CHOICE_BATCHES)]
@@ -177,7 +180,8 @@ class _Advisor:
                 return
             dropped = tuple(sorted((*dropped, min(errors, key=errors.__getitem__))))
             model = self._without(dropped)
-            if not self._measure_ways(model, replace(Option(), dropped=dropped), ways):
+            self._measure_ways(model, Option(dropped=dropped), ways)
+            if self.error(_in_pytorch(model)) > _SHOWN * self.max_error:
                 return
 
     def _without(self, layers: Sequence[int]) -> nn.Module:
@@ -185,13 +189,13 @@ class _Advisor:
         return drop_layers(copied, layers)
 
     def _share(self, ways: Sequence[Option]) -> None:
-        """Plans of a search within the maximum error."""
+        """Plans of a search, also some with more than the maximum error, to show what sharing gives."""
         self.progress("Searching for plans", 0, 1)
         try:
             plans = search(
                 self.original,
                 self.batches,
-                error=self.max_error,
+                error=_SHOWN * self.max_error,
                 metric=lambda model: self.error(_in_pytorch(model)),
                 timed=self.timed,
             )
@@ -201,13 +205,10 @@ class _Advisor:
         for candidate in _some([one for one in plans if not one.plan.is_full]):
             self._measure_ways(candidate.build(), Option(plan=candidate.plan), ways)
 
-    def _measure_ways(self, model: nn.Module, option: Option, ways: Sequence[Option]) -> bool:
-        """Measure an option in each way to run. False if its outputs in PyTorch are far from accurate enough."""
-        if self.error(_in_pytorch(model)) > _GIVE_UP * self.max_error:
-            return False
+    def _measure_ways(self, model: nn.Module, option: Option, ways: Sequence[Option]) -> None:
+        """Measure an option in each way to run."""
         for way in ways:
             self._measure(model, replace(way, dropped=option.dropped, plan=option.plan))
-        return True
 
     def _measure(self, model: nn.Module, option: Option) -> None:
         """Error, and a first estimate of the latency."""
@@ -236,7 +237,8 @@ class _Advisor:
         int8 = batches_by_quantile(self.calibration, _INT8_BATCHES) if option.int8 else None
         path = self.directory / str(len(list(self.directory.iterdir())))
         smallest = min(self.batches, key=lambda batch: max(value.numel() for value in batch.values()))
-        export(model, path, smallest, runtime=option.runtime, int8=int8)
+        with redirect_stdout(io.StringIO()):  # NNCF shows progress bars
+            export(model, path, smallest, runtime=option.runtime, int8=int8)
         run = open_exported(path, threads=self.threads)
         return lambda batch: next(iter(run(batch).values()))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -127,14 +129,15 @@ class Exports:
         """The contestant as a module that runs in its runtime."""
         path = self.directory / hashlib.sha256(contestant.name.encode()).hexdigest()[:16]
         if not path.exists():
-            export(
-                contestant.in_pytorch.build(model, attentions),
-                path,
-                self.example,
-                runtime=contestant.runtime,
-                int8=self.calibration if contestant.int8 else None,
-                own_attention=contestant.kind != SHARING,
-            )
+            with redirect_stdout(io.StringIO()):  # NNCF shows progress bars
+                export(
+                    contestant.in_pytorch.build(model, attentions),
+                    path,
+                    self.example,
+                    runtime=contestant.runtime,
+                    int8=self.calibration if contestant.int8 else None,
+                    own_attention=contestant.kind != SHARING,
+                )
         return InRuntime(open_exported(path, threads=self.threads))
 
 
