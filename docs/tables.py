@@ -112,8 +112,8 @@ def results_table() -> Table:
         cells[row][0] = model
     threads = _read("speed/conformer.json")["config"]["threads"]
     note = (
-        f"Word error rates have their 95 % interval. One recording at a time with {threads} CPU thread{'s' * (threads > 1)} (speech recogniser: 2), 8 texts at a "
-        "time; float32, or int8 where the option says so."
+        "Word error rates have their 95 % interval. One recording at a time with "
+        f"{threads} CPU thread{'s' * (threads > 1)} (speech recogniser: 2), 8 texts at a time; float32 or int8."
     )
     return Table("", ["model", "option", "quality", "speed-up at T positions"], cells, [note])
 
