@@ -159,6 +159,7 @@ def test_an_interrupt_keeps_what_was_measured(faked, monkeypatch):
     assert advice.interrupted
     assert {one.option.runtime for one in advice.options} == {"", "openvino"}
     assert "Interrupted: some options are missing." in advice.table().notes
+    assert not any("shared maps" in line for line in advice.lines()), "no plan was tried"
 
 
 def test_options_that_cannot_run_are_named_with_the_reason(faked, monkeypatch):

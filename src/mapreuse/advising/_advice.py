@@ -172,7 +172,8 @@ class Advice:
             f"({1 / chosen.latency:.2f}×, error {chosen.error:.4f})",
             *(f"  {line}" for line in chosen.option.commands(model, calibration, out)),
         ]
-        if not chosen.option.shares:
+        tried = any(one.option.shares for one in self.options)
+        if not chosen.option.shares and (tried or not self.interrupted):
             sharing = [one for one in self.options if one.option.shares and one.error <= self.max_error]
             best = min(sharing, key=lambda one: one.latency, default=None)
             lines.append(

@@ -47,7 +47,7 @@ _CHOICE_BATCHES = 4
 _MAX_PLANS = 2
 """Number of plans of a search that are tried in runtimes."""
 _SHOWN = 2.0
-"""Plans with up to this multiple of the maximum error are shown too, and layers are dropped until it is reached."""
+"""Layers are dropped until the error is this multiple of the maximum, to show what dropping gives."""
 
 
 def advise(
@@ -64,9 +64,9 @@ def advise(
 
     The options are: the model as it is; `optimize`; OpenVINO and ONNX Runtime, in float32 and int8 (`export`); the
     kernels of mapreuse without sharing; layers dropped (`drop_layers`), chosen one by one; and plans found by
-    `search`, refitted. Layers are dropped, and plans searched, up to twice the maximum error, to show what they give.
-    They are tried in the fastest way to run in float32 and, if its error is small enough, in the fastest with int8.
-    Runtimes whose packages are missing are left out, with a note.
+    `search` within the maximum error, refitted. Layers are dropped until the error is twice the maximum, to show what
+    that gives. Smaller models and plans are tried in the fastest way to run in float32 and, if its error is small
+    enough, in the fastest with int8. Runtimes whose packages are missing are left out, with a note.
 
     Every fourth batch is held out for the error. Finally, all options are timed in turns. An interrupt
     (`KeyboardInterrupt`) ends the measurements, and the advice is about what was measured until then.
@@ -189,13 +189,13 @@ class _Advisor:
         return drop_layers(copied, layers)
 
     def _share(self, ways: Sequence[Option]) -> None:
-        """Plans of a search, also some with more than the maximum error, to show what sharing gives."""
+        """Plans of a search within the maximum error."""
         self.progress("Searching for plans", 0, 1)
         try:
             plans = search(
                 self.original,
                 self.batches,
-                error=_SHOWN * self.max_error,
+                error=self.max_error,
                 metric=lambda model: self.error(_in_pytorch(model)),
                 timed=self.timed,
             )
@@ -229,7 +229,9 @@ class _Advisor:
         )
         seconds = [times[str(number)].median for number in calls]
         self.calls.append(call)
-        self.found.append(MeasuredOption(option, error, seconds[-1] / seconds[0], seconds[-1], model))
+        latency = seconds[-1] / seconds[0]
+        base = self.found[0].seconds if self.found else seconds[0]
+        self.found.append(MeasuredOption(option, error, latency, latency * base, model))
 
     def _call(self, model: nn.Module, option: Option) -> Call:
         if not option.runtime:
