@@ -6,19 +6,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src/mapreuse"
-ORDER = (
-    "console",
-    "plan",
-    "maps",
-    "models",
-    "data",
-    "exporting",
-    "measure",
-    "conversion",
-    "__init__",
-    "options",
-    "cli",
-)
+ROOMS = ("console", "plan", "maps", "models", "data", "exporting", "measure", "conversion", "advising")
+ORDER = (*ROOMS, "__init__", "options", "commands", "cli")
 """From the lowest room up."""
 FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob("**/*.py"))
 
