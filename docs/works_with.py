@@ -72,6 +72,7 @@ def _sampled() -> dict[str, Found]:
 def _tried(watchers: list[str]) -> dict[str, Found]:
     """Results by watcher, with one process per core."""
     pairs = [(watcher, family) for family in FAMILIES for watcher in watchers]  # a definition serves many watchers
+    pairs.sort(key=lambda pair: WATCHERS[pair[0]].is_slow)
     KEPT.mkdir(parents=True, exist_ok=True)
     file = KEPT / _version_of_the_code()
     kept = (
