@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from agreement import PLANS, STORAGES
-from families import FAMILIES, build
+from families import FAMILIES, build, remove_dropout
 from oracle import defined_output, disagreement, softmax_follows, valid_rows
 from torch import nn
 from torch.nn import functional
@@ -38,12 +38,7 @@ QUERIES_AND_KEYS = {
 def training(family, **settings):
     """A family's model in training mode, without any dropout."""
     model, batch = build(family, **settings)
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    remove_dropout(model)
     return model.train(), batch
 
 
