@@ -13,6 +13,7 @@ from families import FAMILIES, build, remove_dropout
 from oracle import defined_output, disagreement, softmax_follows, valid_rows
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mapreuse as mr
 from mapreuse.maps import DenseMap, SharedMaps, _blocked
@@ -268,6 +269,22 @@ def test_checkpointed_layers_allow_a_second_backward_pass():
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     for once, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
         torch.testing.assert_close(once, again)
+
+
+@pytest.mark.parametrize("plan", [None, PLANS["full"], PLANS["in part"]])
+def test_second_derivatives_through_fused_attention_need_the_math_backend_as_those_of_the_original_do(plan):
+    model, batch = training("bert")
+    model = model if plan is None else mr.apply(model, plan)
+    weight = model.embeddings.word_embeddings.weight
+
+    def penalty():
+        (slope,) = torch.autograd.grad(model(**batch).last_hidden_state.sin().sum(), [weight], create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [weight])[0]
+
+    with pytest.raises(RuntimeError, match="flash_attention_for_cpu_backward is not implemented"):
+        penalty()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert penalty().abs().max() > 0
 
 
 def test_a_backward_pass_after_the_output_was_deleted_is_refused():
