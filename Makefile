@@ -4,7 +4,7 @@ CORPUS ?= prompts:en
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study full-study test test-full test-versions wheel check docs readme models works-with speed setup speech clean
+.PHONY: study full-study test test-full test-versions wheel check docs readme models works-with speed breakdown gpu setup speech clean
 
 setup: $(VENV)/.ready
 
@@ -81,10 +81,7 @@ BENCH_memory := --lengths 2000 --plans 4x4 --contestants eager,$(IN_PYTORCH),sdp
 MINILM := --calibration build/texts.txt --lengths 20,128,512 --plans full,1x2,2x2,2x3 \
 	--contestants $(IN_PYTORCH),$(IN_RUNTIMES) --threads $(THREADS) --exports build/minilm
 
-speed: $(addprefix speed-,conformer conformer-long conformer-8 compile memory minilm long breakdown)
-
-speed-breakdown: setup
-	$(BIN)/mapreuse-lab breakdown --threads 2 --lengths 1000,2000,3000 --plans full,4x4 --repeats 7 --json lab/results/speed/breakdown.json
+speed: $(addprefix speed-,conformer conformer-long conformer-8 compile memory minilm long)
 
 speed-long: setup
 	$(BIN)/python lab/experiments/long_audio.py
@@ -97,6 +94,14 @@ speed-minilm: setup
 
 speed-%: setup
 	$(BIN)/mapreuse-lab bench --threads $(THREADS) $(BENCH_$*) --json lab/results/speed/$*.json
+
+# Where the time goes at up to 30,000 frames, on a machine with nothing else to do; the same command continues.
+breakdown: setup
+	$(BIN)/mapreuse-lab breakdown-by-length --out lab/results/breakdown
+
+# The tests and benchmarks for a GPU, in ten minutes and without a network: .venv if it exists, or PYTHON with its packages.
+gpu:
+	PYTHONPATH=src:lab:$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m mapreuse_lab.cli gpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

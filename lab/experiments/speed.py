@@ -23,7 +23,6 @@ SECTIONS = {
     "minilm": ("all-MiniLM-L6-v2, eight texts at a time", "The same."),
     "memory": ("Peak memory of Conformer-M", "Above weights and inputs, with each storage of shared maps."),
     "long": ("Long recordings", "One pass of Conformer-M with `+optimize`, without warm-up."),
-    "breakdown": ("Where the time goes", "Share of a forward pass of Conformer-M, front end included."),
 }
 """Files, their titles, and a line about each."""
 
@@ -75,16 +74,6 @@ def describe(machine: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}"
 
 
-def breakdown_table(results: Results) -> Table:
-    """Share of each part of a forward pass, by length and contestant."""
-    breakdowns = results["breakdowns"]
-    parts = [part for part in results["parts"] if any(one["parts"][part]["seconds"] for one in breakdowns)]
-    rows = [
-        [results["parts"][part], *(f"{one['parts'][part]['seconds'] / one['attributed']:.0%}" for one in breakdowns)]
-        for part in parts
-    ]
-    rows.append(["milliseconds", *(f"{1000 * one['whole']['seconds']:.0f}" for one in breakdowns)])
-    return Table("", ["", *(f"{one['name']}, T = {one['batch']}" for one in breakdowns)], rows)
 
 
 def long_table(results: Results) -> Table:
@@ -103,7 +92,6 @@ def long_table(results: Results) -> Table:
 
 
 OTHER_TABLES = {
-    "breakdown": breakdown_table,
     "long": long_table,
 }
 """Tables of the files that `bench` did not write."""

@@ -61,7 +61,9 @@ ModelOption = Annotated[str, typer.Option("--model", help="directory of a recogn
 ModelName = Annotated[str, typer.Argument(help="directory of a recogniser, or baseline (the shipped one)")]
 MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of 8 utterances")]
 
-Encoder = Annotated[str, typer.Option(help="conformer-m, plain-conformer-m (no relative positions) or bert-base")]
+Encoder = Annotated[
+    str, typer.Option(help="conformer-m, plain-conformer-m (no relative positions), bert-base or minilm")
+]
 Lengths = Annotated[str, typer.Option(help="encoder frames or tokens, such as 1000,2000; default: the encoder's own")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="sequences per batch")]
 
@@ -371,6 +373,38 @@ def breakdown(
     results = measure.breakdown(model, batches, plans=plans, kinds=kinds, repeats=repeats, threads=threads)
     write_json(json_file, results | {"command": command_line("mapreuse-lab"), "model": encoder})
     show_tables(measure.breakdown_tables(results))
+
+
+@app.command()
+def breakdown_by_length(
+    out: Annotated[Path, typer.Option(help="directory of the results, the page and the plot")],
+    work: Annotated[Path, typer.Option(help="directory of exported models")] = Path("runs/breakdown"),
+    lengths: Annotated[str, typer.Option(help="encoder frames; default: 250 to 30,000")] = "",
+    seconds: Annotated[float | None, typer.Option(help="stop after the measurement that runs at this time")] = None,
+    threads: Threads = 1,
+) -> None:
+    """Show where an encoder spends time, FLOPs and bytes at lengths up to 30,000, in PyTorch and in OpenVINO.
+
+    Above 2,000 frames, one layer of each kind is measured. Run the same command again to continue after a stop.
+    """
+    from mapreuse_lab import benchmarks
+
+    check_writable_directory("--out", out)
+    chosen = comma_separated_integers("--lengths", lengths) or benchmarks.LENGTHS
+    results = benchmarks.breakdown_by_length(out, work, lengths=chosen, seconds=seconds, threads=threads or 1)
+    benchmarks.write_breakdown_page(results, out)
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="directory of the results and the page")] = Path("lab/results/gpu"),
+    seconds: Annotated[float, typer.Option(help="end after this time")] = 570.0,
+) -> None:
+    """Run the tests that need a GPU, then measure encoders on it. Run the same command again to continue."""
+    from mapreuse_lab import benchmarks
+
+    check_writable_directory("--out", out)
+    benchmarks.run_gpu(out, seconds=seconds)
 
 
 def _load(model: str) -> Recogniser:

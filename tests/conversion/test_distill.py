@@ -68,7 +68,8 @@ def test_a_classifier_with_as_many_labels_as_tokens_in_a_sentence_learns(length)
     assert report.after <= report.before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 def test_both_models_return_to_their_device(original):
     model = converted(original)
     mr.distill(model, original, random_batches(8), DistillConfig(steps=2))

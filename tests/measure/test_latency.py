@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mapreuse.measure import Latency, _latency, machine, time_interleaved
+from mapreuse.measure import Latency, _latency, machine, peak_memory, time_interleaved
 
 
 def test_contestants_take_turns_without_gradients_and_the_warm_up_does_not_count():
@@ -76,6 +76,45 @@ def test_timing_goes_on_until_it_is_precise_or_four_times_as_long(monkeypatch, s
 
     assert len(measured["a"].seconds) == repeats
     assert repeats == 32 or measured["a"].uncertainty <= 0.02
+
+
+def test_a_gpu_is_waited_for_before_and_after_a_call(monkeypatch):
+    """With fake events: queued work runs when it is waited for."""
+    queue, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue.append(lambda: setattr(self, "at", now[0]))
+
+        def elapsed_time(self, other):
+            return other.at - self.at  # milliseconds; fails if one was not waited for
+
+    def synchronize():
+        while queue:
+            queue.pop(0)()
+
+    def work(milliseconds):
+        queue.append(lambda: now.__setitem__(0, now[0] + milliseconds))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    work(1000)  # of earlier calls
+    calls = {"short": lambda: work(2), "long": lambda: work(6)}
+    measured = time_interleaved(calls, repeats=3, device="cuda")
+    assert measured["short"].seconds == pytest.approx([0.002] * 3)
+    assert measured["long"].seconds == pytest.approx([0.006] * 3)
+
+
+def test_peak_memory_of_a_gpu_is_what_the_call_adds(monkeypatch):
+    state = {"now": 100, "peak": 900}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state["now"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: state.update(peak=state["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state["peak"])
+    assert peak_memory(lambda: state.update(peak=140), "cuda") == 40
 
 
 @pytest.mark.cuda

@@ -86,6 +86,16 @@ ENCODERS = {
         front="embeddings",
         states="inputs_embeds",
     ),
+    "minilm": Encoder(
+        unit="tokens",
+        signal="token ids with Zipf-distributed frequencies (seed 0)",
+        lengths=(128, 256, 512),
+        build=models.minilm,
+        inputs=models.text_like_tokens,
+        argument="input_ids",
+        front="embeddings",
+        states="inputs_embeds",
+    ),
 }
 """The encoders of `mapreuse-lab bench`, by name."""
 

@@ -60,6 +60,19 @@ def bert_base(max_length: int, *, num_layers: int = 12) -> BertModel:
     return _seeded(lambda: BertModel(config, add_pooling_layer=False))
 
 
+def minilm(max_length: int, *, num_layers: int = 6) -> BertModel:
+    """The size of all-MiniLM-L6-v2, 6 layers of width 384 with 12 heads, with random weights."""
+    config = BertConfig(
+        hidden_size=384,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_hidden_layers=num_layers,
+        max_position_embeddings=max(512, max_length),
+        attn_implementation="sdpa",
+    )
+    return _seeded(lambda: BertModel(config, add_pooling_layer=False))
+
+
 def speech_like_features(
     length: int, batch_size: int, num_mel_bins: int = _NUM_MEL_BINS
 ) -> Float[Tensor, "batch frames mels"]:

@@ -10,7 +10,7 @@ import torch
 from mapreuse_lab import cli
 from mapreuse_lab.benchmarks import bench_encoder, open_encoder
 from mapreuse_lab.benchmarks._encoder_bench import ENCODERS, encoder_memory
-from mapreuse_lab.models import bert_base, conformer_m, plain_conformer_m
+from mapreuse_lab.models import bert_base, conformer_m, minilm, plain_conformer_m
 from typer.testing import CliRunner
 
 from mapreuse import ReusePlan, apply
@@ -21,6 +21,7 @@ BUILDERS = {
     "conformer-m": lambda max_length: conformer_m(num_layers=4),
     "plain-conformer-m": lambda max_length: plain_conformer_m(num_layers=4),
     "bert-base": lambda max_length: bert_base(max_length, num_layers=4),
+    "minilm": lambda max_length: minilm(max_length, num_layers=4),
 }
 
 

@@ -63,7 +63,7 @@ def attend_with_lengths(
     can_fuse = not keep and scores.relative is None
     if can_fuse and (plain or dropout_p > 0.0 or not _kernel_is_better(scores, values)):
         return _fused(scores, values, dropout_p), None, None
-    if plain or is_short(*scores.shape[-2:]):
+    if plain or is_short(values, scores.shape):
         weights = softmax(scores)
         if buffer is not None and not plain and not torch.is_grad_enabled():
             weights = buffer.copy_(weights)
@@ -117,7 +117,7 @@ def _kernel_is_better(scores: Scores, values: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # a compiler cannot follow the timing
-        and not is_short(*scores.shape[-2:])
+        and not is_short(values, scores.shape)
         and math.prod(scores.shape[1:]) >= _MIN_SCORES
         and _c_kernel.computes(scores, values)
         and _kernel_is_faster(torch.get_num_threads(), scores.query.shape[-1])

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from mapreuse.maps._scores import RelativePositions, Scores, as_index, part_of_item
+from mapreuse.maps._scores import RelativePositions, Scores, as_index, on_gpu, part_of_item
 from mapreuse.maps._softmax import BlockDropout, softmax_of_sum
 
 _BLOCK_SCORES = 1 << 17
 """Number of scores per thread in a block of small maps, which takes all rows of a head."""
 _MIN_ROWS, _MAX_ROWS, _KEYS_PER_ROW = 128, 256, 20
 """Number of rows in a block of large maps. With fewer, products are slow; with more, the scores leave the caches."""
-_GPU_ROWS = 1024
-"""Enough rows to keep a GPU busy; not tuned."""
+_GPU_ROWS, _MAX_SHORT_ON_GPU = 1024, 1 << 25
+"""On a GPU: rows in a block, and number of weights up to which the whole batch is computed at once. Not tuned."""
 _MAX_SHORT = 1 << 13
 """Maximum number of weights per head for which one product of the whole batch, padding included, is fastest."""
 _KEYS_PER_QUERY = 64
 """Minimum ratio of keys to queries for which it is fastest, too: in decoding, where one position attends to many."""
 
 
-def is_short(num_queries: int, num_keys: int) -> bool:
-    """Whether a map of this size is computed and applied for the whole batch at once."""
-    return num_queries * num_keys <= _MAX_SHORT or _KEYS_PER_QUERY * num_queries <= num_keys
+def is_short(values: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a map of this shape is computed and applied for the whole batch at once.
+
+    On a GPU, a block costs several kernel launches, so that larger maps count as short. Gradients need more memory.
+    """
+    _, _, num_queries, num_keys = shape
+    if num_queries * num_keys <= _MAX_SHORT or _KEYS_PER_QUERY * num_queries <= num_keys:
+        return True
+    return on_gpu(values) and not torch.is_grad_enabled() and math.prod(shape) <= _MAX_SHORT_ON_GPU
 
 
 def blocked(
@@ -188,11 +195,11 @@ class Block:
 def blocks(scores: Scores, values: Tensor) -> Iterator[Block]:
     """Divide an attention into blocks, without its padding."""
     _, heads, num_queries, num_keys = scores.shape
-    if values.device.type == "cpu":
+    if on_gpu(values):  # it has no cache to fit into, and each block costs several kernel launches
+        num_rows, num_heads = max(1, min(num_queries, _GPU_ROWS)), heads
+    else:
         num_rows = rows_per_block(num_queries, num_keys)
         num_heads = _heads_per_block(heads, num_rows, num_keys)
-    else:  # a GPU has no cache to fit into, and each block costs several kernel launches
-        num_rows, num_heads = max(1, min(num_queries, _GPU_ROWS)), heads
     width = 0 if scores.relative is None else num_keys + num_rows - 1
     memory = values.new_empty(num_heads * num_rows * num_keys), values.new_empty(num_heads * num_rows * width)
     for index, (valid_rows, valid_keys) in enumerate(scores.valid_lengths):
@@ -222,11 +229,16 @@ def _scores_of_item(scores: Scores, item: int, rows: int, keys: int) -> Scores:
         query=(scores.query[item, None, :, :rows] * scores.scaling).contiguous(),
         key=scores.key[item, None, :, :keys].contiguous(),
         scaling=1.0,
-        mask=None if mask is None or bool(mask.all()) else mask[None],
+        mask=None if mask is None or _allows_all(mask) else mask[None],
         bias=None if bias is None else bias[None],
         is_causal=scores.is_causal,
         relative=relative,
     )
+
+
+def _allows_all(mask: Tensor) -> bool:
+    """Whether a mask allows everything. On a GPU it is not read, because that would wait for the GPU."""
+    return not on_gpu(mask) and bool(mask.all())
 
 
 def rows_per_block(num_queries: int, num_keys: int) -> int:
@@ -327,6 +339,14 @@ def applied_in_blocks(
     batch, _, num_queries, _ = weights.shape
     context = values.new_empty(batch, num_queries, len(heads), values.shape[-1]).transpose(1, 2)
     map_heads, value_heads = (as_index([pair[which] for pair in heads]) for which in (0, 1))
+    if on_gpu(values):  # the whole batch: a GPU computes padding faster than it starts more kernels
+        of_heads = values[:, value_heads]
+        for block in slices(num_queries, num_queries if scales is None else _GPU_ROWS):
+            part = weights[:, map_heads, block]
+            if scales is not None:
+                part = (part * scales[:, map_heads, block]).to(values.dtype)
+            context[:, :, block] = part @ of_heads
+        return context
     for item, (rows, keys) in enumerate(valid_lengths):
         context[item, :, rows:] = 0
         item_values = values[item, value_heads, :keys]

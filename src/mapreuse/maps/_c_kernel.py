@@ -293,7 +293,7 @@ class _Memory(threading.local):
     def of(self, floats: int) -> Tensor:
         if self.kept is not None and len(self.kept) >= floats:
             return self.kept
-        memory = torch.empty(floats, dtype=torch.float32)
+        memory = torch.empty(floats, dtype=torch.float32, device="cpu")
         if memory.nbytes <= _MAX_KEPT:
             self.kept = memory
         return memory

@@ -96,13 +96,13 @@ class DenseMap(AttentionMap):
             return torch.stack([found[slot] for slot in range(len(heads))], 2).transpose(1, 2)
         lengths = self.lengths
         if lengths is None:
-            lengths = torch.tensor([self.weights.shape[2:]] * len(self.weights))
+            lengths = torch.tensor([self.weights.shape[2:]] * len(self.weights), device="cpu")
         pairs = tuple((head, head) for head in range(self.num_heads)) if heads is None else heads
         return apply_map(self.weights, self.scales, values, lengths, pairs)
 
     def _is_plain(self, values: Tensor) -> bool:
         return self.scales is None and (
-            needs_plain_operators(self.weights, values) or is_short(*self.weights.shape[-2:])
+            needs_plain_operators(self.weights, values) or is_short(values, self.weights.shape)
         )
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:

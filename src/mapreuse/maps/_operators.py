@@ -190,7 +190,7 @@ def _scores(arguments: Sequence[Any]) -> tuple[Scores, Tensor]:
 
 
 def _seed(dropout_p: float) -> Tensor | None:
-    return torch.randint(2**62, ()) if dropout_p > 0.0 else None
+    return torch.randint(2**62, (), device="cpu") if dropout_p > 0.0 else None
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> BlockDropout | None:
@@ -198,7 +198,7 @@ def _dropout(dropout_p: float, seed: Tensor | None) -> BlockDropout | None:
 
 
 def _lengths(scores: Scores) -> Int[Tensor, "batch 2"]:
-    return torch.tensor(scores.valid_lengths, dtype=torch.int64).view(-1, 2)
+    return torch.tensor(scores.valid_lengths, dtype=torch.int64, device="cpu").view(-1, 2)
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,10 +64,10 @@ class Scores:
     def valid_lengths(self) -> tuple[tuple[int, int], ...]:
         """Numbers of queries and keys of each item, up to the last ones that the mask uses.
 
-        The rest is padding and is not computed.
+        The rest is padding and is not computed. On a GPU, everything is computed: reading the mask would wait for it.
         """
         batch, _, num_queries, num_keys = self.shape
-        if self.mask is None:
+        if self.mask is None or on_gpu(self.mask):
             return ((num_queries, num_keys),) * batch
         ends = []
         for length, used in ((num_queries, self.mask.any(-1)), (num_keys, self.mask.any(-2))):
@@ -155,6 +155,11 @@ def shift(
     rows, distances = scores.size(-2), scores.size(-1)
     flat = functional.pad(scores, (0, 1)).flatten(-2)[..., rows - 1 : rows - 1 + rows * distances]
     return flat.view_as(scores)[..., :rows]
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a device where starting many small computations, or waiting for results, costs time."""
+    return tensor.device.type != "cpu"
 
 
 def part_of_item(tensor: Tensor | None, item: int, rows: int, keys: int) -> Tensor | None:

@@ -143,10 +143,10 @@ def _measured_seconds(
     has_relative: bool,
 ) -> dict[str, tuple[float, float]]:
     """For each storage, the median times of computing and of applying a map of `length` positions."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(positions: int, size: int) -> Tensor:
-        return torch.randn(1, heads, positions, size, generator=generator).to(device, dtype)
+        return torch.randn(1, heads, positions, size, generator=generator, device="cpu").to(device, dtype)
 
     def now() -> float:
         if device.startswith("cuda"):

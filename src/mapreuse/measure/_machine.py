@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -25,9 +25,16 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "mapreuse": version("mapreuse"),
+        "mapreuse": _version(),
         "commit": _commit(),
     }
+
+
+def _version() -> str:
+    try:
+        return version("mapreuse")
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "not installed"
 
 
 def _processor() -> str:
