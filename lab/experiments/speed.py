@@ -74,8 +74,6 @@ def describe(machine: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}"
 
 
-
-
 def long_table(results: Results) -> Table:
     """Time and memory of one pass over each recording."""
     rows = [

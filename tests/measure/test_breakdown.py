@@ -320,6 +320,16 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_without_a_warm_up_each_contestant_runs_four_times():
+    """To find sizes, to be timed, to be profiled, and to be counted."""
+    passes = []
+    model = encoder()
+    model.register_forward_pre_hook(lambda *_: passes.append(None))
+    (found,) = broken_down(model, [features()], kinds=("sdpa",), repeats=1, warmup=0)
+    assert len(passes) == 4
+    assert found["coverage"] == pytest.approx(found["attributed"] / found["whole"]["seconds"])
+
+
 def test_json_holds_every_part_of_every_contestant_and_batch(results, measured):
     data = json.loads(json.dumps(results))
 

@@ -38,6 +38,7 @@ def write_breakdown_page(results: dict[str, Any], out: Path) -> None:
 
 def plot_shares(results: dict[str, Any]) -> Figure:
     """Share of the time of each group of parts against the length, a panel for each encoder and contestant."""
+    lengths = sorted({one["length"] for one in results["pieces"]})
     figure = Figure(figsize=(3.2 * len(CONTESTANTS), 3.2 * len(ENCODERS)), layout="constrained")
     panels = figure.subplots(len(ENCODERS), len(CONTESTANTS), sharex=True, sharey=True, squeeze=False)
     for row, encoder in zip(panels, ENCODERS, strict=True):
@@ -47,6 +48,8 @@ def plot_shares(results: dict[str, Any]) -> Figure:
             axes.stackplot([one["length"] for one in found], shares, labels=list(_GROUPS))
             axes.set_title(f"{encoder}, {contestant}", fontsize=9)
             axes.set_xscale("log")
+            axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45, fontsize=8)
+            axes.minorticks_off()
             axes.set_ylim(0, 100)
     for axes in panels[-1]:
         axes.set_xlabel("encoder frames")
@@ -85,9 +88,10 @@ def _page(results: dict[str, Any]) -> list[str]:
         "",
         "![Share of each part of the encoder against length](breakdown.png)",
         "",
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['instructions']}; torch",
-        f"{machine['torch']}, transformers {machine['transformers']}. Command: `{results['command']}`, repeated",
-        "until everything was measured (`make breakdown`). Below the tables stands what did not fit into memory.",
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB,",
+        f"{machine['instructions']}; torch {machine['torch']}, transformers {machine['transformers']}.",
+        f"Command: `{results['command']}`,",
+        "repeated until everything was measured (`make breakdown`). Notes name what did not fit into memory.",
         "",
         "## The whole encoder",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -61,7 +62,7 @@ def breakdown(
         batches, plans: as for `bench`.
         kinds: contestants, as for `bench`, without `+compile`.
         repeats: number of turns that count.
-        warmup: number of turns before them.
+        warmup: number of turns before them. With 0, each timed pass follows directly on that of another contestant.
         threads: CPU threads; None for PyTorch's default.
 
     Returns:
@@ -121,11 +122,15 @@ def _on_batch(
         calls[one] = partial(model, **batch)
         calls[f"{one}, by parts"] = partial(profiled, one)
     device = next(first.parameters()).device.type
-    measured = time_interleaved(calls, repeats=repeats, warmup=warmup, device=device, title=f"Timing, {name}")
+    single_from = math.inf if warmup else 0.0
+    measured = time_interleaved(
+        calls, repeats=repeats, warmup=warmup, single_from=single_from, device=device, title=f"Timing, {name}"
+    )
     found = []
     for one, model in models.items():
         counted = counted_pass(model, batch, sizes)
-        timed = profiles[one][warmup + 1 :: 2]  # warm-up calls, then pairs of calls of which the second counts
+        # After a warm-up, each timed call is the second one of a pair.
+        timed = profiles[one][warmup + 1 :: 2] if warmup else profiles[one]
         for counts in counted:
             _divide_fused(counts, timed[-1])
         found.append(_summarised(one, name, measured[one], timed, counted, model))

@@ -49,7 +49,7 @@ def training_step(model: nn.Module, call: Callable[[Batch], Tensor], batch: Batc
 
 @functools.cache
 def _direction(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(device, dtype)
 
 
 def valid_positions(model: nn.Module, batch: Batch) -> Tensor:
