@@ -192,3 +192,11 @@ def test_a_work_directory_with_other_files_is_refused_and_kept(tmp_path):
     (tmp_path / "third.work").write_text("a file")
     with pytest.raises(ValueError, match="is a file: move it"):
         check_output(tmp_path / "third")
+
+
+def test_the_report_of_a_decoder_shows_what_it_caches(tmp_path, regular_times):
+    _, report = converted(build("llama")[0], random_batches(8), tmp_path / "out", plan=GROUPS)
+    table = report.lines()[0].splitlines()
+    assert table[1] == "cache: 384 bytes a token (512 without sharing: -25.0%)"
+    assert table[2].endswith(" 128 bytes")
+    assert table[3].endswith("  64 bytes")

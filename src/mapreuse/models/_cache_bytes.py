@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from mapreuse.models._apply import applied_plans
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._plan_conversions import plan_conversions
-from mapreuse.models._projections import value_projection
+from mapreuse.models._projections import form_of, value_projection
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import find_stack
 from mapreuse.plan import ReusePlan
@@ -95,6 +94,6 @@ def cache_bytes(model: nn.Module, plan: ReusePlan | None = None) -> CacheBytes:
 
 
 def keeps_cache(model: nn.Module) -> bool:
-    """Whether the stack of a model is a decoder: its attention is causal."""
-    attention: Any = find_stack(model).layers[0].attention
-    return bool(getattr(attention, "is_causal", False))
+    """Whether the stack of a model is a decoder that can use a cache: its attention is causal and updates one."""
+    layer = find_stack(model).layers[0]
+    return bool(getattr(layer.attention, "is_causal", False)) and form_of(layer).cache is not None

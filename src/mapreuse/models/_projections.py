@@ -114,7 +114,7 @@ def value_projection(layer: Layer) -> ValueProjection:
         Unsupported: if the class of its attention cannot share maps.
     """
     attention: Any = layer.attention
-    form, name = _form_of(layer), type(attention).__name__
+    form, name = form_of(layer), type(attention).__name__
     layout = vars(attention).get("_layout")
     num_heads = layout.num_value_heads if layout else count_heads(name, attention, form).num_value_heads
     return ValueProjection(attention.get_submodule(form.value), num_heads, _head_dim(name, attention, form))
@@ -126,13 +126,14 @@ def output_projection(layer: Layer) -> nn.Linear | Conv1D:
     Raises:
         Unsupported: if no plain projection follows directly after the context.
     """
-    projection = find_output_projection(layer, _form_of(layer))
+    projection = find_output_projection(layer, form_of(layer))
     if projection is None:
         raise Unsupported(f"{type(layer.attention).__name__}: no plain output projection directly after its context")
     return projection
 
 
-def _form_of(layer: Layer) -> AttentionForm:
+def form_of(layer: Layer) -> AttentionForm:
+    """How the attention of a layer is converted, with or without a plan."""
     return vars(layer.attention).get("_form") or attention_form(layer.attention)
 
 
