@@ -2,8 +2,8 @@
 
 Tries every watcher of tests/watchers.py on every family, plan and length; it takes long. After a stop, the same
 command continues, unless the code has changed. Fails, and writes nothing, if a model gives wrong numbers or is
-refused without a listed way out. With --sample, it tries a sample, as the tests do. Given names of watchers, it
-prints their results only.
+refused without a listed way out. With --sample, it tries what `make test` tries. Given names of watchers, it prints
+their results only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from measured import Case  # noqa: E402
-from tools import end_processes  # noqa: E402
 from verdicts import (  # noqa: E402  a module of the tests
     REACHES,
     STORAGES,
@@ -35,7 +34,6 @@ from verdicts import (  # noqa: E402  a module of the tests
     result,
     results,
     sample,
-    sample_in_two_processes,
 )
 from watched import FAMILIES, LENGTHS, PLANS  # noqa: E402
 from watchers import REFUSED, WATCHERS  # noqa: E402
@@ -66,16 +64,14 @@ def main() -> int:
 def _sampled() -> dict[str, Found]:
     """Results of the sample by watcher."""
     found: dict[str, Found] = {}
-    for case in (*sample(), *sample_in_two_processes()):
+    for case in sample():
         found.setdefault(case.watcher, []).append((case, result(case)))
-    end_processes()
-    return {watcher: found[watcher] for watcher in WATCHERS}
+    return found
 
 
 def _tried(watchers: list[str]) -> dict[str, Found]:
     """Results by watcher, with one process per core."""
     pairs = [(watcher, family) for family in FAMILIES for watcher in watchers]  # a definition serves many watchers
-    pairs.sort(key=lambda pair: WATCHERS[pair[0]].is_slow)
     KEPT.mkdir(parents=True, exist_ok=True)
     file = KEPT / _version_of_the_code()
     kept = (
@@ -119,7 +115,7 @@ def page(found: dict[str, Found]) -> str:
         f"{', '.join(map(str, LENGTHS))} positions. Outputs and gradients are compared with the definition: the "
         "original model, in which reusing heads apply the maps of their sources.",
         "",
-        f"{'This page is of the sample that the tests try. ' if len(every) < 1000 else ''}"
+        f"{'This page is of the sample that `make test` tries. ' if len(every) < 1000 else ''}"
         f"Of {len(every)} comparisons, **{counts['wrong']} are wrong**, "
         f"{counts['right']} are right, "
         f"{counts['refused']} are refused, and in {counts['as the original']} the tool fails with the original model "

@@ -143,13 +143,3 @@ def build(family: str, *, seed: int = 0, implementation: str = "sdpa") -> Built:
             if parameter.dim() > 1 and "norm" not in name.lower():
                 nn.init.normal_(parameter, std=0.35 if "emb" in name or "conv" in name else 0.45)
     return model.eval(), batch
-
-
-def remove_dropout(model: nn.Module) -> None:
-    """Set the probabilities of dropout to zero."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

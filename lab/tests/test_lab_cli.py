@@ -43,6 +43,9 @@ def recordings(tmp_path):
     [
         (["evaluate", "--corpus", "nonsense"], "no corpus 'nonsense'"),
         (["evaluate", "--split", "train"], "--split must be test, dev or all"),
+        (["evaluate", "/nowhere"], "/nowhere: neither a model of `mapreuse-lab fetch` nor a directory"),
+        (["evaluate", "--plan", "4y4"], "character"),
+        (["fetch", "gpt"], "no model 'gpt'; choose one of"),
         (["study", "--preset", "huge"], "--preset must be quick"),
         (["transcribe", "/nowhere.wav"], "/nowhere.wav"),
         (["study", "--out", "/dev/null"], "--out /dev/null cannot be written"),
@@ -100,7 +103,6 @@ def test_eight_recordings_suffice_to_convert_a_recogniser(run, recordings, tmp_p
     assert "error, refitted: " in printed
     converted = Recogniser.load(tmp_path / "out")
     assert mr.plan_of(converted.model).reuses(1)
-    assert run("transcribe", recordings / "7.wav", "--model", tmp_path / "out")[0] == 0
     (recordings / "7.wav").unlink()
     status, _, error = run(*arguments, tmp_path / "again")
     assert status == 2

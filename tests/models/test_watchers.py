@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from measured import output
-from verdicts import distance, is_accepted, result, sample, sample_in_two_processes
+from verdicts import cases, distance, is_accepted, result, sample
 from watched import FAMILIES, LENGTHS, PLANS, Defined, inputs
 from watchers import PARALLEL, WATCHERS
 
@@ -27,7 +27,9 @@ def test_a_watched_model_gives_the_defined_numbers_or_is_refused_in_one_line(wor
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", sample_in_two_processes(), ids=str)
+@pytest.mark.parametrize(
+    "case", [case for tool in PARALLEL for case in cases(tool, "BERT") if case.length in (12, 91)], ids=str
+)
 def test_two_processes_learn_from_the_gradients_of_one(worker, case):
     found = worker.submit(result, case).result()
     assert found.status == "right", found
@@ -39,9 +41,10 @@ def test_every_tool_is_on_the_page():
     assert WATCHERS.keys() - {*PARALLEL} <= listed <= WATCHERS.keys()
 
 
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan != "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sharing_changes_the_output_so_that_a_comparison_can_fail(family):
-    for length in (min(LENGTHS), max(LENGTHS)):
+def test_sharing_changes_the_output_so_that_a_comparison_can_fail(family, plan):
+    for length in LENGTHS:
         tensors = inputs(family, 2, length, 0)
-        original, *shared = (output(Defined(family, length, plan), tensors) for plan in PLANS)
-        assert all(distance(one["output"], original, "output") > 0.1 for one in shared)
+        original, shared = (output(Defined(family, length, one), tensors) for one in ("full", plan))
+        assert distance(shared["output"], original, "output") > 0.1

@@ -34,13 +34,15 @@ class LanguageModel:
         num_calibration: windows of calibration text.
     """
 
+    stack = ""
+
     def __init__(self, name: str = "smollm2", length: int = 512, num_windows: int = 8, num_calibration: int = 24):
         source = model_source(name)
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.length, self.num_windows, self.num_calibration = length, num_windows, num_calibration
 
-    def calibration(self) -> list[dict[str, Tensor]]:
+    def calibration(self, stack: str = "") -> list[dict[str, Tensor]]:
         """Batches of one window of fortunes each."""
         windows = text_windows(self.tokenizer, "\n\n".join(fortunes()), self.length, self.num_calibration)
         return [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]

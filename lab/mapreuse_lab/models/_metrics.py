@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from mapreuse_lab.training import middle_of, resampled_rates
+from mapreuse_lab.training import Errors, middle_of, resampled_rates
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Metric:
 
     def _scaled(self, rates: np.ndarray) -> np.ndarray:
         return np.exp(rates) if self.kind == "perplexity" else rates
+
+
+def error_rate_metrics(references: Sequence[str], hypotheses: Sequence[str]) -> list[Metric]:
+    """Word and character error rates of transcripts."""
+    counts = Errors.of(references, [hypotheses]).counts
+    return [Metric(name.upper(), "rate", one.sum(0)) for name, one in counts.items()]
 
 
 def _with_interval(value: float, interval: tuple[float, float], form: str) -> str:

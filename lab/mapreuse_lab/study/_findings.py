@@ -82,7 +82,7 @@ def _maps(recognisers: dict[str, Recogniser], config: FullConfig) -> dict[str, A
         assert plan is not None
         layers = [weights[0].mul(255).round().byte() for weights in output.attentions]
         techniques[name] = {
-            "hypothesis": recogniser.transcribe(audio),
+            "hypothesis": recogniser.texts(*recogniser.logits([audio]))[0],
             "frames": layers[0].shape[-1],
             "layers": [[base64.b64encode(head.numpy().tobytes()).decode() for head in heads] for heads in layers],
             "source_layers": layer_sources(plan),

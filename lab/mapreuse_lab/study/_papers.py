@@ -40,24 +40,18 @@ def papers_table(results: Results) -> Table:
 def papers_page(results: Results) -> str:
     """docs/papers.md: the claims as a page in Markdown."""
     machine = results["machine"]
-    rows = [
-        (
-            f"{claim}. Published: {published}",
-            source,
-            f"{measured}. Differences: {differences}",
-            f"`{results['command']}`",
-        )
-        for claim, source, published, measured, differences in _rows(results)
-    ]
     lines = [
         "# Published claims and our results",
         "",
-        f"Measured on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; see the [full "
-        "study](../lab/results/study/full/report.md). We read only the abstracts of the papers.",
+        f"Measured by `{results['command']}` on {machine['processor']}, {machine['threads']} threads, torch "
+        f"{machine['torch']}; see the [full study](../lab/results/study/full/report.md). We read only the abstracts "
+        "of the papers.",
         "",
-        Table("", ["claim", "source", "our figure", "command"], rows).markdown(),
     ]
-    return "\n".join(lines) + "\n"
+    for claim, *cells in _rows(results):
+        items = (f"- {name}: {cell}" for name, cell in zip(_FIELDS, cells, strict=True))
+        lines += [f"## {claim}", "", *items, ""]
+    return "\n".join(lines)
 
 
 def _rows(results: Results) -> list[list[str]]:

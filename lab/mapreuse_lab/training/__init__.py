@@ -6,7 +6,7 @@ from mapreuse_lab.training._corpora import Corpus, open_corpus
 from mapreuse_lab.training._evaluation import ErrorRates, Errors, evaluate, middle_of, resampled_rates
 from mapreuse_lab.training._features import FeatureConfig, features
 from mapreuse_lab.training._files import CorpusError, cache_dir, write_whole
-from mapreuse_lab.training._normalise import alphabet
+from mapreuse_lab.training._normalise import alphabet, normalise
 from mapreuse_lab.training._phonemes import phoneme_batches
 from mapreuse_lab.training._prompts import fetch_packages
 from mapreuse_lab.training._recogniser import BASELINE, Recogniser
@@ -27,6 +27,7 @@ __all__ = [
     "features",
     "fetch_packages",
     "middle_of",
+    "normalise",
     "open_corpus",
     "phoneme_batches",
     "resampled_rates",

@@ -1,5 +1,7 @@
 """Reads audio from files, waveforms and lhotse cuts, at one sampling rate; long audio is cut into pieces."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,21 +12,15 @@ from lhotse.audio import AudioLoadingError
 from lhotse.cut import Cut
 
 from mapreuse.console import one_line
-from mapreuse.data import as_waveform, check_sampling_rate, open_sound, resample
+from mapreuse.data import as_waveform, open_sound, resample
 
 MAX_WHOLE_SECONDS = 60.0
-"""Longer audio is recognised in pieces."""
-
-# Whole numbers of the recogniser's frames, which are 40 or 32 ms long.
-PIECE_SECONDS, CONTEXT_SECONDS = 32.0, 4.0
+"""Longer audio is cut into pieces of equal length."""
 
 _MIN_SECONDS = 0.05
 
-Piece = tuple[Float[np.ndarray, " samples"], float, bool]
-"""Samples, seconds of context before the piece, and whether more pieces follow."""
 
-
-def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
+def file_pieces(path: str | Path, rate: int) -> Iterator[Float[np.ndarray, " samples"]]:
     """Pieces of an audio file at `rate` Hz, mono.
 
     Channels are averaged. Only one piece is in memory at a time.
@@ -35,17 +31,17 @@ def file_pieces(path: str | Path, rate: int) -> Iterator[Piece]:
     """
     with open_sound(path) as file:
         source = file.samplerate
-        for start, end, before, more in _spans(file.frames, source, str(path)):
+        for start, end in _spans(file.frames, source, str(path)):
             file.seek(start)
             samples = file.read(end - start, dtype="float32", always_2d=True).mean(1)
-            yield resample(as_waveform(samples, str(path)), source, rate), before, more
+            yield resample(as_waveform(samples, str(path)), source, rate)
 
 
-def waveform_pieces(samples: np.ndarray, source: int, rate: int, name: str = "the waveform") -> Iterator[Piece]:
-    """Pieces at `rate` Hz of a waveform at `source` Hz. Integers are taken as 16-bit samples."""
-    samples, source = as_waveform(samples, name), check_sampling_rate(source, name)
-    for start, end, before, more in _spans(len(samples), source, name):
-        yield resample(samples[start:end], source, rate), before, more
+def cut_pieces(cut: Cut, rate: int) -> Iterator[Float[np.ndarray, " samples"]]:
+    """Pieces of a cut's first channel at `rate` Hz."""
+    samples = waveform_of(cut, rate)
+    for start, end in _spans(len(samples), rate, cut.id):
+        yield samples[start:end]
 
 
 def waveform_of(cut: Cut, rate: int) -> Float[np.ndarray, " samples"]:
@@ -69,18 +65,10 @@ def whole_cut(recording: Recording, text: str, language: str | None = None) -> M
     return MonoCut(recording.id, 0.0, recording.duration, 0, supervisions=[supervision], recording=recording)
 
 
-def _spans(num_samples: int, rate: int, name: str) -> Iterator[tuple[int, int, float, bool]]:
-    """(first sample, last sample + 1, seconds of context before, whether more follow) of every piece."""
+def _spans(num_samples: int, rate: int, name: str) -> Iterator[tuple[int, int]]:
+    """First sample and last sample + 1 of every piece."""
     if num_samples < _MIN_SECONDS * rate:
         raise ValueError(f"{name}: {num_samples / rate:.3f} s long, at least {_MIN_SECONDS} s are needed")
-    if num_samples <= MAX_WHOLE_SECONDS * rate:
-        yield 0, num_samples, 0.0, False
-        return
-    number, more = 0, True
-    while more:
-        before = CONTEXT_SECONDS if number else 0.0
-        start = round((number * PIECE_SECONDS - before) * rate)
-        end = round(((number + 1) * PIECE_SECONDS + CONTEXT_SECONDS) * rate)
-        more = end < num_samples
-        yield start, min(end, num_samples), before, more
-        number += 1
+    number = math.ceil(num_samples / (MAX_WHOLE_SECONDS * rate))
+    edges = [index * num_samples // number for index in range(number + 1)]
+    yield from itertools.pairwise(edges)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from mapreuse.data import batches_by_length, check_enough, sound_files
-from mapreuse_lab.training._audio import MAX_WHOLE_SECONDS, file_pieces, waveform_of, waveform_pieces
+from mapreuse_lab.training._audio import MAX_WHOLE_SECONDS, cut_pieces, file_pieces
 from mapreuse_lab.training._corpora import open_corpus
 from mapreuse_lab.training._features import features
 from mapreuse_lab.training._recogniser import Recogniser
@@ -27,8 +27,7 @@ def speech_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of speech for the recogniser's model, sorted by length.
 
-    A batch has at most 8 utterances and 60 s of padded audio. Recordings longer than 60 s are cut into pieces, as
-    `Recogniser.transcribe` does.
+    A batch has at most 8 utterances and 60 s of padded audio. Recordings longer than 60 s are cut into pieces.
 
     Args:
         recogniser: the recogniser; its features are used.
@@ -59,10 +58,9 @@ def speech_batches(
 def _utterances(source: str, split: str, rate: int) -> Iterator[np.ndarray]:
     if Path(source).exists():
         for file in sound_files(source):
-            yield from (samples for samples, _, _ in file_pieces(file, rate))
+            yield from file_pieces(file, rate)
         return
     if ":" not in source:
         raise ValueError(f"{source}: expected a folder of wav or flac files, or a corpus such as prompts:en")
     for cut in getattr(open_corpus(source), split):
-        pieces = waveform_pieces(waveform_of(cut, rate), rate, rate, cut.id)
-        yield from (samples for samples, _, _ in pieces)
+        yield from cut_pieces(cut, rate)

@@ -59,6 +59,20 @@ class Corpus:
         """The transcripts of dev and test, sorted. No training text may contain them."""
         return sorted({cut.supervisions[0].text for cut in (*self.dev, *self.test)})
 
+    def part(self, split: str) -> list[MonoCut]:
+        """The utterances of train, dev, test or all.
+
+        Raises:
+            CorpusError: if there is no such part, or it is empty.
+        """
+        parts = {"train": self.train, "dev": self.dev, "test": self.test}
+        if split not in (*parts, "all"):
+            raise CorpusError(f"{self.name} has no part {split!r}; choose train, dev, test or all")
+        cuts = [cut for name, part in parts.items() if split in (name, "all") for cut in part]
+        if not cuts:
+            raise CorpusError(f"{self.name}: the {split} split is empty; use --split all")
+        return cuts
+
 
 def open_corpus(name: str) -> Corpus:
     """Open a corpus. Prompts are downloaded and synthetic speech is generated if they are not in the cache.

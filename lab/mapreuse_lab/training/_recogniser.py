@@ -1,4 +1,4 @@
-"""A character CTC speech recogniser: transcription, saving and loading."""
+"""A character CTC speech recogniser: logits, decoding, saving and loading."""
 
 import copy
 import json
@@ -18,7 +18,6 @@ from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCT
 from mapreuse import models
 from mapreuse.console import one_line
 from mapreuse_lab.techniques import Full, Reuse, Technique, parse
-from mapreuse_lab.training._audio import PIECE_SECONDS, file_pieces, waveform_pieces
 from mapreuse_lab.training._features import FeatureConfig, features
 from mapreuse_lab.training._files import write_whole
 
@@ -153,37 +152,6 @@ class Recogniser:
         """Transcripts by best path decoding: the most likely output of each frame, repeats merged, blanks removed."""
         paths = zip(logits.argmax(-1).cpu(), lengths.tolist(), strict=True)
         return [self.decode(torch.unique_consecutive(path[:length]).tolist()) for path, length in paths]
-
-    def transcribe(self, audio: str | Path | np.ndarray, *, sampling_rate: int | None = None) -> str:
-        """The transcript of an audio file or a waveform.
-
-        Audio longer than 60 s is recognised in pieces of 32 s with 4 s of context on either side. The logits of the
-        pieces are joined before decoding. Only the logits stay in memory, about 100 bytes per frame.
-
-        Args:
-            audio: a wav or flac file with any sampling rate and any number of channels, or a mono waveform.
-            sampling_rate: of a waveform, in Hz; default: the recogniser's.
-
-        Raises:
-            OSError: if there is no such file.
-            ValueError: if the file is not readable audio, the audio is shorter than 0.05 s, the waveform is not
-                one-dimensional and finite, or the sampling rate is not a whole number of hertz.
-        """
-        rate = self.feature_config.sampling_rate
-        if isinstance(audio, str | Path):
-            pieces = file_pieces(audio, rate)
-        else:
-            pieces = waveform_pieces(audio, rate if sampling_rate is None else sampling_rate, rate)
-        self.model.eval()
-        joined = []
-        frame = _SUBSAMPLING * self.feature_config.hop
-        for samples, before, more in pieces:
-            logits, lengths = self.logits([samples])
-            first = round(before / frame)
-            last = first + round(PIECE_SECONDS / frame) if more else int(lengths[0])
-            joined.append(logits[0, first:last])
-        whole = torch.cat(joined)
-        return self.texts(whole[None], torch.tensor([len(whole)]))[0]
 
     def save(self, directory: str | Path) -> None:
         """Save the recogniser: the model as `mapreuse.save` does, and `recogniser.json`.

@@ -111,7 +111,7 @@ def test_parts_that_were_not_measured_are_left_out(full):
     without = {name: value for name, value in full.items() if name not in optional}
     left = [section.heading for section in report_sections(without)]
     assert len(left) == len(headings) - len(optional)
-    assert "| not measured. Differences" in papers_page(without)
+    assert "Measured here: not measured" in papers_page(without)
     assert "not measured" not in papers_page(full)
 
 

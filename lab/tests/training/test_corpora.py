@@ -273,3 +273,12 @@ def test_a_download_that_fails_or_is_damaged_leaves_nothing(bare_machine, tmp_pa
         (bare_machine / tool).chmod(0o755)
     assert reason in refusal("prompts:en")
     assert list((tmp_path / "cache" / "mapreuse").iterdir()) == []
+
+
+def test_a_part_is_named_and_never_empty(prompts, few):
+    assert prompts.part("dev") == list(prompts.dev)
+    assert len(prompts.part("all")) == sum(map(len, (prompts.train, prompts.dev, prompts.test)))
+    with pytest.raises(CorpusError, match="no part 'valid'; choose train, dev, test or all"):
+        prompts.part("valid")
+    with pytest.raises(CorpusError, match=r"the test split is empty; use --split all"):
+        few.part("test")

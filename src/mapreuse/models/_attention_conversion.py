@@ -156,17 +156,17 @@ def _take_rows(
     own, found = module._buffers.get(COMPUTING_HEADS), state_dict.get(prefix + COMPUTING_HEADS)
     if given and own is not None:
         if len(whole) < len(given) and (found is None or found.shape != own.shape):
-            name, heads = prefix + next(iter(given)), _listed(own)
+            name, heads = prefix + next(iter(given)), f"under this plan heads {_listed(own)} compute"
             if found is None:
                 error_msgs.append(
-                    f"{name} has rows of some heads, and under this plan heads {heads} compute, but the buffer "
-                    f"{COMPUTING_HEADS} that names its heads is not among these weights, as if they were one shard "
-                    "of a checkpoint; open the directory by from_pretrained, or join its shards"
+                    f"{name} has rows of some heads, and {heads}, but the buffer {COMPUTING_HEADS} that names its "
+                    "heads is not among these weights, as if they were one shard of a checkpoint; open the directory "
+                    "by from_pretrained, or join its shards"
                 )
             else:
                 error_msgs.append(
-                    f"{name} holds heads {_listed(found)}, but under this plan heads {heads} compute; load the "
-                    "weights of the original, or of a model with the same plan"
+                    f"{name} holds heads {_listed(found)}, but {heads}; load the weights of the original, or of a "
+                    "model with the same plan"
                 )
         state_dict[prefix + COMPUTING_HEADS] = own
 
