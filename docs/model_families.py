@@ -31,24 +31,21 @@ JUSTIFICATIONS = {
     "no list of layers with attention": "There is nothing to share. The positions are mixed by convolutions, state "
     "spaces or Fourier transforms; only some layers have attention; or all layers are one module that runs several "
     "times (ALBERT).",
-    "does not go through transformers' attention interface": "The class computes its softmax itself, in its own way. "
-    "A map could only be shared by rewriting its attention.",
+    "does not go through transformers' attention interface": "The class computes its softmax itself, and not in "
+    "the usual way: products of queries and keys, with factors and addends.",
     "calls attention_interface": "It attends in several places. It splits packed images or windows and "
     "attends to them "
     "one by one, or subtracts two maps. No single map belongs to the layer.",
-    "may change the map": "Its attention function takes more than queries, keys and a mask, such as a cap on the "
-    "scores, sinks, or selected keys. Without them, the map would be different.",
-    "values are computed as": "Its values are not one projection of the hidden states, split into heads. They come "
-    "from a latent or from a projection shared with queries and keys, or they are normalised, clamped, convolved or "
-    "padded. A reusing layer computes only values. (An adapter can split a projection shared by all three, as for "
-    "GPT-2 and ModernBERT; these types have none.)",
-    "projects queries or keys together with values": "A reusing layer computes only values, and here they come with "
-    "queries or keys.",
-    "unexpected step": "The layer gates, normalises or reshapes the context by values that a reusing layer does not "
-    "have.",
-    "a step after attention is conditional": "The path of the context depends on a setting that is not evaluated.",
-    "it returns": "The layer returns more or less than its output and weights, such as position biases for later "
-    "layers. They would be lost.",
+    "may change the map": "Its attention function takes more than queries, keys and a mask, such as keys that are "
+    "selected by other scores. Without them, the map would be different.",
+    "values depend on": "Its values depend on more than the hidden states, such as another model's states, "
+    "a codebook or a cache. A reusing layer cannot make them.",
+    "output depends on": "What the layer makes of the context depends on its scores.",
+    "not split into heads": "Its values are not (batch, heads, positions, width): blocks of positions are in the "
+    "batch, say.",
+    "makes values": "No plain projection of its hidden states makes its values.",
+    "unexpected step": "The layer runs a loop or returns early before attention.",
+    "returns nothing": "The layer returns nothing after attention.",
     "one after the other, once each": "Layers are skipped, repeated or reordered, so a map might be missing.",
     "perhaps more than once": "The same layers run several times in a forward pass. A map belongs to one run.",
     "several stacks": "A plan belongs to one stack. These stacks share one list or one module and cannot "

@@ -45,6 +45,9 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "opt": _text(tf.OPTConfig, tf.OPTForCausalLM, ffn_dim=64, word_embed_proj_dim=32),
     "phi": _text(tf.PhiConfig, tf.PhiForCausalLM),
     "gemma": _text(tf.GemmaConfig, tf.GemmaForCausalLM, num_key_value_heads=2, head_dim=8),
+    "gpt-neox": _text(tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM),
+    "phi3": _text(tf.Phi3Config, tf.Phi3ForCausalLM, num_key_value_heads=2),
+    "olmo": _text(tf.OlmoConfig, tf.OlmoForCausalLM, clip_qkv=4.0),
     "gemma3": _text(
         tf.Gemma3TextConfig,
         tf.Gemma3ForCausalLM,
@@ -75,7 +78,8 @@ def original(family: str) -> nn.Module:
 
 def converted(family: str, plan: mr.ReusePlan, **settings: Any) -> nn.Module:
     model = copy.deepcopy(original(family))
-    model.set_attn_implementation("sdpa")
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
     return mr.apply(model, plan, **settings)
 
 

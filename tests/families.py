@@ -95,6 +95,11 @@ def _ast() -> Built:
     return tf.ASTModel(config), {"input_values": torch.randn(2, 32, 16)}
 
 
+def _t5(stack: str) -> Built:
+    config = tf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4, vocab_size=50)
+    return getattr(tf.T5Model(config), stack), _tokens()
+
+
 def _gpt2() -> Built:
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     config = tf.GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=50, n_positions=40, **ids)
@@ -121,6 +126,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "dinov2": lambda: _image(tf.Dinov2Config, tf.Dinov2Model),
     "wav2vec2": lambda: _speech(tf.Wav2Vec2Config, tf.Wav2Vec2Model),
     "hubert": lambda: _speech(tf.HubertConfig, tf.HubertModel),
+    "wavlm": lambda: _speech(tf.WavLMConfig, tf.WavLMModel, num_buckets=8, max_bucket_distance=20),
     "whisper-encoder": _whisper,
     "moonshine-encoder": lambda: (_moonshine().encoder, {"input_values": torch.randn(2, 6400)}),
     "moonshine-decoder": lambda: (_moonshine().decoder, _tokens()),
@@ -129,6 +135,45 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "clip-vision": lambda: _image(tf.CLIPVisionConfig, tf.CLIPVisionModel),
     "gpt2": _gpt2,
     "llama": lambda: _text(tf.LlamaConfig, tf.LlamaModel, num_key_value_heads=2),
+    "t5-encoder": lambda: _t5("encoder"),
+    "t5-decoder": lambda: _t5("decoder"),
+    "deberta-v2": lambda: _text(
+        *(tf.DebertaV2Config, tf.DebertaV2Model),
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        position_buckets=4,
+        max_relative_positions=8,
+    ),
+    "gpt-neox": lambda: _text(tf.GPTNeoXConfig, tf.GPTNeoXModel),
+    "phi3": lambda: _text(tf.Phi3Config, tf.Phi3Model, num_key_value_heads=2),
+    "olmo": lambda: _text(tf.OlmoConfig, tf.OlmoModel, clip_qkv=4.0),
+    "gemma2": lambda: _text(
+        *(tf.Gemma2Config, tf.Gemma2Model),
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        layer_types=["full_attention"] * 4,
+    ),
+    "gpt-oss": lambda: _text(
+        *(tf.GptOssConfig, tf.GptOssModel),
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+        layer_types=["full_attention"] * 4,
+    ),
+    "deepseek-v3": lambda: _text(
+        *(tf.DeepseekV3Config, tf.DeepseekV3Model),
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=4,
+    ),
     "qwen2": lambda: _text(tf.Qwen2Config, tf.Qwen2Model, num_key_value_heads=2),
 }
 
@@ -137,7 +182,8 @@ def build(family: str, *, seed: int = 0, implementation: str = "sdpa") -> Built:
     """A model of this family whose maps are peaked, in evaluation mode, and a batch with padding."""
     torch.manual_seed(seed)
     model, batch = FAMILIES[family]()
-    model.set_attn_implementation(implementation)
+    if implementation == "eager" or model._supports_sdpa:
+        model.set_attn_implementation(implementation)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name.lower():

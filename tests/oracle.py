@@ -52,9 +52,10 @@ def softmax_follows(
         if args[0].dtype == torch.float64:
             kwargs.pop("dtype", None)  # many families request float32, which is less precise
         weights = original(*args, **kwargs)
-        own.append(weights)
+        is_flat = weights.dim() == 3 and bool(inside)  # heads are in the dimension of the batch
+        own.append(weights.unflatten(0, (-1, inside[-1].num_heads)) if is_flat else weights)
         in_effect.append(map_in_effect(plan, own, stored))
-        return in_effect[-1]
+        return in_effect[-1].flatten(0, 1) if is_flat else in_effect[-1]
 
     def leave(*call: Any) -> None:
         inside.pop()
@@ -82,7 +83,7 @@ def map_in_effect(plan: ReusePlan, own: Sequence[Tensor], stored: Callable[[Tens
 
 def defined_output(eager_model: nn.Module, batch: dict[str, Tensor], plan: ReusePlan) -> Tensor:
     """Last hidden states of an untouched eager model under `plan`."""
-    with softmax_follows(plan):
+    with softmax_follows(plan, [layer.attention for layer in find_stack(eager_model).layers]):
         return eager_model(**batch).last_hidden_state
 
 

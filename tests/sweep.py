@@ -62,6 +62,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "decoder_num_key_value_heads": HEADS,
         "pad_head_dim_to_multiple_of": 6,
     },
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
     "esmc": {"num_key_value_heads": HEADS},
@@ -160,6 +162,8 @@ def _tiny_settings(config_class: type) -> dict[str, Any]:
             known = number or default is dataclasses.MISSING or (default is None and size in _UNLESS_NONE)
             if known and re.fullmatch(pattern, name):
                 settings[name] = size
+    if "kv_lora_rank" in settings and "num_key_value_heads" in settings:
+        settings["num_key_value_heads"] = HEADS  # each head has keys and values of its own, made from the latent
     return settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -40,6 +40,8 @@ def cases(draw, *, lengths=LENGTHS, dtype=torch.float32):
         is_causal=draw(st.booleans()),
         relative=draw(st.booleans()),
         contiguous=draw(st.booleans()),
+        cap=draw(st.sampled_from([None, None, 1.5])),
+        sinks=draw(st.sampled_from([False, False, True])),
         seed=draw(st.integers(0, 2**16)),
         dtype=dtype,
     )
@@ -56,6 +58,8 @@ def make_case(
     is_causal=False,
     relative=False,
     contiguous=True,
+    cap=None,
+    sinks=False,
     seed=0,
     dtype=torch.float32,
 ) -> Case:
@@ -93,6 +97,8 @@ def make_case(
         bias=added,
         is_causal=is_causal,
         relative=positions,
+        cap=cap,
+        sinks=normal(heads, 1, 1, 1).flatten() if sinks else None,
     )
     return Case(scores, normal(batch, heads, num_keys, value_dim), defined_map(scores))
 
@@ -109,6 +115,8 @@ def defined_map(scores: Scores) -> Tensor:
         is_causal=scores.is_causal,
         relative_query=None if relative is None else relative.query,
         relative_key=None if relative is None else relative.key,
+        cap=scores.cap,
+        sinks=scores.sinks,
     )
 
 
@@ -120,6 +128,8 @@ def with_gradients(case: Case) -> tuple[Case, list[Tensor]]:
         leaves.append(case.scores.bias)
     if relative is not None:
         leaves += [relative.query, relative.key]
+    if case.scores.sinks is not None:
+        leaves.append(case.scores.sinks)
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     return on_leaves(case, leaves), leaves
 
@@ -128,7 +138,7 @@ def on_leaves(case: Case, leaves: list[Tensor]) -> Case:
     """The same attention with other floating-point tensors."""
     query, key, values, *rest = leaves
     bias = None if case.scores.bias is None else rest.pop(0)
-    relative = None if case.scores.relative is None else RelativePositions(*rest)
-    old = case.scores
-    scores = Scores(query, key, old.scaling, mask=old.mask, bias=bias, is_causal=old.is_causal, relative=relative)
+    relative = None if case.scores.relative is None else RelativePositions(rest.pop(0), rest.pop(0))
+    sinks = None if case.scores.sinks is None else rest.pop(0)
+    scores = replace(case.scores, query=query, key=key, bias=bias, relative=relative, sinks=sinks)
     return Case(scores, values, defined_map(scores))

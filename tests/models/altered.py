@@ -47,36 +47,17 @@ RETURN = "return attn_output, attn_weights"
 CALL = "attn_output, attn_weights = attention_interface("
 
 ALTERATIONS = {
-    "values scaled": (VALUES, VALUES.replace("= ", "= 2 * "), "values are computed as"),
-    "values scaled in place": (
-        *(ROTARY, f"{ROTARY}\n    value_states *= 2"),
-        "values are computed as <value_states, after value_states \\*= 2>",
-    ),
-    "values replaced under a condition": (
-        *(ROTARY, f"{ROTARY}\n    if self.training:\n        value_states = value_states * 2"),
-        "values are computed as",
-    ),
-    "every second value": (VALUES, f"{VALUES}[:, ::2]", "values are computed as"),
-    "heads interleaved": (
-        *(VALUES, VALUES.replace("view(hidden_shape)", "view(*input_shape, self.head_dim, -1)")),
-        "values are computed as",
-    ),
     "values of an unknown shape": (
-        VALUES,
-        VALUES.replace("hidden_shape", "attention_mask"),
-        "values are computed as",
+        *(VALUES, VALUES.replace("hidden_shape", "attention_mask")),
+        "its values depend on attention_mask",
     ),
-    "values of normed hidden states": (
-        *("input_shape = hidden_states", "hidden_states = self.norm(hidden_states)\n    input_shape = hidden_states"),
-        "values are computed as self.v_proj\\(self.norm\\(hidden_states\\)\\)",
+    "values that depend on keys and values together": (
+        *(ROTARY, f"{ROTARY}\n    key_states, value_states = key_states + cos, cos * value_states"),
+        "its values depend on position_embeddings",
     ),
-    "values from the key projection": (
-        *("self.v_proj(hidden_states)", "self.k_proj(hidden_states)"),
-        "k_proj projects queries or keys together with values",
-    ),
-    "values from two projections": (
-        *("self.v_proj(hidden_states).view", "(self.v_proj(hidden_states) + self.k_proj(hidden_states)).view"),
-        "values are computed as",
+    "an output that depends on a mask made before": (
+        *(OUTPUT, f"{OUTPUT} * __debug_mask__"),
+        "its output depends on __debug_mask__",
     ),
     "values of a grid": (
         "input_shape = hidden_states",
@@ -110,45 +91,45 @@ ALTERATIONS = {
         "not chosen by self.config._attn_implementation",
     ),
     "an argument that changes the map": (
-        *("scaling=self.scaling,", "scaling=self.scaling, s_aux=self.sinks,"),
-        "its attention takes s_aux",
+        *("scaling=self.scaling,", "scaling=self.scaling, indices=self.indices,"),
+        "its attention takes indices",
     ),
     "context and weights in one": (
         *(CALL, "attn_output = attention_interface("),
         "attention_interface is not unpacked into context and weights",
     ),
-    "a gated output": (OUTPUT, f"{OUTPUT} * self.gate", "unexpected step after attention"),
-    "an output normed under a condition": (
-        *(OUTPUT, f"if self.training:\n        attn_output = self.norm(attn_output)\n    {OUTPUT}"),
-        "a step after attention is conditional",
-    ),
-    "an output projected with an extra argument": (
-        *(OUTPUT, OUTPUT.replace(")", ", scale=2)")),
-        "unexpected step after attention",
-    ),
-    "a projection after dropout": (
-        *(
-            OUTPUT,
-            f"attn_output = nn.functional.dropout(attn_output, p=self.p, training=self.training)\n    {OUTPUT}",
-        ),
-        "unexpected step after dropout of the output",
-    ),
-    "dropout in evaluation too": (
-        *(OUTPUT, f"{OUTPUT}\n    attn_output = nn.functional.dropout(attn_output, p=self.p)"),
-        "unexpected step after attention",
-    ),
-    "a shape that depends on a module": (
-        *(OUTPUT, f"scale = attn_output.size() + self.norm(attn_output)\n    {OUTPUT}"),
-        "unexpected step after attention",
-    ),
-    "an output that is not returned": (
-        *(OUTPUT, OUTPUT.replace("attn_output =", "projected =")),
-        "unexpected step after attention: attn_output",
-    ),
     "no return": (f"    {RETURN}\n", "", "it returns nothing after attention"),
-    "an unknown statement": (RETURN, "pass", "unexpected step after attention: pass"),
+    "an unknown statement": (RETURN, "pass", "it returns nothing after attention"),
 }
 """Text of `FaithfulAttention.forward`, its replacement, and the message of the refusal."""
+
+SERVED = {
+    "values scaled": (VALUES, VALUES.replace("= ", "= 2 * ")),
+    "values scaled in place": (ROTARY, f"{ROTARY}\n    value_states *= 2"),
+    "values clamped in place": (ROTARY, f"{ROTARY}\n    value_states.clamp_(min=-0.5, max=0.5)"),
+    "values scaled under a condition": (
+        *(ROTARY, f"{ROTARY}\n    if not self.training:\n        value_states = value_states * 2"),
+    ),
+    "values of scaled hidden states": (
+        *("input_shape = hidden_states", "hidden_states = 2 * hidden_states\n    input_shape = hidden_states"),
+    ),
+    "values from the key projection": ("self.v_proj(hidden_states)", "self.k_proj(hidden_states)"),
+    "values in another order of rows": (VALUES, VALUES.replace("hidden_states)", "hidden_states).flip(-1)")),
+    "values from two projections": (
+        *("self.v_proj(hidden_states).view", "(self.v_proj(hidden_states) + self.k_proj(hidden_states)).view"),
+    ),
+    "a gated output": (OUTPUT, f"{OUTPUT} * torch.sigmoid(self.q_proj(hidden_states))"),
+    "an output scaled under a condition": (
+        *(OUTPUT, f"if not self.training:\n        attn_output = attn_output * 2\n    {OUTPUT}"),
+    ),
+    "a context of heads that are scaled": (
+        "attn_output = attn_output.reshape",
+        "attn_output = attn_output * torch.arange(1, 5)[:, None]\n    attn_output = attn_output.reshape",
+    ),
+    "an unused shape": (OUTPUT, f"scale = attn_output.size() + self.k_proj(attn_output).size()\n    {OUTPUT}"),
+    "an output without its projection": (OUTPUT, OUTPUT.replace("attn_output =", "projected =")),
+}
+"""Text of `FaithfulAttention.forward` and its replacement: a reusing layer runs what remains of the forward."""
 
 
 def rewritten(cls: type, old: str, new: str) -> Callable:

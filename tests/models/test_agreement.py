@@ -131,6 +131,11 @@ MODELS = {
     "UMT5": lambda: tf.UMT5EncoderModel(tf.UMT5Config(**T5_SIZE)),
     "ModernBert, global": lambda: modernbert("full_attention"),
     "ModernBert, local": lambda: modernbert("sliding_attention"),
+    "BLOOM": lambda: tf.BloomModel(tf.BloomConfig(hidden_size=32, n_layer=4, n_head=4, vocab_size=50)),
+    "GPT-J": lambda: tf.GPTJModel(
+        tf.GPTJConfig(n_embd=32, n_layer=4, n_head=4, n_positions=40, rotary_dim=4, vocab_size=50)
+    ),
+    "MPNet": lambda: tf.MPNetModel(tf.MPNetConfig(**SIZE, vocab_size=50, max_position_embeddings=40)),
     "OLMo 2, whose norms span all heads": lambda: tf.Olmo2Model(tf.Olmo2Config(**SIZE | TEXT)),
 }
 
@@ -192,3 +197,32 @@ def test_a_half_precision_model_stays_near_full_precision(family, storage):
         half = model(**batch).last_hidden_state
     assert half.dtype == torch.bfloat16
     assert loss_of_precision(half, exact.last_hidden_state, valid_rows(model, batch, exact)) < 0.1
+
+
+FALCONS = {
+    "one head of values": {"multi_query": True},
+    "as many heads of values as of queries": {"multi_query": False},
+    "two heads of values": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "ALiBi": {"multi_query": False, "alibi": True},
+}
+
+
+@pytest.mark.parametrize("kind", FALCONS)
+@pytest.mark.parametrize("plan", ["full", "in part"])
+@torch.no_grad()
+def test_every_kind_of_falcon_agrees(kind, plan):
+    """Its implementation is fixed at construction. With ALiBi, its eager outputs differ from those of sdpa."""
+    config = tf.FalconConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=4, **TEXT, **FALCONS[kind])
+    eager, sdpa = (
+        peaked(tf.FalconModel._from_config(copy.deepcopy(config), attn_implementation=implementation))
+        for implementation in ("eager", "sdpa")
+    )
+    mask = torch.tensor([[1] * 20, [1] * 12 + [0] * 8])
+    batch = {"input_ids": torch.randint(4, 50, (2, 20)) * mask, "attention_mask": mask}
+    reference, original = defined_output(eager, batch, PLANS[plan]), sdpa(**batch).last_hidden_state
+    output, of_sdpa = (mr.apply(model, PLANS[plan])(**batch).last_hidden_state for model in (eager, sdpa))
+    assert disagreement(output, reference, mask.bool()) <= 1e-4
+    if plan == "full":
+        assert disagreement(of_sdpa, original, mask.bool()) <= 1e-4
+    elif kind != "ALiBi":
+        assert disagreement(of_sdpa, reference, mask.bool()) <= 1e-4

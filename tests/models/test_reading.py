@@ -1,6 +1,7 @@
 """Attention classes are read from their source: the usual pattern is accepted, others are refused with a reason."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from altered import (
     ALTERATIONS,
     OUTPUT,
     ROTARY,
+    SERVED,
     VALUES,
     AlteredModernBertAttention,
     AlteredParakeetAttention,
@@ -137,6 +139,18 @@ def test_a_forward_with_a_harmless_change_is_accepted_and_agrees(monkeypatch, ch
     assert disagreement(output, reference, batch["attention_mask"].bool()) <= 1e-4
 
 
+@pytest.mark.parametrize("plan", ["other heads", "in part"])
+@pytest.mark.parametrize("change", SERVED)
+def test_a_reusing_layer_runs_what_its_forward_does_without_queries_and_keys(monkeypatch, change, plan):
+    monkeypatch.setattr(FaithfulAttention, "forward", rewritten(FaithfulAttention, *SERVED[change]))
+    (eager, batch), (model, _) = faithful_llama("eager"), faithful_llama()
+    with torch.no_grad():
+        reference = defined_output(eager, batch, PLANS[plan])
+        model = mr.apply(model, PLANS[plan])
+        output = pickle.loads(pickle.dumps(model))(**batch).last_hidden_state
+    assert disagreement(output, reference, batch["attention_mask"].bool()) <= 1e-4
+
+
 def faithful_llama(implementation="sdpa"):
     model, batch = build("llama", implementation=implementation)
     for layer in model.layers:
@@ -222,9 +236,9 @@ def test_keys_from_two_projections_stay_whole_or_are_both_removed(monkeypatch):
 
 
 def test_a_forward_replaced_on_the_class_is_read_again(monkeypatch):
-    changed = rewritten(LlamaAttention, "self.v_proj(hidden_states)", "2 * self.v_proj(hidden_states)")
+    changed = rewritten(LlamaAttention, "self.v_proj(hidden_states)", "self.v_proj(attention_mask)")
     monkeypatch.setattr(LlamaAttention, "forward", changed)
-    with pytest.raises(Unsupported, match="LlamaAttention: values are computed as"):
+    with pytest.raises(Unsupported, match="LlamaAttention: its values depend on attention_mask"):
         mr.apply(build("llama")[0], mr.ReusePlan.grouped(4, 2))
 
 

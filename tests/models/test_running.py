@@ -33,7 +33,8 @@ def run(model, batch):
 def test_output_attentions_are_the_maps_in_effect_in_the_original_order_of_heads(family, plan):
     """Without gradients, so that computing layers reuse the memory of earlier maps."""
     eager, batch = build(family, implementation="eager")
-    with torch.no_grad(), softmax_follows(PLANS[plan]) as in_effect:
+    attentions = [layer.attention for layer in find_stack(eager).layers]
+    with torch.no_grad(), softmax_follows(PLANS[plan], attentions) as in_effect:
         rows = valid_rows(eager, batch, eager(**batch))
     for storage in STORAGES:
         model = mr.apply(build(family)[0], PLANS[plan], storage=storage)
@@ -41,6 +42,7 @@ def test_output_attentions_are_the_maps_in_effect_in_the_original_order_of_heads
             attentions = model(**batch, output_attentions=True).attentions
         assert len(attentions) == 4
         for found, expected in zip(attentions, in_effect, strict=True):
+            expected = expected[..., : found.shape[-1]]  # without sinks
             found, expected = found.transpose(1, 2)[rows], expected.transpose(1, 2)[rows]
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
@@ -233,7 +235,7 @@ def test_each_tower_can_have_a_plan_of_its_own():
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("olmo", "deepseek-v3")])
 def test_the_input_of_the_output_projection_is_the_map_times_the_values(family):
     model, batch = build(family)
     mr.apply(model, GROUPS)

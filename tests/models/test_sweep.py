@@ -65,13 +65,9 @@ def test_types_listed_as_exact_are_exact(model_type):
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("t5", "it returns"),
-        ("wavlm", "does not go through transformers' attention interface"),
-        ("gpt_oss", "its attention takes s_aux"),
-        ("gemma2", "softcap"),
+        ("deepseek_v32", "its attention takes indices"),
         ("longformer", "does not go through transformers' attention interface"),
-        ("olmo", "clamp_"),
-        ("phi3", "qkv_proj"),
+        ("moshi", "its values depend on codebook_idx"),
         ("qwen2_5_vl_vision", "calls attention_interface 2 times"),
         ("sam3_vit_model", "its hidden states have 4 dimensions"),
         ("kosmos_2_5_vision_model", "is not chosen by"),

@@ -42,7 +42,8 @@ def attend(
         map = softmax(scores),    context = dropout(map, dropout_p) @ values
 
     The returned map is the one before dropout. If a query may attend to no key, its row of the map and its context
-    are zero. The context is stored as (batch, query, heads, value_dim), the order that output projections read.
+    are zero. The context is stored as (batch, query, heads, value_dim), the order that output projections read. With
+    a cap or sinks, the whole map is computed at once.
 
     Args:
         scores: scores before the softmax.
@@ -60,10 +61,10 @@ def attend_with_lengths(
 ) -> tuple[Tensor, Tensor | None, Int[Tensor, "batch 2"] | None]:
     """`attend`, and the lengths beyond which the map is zero (see `DenseMap`), or None."""
     plain = needs_plain_operators(values, *scores.factors)
-    can_fuse = not keep and scores.relative is None
+    can_fuse = not keep and scores.relative is None and not scores.beyond_kernels
     if can_fuse and (plain or dropout_p > 0.0 or not _kernel_is_better(scores, values)):
         return _fused(scores, values, dropout_p), None, None
-    if plain or is_short(values, scores.shape):
+    if plain or scores.beyond_kernels or is_short(values, scores.shape):
         weights = softmax(scores)
         if buffer is not None and not plain and not torch.is_grad_enabled():
             weights = buffer.copy_(weights)

@@ -88,6 +88,11 @@ def needs_plain_operators(*tensors: Tensor) -> bool:
     )
 
 
+def is_plain(scores: Scores, values: Tensor) -> bool:
+    """Whether PyTorch's own operators compute this attention."""
+    return scores.beyond_kernels or needs_plain_operators(values, *scores.factors)
+
+
 def attention(
     scores: Scores, values: Tensor, *, keep: bool, dropout_p: float
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Tensor | None, Int[Tensor, "batch 2"]]:

@@ -32,7 +32,9 @@ class Scores:
 
         scores[i, j] = scaling · (query[i] · key[j] + relative.query[i] · relative.key[T − 1 − i + j]) + bias[i, j]
 
-    The score is −∞ if `mask[i, j]` is False, or if `is_causal` and j > i.
+    The score is −∞ if `mask[i, j]` is False, or if `is_causal` and j > i. With a cap c, the scaled sum s becomes
+    c · tanh(s / c) before the bias is added (Gemma 2). A sink is the score of one more key, whose weight is dropped
+    after the softmax (Xiao et al. 2024).
 
     Attributes:
         query: queries, after rotary positions or the content bias of relative positions.
@@ -43,6 +45,8 @@ class Scores:
         is_causal: no query attends to a later key.
         relative: relative positions, or None. They need as many queries as keys.
         key_heads: for each head, its head of the keys; only in a decoding step, for `attend_step`.
+        cap: maximum of the scaled scores, or None.
+        sinks: a score for each head, or None.
     """
 
     query: Float[Tensor, "batch heads query dim"]
@@ -53,12 +57,19 @@ class Scores:
     is_causal: bool = False
     relative: RelativePositions | None = None
     key_heads: tuple[Any, ...] | None = None  # a check of `int` draws random items, which hypothesis forbids
+    cap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
 
     @property
     def shape(self) -> tuple[Any, Any, Any, Any]:
         """Shape of the map: (batch, heads, query, key). The numbers are symbols while a model is exported."""
         batch, heads, num_queries, _ = self.query.shape
         return batch, heads, num_queries, self.key.shape[-2]
+
+    @property
+    def beyond_kernels(self) -> bool:
+        """Whether PyTorch's own operators compute the map, as a whole: the kernels know no cap and no sinks."""
+        return self.cap is not None or self.sinks is not None
 
     @cached_property
     def valid_lengths(self) -> tuple[tuple[int, int], ...]:
@@ -97,7 +108,9 @@ class Scores:
             relative = RelativePositions(relative.query.to(dtype), relative.key.to(dtype))
         if bias is not None:
             bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
-        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), bias=bias, relative=relative)
+        query, key, sinks = self.query.to(dtype), self.key.to(dtype), self.sinks
+        sinks = None if sinks is None else sinks.to(dtype)
+        return replace(self, query=query, key=key, bias=bias, relative=relative, sinks=sinks)
 
     def of_heads(self, heads: list[int] | slice) -> Scores:
         """Select heads, in the given order. A slice copies nothing (see `as_index`)."""
@@ -115,6 +128,7 @@ class Scores:
             mask=select(self.mask),
             bias=select(self.bias),
             relative=relative,
+            sinks=None if self.sinks is None else self.sinks[heads],
         )
 
     def dense(self) -> Float[Tensor, "batch heads query key"]:
@@ -131,6 +145,8 @@ class Scores:
                 )
             scores = scores + shift(self.relative.query @ self.relative.key.transpose(-2, -1))
         scores = scores * self.scaling
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
         if self.bias is not None:
             scores = scores + self.bias
         allowed = self.allowed()

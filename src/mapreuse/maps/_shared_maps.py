@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mapreuse.maps._map import DenseMap
-from mapreuse.maps._operators import needs_plain_operators
+from mapreuse.maps._operators import is_plain
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._storage import STORAGES, stored_dtype
 from mapreuse.maps._storage_choice import MapCounts, choose_storage
@@ -83,7 +83,7 @@ class SharedMaps:
             return self._storage
         assert self._counts is not None
         exact = "recompute" if self._storage == "recompute" else "dense"
-        plain = needs_plain_operators(values, *scores.factors)
+        plain = is_plain(scores, values)
         stored = exact if plain or torch.is_grad_enabled() or self._storage == "auto" else self._storage
         if plain or torch.compiler.is_compiling():  # the choice by a benchmark cannot be recorded
             needed = self._counts.nbytes(stored, scores, retain=self._retain)

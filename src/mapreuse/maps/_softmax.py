@@ -17,7 +17,12 @@ from mapreuse.maps._scores import Scores
 def softmax(scores: Scores) -> Float[Tensor, "batch heads query key"]:
     """Compute the whole map, with gradients. The softmax of half-precision scores runs in float32."""
     dense = scores.dense()
+    if scores.sinks is not None:
+        sinks = scores.sinks[:, None, None].expand(*dense.shape[:-1], 1)
+        dense = torch.cat([dense, sinks], -1)
     weights = torch.softmax(dense, dim=-1, dtype=softmax_dtype(dense)).to(dense.dtype)
+    if scores.sinks is not None:
+        weights = weights[..., :-1]
     allowed = scores.allowed()
     return weights if allowed is None else weights * allowed.any(-1, keepdim=True)
 

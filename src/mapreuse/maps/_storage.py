@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mapreuse.maps._attend import attend, attend_with_lengths
 from mapreuse.maps._map import AttentionMap, DenseMap, RecomputedMap
-from mapreuse.maps._operators import needs_plain_operators, store_attention
+from mapreuse.maps._operators import is_plain, store_attention
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import softmax_dtype
 
@@ -32,7 +32,7 @@ def compute(
     "dense" and "recompute" are exact. "dense16" and "dense8" divide each row by its maximum, round it to 11
     significant bits or to multiples of 1/255, and scale it to a sum of one. The layer's own context always uses the
     exact weights. Compressed maps have no gradient: with gradients enabled, and where a pass needs PyTorch's own
-    operators (`needs_plain_operators`), "dense16" and "dense8" store the weights like "dense".
+    operators (`is_plain`), "dense16" and "dense8" store the weights like "dense".
 
     Args:
         scores, values, dropout_p: as for `attend`.
@@ -42,7 +42,7 @@ def compute(
     """
     if storage == "recompute":
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)
-    if storage in _COMPRESSED and not torch.is_grad_enabled() and not needs_plain_operators(values, *scores.factors):
+    if storage in _COMPRESSED and not torch.is_grad_enabled() and not is_plain(scores, values):
         stored = (
             torch.empty(scores.shape, dtype=_COMPRESSED[storage], device=values.device) if buffer is None else buffer
         )

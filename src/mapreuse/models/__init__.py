@@ -1,6 +1,6 @@
 """Where does attention live in a model family, and how is it made to share maps?"""
 
-from mapreuse.models import _fused, _moonshine, _relative, _timm, _torch_encoder  # noqa: F401  register adapters
+from mapreuse.models import _falcon, _fused, _moonshine, _relative, _timm, _torch_encoder, _wavlm  # noqa: F401  register adapters
 from mapreuse.models._apply import apply, plan_of, with_projections
 from mapreuse.models._cache_bytes import CacheBytes, cache_bytes, keeps_cache
 from mapreuse.models._drop_layers import drop_layers

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import transformers
 from torch import nn
 
+from mapreuse.models._deriving import probe
 from mapreuse.models._reading import AttentionForm, read_attention
 from mapreuse.models._source import Unsupported, fingerprint_of
 
@@ -53,7 +55,11 @@ def attention_form(module: nn.Module, *, cross: bool = False) -> AttentionForm:
         )
     if cross:
         return read_attention(cls, cross=True)
-    return next(filter(None, (adapter(module) for adapter in _ADAPTERS)), None) or read_attention(cls)
+    form = next(filter(None, (adapter(module) for adapter in _ADAPTERS)), None) or read_attention(cls)
+    if form.derived is None:
+        return form
+    found = probe(module, form.derived)
+    return replace(form, value=found.value or "", probe=found)
 
 
 def check_fingerprint(cls: type[nn.Module], fingerprints: tuple[str, ...], version: str) -> None:

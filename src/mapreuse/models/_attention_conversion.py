@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.models._layout import LayerLayout
-from mapreuse.models._projections import HeadCounts
+from mapreuse.models._normalising import Normalised
+from mapreuse.models._projections import HeadCounts, num_outputs
 from mapreuse.models._reading import AttentionForm
-from mapreuse.models._runtime import IMPLEMENTATION
+from mapreuse.models._runtime import IMPLEMENTATION, attention_function
 from mapreuse.models._sharing_classes import (
+    DerivedReusing,
+    NormalisedAttention,
     PartlyComputingAttention,
     ReusingAttention,
     ReusingCrossAttention,
@@ -73,8 +76,13 @@ def convert_attention(conversion: Conversion) -> None:
         attention.head_dim = conversion.heads.head_dim
     if isinstance(attention, SharingAttention):
         return
-    reusing = ReusingAttention if form.states is None else ReusingCrossAttention
+    reusing: type[SharingAttention] = DerivedReusing if form.derived else ReusingAttention
+    if form.states is not None:
+        reusing = ReusingCrossAttention
     mixin = form.computing if layout.computing else reusing
+    if form.normal is not None and layout.computing:
+        mixin = NormalisedAttention
+        attention._normalised = Normalised(type(attention), form.normal, attention_function)
     partly = PartlyComputingAttention if layout.parts and mixin is None else None
     if mixin or partly:
         attention.__class__ = sharing_class(mixin or partly, type(attention))  # type: ignore[arg-type]
@@ -88,6 +96,12 @@ def convert_attention(conversion: Conversion) -> None:
 
 def kept_rows(attention: nn.Module, form: AttentionForm, layout: LayerLayout, head_dim: int) -> _Rows:
     """The tensors of an attention module that hold rows of heads that do not compute, and the rows to keep."""
+    if form.probe is not None:
+        rows = list(form.probe.rows)
+        whole = layout.computing or not form.value
+        return (
+            {} if whole else _rows_of(attention, form.value, num_outputs(attention.get_submodule(form.value)), rows)
+        )
     if form.fused:
         width, own = layout.num_heads * head_dim, head_rows(layout.computing, head_dim)
         rows = [*own, *(width + row for row in own), *range(2 * width, 3 * width)]

@@ -130,6 +130,8 @@ class OneLayer:
 
     def __init__(self, attention: nn.Module, cache: Cache) -> None:
         self.attention, self.cache = attention, cache
+        self.self_attention_cache, self.is_updated = self, dict[int, bool]()
+        self.get_seq_length = cache.get_seq_length
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, **kwargs: Any) -> CachedStates:
         return update_cache(self.attention, self.cache, keys, values)

@@ -11,5 +11,6 @@ from mapreuse.models._reading import AttentionForm
 @register_attention("MoonshineAttention", "44bb0de08ee8", "b5dcbbd36b9a")
 def _moonshine(module: nn.Module) -> AttentionForm:
     """Zeros change neither scores nor contexts, so a reusing layer pads nothing."""
-    output = ("o_proj",)
-    return AttentionForm(("q_proj",), ("k_proj",), "v_proj", output, "attention_dropout", fixed_heads=True)
+    return AttentionForm(
+        *(("q_proj",), ("k_proj",), "v_proj", ("o_proj",), "attention_dropout"), fixed_heads=True, cache="layer_idx"
+    )

@@ -82,7 +82,7 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan, *, cross: 
 
 def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> None:
     """Projections must be plain. Wrapped ones (LoRA) and other formats (quantised) cannot be split by heads."""
-    for attribute in dict.fromkeys((*form.query, *form.key, form.value, *form.output)):
+    for attribute in filter(None, dict.fromkeys((*form.query, *form.key, form.value, *form.output))):
         module = attention._modules.get(attribute)
         if module is None and attribute in (form.value, *form.output):
             raise Unsupported(f"{name}: {type(attention).__name__}.{attribute} is not a module")
@@ -110,10 +110,10 @@ def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> 
 
 def is_separable(attention: nn.Module, form: AttentionForm, heads: HeadCounts) -> bool:
     """Whether some heads can be projected without the others."""
+    if form.fixed_heads or form.probe is not None:
+        return False
     if form.fused or form.computing is not None:
         return True
-    if form.fixed_heads:
-        return False
     for attributes in (form.query, form.key):
         modules = {a: attention.get_submodule(a) for a in attributes if a in attention._modules}
         linear = [a for a, module in modules.items() if isinstance(module, nn.Linear) and is_plain_linear(module)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from mapreuse.maps import as_index
 from mapreuse.models._adapters import attention_form
 from mapreuse.models._reading import HEAD_DIM, AttentionForm
 from mapreuse.models._source import Unsupported
@@ -32,12 +33,14 @@ def count_heads(name: str, attention: nn.Module, form: AttentionForm) -> HeadCou
     Raises:
         Unsupported: if the shapes do not determine them. The message starts with `name`.
     """
+    if form.probe is not None:
+        return HeadCounts(form.probe.num_heads, form.probe.num_value_heads, form.probe.head_dim)
     head_dim = _head_dim(name, attention, form)
-    value = _num_outputs(attention.get_submodule(form.value))
+    value = num_outputs(attention.get_submodule(form.value))
     if form.fused:
         return HeadCounts(value // 3 // head_dim, value // 3 // head_dim, head_dim)
     projections = [attention._modules.get(attribute) for attribute in form.query]
-    queries = [_num_outputs(module) for module in projections if isinstance(module, nn.Linear | Conv1D)]
+    queries = [num_outputs(module) for module in projections if isinstance(module, nn.Linear | Conv1D)]
     if not queries:
         raise Unsupported(f"{name}: no query projection was found in {form.query}")
     num_heads, remainder = divmod(queries[0], head_dim)
@@ -50,31 +53,35 @@ def count_heads(name: str, attention: nn.Module, form: AttentionForm) -> HeadCou
 
 
 def _head_dim(name: str, attention: nn.Module, form: AttentionForm) -> int:
-    for dim in (form.head_dim, *(getattr(attention, attribute, None) for attribute in HEAD_DIM)):
+    probed = form.probe and form.probe.head_dim
+    for dim in (probed, form.head_dim, *(getattr(attention, attribute, None) for attribute in HEAD_DIM)):
         if isinstance(dim, int):
             return dim
     raise Unsupported(f"{name} names no head dimension (expected one of {', '.join(HEAD_DIM)})")
 
 
-def _num_outputs(projection: nn.Module) -> int:
+def num_outputs(projection: nn.Module) -> int:
+    """The width of the outputs of a projection."""
     return projection.nf if isinstance(projection, Conv1D) else projection.out_features  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class ValueProjection:
-    """The values of a layer: the last `num_heads · head_dim` outputs of a projection.
+    """The values of a layer: outputs of a projection.
 
         values[h] = x W[h]ᵀ + b[h]
 
     Attributes:
-        module: the projection. Queries and keys may come before the values.
+        module: the projection. It may make queries and keys as well.
         num_heads: heads of the values; fewer than those of the maps under grouped-query attention.
         head_dim: width of a head.
+        rows: the outputs that are the values, head by head; None for the last `num_heads · head_dim`.
     """
 
     module: nn.Linear | Conv1D
     num_heads: int
     head_dim: int
+    rows: tuple[int, ...] | None = None
 
     def __call__(
         self, hidden_states: Float[Tensor, "batch positions width"]
@@ -97,14 +104,19 @@ class ValueProjection:
     @torch.no_grad()
     def assign(self, weight: Float[Tensor, "heads head_dim width"]) -> None:
         """Replace W in place."""
-        self._rows().copy_(weight.flatten(0, 1))
+        self._whole()[self._index()] = weight.flatten(0, 1)
+
+    def _whole(self) -> Float[Tensor, "outputs width"]:
+        return self.module.weight.mT if isinstance(self.module, Conv1D) else self.module.weight
 
     def _rows(self) -> Float[Tensor, "outputs width"]:
-        weight = self.module.weight.mT if isinstance(self.module, Conv1D) else self.module.weight
-        return weight[-self.num_heads * self.head_dim :]
+        return self._whole()[self._index()]
 
     def _row_bias(self) -> Tensor | None:
-        return None if self.module.bias is None else self.module.bias[-self.num_heads * self.head_dim :]
+        return None if self.module.bias is None else self.module.bias[self._index()]
+
+    def _index(self) -> slice | list[int]:
+        return slice(-self.num_heads * self.head_dim, None) if self.rows is None else as_index(self.rows)
 
 
 def value_projection(layer: Layer) -> ValueProjection:
@@ -116,8 +128,11 @@ def value_projection(layer: Layer) -> ValueProjection:
     attention: Any = layer.attention
     form, name = form_of(layer), type(attention).__name__
     layout = vars(attention).get("_layout")
+    if not form.value:
+        raise Unsupported(f"{name}: its values are not outputs of one projection; convert it without refitting")
     num_heads = layout.num_value_heads if layout else count_heads(name, attention, form).num_value_heads
-    return ValueProjection(attention.get_submodule(form.value), num_heads, _head_dim(name, attention, form))
+    rows = None if form.probe is None or (layout and not layout.computing) else form.probe.rows
+    return ValueProjection(attention.get_submodule(form.value), num_heads, _head_dim(name, attention, form), rows)
 
 
 def output_projection(layer: Layer) -> nn.Linear | Conv1D:
@@ -152,5 +167,5 @@ def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Con
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
-    """True for `torch.nn.Linear` and for GPT-2's `Conv1D`; False for subclasses."""
-    return type(module) in (nn.Linear, Conv1D)
+    """True for `torch.nn.Linear`, and for the modules of GPT-2 and Falcon that do the same; False for subclasses."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"

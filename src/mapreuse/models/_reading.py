@@ -17,6 +17,8 @@ from functools import cache
 
 from torch import nn
 
+from mapreuse.models._deriving import Derived, Probe, all_attributes, derive, with_methods_inlined
+from mapreuse.models._normalising import normalised
 from mapreuse.models._source import Unsupported, calls_with_kwargs, definition_of, forward_of, self_attributes
 
 HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
@@ -25,6 +27,8 @@ HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"
 _CALL = "attention_interface"
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _ARGUMENTS = ("module", "query", "key", "value", "attention_mask")
+_TERMS = {"softcap", "s_aux"}
+"""Further arguments that make a map: a cap of the scores, and sinks."""
 INERT = {
     "is_causal",  # either part of the mask, or a parameter of the attention function
     "sliding_window",  # already part of the mask
@@ -90,6 +94,10 @@ class AttentionForm:
         head_dim: width of a head if the module does not store it.
         cache: the attribute with the index of the layer in a cache; None if modules of the class take no cache.
         states: for cross-attention, the argument with the states that it attends to; None for self-attention.
+        derived: the parts of the forward that a reusing layer runs; None if it runs `value` and `output` alone.
+        probe: what a run of `derived` on the module shows.
+        terms: arguments of the attention function that cap scores or hold sinks.
+        normal: the source of the forward with a call of the attention interface, if it has none itself.
     """
 
     query: tuple[str, ...]
@@ -107,6 +115,10 @@ class AttentionForm:
     head_dim: int | None = None
     cache: str | None = None
     states: str | None = None
+    derived: Derived | None = None
+    probe: Probe | None = None
+    terms: tuple[str, ...] = ()
+    normal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,17 +149,44 @@ def _form(cls: type[nn.Module], forward: Callable, cross: bool) -> AttentionForm
     states = next((one.arg for one in function.args.args if one.arg in OTHER_STATES), None) if cross else None
     if cross and states is None:
         raise Unsupported(f"{cls.__name__}: its forward takes no states to cross-attend to")
+    normal = None
+    if _CALL not in ast.unparse(function) and not cross:
+        body = list(with_methods_inlined(cls, list(_simplified(function.body, cached=None))))
+        function = normalised(cls, function, body)
+        normal = ast.unparse(function)
     before, call, after = _split_at_call(cls, list(_straight_line(function.body)))
     arguments = _call_arguments(cls, call)
     hidden_states = function.args.args[1].arg
     _check_dimensions(cls, before, hidden_states)
     values = _inlined(cls, _resolve(arguments["value"], before))
-    value = _value_projection(cls, values, states or hidden_states)
-    output, output_dropout = _output(cls, call, after)
-    kept = self_attributes(values) | set(output)
     origins = {name: _with_methods(cls, _origins(before, argument)) for name, argument in arguments.items()}
-    if value in origins["query"] | origins["key"]:
-        raise Unsupported(f"{cls.__name__}: {value} projects queries or keys together with values")
+    takes_maps = function.args.kwarg is not None and _CALL in calls_with_kwargs(call, function)
+    terms = tuple(sorted(arguments.keys() & _TERMS))
+    output: tuple[str, ...] = ()
+    output_dropout, derived = None, None
+    try:
+        output, output_dropout, is_pair = _output(cls, call, after, normal is not None)
+        if not is_pair:
+            raise Unsupported(f"{cls.__name__}: it returns more or less than its output and weights")
+        value = _value_projection(cls, values, states or hidden_states)
+        if value in origins["query"] | origins["key"]:
+            raise Unsupported(f"{cls.__name__}: {value} projects queries or keys together with values")
+    except Unsupported:
+        if cross:
+            raise
+        derived = derive(cls, function, list(_simplified(function.body)), call)
+    if derived is not None:
+        unused = tuple(sorted(all_attributes(cls, function.body) - derived.kept))
+        dropout = _dropout(arguments.get("dropout"))
+        return AttentionForm(
+            *(unused, (), "", output, dropout),
+            takes_maps=takes_maps,
+            cache=_cache_index(cls, function, arguments, None, None),
+            derived=derived,
+            terms=terms,
+            normal=normal,
+        )
+    kept = self_attributes(values) | set(output)
     query = origins["query"] - kept
     bias = (origins.get("attention_mask", set()) | origins.get("position_bias", set())) - kept - query
     key = origins["key"] - kept - query | bias
@@ -161,9 +200,11 @@ def _form(cls: type[nn.Module], forward: Callable, cross: bool) -> AttentionForm
         bias=tuple(sorted(bias)),
         output_dropout=output_dropout,
         fixed_heads=any(map(_NUM_HEADS.search, names)),
-        takes_maps=function.args.kwarg is not None and _CALL in calls_with_kwargs(call, function),
+        takes_maps=takes_maps,
         cache=_cache_index(cls, function, arguments, value, states),
         states=states,
+        terms=terms,
+        normal=normal,
     )
 
 
@@ -184,11 +225,12 @@ class _CrossAttends(ast.NodeTransformer):
 
 
 def _cache_index(
-    cls: type, function: ast.FunctionDef, arguments: dict[str, ast.expr], value: str, states: str | None
+    cls: type, function: ast.FunctionDef, arguments: dict[str, ast.expr], value: str | None, states: str | None
 ) -> str | None:
     """The attribute `i` if all that a cache changes is `keys, values = cache.update(keys, values, self.i)`.
 
-    Otherwise None. `keys` and `values` must be what attention gets. Cross-attention may also read them again.
+    Otherwise None. `keys` and `values` must be what attention gets, and `values` the outputs of `value`; if that is
+    None, they must be unchanged after the update. Cross-attention may also read them again.
     """
     without = {ast.unparse(step.statement) for step in _straight_line(function.body)}
     steps = list(_straight_line(function.body, cached=True))
@@ -208,12 +250,30 @@ def _cache_index(
         return None
     if states is not None:
         return update[3]
+    if value is None:
+        later = {name for step in steps[index + 1 :] for name in _assignment(step)[0]}
+        return None if update[2] in later else update[3]
     projected = _inlined(cls, _resolve(ast.Name(update[2]), steps[:index]))
     try:
         same = _value_projection(cls, projected, function.args.args[1].arg) == value
     except Unsupported:
         return None
     return update[3] if same else None
+
+
+def _simplified(body: Iterable[ast.stmt], cached: bool | None = False) -> Iterator[ast.stmt]:
+    """The statements that run without cross-attention, with or without a cache or both. Other conditions stay."""
+    for statement in body:
+        if not isinstance(statement, ast.If):
+            yield _Substitute({}).visit(statement)
+            continue
+        holds = _truth(statement.test, cached)
+        if holds is None:
+            statement.body = list(_simplified(statement.body, cached)) or [ast.Pass()]
+            statement.orelse = list(_simplified(statement.orelse, cached))
+            yield statement
+        else:
+            yield from _simplified(statement.body if holds else statement.orelse, cached)
 
 
 def _straight_line(body: Iterable[ast.stmt], *, certain: bool = True, cached: bool = False) -> Iterator[_Step]:
@@ -229,15 +289,17 @@ def _straight_line(body: Iterable[ast.stmt], *, certain: bool = True, cached: bo
             yield from _straight_line(statement.orelse, certain=certain and holds is False, cached=cached)
 
 
-def _truth(test: ast.expr, cached: bool = False) -> bool | None:
+def _truth(test: ast.expr, cached: bool | None = False) -> bool | None:
     """The value of a condition if all names in `ABSENT` are None or False; None if that does not determine it.
 
-    Those in `CACHES` are None without a cache, and not None with one.
+    Those in `CACHES` are None without a cache, not None with one, and either if `cached` is None.
     """
     match test:
         case ast.Constant(value=bool(value)):
             return value
-        case ast.Name(id=name) if name in ABSENT or (name in CACHES and not cached):
+        case ast.Name(id=name) | ast.Attribute(value=ast.Name(id="self"), attr=name) if name in ABSENT or (
+            name in CACHES and cached is False
+        ):
             return False
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             holds = _truth(operand, cached)
@@ -249,9 +311,9 @@ def _truth(test: ast.expr, cached: bool = False) -> bool | None:
                 return decisive
             return None if None in operands else not decisive
         case ast.Compare(left=ast.Name(id=name), ops=[op], comparators=[ast.Constant(value=None)]) if (
-            name in ABSENT or name in CACHES
+            name in ABSENT or (name in CACHES and cached is not None)
         ):
-            return isinstance(op, ast.Is) != (cached and name in CACHES)
+            return isinstance(op, ast.Is) != (cached is True and name in CACHES)
     return None
 
 
@@ -285,7 +347,7 @@ def _call_arguments(cls: type, call: ast.Assign) -> dict[str, ast.expr]:
     assert isinstance(call.value, ast.Call)
     arguments = dict(zip(_ARGUMENTS, call.value.args, strict=False))
     arguments |= {keyword.arg: keyword.value for keyword in call.value.keywords if keyword.arg is not None}
-    if unknown := sorted(arguments.keys() - {*_ARGUMENTS, "scaling", "dropout", "position_bias"} - INERT):
+    if unknown := sorted(arguments.keys() - {*_ARGUMENTS, *_TERMS, "position_bias", "scaling", "dropout"} - INERT):
         raise Unsupported(f"{cls.__name__}: its attention takes {', '.join(unknown)}, which may change the map")
     if missing := [name for name in ("query", "key", "value") if name not in arguments]:
         raise Unsupported(f"{cls.__name__}: {_CALL} is called without {', '.join(missing)}")
@@ -433,8 +495,13 @@ def _splits_heads(shape: list[ast.expr]) -> bool:
     return dim.removeprefix("self.") in HEAD_DIM and (heads == "-1" or "heads" in heads)
 
 
-def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[tuple[str, ...], str | None]:
-    """The modules between the context and the return of `(output, weights)`, and a dropout at their end."""
+def _output(
+    cls: type, call: ast.Assign, after: list[_Step], transposes: bool
+) -> tuple[tuple[str, ...], str | None, bool]:
+    """The modules between the context and the return, a dropout at their end, and whether it returns two things.
+
+    These are the output and the weights. In a rewritten forward, two transpositions of heads and positions cancel.
+    """
     target = call.targets[0]
     if not (isinstance(target, ast.Tuple) and len(target.elts) == 2):
         raise Unsupported(f"{cls.__name__}: {_CALL} is not unpacked into context and weights")
@@ -450,12 +517,11 @@ def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[tuple[str,
             if name.id != context and _is_shape(statement.value, context):
                 continue
             found = None if dropout else _functional_dropout(statement.value, context)
-            chain = [] if found else _chain(cls, statement.value, context)
-        elif isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
-            elements = statement.value.elts
-            if len(elements) != 2 or ast.unparse(elements[1]) not in (weights, "None"):
-                raise Unsupported(f"{cls.__name__}: it returns {ast.unparse(statement.value)}")
-            found, chain = None, _chain(cls, elements[0], context)
+            chain = [] if found else _chain(cls, statement.value, context, transposes)
+        elif isinstance(statement, ast.Return) and statement.value is not None:
+            returned = statement.value.elts if isinstance(statement.value, ast.Tuple) else [statement.value]
+            is_pair = len(returned) == 2 and ast.unparse(returned[1]) in (weights, "None")
+            found, chain = None, _chain(cls, returned[0], context, transposes)
         else:
             raise Unsupported(f"{cls.__name__}: unexpected step after attention: {step.first_line}")
         if dropout and chain:
@@ -464,7 +530,7 @@ def _output(cls: type, call: ast.Assign, after: list[_Step]) -> tuple[tuple[str,
         if isinstance(name, ast.Name):
             context = name.id
         else:
-            return tuple(modules), dropout
+            return tuple(modules), dropout, is_pair
     raise Unsupported(f"{cls.__name__}: it returns nothing after attention")
 
 
@@ -487,15 +553,19 @@ def _functional_dropout(expression: ast.expr, context: str) -> str | None:
     return found[1] if found else None
 
 
-def _chain(cls: type, expression: ast.expr, context: str) -> list[str]:
+def _chain(cls: type, expression: ast.expr, context: str, transposes: bool) -> list[str]:
     """[a, b] for `self.b(self.a(context))`, without reshaping."""
     match expression:
         case ast.Name(id=name) if name == context:
             return []
         case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name), args=[inner], keywords=[]):
-            return [*_chain(cls, inner, context), name]
+            return [*_chain(cls, inner, context, transposes), name]
         case ast.Call(func=ast.Attribute(value=owner, attr="reshape" | "contiguous" | "view"), keywords=[]):
-            return _chain(cls, owner, context)
+            return _chain(cls, owner, context, transposes)
+        case ast.Call(func=ast.Attribute(value=owner, attr="transpose" | "permute"), args=order) if transposes and [
+            ast.unparse(one) for one in order
+        ] in (["1", "2"], ["0", "2", "1", "3"]):
+            return _chain(cls, owner, context, transposes)
     raise Unsupported(f"{cls.__name__}: unexpected step after attention: {ast.unparse(expression)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ _OBSERVED = "_observed"
 """The attribute of an attention module that holds its inputs and a callback, inside `observing_inputs`."""
 
 IMPLEMENTATION = "mapreuse"
-"""The name of `_attention_function` in the attention interface of `transformers`."""
+"""The name of `attention_function` in the attention interface of `transformers`."""
 
 
 def share(
@@ -183,30 +184,37 @@ def refuse_unknown(module: nn.Module, arguments: dict[str, Any]) -> None:
         )
 
 
-def _attention_function(
+def attention_function(
     module: nn.Module,
     query: Float[Tensor, "batch query_heads query dim"],
     key: Float[Tensor, "batch key_heads key dim"],
     value: Float[Tensor, "batch value_heads key value_dim"],
     attention_mask: Tensor | None,
-    scaling: float | None = None,
+    scaling: float | Tensor | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     attention_maps: SharedMaps | None = None,
     cross_attention_maps: SharedMaps | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
     """The attention function that the original forward of a computing module calls."""
-    refuse_unknown(module, kwargs)
+    if isinstance(scaling, Tensor):
+        query, scaling = query * scaling, 1.0
+    terms = {"softcap": softcap, "s_aux": s_aux}
+    refuse_unknown(module, kwargs | {name: terms[name] for name in terms.keys() - module._form.terms})  # type: ignore
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     query = query[:, as_index(layout.queries)]
     scores = make_scores(module, query, key, attention_mask, scaling, is_causal, position_bias)
+    sinks = None if s_aux is None else s_aux[as_index(layout.computing)]
+    scores = replace(scores, cap=softcap, sinks=sinks)
     maps = attention_maps if module._form.states is None else cross_attention_maps  # type: ignore[union-attr]
     return share(module, maps, value, scores, num_queries=query.shape[-2], dropout_p=dropout)
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention_function)
+AttentionInterface.register(IMPLEMENTATION, attention_function)
 # Without a mask function of this name, `transformers` would make no mask, and padding would be attended to.
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 

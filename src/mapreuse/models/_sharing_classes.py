@@ -12,6 +12,7 @@ from torch.nn import functional
 from mapreuse.maps import Scores
 from mapreuse.models._cache import OneLayer, cache_of, update_cache, values_of_encoder
 from mapreuse.models._layout import LayerLayout
+from mapreuse.models._normalising import Normalised
 from mapreuse.models._reading import CACHES, AttentionForm
 from mapreuse.models._runtime import CROSS_MAPS_ARGUMENT, MAPS_ARGUMENT, refuse_other_states, refuse_unknown, share
 from mapreuse.models._source import parameter_names
@@ -50,14 +51,21 @@ class SharingAttention(nn.Module):
         cache = cache_of(arguments)
         return (keys, values) if cache is None else update_cache(self, cache, keys, values)
 
+    def _context(
+        self, hidden_states: Tensor, values: Tensor, scores: Scores | None, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The context for these inputs, and the map of all heads if the caller asked for it."""
+        dropout_p = 0.0
+        if self.training and self._form.dropout is not None:
+            dropout_p = attrgetter(self._form.dropout)(self)
+        maps = arguments.get(MAPS_ARGUMENT if self._form.states is None else CROSS_MAPS_ARGUMENT)
+        num_queries = hidden_states.shape[1]
+        return share(self, maps, values, scores, num_queries=num_queries, dropout_p=dropout_p)
+
     def _share(self, hidden_states: Tensor, values: Tensor, scores: Scores | None, arguments: dict[str, Any]) -> Any:
         """The output of the module for these inputs, with the map if the original forward returns one."""
-        form, dropout_p = self._form, 0.0
-        if self.training and form.dropout is not None:
-            dropout_p = attrgetter(form.dropout)(self)
-        maps = arguments.get(MAPS_ARGUMENT if form.states is None else CROSS_MAPS_ARGUMENT)
-        num_queries = hidden_states.shape[1]
-        context, weights = share(self, maps, values, scores, num_queries=num_queries, dropout_p=dropout_p)
+        form = self._form
+        context, weights = self._context(hidden_states, values, scores, arguments)
         context = context.flatten(2)
         for name in form.output:
             context = getattr(self, name)(context)
@@ -107,11 +115,46 @@ class PartlyComputingAttention(SharingAttention):
     """An attention module with the original forward in which some heads compute and others reuse."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(**self._with_one_layer(args, kwargs))
+
+    def _with_one_layer(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, with the layer's part of the cache instead of the cache."""
         arguments = dict(zip(self._parameter_names, args, strict=False)) | kwargs
         for name in CACHES:
             if arguments.get(name) is not None:
                 arguments[name] = OneLayer(self, arguments[name])
-        return super().forward(**arguments)
+        return arguments
+
+
+class NormalisedAttention(PartlyComputingAttention):
+    """An attention module that computes maps by its original forward, rewritten to call the attention interface."""
+
+    _normalised: Normalised
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._layout.parts:
+            return self._normalised.forward(self, **self._with_one_layer(args, kwargs))
+        return self._normalised.forward(self, *args, **kwargs)
+
+
+class DerivedReusing(ReusingAttention):
+    """A reusing attention module that runs the parts of the original forward that need no queries and keys."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        derived, arguments = self._form.derived, self._arguments(args, kwargs)
+        assert derived is not None
+        for name in derived.required:
+            if arguments.get(name) is None:
+                raise ValueError(f"{type(self).__name__} reuses a map and cannot make {name}; call the whole model")
+        _, values = self._cached(None, self._values(hidden_states), arguments)
+        context, weights = self._context(hidden_states, values, None, arguments)
+        return derived.output(self, context, weights, hidden_states, **arguments)
+
+    def _values(self, hidden_states: Tensor) -> Tensor:
+        if self._form.value:
+            return super()._values(hidden_states)
+        assert self._form.derived is not None
+        return self._form.derived.values(self, hidden_states)
 
 
 @functools.cache

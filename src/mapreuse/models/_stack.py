@@ -139,7 +139,10 @@ def _attentions(layer: nn.Module, attention: str = "self") -> list[tuple[str, nn
     for path, module in named.items():
         holds_another = any(other.startswith(f"{path}." if path else "") and other != path for other in named)
         words = f"{path} {type(module).__name__}".lower()
-        is_cross = "cross" in words or "encoder_attn" in words or bool(getattr(module, "is_cross_attention", False))
+        is_cross = bool(
+            re.search("cross|encoder_attn|encdec|encoder_decoder", words)
+            or getattr(module, "is_cross_attention", False)
+        )
         if not holds_another and is_cross == (attention == "cross"):
             found.append((path, module))
     return found
