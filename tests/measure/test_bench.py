@@ -27,7 +27,7 @@ from mapreuse.measure import (
     plot_bench,
 )
 from mapreuse.measure import _bench as internals
-from mapreuse.measure._contestants import split_plans
+from mapreuse.measure._contestants import Exports, split_plans
 from mapreuse.models._optimize import is_optimized
 
 OPTIONS = {"repeats": 2, "plans": "full,4x1", "kinds": ("eager", "sdpa", "mapreuse")}
@@ -287,6 +287,22 @@ def test_runtimes_are_contestants_and_int8_has_an_error(tmp_path):
     assert sorted((one["precision"], one["plan"] is None) for one in descriptions) == [
         ("float32", False), ("float32", True), ("int8", False)
     ]  # fmt: skip
+
+
+def test_exports_are_kept_for_the_same_weights_only(tmp_path, monkeypatch):
+    exported = []
+
+    def export(model, path, example, **options):
+        exported.append(path)
+        path.mkdir()
+
+    monkeypatch.setattr("mapreuse.measure._contestants.export", export)
+    monkeypatch.setattr("mapreuse.measure._contestants.open_exported", lambda path, threads: path)
+    (model, batch), contestant = build("bert"), Contestant("sdpa", runtime="onnx")
+    exports = Exports(tmp_path, batch, [batch], 1)
+    opened = [contestant.build(one, exports=exports).run for one in (model, model, build("bert", seed=1)[0])]
+    assert opened[0] == opened[1] != opened[2]
+    assert exported == [opened[0], opened[2]]
 
 
 def test_a_missing_runtime_is_skipped_with_its_command_unless_it_was_named(monkeypatch):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ class Exports:
 
     def open(self, contestant: Contestant, model: nn.Module, attentions: Mapping[str, Attention]) -> nn.Module:
         """The contestant as a module that runs in its runtime."""
-        path = self.directory / hashlib.sha256(contestant.name.encode()).hexdigest()[:16]
+        path = self.directory / _identity(model, contestant)
         if not path.exists():
             with redirect_stdout(io.StringIO()):  # NNCF shows progress bars
                 export(
@@ -139,6 +140,15 @@ class Exports:
                     own_attention=contestant.kind != SHARING,
                 )
         return InRuntime(open_exported(path, threads=self.threads))
+
+
+def _identity(model: nn.Module, contestant: Contestant) -> str:
+    """Sixteen hexadecimal digits for a contestant, the class and a sample of the weights of a model."""
+    hashed = hashlib.sha256(f"{contestant.name} {type(model).__name__} {version('mapreuse')}".encode())
+    for name, weights in model.state_dict().items():
+        sample = weights.detach().flatten()[:: max(1, weights.numel() // 64)].double().cpu()
+        hashed.update(f"{name} {tuple(weights.shape)}".encode() + sample.numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 class InRuntime(nn.Module):
