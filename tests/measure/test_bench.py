@@ -297,12 +297,12 @@ def test_exports_are_kept_for_the_same_weights_only(tmp_path, monkeypatch):
         path.mkdir()
 
     monkeypatch.setattr("mapreuse.measure._contestants.export", export)
-    monkeypatch.setattr("mapreuse.measure._contestants.open_exported", lambda path, threads: path)
+    monkeypatch.setattr("mapreuse.measure._contestants.open_exported", lambda path, threads: print)
     (model, batch), contestant = build("bert"), Contestant("sdpa", runtime="onnx")
     exports = Exports(tmp_path, batch, [batch], 1)
-    opened = [contestant.build(one, exports=exports).run for one in (model, model, build("bert", seed=1)[0])]
-    assert opened[0] == opened[1] != opened[2]
-    assert exported == [opened[0], opened[2]]
+    for one in (model, model, build("bert", seed=1)[0]):
+        contestant.build(one, exports=exports)
+    assert len(set(exported)) == len(exported) == 2
 
 
 def test_a_missing_runtime_is_skipped_with_its_command_unless_it_was_named(monkeypatch):
