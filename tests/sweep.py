@@ -141,7 +141,7 @@ def _tiny(config_class: type) -> Any:
                 settings[name] = _tiny(type(getattr(default, name)))
     config = config_class(**settings)
     rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and "mrope_section" in rope:
+    if isinstance(rope, dict) and "mrope_section" in {*rope, *getattr(config, "ignore_keys_at_rope_validation", ())}:
         pairs = int(getattr(config, "head_dim", WIDTH // HEADS) * rope.get("partial_rotary_factor", 1.0)) // 2
         rope["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     return config
