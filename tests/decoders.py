@@ -42,6 +42,9 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "qwen3": _text(tf.Qwen3Config, tf.Qwen3ForCausalLM, num_key_value_heads=2, head_dim=8),
     "mistral": _text(tf.MistralConfig, tf.MistralForCausalLM, num_key_value_heads=2, head_dim=8, sliding_window=6),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=40, **IDS)),
+    "mixtral": _text(
+        tf.MixtralConfig, tf.MixtralForCausalLM, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    ),
     "opt": _text(tf.OPTConfig, tf.OPTForCausalLM, ffn_dim=64, word_embed_proj_dim=32),
     "phi": _text(tf.PhiConfig, tf.PhiForCausalLM),
     "gemma": _text(tf.GemmaConfig, tf.GemmaForCausalLM, num_key_value_heads=2, head_dim=8),
