@@ -43,6 +43,7 @@ JUSTIFICATIONS = {
     "output depends on": "What the layer makes of the context depends on its scores.",
     "not split into heads": "Its values are not (batch, heads, positions, width): blocks of positions are in the "
     "batch, say.",
+    "made from one position": "Its values mix positions, or need more than one.",
     "makes values": "No plain projection of its hidden states makes its values.",
     "unexpected step": "The layer runs a loop or returns early before attention.",
     "returns nothing": "The layer returns nothing after attention.",

@@ -10,6 +10,7 @@ import ast
 import builtins
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mapreuse.console import one_line
 from mapreuse.models._source import Unsupported, definition_of, self_attributes
 
 
@@ -87,6 +89,8 @@ def derive(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt]
     context, weights = (ast.unparse(element) for element in target.elts)
     parameters = [one.arg for one in (*function.args.args, *function.args.kwonlyargs)][1:]
     hidden_states = parameters[0]
+    if replaced := {context, weights} & set(parameters):
+        raise Unsupported(f"{cls.__name__}: unexpected step: attention replaces its argument {', '.join(replaced)}")
 
     made = _needed(cls, [*body[:index], ast.Return(value)], set())
     if unknown := _from_outside(cls, made) - {hidden_states}:
@@ -359,11 +363,11 @@ def probe(module: nn.Module, derived: Derived) -> Probe:
     width = first.weight.shape[0 if isinstance(first, Conv1D) else 1]
     states = torch.zeros(1, 1, width, dtype=first.weight.dtype, device=first.weight.device)
     alone = next(iter(linear)) if derived.direct and len(derived.of_values & module._modules.keys()) == 1 else None
-    if alone is None:
-        values = derived.values(module, states)
-    else:
-        with linear[alone].register_forward_hook(_numbered):
+    try:
+        with linear[alone].register_forward_hook(_numbered) if alone else nullcontext():
             values = derived.values(module, states)
+    except Exception as error:  # of a step that one position, or numbers of outputs, do not fit
+        raise Unsupported(f"{name}: its values cannot be made from one position: {one_line(error)}") from error
     found = (getattr(owner, one, None) for owner in (module, getattr(module, "config", None)) for one in _HEADS)
     num_heads = next((one for one in found if isinstance(one, int)), None)
     if num_heads is None or values.dim() != 4 or values.shape[2] != 1 or num_heads % values.shape[1]:
