@@ -62,6 +62,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "decoder_num_key_value_heads": HEADS,
         "pad_head_dim_to_multiple_of": 6,
     },
+    "switch_transformers": {"num_decoder_layers": LAYERS},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
