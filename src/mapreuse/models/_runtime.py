@@ -50,7 +50,7 @@ def share(
     values: Float[Tensor, "batch value_heads key value_dim"],
     scores: Scores | None,
     *,
-    num_queries: int,
+    num_queries: int | torch.SymInt,
     dropout_p: float = 0.0,
 ) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
     """The context of a layer, from its own scores and the maps of its source layers.
