@@ -293,6 +293,10 @@ def export_(
     int8: Annotated[
         bool, typer.Option("--int8", help="quantise weights and activations to 8 bits with the calibration data")
     ] = False,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="attention by mapreuse's kernels, in a library beside the model (OpenVINO)"),
+    ] = False,
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 16,
@@ -302,7 +306,7 @@ def export_(
     MODEL may be converted or not. Running the exported model needs neither PyTorch nor mapreuse.
     """
     opened, batches = open_calibrated(model, calibration, max_batches, stack, float32=float32)
-    found = write_option(opened, opened.part, out, batches, model=model, runtime=runtime, int8=int8)
+    found = write_option(opened, opened.part, out, batches, model=model, runtime=runtime, int8=int8, kernels=kernels)
     console.print(f"{out}: {found['runtime']}, {found['precision']}", markup=False, highlight=False)
     console.print(f"Maximum difference to PyTorch at other shapes: {found['difference']:.1e}", highlight=False)
     for name, error in found.get("int8_error", {}).items():

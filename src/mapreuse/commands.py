@@ -33,7 +33,15 @@ _MIN_BATCHES = 16  # with little data, batches hold fewer than 8 samples instead
 
 
 def write_option(
-    opened: OpenedModel, part: Module, out: Path, batches: Batches, *, model: str, runtime: str, int8: bool
+    opened: OpenedModel,
+    part: Module,
+    out: Path,
+    batches: Batches,
+    *,
+    model: str,
+    runtime: str,
+    int8: bool,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Write a model, or export it, with the files that belong to it. Returns the description of the export."""
     from mapreuse import export
@@ -42,7 +50,7 @@ def write_option(
     folder, found = opened.directory.relative_to(model), {}
     if runtime:
         example = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
-        found = export(part, out / folder, example, runtime=runtime, int8=batches if int8 else None)
+        found = export(part, out / folder, example, runtime=runtime, int8=batches if int8 else None, kernels=kernels)
     else:
         opened.with_part(part).save_pretrained(out / folder)
     copy_companions(model, out)

@@ -9,7 +9,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from mapreuse import models
+from mapreuse import maps, models
 from mapreuse.console import check_new_directory, refused_in_one_line
-from mapreuse.exporting._runtimes import RUNTIMES, Run, required
+from mapreuse.exporting._runtimes import RUNTIMES, Calibration, Run, required
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -39,6 +39,7 @@ def export(
     runtime: str = "openvino",
     int8: Sequence[Batch] | None = None,
     own_attention: bool = False,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Write an encoder, with or without a plan, for OpenVINO or ONNX Runtime.
 
@@ -57,6 +58,10 @@ def export(
         int8: calibration batches like `example`. Weights and activations are quantised to 8 bits by NNCF.
         own_attention: write the model's own attention, as other exporters do, if it has no plan. It is there to
             compare with.
+        kernels: attention by the kernels of mapreuse, for OpenVINO on Linux: the directory also contains the library
+            `mapreuse_kernels.so`, which a C++ compiler makes for the installed version of OpenVINO and which must be
+            loaded by `openvino.Core().add_extension(path)`. With int8, its products have 8 bits, too. Otherwise the
+            export consists of standard operators.
 
     Returns:
         The contents of `mapreuse_export.json`. "difference" is the maximum, over the compared shapes, of
@@ -71,22 +76,29 @@ def export(
     path = Path(path)
     check_runtime(runtime, int8=int8 is not None)
     target = RUNTIMES[runtime]
+    if kernels:
+        target.check_kernels()
     _check_encoder(model)
     _check_batches(example, int8)
     with _new_directory(path) as directory, _evaluation(model, own_attention) as original:
-        program, names = _exported(original, _with_several_items(example))
+        with maps.runtime_operators("float32" if int8 is None else "int8") if kernels else nullcontext():
+            program, names = _exported(original, _with_several_items(example))
         _write_onnx(program, list(example), names, directory / "program.onnx")
+        calibration = None if int8 is None else Calibration(int8, _sensitive(directory / "program.onnx", original))
         with refused_in_one_line(f"{runtime} cannot run this {type(model).__name__}: "):
-            target.write(directory / "program.onnx", directory, int8)
+            target.write(directory / "program.onnx", directory, calibration, kernels=kernels)
             run = target.open(directory, None)
         for file in directory.glob("program.onnx*"):
             file.unlink()
         description: dict[str, Any] = {
             "runtime": runtime,
             "precision": "float32" if int8 is None else "int8",
+            "kernels": kernels,
             "model": type(model).__name__,
             "plan": _plan(model),
-            "difference": max(_difference(original, run, batch) for batch in _other_shapes(program, example)),
+            "difference": max(
+                _difference(original, run, batch) for batch in _other_shapes(original, program, example)
+            ),
         }
         if int8 is None and not description["difference"] <= MAX_DIFFERENCE:
             raise ValueError(
@@ -137,7 +149,8 @@ def _check_encoder(model: nn.Module) -> None:
     stack = models.find_stack(model)
     if any(getattr(layer.attention, "is_causal", False) for layer in stack.layers):
         raise ValueError(f"{type(model).__name__} is a decoder, and export writes encoders only")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+    has_decoder = any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules())
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and has_decoder:
         raise ValueError(
             f"{type(model).__name__} has a decoder, and export writes encoders only; export model.get_encoder()"
         )
@@ -248,14 +261,36 @@ def _name_operators(graph: Iterable[Any]) -> None:
         node.name = f"{path}/{node.name}"
 
 
-def _other_shapes(program: torch.export.ExportedProgram, example: Batch) -> Iterator[dict[str, Tensor]]:
+def _sensitive(file: Path, model: nn.Module) -> list[str]:
+    """Names of the products before the stack's layers, such as a subsampling of audio, which stay in float.
+
+    All layers read what they make, so its rounding errors cost more than those of any layer.
+    """
+    (onnx,) = required("onnx")
+    first = models.find_stack(model).layers[0].layer
+    layers = next(f"model.{name}" for name, module in model.named_modules() if module is first).rpartition(".")[0]
+    found = []
+    for node in onnx.load(file, load_external_data=False).graph.node:
+        if node.op_type not in ("Conv", "MatMul", "Gemm"):
+            continue
+        scopes = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), layers)
+        if f"{layers}." in scopes:
+            break
+        found.append(node.name)
+    return found
+
+
+def _other_shapes(
+    model: nn.Module, program: torch.export.ExportedProgram, example: Batch
+) -> Iterator[dict[str, Tensor]]:
     """Three batches of other shapes, cut or repeated from the example; in two of them, items are padded.
 
-    Only dimensions that are dynamic in the program change: it may have found that a length is fixed.
+    Only dimensions that are dynamic in the program change. Lengths that the model does not accept stay the example's.
     """
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"][-len(example) :]
     sizes = [node.meta["val"].shape for node in placeholders]
-    for items, factor, padding in ((1, 0.5, 0.0), (2, 0.75, 0.3), (3, 1.0, 0.5)):
+
+    def resized(items: int, factor: float) -> dict[str, Tensor]:
         batch = {}
         for (name, tensor), symbols in zip(example.items(), sizes, strict=True):
             for dim, size in enumerate(symbols):
@@ -263,6 +298,14 @@ def _other_shapes(program: torch.export.ExportedProgram, example: Batch) -> Iter
                     length = items if dim == 0 else max(1, math.ceil(factor * tensor.shape[dim]))
                     tensor = tensor.index_select(dim, torch.arange(length) % tensor.shape[dim])
             batch[name] = tensor.contiguous()
+        return batch
+
+    for items, factor, padding in ((1, 0.5, 0.0), (2, 0.75, 0.3), (3, 1.0, 0.5)):
+        batch = resized(items, factor)
+        try:
+            model(**batch)
+        except (RuntimeError, ValueError):
+            batch = resized(items, 1.0)
         if padding and (mask := batch.get("attention_mask")) is not None and mask.dim() == 2:
             batch["attention_mask"] = mask = mask.clone()
             mask[-1, math.ceil((1 - padding) * mask.shape[1]) :] = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,19 @@ import torch
 from torch import Tensor
 
 from mapreuse.console import refused_in_one_line
+from mapreuse.exporting._library import LIBRARY, build_library, compiler
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """A model in a runtime: inputs by name to outputs by name."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What quantisation to int8 needs: typical inputs, and the names of the operators that stay in float."""
+
+    batches: Sequence[Mapping[str, Tensor]]
+    in_float: Sequence[str]
+
 
 _PIP = "pip install 'mapreuse[export]'"
 
@@ -44,8 +55,15 @@ class Runtime(ABC):
     file: str
 
     @abstractmethod
-    def write(self, onnx_file: Path, directory: Path, calibration: Sequence[Mapping[str, Tensor]] | None) -> None:
-        """Write the runtime's files to `directory`, quantised to int8 if there are calibration batches."""
+    def check_kernels(self) -> None:
+        """Raise `ValueError` if no library of operators can be made for this runtime."""
+
+    @abstractmethod
+    def write(self, onnx_file: Path, directory: Path, calibration: Calibration | None, *, kernels: bool) -> None:
+        """Write the runtime's files to `directory`, quantised to int8 if there are calibration batches.
+
+        With `kernels`, the program contains operators of mapreuse, and their library is written, too.
+        """
 
     @abstractmethod
     def open(self, directory: Path, threads: int | None) -> Run:
@@ -58,9 +76,14 @@ class OpenVino(Runtime):
     packages = ("openvino",)
     file = "openvino_model.xml"
 
-    def write(self, onnx_file: Path, directory: Path, calibration: Sequence[Mapping[str, Tensor]] | None) -> None:
+    def check_kernels(self) -> None:
+        compiler()
+
+    def write(self, onnx_file: Path, directory: Path, calibration: Calibration | None, *, kernels: bool) -> None:
         (openvino,) = required("openvino")
-        model = openvino.convert_model(onnx_file)
+        if kernels:
+            build_library(openvino, directory / LIBRARY)
+        model = openvino.convert_model(onnx_file, extension=str(directory / LIBRARY) if kernels else None)
         if calibration is not None:
             model = _quantised(model, calibration)
         openvino.save_model(model, directory / self.file, compress_to_fp16=False)
@@ -70,7 +93,10 @@ class OpenVino(Runtime):
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        compiled = openvino.Core().compile_model(directory / self.file, "CPU", options)
+        core = openvino.Core()
+        if (directory / LIBRARY).is_file():
+            core.add_extension(directory / LIBRARY)
+        compiled = core.compile_model(directory / self.file, "CPU", options)
 
         def run(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             outputs = compiled({name: tensor.numpy() for name, tensor in batch.items()})
@@ -85,7 +111,13 @@ class Onnx(Runtime):
     packages = ("onnxruntime", "onnx")
     file = "model.onnx"
 
-    def write(self, onnx_file: Path, directory: Path, calibration: Sequence[Mapping[str, Tensor]] | None) -> None:
+    def check_kernels(self) -> None:
+        raise ValueError(
+            "kernels=True is for runtime='openvino': ONNX Runtime's package lacks the headers for operators; use "
+            "kernels=False"
+        )
+
+    def write(self, onnx_file: Path, directory: Path, calibration: Calibration | None, *, kernels: bool) -> None:
         (onnx,) = required("onnx")
         model = onnx.load(onnx_file)
         if calibration is not None:
@@ -111,12 +143,18 @@ RUNTIMES: dict[str, Runtime] = {"openvino": OpenVino(), "onnx": Onnx()}
 """The runtimes that `export` writes for, by name."""
 
 
-def _quantised(model: Any, calibration: Sequence[Mapping[str, Tensor]]) -> Any:
+def _quantised(model: Any, calibration: Calibration) -> Any:
     """The model in int8: post-training quantisation by NNCF, with its settings for Transformers."""
     (nncf,) = required("nncf")
-    data = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in calibration]
+    data = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in calibration.batches]
     with refused_in_one_line("NNCF cannot quantise this model: "):
-        return nncf.quantize(model, nncf.Dataset(data), subset_size=len(data), model_type=nncf.ModelType.TRANSFORMER)
+        return nncf.quantize(
+            model,
+            nncf.Dataset(data),
+            subset_size=len(data),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=list(calibration.in_float), validate=False),
+        )
 
 
 def open_exported(path: str | Path, *, threads: int | None = None) -> Run:

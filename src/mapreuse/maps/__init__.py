@@ -4,6 +4,7 @@ from mapreuse.maps._attend import attend, attend_step, is_clearly_faster
 from mapreuse.maps._c_kernel import KERNEL_RANGE, recorded_phases
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
 from mapreuse.maps._operators import needs_plain_operators, plain_operators, products_of
+from mapreuse.maps._runtime_operators import runtime_operators
 from mapreuse.maps._scores import RelativePositions, Scores, as_index
 from mapreuse.maps._shared_maps import SharedMaps
 from mapreuse.maps._storage import STORAGES, compute
@@ -30,4 +31,5 @@ __all__ = [
     "plain_operators",
     "products_of",
     "recorded_phases",
+    "runtime_operators",
 ]

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mapreuse.maps import _c_kernel
 from mapreuse.maps._blocked import is_short
 from mapreuse.maps._operators import attention, needs_plain_operators, store_attention
+from mapreuse.maps._runtime_operators import record_attention, records_runtime_operators
 from mapreuse.maps._scores import Scores, product_of_heads
 from mapreuse.maps._softmax import drop, softmax
 
@@ -60,6 +61,8 @@ def attend_with_lengths(
     scores: Scores, values: Tensor, *, keep: bool, dropout_p: float = 0.0, buffer: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Int[Tensor, "batch 2"] | None]:
     """`attend`, and the lengths beyond which the map is zero (see `DenseMap`), or None."""
+    if records_runtime_operators() and not scores.beyond_kernels:
+        return record_attention(scores, values, keep=False)[0], None, None
     plain = needs_plain_operators(values, *scores.factors)
     can_fuse = not keep and scores.relative is None and not scores.beyond_kernels
     if can_fuse and (plain or dropout_p > 0.0 or not _kernel_is_better(scores, values)):

@@ -9,6 +9,8 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "_kernel.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -20,51 +22,8 @@
 #define ROWS 6        /* rows of a tile */
 #define MARGIN 80     /* columns before and after a row of scores that slanted tiles may write to */
 #define DEPTH 128     /* number of keys whose values fit into the first-level cache */
-#define CHUNK_ROWS 48 /* rows of a stored map that are applied at a time */
 
 _Static_assert(MARGIN >= MAX_WIDTH + ROWS - 1, "a tile that overlaps a row starts at most this far before it");
-
-enum { FLOAT = 0, HALF = 1, BYTE = 2 };
-
-typedef struct {
-    void *data; /* null if absent */
-    int64_t head, row; /* strides */
-} matrices;
-
-typedef struct {
-    void *data; /* null if absent */
-    int64_t head, row;
-    int64_t type; /* FLOAT for weights; HALF or BYTE for compressed weights from 0 to 1 or from 0 to 255 */
-    float *scales; /* scale of each row of compressed weights; null for FLOAT */
-    int64_t scales_head, scales_row;
-} map;
-
-/* Arguments of mapreuse_compute. */
-typedef struct {
-    int64_t heads, rows, keys, dim, value_dim;
-    float scaling;
-    int64_t is_causal;
-    matrices query, key, values;
-    matrices relative_query, relative_key; /* one key per distance, from num_keys - 1 down to -(num_keys - 1) */
-    int64_t num_keys;
-    matrices bias, allowed; /* allowed: one byte per key, 0 if masked */
-    matrices context;
-    map weights; /* receives `width` columns of the map; those beyond `keys` are zero */
-    int64_t width;
-    int64_t rows_at_a_time, threads, max_isa;
-    double *seconds; /* null, or receives the time by phase, summed over threads */
-} compute_arguments;
-
-/* Arguments of mapreuse_apply. */
-typedef struct {
-    int64_t map_heads, rows, keys, value_dim;
-    map weights;
-    matrices values;
-    int64_t contexts; /* number of heads of the context */
-    const int64_t *map_of, *values_of; /* for each of them, its head of the map and its head of the values */
-    matrices context;
-    int64_t threads, max_isa;
-} apply_arguments;
 
 /* e^x for x <= 0, as 2^n e^r with |r| <= ln(2) / 2; e^r is a Taylor polynomial of degree 6 (relative error 2e-7).
    Results below the smallest normal number are zero. NaN stays NaN. */

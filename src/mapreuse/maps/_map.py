@@ -13,6 +13,7 @@ from torch import Tensor
 from mapreuse.maps._attend import attend
 from mapreuse.maps._blocked import is_short
 from mapreuse.maps._operators import apply_map, needs_plain_operators
+from mapreuse.maps._runtime_operators import record_application
 from mapreuse.maps._scores import Scores, as_index, product_of_heads
 from mapreuse.maps._softmax import drop, softmax
 
@@ -141,3 +142,26 @@ class RecomputedMap(AttentionMap):
     @property
     def num_heads(self) -> int:
         return self.scores.shape[1]
+
+
+@dataclass(frozen=True)
+class RuntimeMap(AttentionMap):
+    """A map inside an exported graph: its weights, or its weights in 8 bits and their scales."""
+
+    stored: tuple[Tensor, ...]
+
+    def apply(
+        self,
+        values: Float[Tensor, "batch value_heads key value_dim"],
+        heads: HeadPairs | None = None,
+        dropout_p: float = 0.0,
+    ) -> Float[Tensor, "batch heads query value_dim"]:
+        pairs = heads or tuple((head, head) for head in range(self.num_heads))
+        return record_application(self.stored, values, pairs)
+
+    def dense(self) -> Float[Tensor, "batch heads query key"]:
+        raise ValueError("an export with kernels cannot return attention maps; export without kernels")
+
+    @property
+    def num_heads(self) -> int:
+        return self.stored[0].shape[1]

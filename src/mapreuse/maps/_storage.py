@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mapreuse.maps._attend import attend, attend_with_lengths
-from mapreuse.maps._map import AttentionMap, DenseMap, RecomputedMap
+from mapreuse.maps._map import AttentionMap, DenseMap, RecomputedMap, RuntimeMap
 from mapreuse.maps._operators import is_plain, store_attention
+from mapreuse.maps._runtime_operators import record_attention, records_runtime_operators
 from mapreuse.maps._scores import Scores
 from mapreuse.maps._softmax import softmax_dtype
 
@@ -40,6 +41,9 @@ def compute(
         buffer: memory for the weights, of the map's shape and `stored_dtype`, that may be overwritten. Used only
             without gradients.
     """
+    if records_runtime_operators() and not scores.beyond_kernels:
+        context, weights_and_scales = record_attention(scores, values, keep=True)
+        return context, RuntimeMap(weights_and_scales)
     if storage == "recompute":
         return attend(scores, values, keep=False, dropout_p=dropout_p)[0], RecomputedMap(scores)
     if storage in _COMPRESSED and not torch.is_grad_enabled() and not is_plain(scores, values):
