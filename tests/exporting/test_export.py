@@ -126,7 +126,7 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_nothing_is_written(m
 
 @pytest.mark.parametrize("failing", ["write", "open"])
 def test_a_runtime_that_fails_is_refused_on_one_line_and_nothing_is_written(failing, tmp_path, monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise RuntimeError("an operator is missing\nand more")
 
     monkeypatch.setattr(type(RUNTIMES["onnx"]), failing, fail)

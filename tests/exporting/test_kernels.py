@@ -3,13 +3,14 @@
 import subprocess
 import sys
 
+import openvino
 import pytest
 import torch
 from agreement import PLANS
 from families import build
 
 import mapreuse as mr
-from mapreuse.exporting import _library, open_exported
+from mapreuse.exporting import _export, _library, open_exported
 
 
 def features(batch, frames, valid=None):
@@ -58,13 +59,9 @@ def test_products_of_8_bits_stay_close_to_float32(length, tmp_path):
     mr.apply(model, mr.ReusePlan.parse("1x2"))
     batch = features(2, 4 * length, 3 * length)
     file = tmp_path / "attention.onnx"
-    from mapreuse.exporting import _export
-
     with _export._evaluation(model, False) as copy, mr.maps.runtime_operators("int8"):
         program, names = _export._exported(copy, batch)
-    _export._write_onnx(program, list(batch), names, file)
-    import openvino
-
+        _export._write_onnx(program, list(batch), names, file)
     _library.build_library(openvino, tmp_path / _library.LIBRARY)
     core = openvino.Core()
     core.add_extension(tmp_path / _library.LIBRARY)

@@ -160,6 +160,8 @@ def _quantised(model: Any, calibration: Calibration) -> Any:
 def open_exported(path: str | Path, *, threads: int | None = None) -> Run:
     """Open a directory that `export` wrote, for inference on the CPU in the precision of its weights.
 
+    A library of kernels in the directory is loaded, which runs its code: open only directories that you trust.
+
     Args:
         path: the directory.
         threads: number of CPU threads; None for the runtime's default.

@@ -23,13 +23,14 @@ class _ParakeetComputing(ComputingAttention):
         attention_mask: Bool[Tensor, "batch 1 frames frames"] | None = None,
         **kwargs: Any,
     ) -> tuple[Scores, Tensor]:
-        query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
+        query, key = self.q_proj(hidden_states), self._heads(self.k_proj(hidden_states))
         assert position_embeddings is not None
         if self.config.dropout_positions == 0.0 or not self.training:
             position_embeddings = position_embeddings[:1]  # the same for all items, except under dropout
         distances = self._heads(self.relative_k_proj(position_embeddings))
-        relative = RelativePositions(query + self.bias_v[:, None], distances)
-        scores = Scores(query + self.bias_u[:, None], key, self.scaling, mask=attention_mask, relative=relative)
+        relative = RelativePositions(self._heads(query + self.bias_v.flatten()), distances)
+        query = self._heads(query + self.bias_u.flatten())
+        scores = Scores(query, key, self.scaling, mask=attention_mask, relative=relative)
         return scores, self._values(hidden_states)
 
 
@@ -55,12 +56,13 @@ class _Wav2Vec2ConformerComputing(ComputingAttention):
         relative_position_embeddings: Float[Tensor, "1 distances width"] | None = None,
         **kwargs: Any,
     ) -> tuple[Scores, Tensor]:
-        query, key = self._heads(self.linear_q(hidden_states)), self._heads(self.linear_k(hidden_states))
+        query, key = self.linear_q(hidden_states), self._heads(self.linear_k(hidden_states))
         assert relative_position_embeddings is not None
         distances = self._heads(self.linear_pos(relative_position_embeddings))
-        relative = RelativePositions(query + self.pos_bias_v[:, None], distances)
+        relative = RelativePositions(self._heads(query + self.pos_bias_v.flatten()), distances)
+        query = self._heads(query + self.pos_bias_u.flatten())
         mask, bias = mask_and_bias(self, query, key, attention_mask)
-        scores = Scores(query + self.pos_bias_u[:, None], key, self.scaling, mask=mask, bias=bias, relative=relative)
+        scores = Scores(query, key, self.scaling, mask=mask, bias=bias, relative=relative)
         return scores, self._values(hidden_states)
 
 
