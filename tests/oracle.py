@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mapreuse import ReusePlan
 from mapreuse.maps import AttentionMap, RecomputedMap
+from mapreuse.maps.reference import shared_keys
 from mapreuse.models import find_stack
 
 
@@ -33,13 +34,17 @@ def in_sixteen_bits(weights: Tensor) -> Tensor:
 
 @contextmanager
 def softmax_follows(
-    plan: ReusePlan, attentions: Sequence[nn.Module] | None = None, stored: Callable[[Tensor], Tensor] = as_it_is
+    plan: ReusePlan,
+    attentions: Sequence[nn.Module] | None = None,
+    stored: Callable[[Tensor], Tensor] = as_it_is,
+    allowed: Tensor | None = None,
 ) -> Iterator[list[Tensor]]:
     """While open, the n-th softmax of a forward is that of layer n, and reusing heads get their sources' weights.
 
     If the attention modules of the layers are given, only a softmax inside one of them counts (experts and other
-    stacks have their own). `stored` makes what reusing heads read of a map. Yields the weights in effect, layer by
-    layer. Fails if a forward runs another number of softmaxes.
+    stacks have their own). `stored` makes what reusing heads read of a map. Share mode "keys" needs `allowed`, the
+    keys that each query may attend to. Yields the weights in effect, layer by layer. Fails if a forward runs another
+    number of softmaxes.
     """
     original = nn.functional.softmax
     own: list[Tensor] = []
@@ -54,7 +59,7 @@ def softmax_follows(
         weights = original(*args, **kwargs)
         is_flat = weights.dim() == 3 and bool(inside)  # heads are in the dimension of the batch
         own.append(weights.unflatten(0, (-1, inside[-1].num_heads)) if is_flat else weights)
-        in_effect.append(map_in_effect(plan, own, stored))
+        in_effect.append(map_in_effect(plan, own, stored, allowed))
         return in_effect[-1].flatten(0, 1) if is_flat else in_effect[-1]
 
     def leave(*call: Any) -> None:
@@ -72,8 +77,19 @@ def softmax_follows(
     assert len(own) == plan.num_layers, f"{len(own)} softmaxes ran, for {plan.num_layers} layers"
 
 
-def map_in_effect(plan: ReusePlan, own: Sequence[Tensor], stored: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+def map_in_effect(
+    plan: ReusePlan,
+    own: Sequence[Tensor],
+    stored: Callable[[Tensor], Tensor] = as_it_is,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """The map that a layer applies under `plan`, from the maps that it and all layers before it compute."""
+    layer = len(own) - 1
+    if plan.share_of(layer) == "keys":
+        settings = {"keys": plan.keys, "window": plan.window, "block": plan.block}
+        attended = shared_keys(own[plan.layers[layer]], allowed, **settings)
+        weights = own[layer] * attended
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300 if weights.dtype == torch.float64 else 1e-30)
     heads = [
         own[-1][:, head] if source is None else stored(own[source[0]])[:, source[1]]
         for head, source in enumerate(plan.heads(len(own) - 1, own[-1].shape[1]))

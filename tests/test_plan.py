@@ -75,7 +75,7 @@ def test_a_notation_error_points_at_the_wrong_character(text, character):
         ("[0, [0]]", "source layer of each layer"),
         ("{}", "not a plan"),
         ('{"format": "other"}', "not a plan"),
-        ('{"format": "mapreuse-plan", "version": 2, "layers": [null]}', "version 2 is not supported"),
+        ('{"format": "mapreuse-plan", "version": 3, "layers": [null]}', "version 3 is not supported"),
         ('{"format": "mapreuse-plan", "version": 1}', 'needs "layers"'),
         ('{"format": "mapreuse-plan", "version": 1, "layers": 3}', 'needs "layers"'),
         ('{"format": "mapreuse-plan", "version": 1, "layers": [null, "0"]}', "layer 1: expected None"),
@@ -217,3 +217,66 @@ def test_the_examples_in_the_docstrings_run():
     outcome = doctest.testmod(plan)
     assert outcome.attempted >= 5
     assert outcome.failed == 0
+
+
+KEYS = ReusePlan.parse("1x1,2x2", share="keys", keys=64, window=32, block=16)
+
+
+def test_a_keys_plan_prints_its_settings_and_is_restored_from_json():
+    assert str(KEYS).splitlines() == [
+        "5 layers: 3 computing, 2 reusing",
+        "keys: 64 for each block of 16 queries, a window of 32 and the first key",
+        "layer 0  computes",
+        "layer 1  computes",
+        "layer 2  reuses the keys of layer 1",
+        "layer 3  computes",
+        "layer 4  reuses the keys of layer 3",
+    ]
+    assert ReusePlan.parse(KEYS.to_json()) == KEYS
+    mixed = ReusePlan((None, 0, None, ((2, 1), (2, 0))), ("map", "keys", None, "map"), 8)
+    assert mixed.share == (None, "keys", None, "map")
+    assert ReusePlan.from_json(mixed.to_json()) == mixed
+
+
+def test_plans_with_other_share_modes_or_settings_differ():
+    plans = [
+        ReusePlan.parse("1x1,2x2"),
+        KEYS,
+        *(ReusePlan.parse("1x1,2x2", share="keys", **{name: 7}) for name in ("keys", "window", "block")),
+    ]
+    assert len(set(plans)) == len(plans)
+    assert ReusePlan.full(4) == ReusePlan((None,) * 4, "keys", 64)
+    assert ReusePlan.grouped(4, 2) == ReusePlan((None, 0, None, 2), ("keys", "map", None, "map"), 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"share": "weights"}, "share must be one of map, keys, got 'weights'"),
+        ({"share": ("keys",)}, "one mode for each of the 5 layers, got 1"),
+        ({"share": (None,) * 5}, "layer 2 reuses, but has no share mode"),
+        ({"share": "keys", "keys": 0}, "keys must be an integer of at least 1, got 0"),
+        ({"share": "keys", "window": -1}, "window must be an integer of at least 1, got -1"),
+        ({"share": "keys", "block": True}, "block must be an integer of at least 1, got True"),
+        ({"keys": 64}, 'keys=64 is a setting of share="keys"'),
+    ],
+)
+def test_a_share_mode_or_setting_that_is_not_valid_is_refused_in_one_line(settings, problem):
+    with pytest.raises(ValueError, match=problem) as refused:
+        ReusePlan.parse("1x1,2x2", **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_all_readers_of_a_source_share_by_the_same_mode_and_keys_are_for_whole_layers():
+    with pytest.raises(ValueError, match="layer 1 and other readers of its source have different share modes"):
+        ReusePlan((None, 0, 0), ("map", "map", "keys"))
+    with pytest.raises(ValueError, match='layer 1 has a head assignment, but share mode "keys" is for whole layers'):
+        ReusePlan((None, ((0, 1), (0, 0))), "keys")
+    with pytest.raises(ValueError, match="a plan in JSON has its own share mode"):
+        ReusePlan.parse(KEYS.to_json(), share="keys")
+
+
+def test_a_layer_that_shares_keys_reuses_and_computes():
+    assert [KEYS.share_of(layer) for layer in range(5)] == [None, None, "keys", None, "keys"]
+    assert [KEYS.reuses(layer) for layer in range(5)] == [False, False, True, False, True]
+    assert all(map(KEYS.computes, range(5)))

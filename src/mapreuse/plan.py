@@ -15,8 +15,14 @@ HeadSource: TypeAlias = tuple[int, int] | None
 LayerSource: TypeAlias = int | tuple[HeadSource, ...] | None
 """None: all heads compute. An integer: all heads apply the same head of that layer. A tuple: one entry per head."""
 
+SHARE_MODES = ("map", "keys")
+"""What a source layer publishes for its group: its weights, or which keys matter."""
+
 _FORMAT = "mapreuse-plan"
-_VERSION = 1
+_VERSIONS = (1, 2)
+"""Versions of plans in JSON: for plans that share maps only, and for plans with other share modes."""
+_DEFAULTS = {"keys": 128, "window": 64, "block": 16}
+"""Settings of share mode "keys"."""
 _GROUPS = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
 _MAX_LAYERS = 10_000
 _MAX_SHOWN = 200
@@ -34,19 +40,34 @@ class ReusePlan:
     A reusing head skips the query and key projections, the scores and the softmax. Its source must compute its own
     map: reuse is never chained.
 
+    This is share mode "map". In share mode "keys", the source publishes which keys matter: for each block of
+    queries, the `keys` keys with the most weight. A reusing layer computes its own softmax over these keys, the keys
+    less than `window` positions away, and the first key:
+
+        context[l, h] = softmax(scores[l, h] over the source's keys, the window and the first key) @ values[l, h]
+
+    It keeps its query and key projections, and skips most of the T × T scores.
+
     Most plans come from `parse`, `grouped` or `from_sources`. Plans are immutable, hashable, and equal if they assign
-    the same sources.
+    the same sources and share modes.
 
     Shim, Choi & Sung, "Understanding the Role of Self Attention for Efficient Speech Recognition" (ICLR 2022), and
-    "Exploring Attention Map Reuse for Efficient Transformer Neural Networks" (arXiv 2301.12444).
+    "Exploring Attention Map Reuse for Efficient Transformer Neural Networks" (arXiv 2301.12444). For keys: Yang et
+    al., "TidalDecode" (arXiv 2410.05076), and "Kascade" (arXiv 2512.16391).
 
     Args:
         layers: one entry per layer. None: the layer computes its map. An integer: all heads apply the same-numbered
             heads of that layer. A tuple: one entry per head, None or `(source layer, source head)`. A tuple that
             means the same as None or an integer is stored as that.
+        share: the share mode, "map" or "keys". A tuple has one entry per layer; entries of layers that compute are
+            ignored and stored as None, and all readers of a source have the same mode.
+        keys: number of keys that a source publishes for a block of queries, in share mode "keys". Default: 128.
+        window: a reusing layer also attends to the keys less than `window` positions away. Default: 64.
+        block: number of queries that share one set of keys. Default: 16. Each step of decoding is its own block.
 
     Raises:
-        ValueError: if a source is not an earlier layer that computes that head. The message names layer and head.
+        ValueError: if a source is not an earlier layer that computes that head, or a share mode or one of its
+            settings is not valid. The message names layer and head.
 
     Examples:
         >>> plan = ReusePlan.parse("1x2,2x1")
@@ -61,6 +82,10 @@ class ReusePlan:
     """
 
     layers: tuple[LayerSource, ...]
+    share: str | tuple[str | None, ...] = "map"
+    keys: int | None = None
+    window: int | None = None
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
@@ -82,6 +107,7 @@ class ReusePlan:
             for head, entry in enumerate(source or ()):
                 if entry is not None:
                     self._check_source(f"layer {layer}, head {head}", layer, entry[0], entry[1:])
+        self._check_share()
 
     @classmethod
     def full(cls, num_layers: int) -> ReusePlan:
@@ -140,7 +166,16 @@ class ReusePlan:
         return cls(tuple(layers))
 
     @classmethod
-    def parse(cls, text: str, num_layers: int | None = None) -> ReusePlan:
+    def parse(
+        cls,
+        text: str,
+        num_layers: int | None = None,
+        *,
+        share: str | tuple[str | None, ...] = "map",
+        keys: int | None = None,
+        window: int | None = None,
+        block: int | None = None,
+    ) -> ReusePlan:
         """Make a plan from text.
 
         Accepted forms:
@@ -153,6 +188,7 @@ class ReusePlan:
         Args:
             text: the plan.
             num_layers: the number of layers that the plan must have. None: any.
+            share, keys, window, block: share mode and its settings, as for `ReusePlan`. A JSON object has its own.
 
         Raises:
             ValueError: if the text is none of these, or the plan has another number of layers. The message gives the
@@ -161,9 +197,20 @@ class ReusePlan:
         Examples:
             >>> ReusePlan.parse("2x2") == ReusePlan.parse("[0,0,2,2]") == ReusePlan.grouped(4, 2)
             True
+            >>> print(ReusePlan.parse("1x1,2x1", share="keys", keys=64))
+            3 layers: 2 computing, 1 reusing
+            keys: 64 for each block of 16 queries, a window of 64 and the first key
+            layer 0  computes
+            layer 1  computes
+            layer 2  reuses the keys of layer 1
         """
         if not isinstance(text, str):
             raise ValueError(f'a plan is parsed from text such as "4x4", got {text!r}')
+        if share != "map" or keys is not None or window is not None or block is not None:
+            if text.lstrip()[:1] == "{":
+                raise ValueError("a plan in JSON has its own share mode; change it by dataclasses.replace")
+            plan = cls.parse(text, num_layers)
+            return cls(plan.layers, share, keys, window, block)
         if num_layers is not None:
             plan = cls.full(num_layers) if text == "full" else cls.parse(text)
             if plan.num_layers != num_layers:
@@ -214,17 +261,27 @@ class ReusePlan:
             return cls.from_sources(data)
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f'not a plan: expected a JSON object with "format": "{_FORMAT}"')
-        if data.get("version") != _VERSION:
+        if data.get("version") not in _VERSIONS:
             raise ValueError(
-                f"plan version {data.get('version')!r} is not supported; this mapreuse reads version {_VERSION}"
+                f"plan version {data.get('version')!r} is not supported; this mapreuse reads versions "
+                f"{_VERSIONS[0]} and {_VERSIONS[1]}"
             )
         if not isinstance(data.get("layers"), list):
             raise ValueError('a plan needs "layers", a list with one entry per layer')
-        return cls(tuple(_normalised(source, layer) for layer, source in enumerate(data["layers"])))
+        layers = tuple(_normalised(source, layer) for layer, source in enumerate(data["layers"]))
+        if data["version"] == 1:
+            return cls(layers)
+        share = data.get("share")
+        settings = (data.get(name) for name in _DEFAULTS)
+        return cls(layers, tuple(share) if isinstance(share, list) else share, *settings)  # type: ignore[arg-type]
 
     def to_json(self) -> str:
         """The plan as one line of JSON; `from_json` and `parse` read it back."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION, "layers": self.layers})
+        written: dict[str, Any] = {"format": _FORMAT, "version": 1, "layers": self.layers}
+        if self.share != "map":
+            settings = {name: getattr(self, name) for name in _DEFAULTS}
+            written |= {"version": 2, "share": self.share, **settings}
+        return json.dumps(written)
 
     @property
     def num_layers(self) -> int:
@@ -260,23 +317,58 @@ class ReusePlan:
         return tuple(other for other in range(layer + 1, self.num_layers) if layer in self.sources(other))
 
     def computes(self, layer: int) -> bool:
-        """Whether at least one head of `layer` computes its own map."""
+        """Whether at least one head of `layer` computes its own map, over all keys or over those of its source."""
         source = self.layers[layer]
-        return source is None or (isinstance(source, tuple) and None in source)
+        return source is None or self.share_of(layer) == "keys" or (isinstance(source, tuple) and None in source)
 
     def reuses(self, layer: int) -> bool:
-        """Whether at least one head of `layer` applies another layer's map."""
+        """Whether at least one head of `layer` applies another layer's map or attends to its keys."""
         return self.layers[layer] is not None
 
+    def share_of(self, layer: int) -> str | None:
+        """The share mode by which `layer` reuses its source; None for a computing layer."""
+        if self.layers[layer] is None:
+            return None
+        return self.share if isinstance(self.share, str) else self.share[layer]
+
     def __str__(self) -> str:
-        """A summary line, then one line per layer."""
+        """A summary line, then one line per layer. Share mode "keys" adds a line with its settings."""
         computing = sum(source is None for source in self.layers)
         layers = "1 layer" if self.num_layers == 1 else f"{self.num_layers} layers"
         lines = [f"{layers}: {computing} computing, {self.num_layers - computing} reusing"]
+        if self.keys is not None:
+            block = f"block of {self.block} queries"
+            lines.append(f"keys: {self.keys} for each {block}, a window of {self.window} and the first key")
         width = len(str(self.num_layers - 1))
         for layer, source in enumerate(self.layers):
-            lines.append(f"layer {layer:>{width}}  {_describe(source)}")
+            described = f"reuses the keys of layer {source}" if self.share_of(layer) == "keys" else _describe(source)
+            lines.append(f"layer {layer:>{width}}  {described}")
         return "\n".join(lines)
+
+    def _check_share(self) -> None:
+        """Check the share modes and their settings, and store them in one form."""
+        given = self.share if isinstance(self.share, tuple) else (self.share,) * self.num_layers
+        if len(given) != self.num_layers:
+            raise ValueError(f"share needs one mode for each of the {self.num_layers} layers, got {len(given)}")
+        if unknown := [mode for mode in given if mode not in (None, *SHARE_MODES)]:
+            raise ValueError(f"share must be one of {', '.join(SHARE_MODES)}, got {unknown[0]!r}")
+        modes = [None if source is None else mode for source, mode in zip(self.layers, given, strict=True)]
+        for layer, source in enumerate(self.layers):
+            if modes[layer] == "keys" and not isinstance(source, int):
+                raise ValueError(f'layer {layer} has a head assignment, but share mode "keys" is for whole layers')
+            if source is not None and len({modes[e] for s in self.sources(layer) for e in self.readers(s)}) > 1:
+                raise ValueError(f"layer {layer} and other readers of its source have different share modes")
+            if source is not None and modes[layer] is None:
+                raise ValueError(f"layer {layer} reuses, but has no share mode; use {' or '.join(SHARE_MODES)}")
+        used = set(modes) - {None}
+        object.__setattr__(self, "share", next(iter(used), "map") if len(used) < 2 else tuple(modes))
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value is not None and (not _is_index(value) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if value is not None and "keys" not in given:
+                raise ValueError(f'{name}={value} is a setting of share="keys", but the plan shares maps')
+            object.__setattr__(self, name, operator.index(value or default) if "keys" in used else None)
 
     def _check_source(self, name: str, layer: int, source: int, source_heads: Sequence[int]) -> None:
         """Raise `ValueError` unless `source` is an earlier layer that computes these heads."""

@@ -23,7 +23,7 @@ from mapreuse_lab.models._random_encoders import (
     text_like_tokens,
 )
 from mapreuse_lab.models._speech import SpeechModel
-from mapreuse_lab.models._texts import python_reference
+from mapreuse_lab.models._texts import essays, python_reference
 
 __all__ = [
     "MODEL_PACKAGES",
@@ -37,6 +37,7 @@ __all__ = [
     "calibration_sentences",
     "conformer_m",
     "copying",
+    "essays",
     "evaluate_plan",
     "evaluation_sentences",
     "fetch_model",

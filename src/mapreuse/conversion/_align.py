@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -44,7 +45,7 @@ def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, A
 
     Args:
         original: the model before `apply`; it is not changed.
-        plan: which layers share. Layers planned head by head keep their assignment.
+        plan: which layers share. Layers planned head by head keep their assignment; share mode "keys" has none.
         batches: calibration batches, keyword dictionaries for the model's forward.
 
     Returns:
@@ -68,13 +69,17 @@ def aligned(
     if plan.num_layers != (num_layers := len(find_stack(original).layers)):
         raise ValueError(f"the plan has {plan.num_layers} layers, but the model has {num_layers}")
     layers = list(plan.layers)
-    sources = {layer: (source,) for layer, source in enumerate(plan.layers) if isinstance(source, int)}
+    sources = {
+        layer: (source,)
+        for layer, source in enumerate(plan.layers)
+        if isinstance(source, int) and plan.share_of(layer) == "map"
+    }
     if not sources:
         return plan
     for layer, errors in output_errors(original, sources, batches, cache=cache).items():
         (source,) = sources[layer]
         layers[layer] = tuple((source, head) for head in errors[0].argmin(dim=0).tolist())
-    return ReusePlan(tuple(layers))
+    return replace(plan, layers=tuple(layers))
 
 
 def output_errors(

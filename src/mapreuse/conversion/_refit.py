@@ -77,6 +77,8 @@ def refit(model: nn.Module, original: nn.Module, batches: Iterable[Mapping[str, 
     changing V, and about correcting the error of the layer's input as well. A layer that no candidate improves keeps
     its weights.
 
+    Layers of share mode "keys" compute with all of their own weights and are not refitted.
+
     Padding is left out. Heads that apply the same map share its equations. Heads that compute their own map are
     refitted too, and so are values that several heads share (grouped-query attention). Values keep their weights
     where the number of maps times the width exceeds 12,288.
@@ -111,7 +113,7 @@ def refit_layers(model: nn.Module, targets: Targets, cache: RefitCache | None = 
     layers = LayerCache(model, targets.batches, plan, None if cache is None else targets.cache)
     reports: list[LayerRefit] = []
     with in_evaluation_mode(model), optimized(model):
-        for layer in filter(plan.reuses, range(plan.num_layers)):
+        for layer in (layer for layer in range(plan.num_layers) if plan.share_of(layer) == "map"):
             report = None if cache is None else cache.restore(model, plan, layer)
             if report is None:
                 try:
@@ -174,7 +176,8 @@ class RefitCache:
 
 def _up_to(index: int, plan: ReusePlan) -> str:
     """The name of what is cached of a layer."""
-    return digest([{"layers": plan.layers[: index + 1]}]) + ".safetensors"
+    settings = {} if plan.keys is None else {"share": plan.share, "keys": (plan.keys, plan.window, plan.block)}
+    return digest([{"layers": plan.layers[: index + 1], **settings}]) + ".safetensors"
 
 
 def _refit_layer(index: int, layers: LayerCache, targets: Targets) -> LayerRefit:

@@ -2,10 +2,12 @@
 
 from mapreuse.maps._attend import attend, attend_step, is_clearly_faster
 from mapreuse.maps._c_kernel import KERNEL_RANGE, recorded_phases
+from mapreuse.maps._grouped_heads import repeated, with_all_heads
 from mapreuse.maps._map import AttentionMap, DenseMap, HeadPairs, RecomputedMap
 from mapreuse.maps._operators import needs_plain_operators, plain_operators, products_of
 from mapreuse.maps._runtime_operators import runtime_operators
 from mapreuse.maps._scores import RelativePositions, Scores, as_index
+from mapreuse.maps._shared_keys import KeySettings, SharedKeys, compute_keys
 from mapreuse.maps._shared_maps import SharedMaps
 from mapreuse.maps._storage import STORAGES, compute
 from mapreuse.maps._storage_choice import MapCounts, StorageChoice
@@ -16,20 +18,25 @@ __all__ = [
     "AttentionMap",
     "DenseMap",
     "HeadPairs",
+    "KeySettings",
     "MapCounts",
     "RecomputedMap",
     "RelativePositions",
     "Scores",
+    "SharedKeys",
     "SharedMaps",
     "StorageChoice",
     "as_index",
     "attend",
     "attend_step",
     "compute",
+    "compute_keys",
     "is_clearly_faster",
     "needs_plain_operators",
     "plain_operators",
     "products_of",
     "recorded_phases",
+    "repeated",
     "runtime_operators",
+    "with_all_heads",
 ]

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from ctypes import c_double, c_float, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
 
@@ -94,6 +95,8 @@ class _ComputeArguments(ctypes.Structure):
         ("weights", _Map),
         *_integers("width", "rows_at_a_time", "threads", "max_isa"),
         ("seconds", c_void_p),
+        ("maxima", _Matrices),
+        *_integers("window", "block", "first_query"),
     )
 
 
@@ -130,11 +133,28 @@ def computes(scores: Scores, values: Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Maxima:
+    """Memory for the largest weights of each block of queries, without keys inside the window of their query.
+
+    Attributes:
+        weights: zeros; receives the maximum over heads and over the queries of a block.
+        first_query: for each item, the query that blocks are counted from.
+        window, block: as in `KeySettings`.
+    """
+
+    weights: Float[Tensor, "batch blocks key"]
+    first_query: Int[Tensor, " batch"]
+    window: int
+    block: int
+
+
 def compute(
     scores: Scores,
     values: Float[Tensor, "batch heads key value_dim"],
     weights: Tensor | None = None,
     scales: Float[Tensor, "batch heads query 1"] | None = None,
+    maxima: Maxima | None = None,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Compute the context of a computing layer and, in `weights`, its map.
 
@@ -146,6 +166,7 @@ def compute(
         weights: contiguous memory for the map, of shape (batch, heads, query, key). float32 stores the weights;
             float16 and uint8 store them relative to the maximum of their row, uint8 in steps of 1/255.
         scales: memory for the scales of float16 and uint8 weights; rows of `scales * weights` sum to one.
+        maxima: memory for the largest weights. They need as many queries as keys.
     """
     batch, heads, num_queries, num_keys = scores.shape
     context = values.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
@@ -167,6 +188,9 @@ def compute(
         if relative is not None:
             relative_query = _adjacent(relative.query[item])
             relative_key = _adjacent(relative.key[item if relative.key.shape[0] > 1 else 0])
+        of_threads = None
+        if maxima is not None:
+            of_threads = maxima.weights.new_zeros(torch.get_num_threads(), *maxima.weights.shape[1:])
         seconds = (c_double * len(_PHASES))()
         arguments = _ComputeArguments(
             heads=heads,
@@ -191,11 +215,17 @@ def compute(
             threads=torch.get_num_threads(),
             max_isa=_MAX_ISA,
             seconds=ctypes.addressof(seconds),
+            maxima=_Matrices.of(of_threads),
+            window=0 if maxima is None else maxima.window,
+            block=0 if maxima is None else maxima.block,
+            first_query=0 if maxima is None else int(maxima.first_query[item]),
         )
         with nullcontext() if phases is None else _RecordFunctionFast(KERNEL_RANGE):
             _call("mapreuse_compute", arguments)
         if phases is not None:
             phases.append(dict(zip(_PHASES, seconds, strict=True)))
+        if maxima is not None and of_threads is not None:
+            torch.amax(of_threads, 0, out=maxima.weights[item])
     return context
 
 

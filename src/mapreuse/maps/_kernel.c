@@ -76,6 +76,7 @@ typedef struct {
     void (*from_bytes)(const uint8_t *, float *, int64_t);
     float (*to_halves)(const float *, uint16_t *, int64_t);
     void (*from_halves)(const uint16_t *, float *, int64_t);
+    void (*raise_to_row)(const float *, float, float *, int64_t);
 } routines;
 
 #if defined(__x86_64__)
@@ -228,6 +229,16 @@ static void end_phase(double *seconds, int phase, double *since)
     *since = now;
 }
 
+/* Raise the maxima of the row's block of queries to its weights. */
+static void raise_maxima(const routines *on, const compute_arguments *layer, int64_t row, const float *weights,
+                         float scale, int64_t keys)
+{
+    int64_t before = min_of(row - layer->window + 1, keys), next = row + layer->window;
+    float *maxima = at(&layer->maxima, omp_get_thread_num(), (row - layer->first_query) / layer->block);
+    on->raise_to_row(weights, scale, maxima, before);
+    on->raise_to_row(weights + next, scale, maxima + next, keys - next);
+}
+
 /* Compute `count` rows of one head, from `first` on. */
 static void compute_rows(const routines *on, const compute_arguments *layer, const packed *operands, int64_t head,
                          int64_t first, int64_t count, float *query, float *scores, int64_t stride, float *context,
@@ -261,6 +272,8 @@ static void compute_rows(const routines *on, const compute_arguments *layer, con
         memset(weights + row_keys, 0, (keys - row_keys) * sizeof *weights);
         if (layer->weights.data)
             store_row(on, layer, head, row, weights, sums[i], keys);
+        if (layer->maxima.data && row >= layer->first_query)
+            raise_maxima(on, layer, row, weights, reciprocal(sums[i]), row_keys);
     }
     end_phase(seconds, SOFTMAX, &since);
 

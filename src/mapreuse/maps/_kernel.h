@@ -37,6 +37,9 @@ typedef struct {
     int64_t width;
     int64_t rows_at_a_time, threads, max_isa;
     double *seconds; /* null, or receives the time by phase, summed over threads */
+    matrices maxima; /* null, or for each thread (`head`) and block of queries (`row`), the largest weight of each key
+                        that is at least `window` positions away from its query; zero at the start */
+    int64_t window, block, first_query; /* blocks are counted from the first query */
 } compute_arguments;
 
 /* Arguments of mapreuse_apply. */

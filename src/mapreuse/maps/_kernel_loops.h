@@ -137,7 +137,17 @@ TARGET static void NAME(scale_row)(const float *row, float scale, float *out, in
         out[j] = row[j] * scale;
 }
 
-/* The same without filling the caches, for memory that is read much later. */
+/* Raise `out` to the scaled row where that is larger. */
+TARGET static void NAME(raise_to_row)(const float *row, float scale, float *out, int64_t count)
+{
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++) {
+        float scaled = row[j] * scale;
+        out[j] = scaled > out[j] ? scaled : out[j];
+    }
+}
+
+/* `scale_row` without filling the caches, for memory that is read much later. */
 TARGET static void NAME(scale_row_streaming)(const float *row, float scale, float *out, int64_t count)
 {
     int64_t j = 0;
@@ -194,6 +204,7 @@ TARGET static void NAME(from_halves)(const uint16_t *row, float *out, int64_t co
 static const routines NAME(kernels) = {
     WIDTH,          NAME(products),   NAME(contexts),  NAME(exponentials), NAME(scale_row),
     NAME(scale_row_streaming), NAME(to_bytes), NAME(from_bytes), NAME(to_halves), NAME(from_halves),
+    NAME(raise_to_row),
 };
 
 #undef WIDTH

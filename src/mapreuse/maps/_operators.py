@@ -31,24 +31,24 @@ from mapreuse.maps._blocked import (
 from mapreuse.maps._scores import RelativePositions, Scores
 from mapreuse.maps._softmax import BlockDropout, softmax
 
-_SCORES = (
+SCORES = (
     "Tensor query, Tensor key, Tensor values, float scaling, Tensor? mask, Tensor? bias, bool is_causal, "
     "Tensor? relative_query, Tensor? relative_key"
 )
-_NUM_SCORES = _SCORES.count(",") + 1
-_DIFFERENTIABLE = (0, 1, 2, 5, 7, 8)
-"""Positions of the arguments in `_SCORES` that have gradients."""
+NUM_SCORES = SCORES.count(",") + 1
+DIFFERENTIABLE = (0, 1, 2, 5, 7, 8)
+"""Positions of the arguments in `SCORES` that have gradients."""
 
 _library = Library("mapreuse", "DEF")
 _library.define(
-    f"attention({_SCORES}, bool keep, float dropout_p, Tensor? seed) -> (Tensor context, Tensor lengths, Tensor map)"
+    f"attention({SCORES}, bool keep, float dropout_p, Tensor? seed) -> (Tensor context, Tensor lengths, Tensor map)"
 )
 _library.define(
-    f"attention_backward({_SCORES}, Tensor? map, float dropout_p, Tensor? seed, Tensor d_context, Tensor? d_map) "
+    f"attention_backward({SCORES}, Tensor? map, float dropout_p, Tensor? seed, Tensor d_context, Tensor? d_map) "
     "-> Tensor[]"
 )
 _library.define(
-    f"store_attention({_SCORES}, float dropout_p, Tensor? seed, Tensor(a!) map, Tensor(b!)? scales) "
+    f"store_attention({SCORES}, float dropout_p, Tensor? seed, Tensor(a!) map, Tensor(b!)? scales) "
     "-> (Tensor context, Tensor lengths)"
 )
 _library.define(
@@ -98,7 +98,7 @@ def attention(
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Tensor | None, Int[Tensor, "batch 2"]]:
     """The context, the map if `keep`, and the valid lengths of each item, with gradients."""
     operator = torch.ops.mapreuse.attention.default
-    context, lengths, weights = operator(*_arguments(scores, values), keep, dropout_p, _seed(dropout_p))
+    context, lengths, weights = operator(*arguments_of(scores, values), keep, dropout_p, _seed(dropout_p))
     return context, weights if keep else None, lengths
 
 
@@ -107,7 +107,7 @@ def store_attention(
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Int[Tensor, "batch 2"]]:
     """The context and the valid lengths; the map is written to `weights` and `scales`. No gradients."""
     operator = torch.ops.mapreuse.store_attention.default
-    return operator(*_arguments(scores, values), dropout_p, _seed(dropout_p), weights, scales)
+    return operator(*arguments_of(scores, values), dropout_p, _seed(dropout_p), weights, scales)
 
 
 def apply_map(
@@ -133,17 +133,17 @@ def products_of(operator: Any, arguments: Sequence[Any]) -> dict[str, int] | Non
     return None if formula is None else formula(*(_shape(argument) for argument in arguments))
 
 
-def _attention_products(query: Any, key: Any, values: Any, *others: Any) -> dict[str, int]:
+def attention_products(query: Any, key: Any, values: Any, *others: Any) -> dict[str, int]:
     batch, heads, rows, dim = query
     pairs = 2 * batch * heads * rows * key[2]
-    positions = {} if others[_NUM_SCORES - 5] is None else {"positional_scores": pairs * dim}
+    positions = {} if others[NUM_SCORES - 5] is None else {"positional_scores": pairs * dim}
     return {"scores": pairs * dim, **positions, "context": pairs * values[3]}
 
 
 def _backward_products(*arguments: Any) -> dict[str, int]:
     """Two products for each one of the forward pass; without the map, its scores once more."""
-    forward = _attention_products(*arguments)
-    again = arguments[_NUM_SCORES] is None
+    forward = attention_products(*arguments)
+    again = arguments[NUM_SCORES] is None
     return {name: flops * (2 + (again and name != "context")) for name, flops in forward.items()}
 
 
@@ -152,9 +152,9 @@ def _apply_products(weights: Any, scales: Any, values: Any, lengths: Any, heads:
 
 
 _PRODUCTS: dict[Any, Callable[..., dict[str, int]]] = {
-    torch.ops.mapreuse.attention.default: _attention_products,
+    torch.ops.mapreuse.attention.default: attention_products,
     torch.ops.mapreuse.attention_backward.default: _backward_products,
-    torch.ops.mapreuse.store_attention.default: _attention_products,
+    torch.ops.mapreuse.store_attention.default: attention_products,
     torch.ops.mapreuse.apply_map.default: _apply_products,
 }
 
@@ -163,13 +163,19 @@ def _shape(argument: Any) -> Any:
     return argument.shape if isinstance(argument, Tensor) else argument
 
 
+def register_products(overload: Any, products: Callable[..., dict[str, int]]) -> None:
+    """Register the FLOPs of an operator, by product, from the shapes of its arguments."""
+
+    def formula(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+        return sum(products(*map(_shape, arguments)).values())
+
+    _PRODUCTS[overload] = products
+    register_flop_formula(overload.overloadpacket, get_raw=True)(formula)
+
+
 def _register_flops() -> None:
-    for overload, products in _PRODUCTS.items():
-
-        def formula(*arguments: Any, out_val: Any = None, products: Any = products, **_: Any) -> int:
-            return sum(products(*map(_shape, arguments)).values())
-
-        register_flop_formula(overload.overloadpacket, get_raw=True)(formula)
+    for overload, products in list(_PRODUCTS.items()):
+        register_products(overload, products)
     for suffix in ("", "_backward"):
         # `FlopCounterMode` counts fused attention on GPUs, but not on CPUs.
         name = "_scaled_dot_product_flash_attention"
@@ -180,16 +186,16 @@ def _register_flops() -> None:
 _register_flops()
 
 
-def _arguments(scores: Scores, values: Tensor) -> tuple[Any, ...]:
-    """Scores and values as the arguments in `_SCORES`."""
+def arguments_of(scores: Scores, values: Tensor) -> tuple[Any, ...]:
+    """Scores and values as the arguments in `SCORES`."""
     relative = scores.relative
     positions = (None, None) if relative is None else (relative.query, relative.key)
     return scores.query, scores.key, values, scores.scaling, scores.mask, scores.bias, scores.is_causal, *positions
 
 
-def _scores(arguments: Sequence[Any]) -> tuple[Scores, Tensor]:
-    """Scores and values of the arguments in `_SCORES`."""
-    query, key, values, scaling, mask, bias, is_causal, relative_query, relative_key = arguments[:_NUM_SCORES]
+def scores_of(arguments: Sequence[Any]) -> tuple[Scores, Tensor]:
+    """Scores and values of the arguments in `SCORES`."""
+    query, key, values, scaling, mask, bias, is_causal, relative_query, relative_key = arguments[:NUM_SCORES]
     relative = None if relative_query is None else RelativePositions(relative_query, relative_key)
     return Scores(query, key, scaling, mask=mask, bias=bias, is_causal=is_causal, relative=relative), values
 
@@ -207,7 +213,7 @@ def _lengths(scores: Scores) -> Int[Tensor, "batch 2"]:
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    (scores, values), (keep, dropout_p, seed) = _scores(arguments), arguments[_NUM_SCORES:]
+    (scores, values), (keep, dropout_p, seed) = scores_of(arguments), arguments[NUM_SCORES:]
     weights = values.new_empty(scores.shape if keep else 0)
     if not keep and dropout_p == 0.0 and _c_kernel.computes(scores, values):
         return _c_kernel.compute(scores, values), _lengths(scores), weights
@@ -219,7 +225,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _store_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    (scores, values), (dropout_p, seed, weights, scales) = _scores(arguments), arguments[_NUM_SCORES:]
+    (scores, values), (dropout_p, seed, weights, scales) = scores_of(arguments), arguments[NUM_SCORES:]
     return _store(scores, values, _dropout(dropout_p, seed), weights, scales), _lengths(scores)
 
 
@@ -234,8 +240,8 @@ def _store(
 
 
 def _attention_backward(*arguments: Any) -> list[Tensor]:
-    scores, values = _scores(arguments)
-    weights, dropout_p, seed, d_context, d_map = arguments[_NUM_SCORES:]
+    scores, values = scores_of(arguments)
+    weights, dropout_p, seed, d_context, d_map = arguments[NUM_SCORES:]
     with torch.autocast(values.device.type, enabled=False):
         return blocked_gradients(scores, values, weights, _dropout(dropout_p, seed), d_context, d_map)
 
@@ -265,13 +271,13 @@ for _name, _implementation in {
 @register_fake("mapreuse::attention", lib=_library)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key, values = arguments[:3]
-    keep = arguments[_NUM_SCORES]
+    keep = arguments[NUM_SCORES]
     return *_fake_outputs(query, values), values.new_empty((*query.shape[:3], key.shape[2]) if keep else 0)
 
 
 @register_fake("mapreuse::attention_backward", lib=_library)
 def _(*arguments: Any) -> list[Tensor]:
-    inputs = (arguments[index] for index in _DIFFERENTIABLE)
+    inputs = (arguments[index] for index in DIFFERENTIABLE)
     return [arguments[0].new_empty(0 if one is None else one.shape) for one in inputs]
 
 
@@ -293,9 +299,9 @@ def _fake_outputs(query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    arguments, (keep, ctx.dropout_p, seed) = inputs[:_NUM_SCORES], inputs[_NUM_SCORES:]
+    arguments, (keep, ctx.dropout_p, seed) = inputs[:NUM_SCORES], inputs[NUM_SCORES:]
     ctx.options = arguments[3], arguments[6]
-    tensors = [arguments[index] for index in (*_DIFFERENTIABLE, 4)]
+    tensors = [arguments[index] for index in (*DIFFERENTIABLE, 4)]
     ctx.save_for_backward(*tensors, seed, output[2] if keep else None)
     ctx.mark_non_differentiable(*output[1 : 2 if keep else 3])
     ctx.set_materialize_grads(False)
@@ -309,7 +315,7 @@ def _backward(ctx: Any, d_context: Tensor | None, _: Any, d_map: Tensor | None) 
         arguments = _with_options(ctx, tensors, mask)
         operator = torch.ops.mapreuse.attention_backward.default
         gradients = operator(*arguments, weights, ctx.dropout_p, seed, d_context, d_map)
-    found = dict(zip(_DIFFERENTIABLE, gradients, strict=True))
+    found = dict(zip(DIFFERENTIABLE, gradients, strict=True))
     return tuple(
         found.get(index) if ctx.needs_input_grad[index] else None for index in range(len(ctx.needs_input_grad))
     )
@@ -331,7 +337,7 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """The gradients by PyTorch's own operators, which have derivatives of any order."""
     inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    scores, values = _scores(_with_options(ctx, inputs, mask))
+    scores, values = scores_of(_with_options(ctx, inputs, mask))
     weights = dropped = softmax(scores)
     if (dropout := _dropout(ctx.dropout_p, seed)) is not None:
         dropped = weights * dropout_factors(scores, values, dropout)

@@ -44,7 +44,8 @@ class Scores:
         bias: added to the scores.
         is_causal: no query attends to a later key.
         relative: relative positions, or None. They need as many queries as keys.
-        key_heads: for each head, its head of the keys; only in a decoding step, for `attend_step`.
+        key_heads: for each head, its head of the keys; only in a decoding step, for `attend_step`,
+            and in share mode "keys".
         cap: maximum of the scaled scores, or None.
         sinks: a score for each head, or None.
     """

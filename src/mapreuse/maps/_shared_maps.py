@@ -22,8 +22,8 @@ _EXACT: tuple[str, ...] = ("dense", "recompute")
 """Storages with exact weights and with gradients."""
 
 
-class _Maps(dict[int, Any]):
-    """Maps by layer. Unlike `dict` itself, it supports weak references."""
+class _Maps(dict[tuple[str, int], Any]):
+    """Maps by share mode and layer. Unlike `dict` itself, it supports weak references."""
 
 
 class SharedMaps:
@@ -37,7 +37,7 @@ class SharedMaps:
     3. the last of them calls `release(source)`, which frees the map. Its memory serves the next computing layer;
     4. the stack calls `close(output)`.
 
-    Layers usually publish an `AttentionMap`, but any object will do.
+    In share mode "keys", layers publish `SharedKeys` in place of an `AttentionMap`. Any other object will do, too.
 
     Args:
         storage: one of `STORAGES`, or "auto" to choose the fastest when the first map is computed.
@@ -102,8 +102,8 @@ class SharedMaps:
         logger.info("maps of %s positions: %s", "×".join(map(str, scores.shape[2:])), choice)
         return self._storage
 
-    def publish(self, layer: int, attention_map: Any) -> None:
-        """Make the map of a computing layer available to its readers.
+    def publish(self, layer: int, attention_map: Any, share: str = "map") -> None:
+        """Make what a computing layer shares, in a share mode, available to its readers.
 
         Raises:
             ValueError: if gradients are needed but disabled, as in reentrant gradient checkpointing.
@@ -116,17 +116,17 @@ class SharedMaps:
             )
         # After the pass, checkpointing runs layers again; their readers have the map already.
         if self._maps is not None:
-            self._maps[layer] = attention_map
+            self._maps[share, layer] = attention_map
 
-    def read(self, layer: int) -> Any:
-        """The map that `layer` published, or None if LayerDrop skipped that layer."""
+    def read(self, layer: int, share: str = "map") -> Any:
+        """What `layer` published in a share mode, or None if LayerDrop skipped that layer."""
         maps = self._kept() if self._maps is None and self._kept is not None else self._maps
         if maps is None:
             raise RuntimeError(
                 "gradient checkpointing runs a layer again, but the output of the forward pass was deleted and the "
                 "shared maps with it; keep the output until the backward pass is done"
             )
-        return maps.get(layer)
+        return maps.get((share, layer))
 
     def close(self, output: Any) -> None:
         """End the pass: from now on, the autograd graph of its output keeps the maps alive.
@@ -147,10 +147,11 @@ class SharedMaps:
             maps.clear()
 
     def release(self, layer: int) -> None:
-        """Drop the map of `layer` after its last reader."""
+        """Drop what `layer` published after its last reader."""
         if self._retain or self._maps is None:
             return
-        attention_map = self._maps.pop(layer, None)
+        self._maps.pop(("keys", layer), None)
+        attention_map = self._maps.pop(("map", layer), None)
         if isinstance(attention_map, DenseMap):
             self._free = attention_map.weights
 

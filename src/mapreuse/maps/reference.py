@@ -1,4 +1,4 @@
-"""The definition of an attention map, in the simplest code. All faster implementations are tested against it.
+"""The definitions of an attention map and of shared keys, in the simplest code. Faster code is tested against them.
 
     map = softmax(cap(scaling · (Q Kᵀ + shift(Q_v Rᵀ))) + bias + mask),    context = map @ V
 
@@ -56,3 +56,48 @@ def attention_map(
         scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :num_keys]
     return torch.where(allowed.any(-1, keepdim=True), weights, 0.0)
+
+
+def shared_keys(
+    weights: Float[Tensor, "batch heads query key"],
+    allowed: Bool[Tensor, "batch query key"],
+    *,
+    keys: int,
+    window: int,
+    block: int,
+) -> Bool[Tensor, "batch 1 query key"]:
+    """The keys that the queries of a reusing layer may attend to, in share mode "keys", from the map of its source.
+
+    A query attends to its window, the first key, and the keys that its source layer published for its block:
+
+        published[n] = the `keys` largest j by max weights[h, i, j] over all heads h and queries i of block n that
+                       have j outside their window
+
+    A position of a query is its own index if there are as many queries as keys,
+    and else the last key that it may attend to. The first key, which does not compete, is the first one that any
+    query may attend to. Blocks are counted from the first query that may attend to a key.
+
+    Args:
+        weights: the map of the source layer.
+        allowed: the keys that each query may attend to by mask and causality. The result is limited to these.
+        keys, window, block: as for `ReusePlan`.
+    """
+    batch, _, num_queries, num_keys = weights.shape
+    found = torch.zeros(batch, 1, num_queries, num_keys, dtype=torch.bool)
+    for item in range(batch):
+        used_keys, used_queries = allowed[item].any(0).nonzero(), allowed[item].any(1).nonzero()
+        if len(used_keys) == 0:
+            continue
+        first, start = int(used_keys[0]), int(used_queries[0])
+        near = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+        for i in range(num_queries):
+            own = allowed[item, i].nonzero()
+            position = i if num_queries == num_keys else int(own[-1]) if len(own) else num_keys
+            near[i] = (torch.arange(num_keys) - position).abs() < window
+        near[:, first] = True
+        far = weights[item] * ~near
+        for rows in torch.arange(start, num_queries).split(block):
+            published = torch.zeros(num_keys, dtype=torch.bool)
+            published[far[:, rows].amax((0, 1)).topk(min(keys, num_keys)).indices] = True
+            found[item, 0, rows] = (near[rows] | published) & allowed[item, rows]
+    return found

@@ -198,7 +198,8 @@ def _drop_placeholders(module: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 def _map_counts(plan: ReusePlan, computing: Sequence[int]) -> MapCounts:
-    spans = {layer: plan.readers(layer) for layer in range(plan.num_layers) if plan.readers(layer)}
+    readers = {layer: plan.readers(layer) for layer in range(plan.num_layers)}
+    spans = {layer: of for layer, of in readers.items() if of and plan.share_of(of[0]) == "map"}
     heads = {layer: computing[layer] for layer in spans}
     alive = [
         sum(heads[source] for source, readers in spans.items() if source <= layer <= readers[-1])

@@ -1,9 +1,10 @@
 """What a layer under a plan stores in a `Cache` of `transformers`, and which caches it takes.
 
-A layer whose heads all compute stores keys and values, as without a plan. A layer with heads that reuse stores one
-tensor, the keys that it projects followed by its values, as heads of one tensor. It is stored in the place of the
-keys, because `transformers` reads lengths there; the place of the values holds a tensor of width zero. All methods of
-a cache (`update`, `reorder_cache`, `crop`, `reset`, …) then work unchanged, in each of its classes.
+A layer whose heads all compute, or that shares keys, stores keys and values, as without a plan. A layer with heads
+that reuse stores one tensor, the keys that it projects followed by its values, as heads of one tensor. It is stored
+in the place of the keys, because `transformers` reads lengths there; the place of the values holds a tensor of width
+zero. All methods of a cache (`update`, `reorder_cache`, `crop`, `reset`, …) then work unchanged, in each of its
+classes.
 """
 
 from __future__ import annotations
@@ -106,10 +107,11 @@ def check_cache(name: str, plan: ReusePlan, cache: object, *, cross: bool = Fals
     part = cache.cross_attention_cache if cross else _of_self_attention(cache)
     filled = any(isinstance(layer, CacheLayerMixin) and _is_filled(layer) for layer in part.layers[:1])
     found = getattr(part, _PLAN, None)
-    if filled and found != (None if plan.is_full else plan):
+    has_own_form = "map" in map(plan.share_of, range(plan.num_layers))
+    if filled and found != (plan if has_own_form else None):
         filled_by = "without this plan (by the original model, say)" if found is None else "under another plan"
         raise ValueError(f"{name}: the cache was filled {filled_by}; start with a new cache")
-    for layer in () if plan.is_full else part.layers:
+    for layer in part.layers if has_own_form else ():
         if not isinstance(layer, DynamicLayer | StaticLayer) or isinstance(layer, BaseQuantizedLayer):
             raise ValueError(
                 f"{name} shares attention maps and cannot use a cache with layers of {type(layer).__name__}; use "

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapreuse.maps import HeadPairs
+from mapreuse.maps import HeadPairs, KeySettings
 from mapreuse.models._stack import Layer
-from mapreuse.plan import ReusePlan
+from mapreuse.plan import HeadSource, ReusePlan
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class LayerLayout:
         publishes: later layers apply the map of the heads that compute.
         releases: the source layers whose last reader is this layer.
         plan: the plan.
+        publishes_keys: the settings by which later layers attend to this layer's keys, or None.
+        key_source: the layer whose keys this layer attends to, or None.
     """
 
     layer: int
@@ -55,6 +57,8 @@ class LayerLayout:
     publishes: bool
     releases: tuple[int, ...]
     plan: ReusePlan
+    publishes_keys: KeySettings | None = None
+    key_source: int | None = None
 
     def in_order(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Put the heads of parts of shape (batch, heads, …) in order, as dimension `dim` of one tensor."""
@@ -96,7 +100,7 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, *
             computes.
     """
     group = num_heads // num_value_heads
-    heads = plan.heads(layer, num_heads)
+    heads = _map_sources(plan, layer, num_heads)
     computing = _computing(plan, layer, num_heads)
     whole = bool(computing) and not separable
     query_heads = tuple(range(num_heads)) if whole else computing
@@ -109,6 +113,8 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, *
     if computing or len(parts) > 1:
         for part in parts.values():
             part.sort()  # neighbours that apply the same head of the map share one wider product
+    readers = {plan.share_of(reader) for reader in plan.readers(layer)}
+    settings = KeySettings(plan.keys, plan.window, plan.block) if plan.keys and plan.window and plan.block else None
     return LayerLayout(
         layer=layer,
         num_heads=num_heads,
@@ -121,11 +127,18 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, *
         own_values=tuple(head // group for head in computing),
         parts=tuple((source, tuple(one[:2] for one in part)) for source, part in sorted(parts.items())),
         order=(*computing, *(one[2] for _, part in sorted(parts.items()) for one in part)),
-        publishes=bool(plan.readers(layer)),
+        publishes="map" in readers,
         releases=tuple(source for source in plan.sources(layer) if plan.readers(source)[-1] == layer),
         plan=plan,
+        publishes_keys=settings if "keys" in readers else None,
+        key_source=plan.sources(layer)[0] if plan.share_of(layer) == "keys" else None,
     )
 
 
 def _computing(plan: ReusePlan, layer: int, num_heads: int) -> tuple[int, ...]:
-    return tuple(head for head, source in enumerate(plan.heads(layer, num_heads)) if source is None)
+    return tuple(head for head, source in enumerate(_map_sources(plan, layer, num_heads)) if source is None)
+
+
+def _map_sources(plan: ReusePlan, layer: int, num_heads: int) -> tuple[HeadSource, ...]:
+    """The source of the map of each head; None for heads that compute their own."""
+    return (None,) * num_heads if plan.share_of(layer) == "keys" else plan.heads(layer, num_heads)

@@ -24,6 +24,9 @@ from mapreuse.maps import (
     attend,
     attend_step,
     compute,
+    compute_keys,
+    repeated,
+    with_all_heads,
 )
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import INERT, OTHER_STATES
@@ -58,6 +61,8 @@ def share(
         context[h] = softmax(scores[h]) @ values[h]      if head h computes
         context[h] = M[source layer][source head] @ values[h]     if head h reuses
 
+    In share mode "keys", the softmax of a reusing layer is over the keys that its source published.
+
     Args:
         module: the attention module. Its `_layout` assigns a role to each head.
         maps: the maps of this forward pass.
@@ -82,17 +87,17 @@ def share(
     weights: list[Tensor] = []
     if scores is not None:
         scores = scores.to(values.dtype)  # under autocast, sums and rotations have another type than projections
-        context, own = _compute(layout, maps, values, scores, dropout_p)
+        if layout.publishes_keys is None and layout.key_source is None:
+            context, own = _compute(layout, maps, values, scores, dropout_p)
+        else:
+            context, own = _compute_with_keys(module, layout, maps, values, scores, dropout_p)
         contexts.append(context)
-        if maps.output_attentions:
+        if maps.output_attentions and own is not None:
             weights.append(own.dense())
     for source, pairs in layout.parts:
         source_map = maps.read(source)
         if source_map is None:
-            if not module.training:
-                raise RuntimeError(
-                    f"layer {layout.layer} reuses layer {source}'s map, but layer {source} did not run"
-                )
+            _check_may_skip(module, layout.layer, source)
             # LayerDrop skipped the source
             contexts.append(values.new_zeros(len(values), len(pairs), num_queries, values.shape[-1]))
         else:
@@ -111,7 +116,7 @@ def share(
 
 def _compute(
     layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
-) -> tuple[Tensor, AttentionMap]:
+) -> tuple[Tensor, AttentionMap | None]:
     """Context and map of the heads that compute. All of them are published, also if only some are applied."""
     if scores.key_heads is not None:  # a step's map is smaller than its keys, so that no storage needs to be chosen
         context, weights = attend_step(scores, values, layout.own_values, dropout_p=dropout_p)
@@ -125,6 +130,36 @@ def _compute(
     context, attention_map = compute(scores, values, storage, dropout_p=dropout_p, buffer=buffer)
     maps.publish(layout.layer, attention_map)
     return context, attention_map
+
+
+def _compute_with_keys(
+    module: nn.Module, layout: LayerLayout, maps: SharedMaps, values: Tensor, scores: Scores, dropout_p: float
+) -> tuple[Tensor, AttentionMap | None]:
+    """Context of a layer that publishes keys or attends to those of its source, and its map if somebody needs it."""
+    if scores.key.shape[1] != values.shape[1]:
+        values = values[:, as_index(layout.own_values)]
+    shared = None if layout.key_source is None else maps.read(layout.key_source, "keys")
+    if layout.publishes_keys is not None:
+        context, published = compute_keys(scores, values, layout.publishes_keys, dropout_p)
+        maps.publish(layout.layer, published, "keys")
+    elif shared is not None:
+        context = shared.attend(scores, values, dropout_p)
+    else:
+        assert layout.key_source is not None
+        _check_may_skip(module, layout.layer, layout.key_source)
+        context = attend(with_all_heads(scores), repeated(values, scores), keep=False, dropout_p=dropout_p)[0]
+    if not (maps.output_attentions or layout.publishes):
+        return context, None
+    own = RecomputedMap(with_all_heads(scores) if shared is None else shared.limited(scores))
+    if layout.publishes:
+        maps.publish(layout.layer, own)
+    return context, own
+
+
+def _check_may_skip(module: nn.Module, layer: int, source: int) -> None:
+    """Only LayerDrop may skip a source layer, in training."""
+    if not module.training:
+        raise RuntimeError(f"layer {layer} reuses layer {source}'s map, but layer {source} did not run")
 
 
 def _unless_one_to_one(pairs: HeadPairs, values: Tensor, source_map: AttentionMap) -> HeadPairs | None:
@@ -239,14 +274,16 @@ def make_scores(
         is_causal = bool(getattr(module, "is_causal", True))
     layout: LayerLayout = module._layout  # type: ignore[assignment]
     is_step = query.shape[-2] == 1
+    # Heads that share keys are multiplied as one, or gathered once.
+    as_projected = is_step or layout.publishes_keys is not None or layout.key_source is not None
     return Scores(
         query=query,
-        key=key if is_step else key[:, as_index(layout.keys)],
+        key=key if as_projected else key[:, as_index(layout.keys)],
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         mask=mask,
         bias=bias,
         is_causal=is_causal and attention_mask is None and not is_step,
-        key_heads=layout.keys if is_step else None,
+        key_heads=layout.keys if as_projected else None,
     )
 
 
