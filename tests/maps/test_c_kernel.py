@@ -30,6 +30,14 @@ def test_the_kernels_are_compiled_if_there_is_a_compiler():
     assert _c_kernel.library() is not None or shutil.which("cc") is None
 
 
+def test_kernels_compiled_from_another_version_are_refused(monkeypatch):
+    if _c_kernel.library() is None:
+        pytest.skip("the package was installed without a C compiler")
+    monkeypatch.setattr(_c_kernel.ctypes, "sizeof", lambda structure: 8)  # as if an argument had been added since
+    with pytest.raises(ImportError, match="compiled from another version of mapreuse; install mapreuse again"):
+        _c_kernel.library.__wrapped__()
+
+
 @pytest.mark.parametrize("storage", ["dense", "dense8", "recompute"])
 def test_long_attentions_run_in_c(monkeypatch, storage):
     if _c_kernel.library() is None:

@@ -301,14 +301,25 @@ def softmax_of_sum(scores: Tensor, addend: Tensor | None, out: Tensor) -> None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None if the package was installed without a C compiler."""
+    """The compiled kernels, or None if the package was installed without a C compiler.
+
+    Raises:
+        ImportError: if they were compiled from another version of `_kernel.c`.
+    """
     found = importlib.util.find_spec("mapreuse.maps._kernel")
     if found is None or found.origin is None:
         return None
     try:
-        return ctypes.CDLL(found.origin)
+        kernels = ctypes.CDLL(found.origin)
     except OSError:  # compiled for another machine
         return None
+    size = getattr(kernels, "mapreuse_arguments_size", None)
+    if size is None or size() != 10_000 * ctypes.sizeof(_ComputeArguments) + ctypes.sizeof(_ApplyArguments):
+        raise ImportError(
+            f"{found.origin} was compiled from another version of mapreuse; install mapreuse again, or delete this file "
+            "to run without it"
+        )
+    return kernels
 
 
 def _is_memory(tensor: Tensor) -> bool:

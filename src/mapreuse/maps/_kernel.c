@@ -289,6 +289,11 @@ static void compute_rows(const routines *on, const compute_arguments *layer, con
 
 /* Compute the context of one item and, if layer->weights has memory, its map. Returns the number of floats of working
    memory that it needs; if `memory` is null, it does nothing else. */
+int64_t mapreuse_arguments_size(void)
+{
+    return 10000 * sizeof(compute_arguments) + sizeof(apply_arguments);
+}
+
 int64_t mapreuse_compute(const compute_arguments *layer, float *memory)
 {
     const routines *on = available(layer->max_isa);

@@ -53,6 +53,7 @@ typedef struct {
     int64_t threads, max_isa;
 } apply_arguments;
 
+int64_t mapreuse_arguments_size(void); /* sizes of the two structs above: another one means another version */
 int64_t mapreuse_compute(const compute_arguments *layer, float *memory);
 int64_t mapreuse_apply(const apply_arguments *layer, float *memory);
 
