@@ -316,8 +316,8 @@ def library() -> ctypes.CDLL | None:
     size = getattr(kernels, "mapreuse_arguments_size", None)
     if size is None or size() != 10_000 * ctypes.sizeof(_ComputeArguments) + ctypes.sizeof(_ApplyArguments):
         raise ImportError(
-            f"{found.origin} was compiled from another version of mapreuse; install mapreuse again, or delete this file "
-            "to run without it"
+            f"{found.origin} was compiled from another version of mapreuse; install mapreuse again, or delete this "
+            "file to run without it"
         )
     return kernels
 
