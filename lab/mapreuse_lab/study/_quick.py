@@ -1,4 +1,4 @@
-"""The quick study: the shipped recogniser is converted, recovered, evaluated and timed on this machine."""
+"""The quick study: two recognisers are converted, recovered, evaluated and timed on this machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mapreuse.measure import Similarity, analyze, machine
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.models import conformer_m
 from mapreuse_lab.study._costs import attention_latency, encoder_latency, encoder_variants, speech_features
+from mapreuse_lab.study._pretrained import PretrainedRecogniser
 from mapreuse_lab.study._report import write_report, write_results
 from mapreuse_lab.study._results import SCHEMA
 from mapreuse_lab.study._step_cache import StepCache, timing_environment
@@ -46,6 +48,10 @@ class QuickConfig:
     Attributes:
         corpus: name of the corpus, as `open_corpus` takes it.
         baseline: directory of the recogniser to convert.
+        pretrained: name of a pretrained recogniser of English, as `SpeechModel` takes it; None to leave it out.
+        pretrained_plans: plans of its encoder; the first one is recovered.
+        pretrained_recovery_seconds: duration of its recovery.
+        pretrained_lengths: recordings for the latency of its encoder, in seconds.
         recovery_seconds: duration of the fine-tuning after each conversion.
         recovery_rate: peak learning rate of the fine-tuning.
         lengths: encoder frames for latency.
@@ -56,6 +62,10 @@ class QuickConfig:
 
     corpus: str = "prompts:en"
     baseline: str = str(BASELINE)
+    pretrained: str | None = "moonshine-tiny"
+    pretrained_plans: tuple[str, ...] = ("2x3", "1x2,2x2", "3x2")
+    pretrained_recovery_seconds: float = 180.0
+    pretrained_lengths: tuple[int, ...] = (10, 30, 120)
     recovery_seconds: float = 60.0
     recovery_rate: float = 3e-4
     lengths: tuple[int, ...] = (250, 1000, 2000, 3000)
@@ -124,7 +134,23 @@ class _Quick:
                 ),
             },
             "attention": self._timings("attention", {}, self._attention),
-        }
+        } | self._pretrained()
+
+    def _pretrained(self) -> dict[str, Any]:
+        """Quality and latency of the pretrained recogniser; nothing for a corpus that is not English."""
+        config, name = self.config, self.config.pretrained
+        if name is None or self.corpus.language != "en":
+            return {}
+        recogniser, quality = PretrainedRecogniser(name, config.corpus), {}
+        for number, plan in enumerate(config.pretrained_plans):
+            seconds = 0.0 if number else config.pretrained_recovery_seconds
+            inputs = {"model": name, "plan": plan, "recovery": seconds}
+            run = partial(recogniser.quality, plan, seconds)
+            quality[plan] = self._step(f"pretrained-{plan}", inputs, run)
+        settings = {"plans": config.pretrained_plans, "lengths": config.pretrained_lengths, "repeats": config.repeats}
+        run = partial(recogniser.latency, config.pretrained_plans, config.pretrained_lengths, config.repeats)
+        latency = self._step("pretrained-latency", {"model": name} | settings | timing_environment(), run)
+        return {"pretrained": {"model": name, "quality": quality, "latency": latency}}
 
     def _step(self, name: str, inputs: dict[str, Any], run: Callable[[], dict]) -> dict[str, Any]:
         inputs = inputs | self.identity

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Plot
 from plotly.graph_objects import Figure
 
 from mapreuse.console import Table
-from mapreuse.measure import Image, Section, write_page
+from mapreuse.measure import Image, Section, bench_tables, write_page
 from mapreuse_lab.study._figures import (
     breakdown_bars,
     error_against_speed,
@@ -32,6 +32,7 @@ from mapreuse_lab.study._tables import (
     latency_by_title,
     lengths,
     longer_table,
+    pretrained_table,
     quick_error_table,
     runs_table,
     scored,
@@ -54,7 +55,7 @@ _MEASURES = {"Diagonality": "diagonality", "Relative entropy": "entropy"}
 """Heat maps of heads in the full study, and their fields in the results."""
 
 _TITLES = {
-    "quick": "Quick study: attention map reuse in a trained speech recogniser",
+    "quick": "Quick study: attention map reuse in trained speech recognisers",
     "full": "Full study: attention map reuse against other techniques",
 }
 
@@ -124,7 +125,9 @@ def summary_tables(results: Results) -> list[Table]:
     if results["preset"] == "full":
         return [summary_table(results)]
     latency = results["latency"]
-    return [quick_error_table(results), *(speedup_table(t, latency[n], "sdpa") for n, t in _ENCODERS.items())]
+    pretrained = [pretrained_table(results)] if "pretrained" in results else []
+    speedups = [speedup_table(title, latency[name], "sdpa") for name, title in _ENCODERS.items()]
+    return [quick_error_table(results), *speedups, *pretrained]
 
 
 def report_sections(results: Results) -> list[Section]:
@@ -135,11 +138,12 @@ def report_sections(results: Results) -> list[Section]:
 def _quick_sections(results: Results) -> list[Section]:
     original, latency = results["baseline"], results["latency"]
     similarity, config = results["similarity"], results["config"]
-    errors, *speedups = summary_tables(results)
+    errors, *speedups = summary_tables(results)[:3]
     figures = [speedup_by_length(latency[n], "sdpa").update_layout(title=t) for n, t in _ENCODERS.items()]
     attention = speedup_table("One layer's attention in Conformer-M", results["attention"], "sdpa")
     return [
         Section("", verdict(results)),
+        *([_pretrained(results)] if "pretrained" in results else []),
         Section(
             "Error rates",
             [
@@ -180,6 +184,19 @@ def _quick_sections(results: Results) -> list[Section]:
         Section("Limits", ["Not measured: GPU latency, peak memory, and error rates of Conformer-M."]),
         _reproduction(results, [results["attribution"]]),
     ]
+
+
+def _pretrained(results: Results) -> Section:
+    config = results["config"]
+    note = (
+        "A pretrained recogniser with plans of its encoder, on the same test utterances. By index, aligned and "
+        "refitted: converted without training, on training utterances. Recovered: refitted, then trained for "
+        f"{config['pretrained_recovery_seconds']:.0f} s to match the original's hidden states on the same "
+        "utterances. Speed-ups are those of the encoder alone; a short transcription spends most of its time in the "
+        "decoder."
+    )
+    tables = pretrained_table(results), *bench_tables(results["pretrained"]["latency"])
+    return Section(f"A pretrained recogniser: {results['pretrained']['model']}", [note, *tables])
 
 
 def _full_sections(results: Results) -> list[Section]:

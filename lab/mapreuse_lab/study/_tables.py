@@ -287,6 +287,27 @@ def quick_error_table(results: Results) -> Table:
     return Table("Error rates", header, rows)
 
 
+def pretrained_table(results: Results) -> Table:
+    """WER of the pretrained recogniser under plans of its encoder, one row for each."""
+    quality = results["pretrained"]["quality"]
+    stages = list(dict.fromkeys(stage for found in quality.values() for stage in found if stage != "original"))
+    original = next(iter(quality.values()))["original"]["WER"]
+    rows = [["full (original)", _metric(original), *("" for _ in stages[1:])]]
+    for plan, found in quality.items():
+        rows.append([plan, *(_metric(found[stage]["WER"]) if stage in found else "" for stage in stages)])
+    note = "Change of recovered plans against the original, paired: " + "; ".join(
+        f"{plan} {points(against[0])} points {interval(against[1], points)}"
+        for plan, found in quality.items()
+        if "recovered" in found
+        for against in [found["recovered"]["WER"]["against"]]
+    )
+    return Table(f"{results['pretrained']['model']}: WER", ["plan", *stages], rows, [note])
+
+
+def _metric(found: Mapping[str, Any]) -> str:
+    return rate({"wer": found["value"], "wer_interval": found["interval"]}, "wer")
+
+
 def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in found.items():
         if isinstance(value, dict):

@@ -61,9 +61,27 @@ def _quick_verdict(results: Results) -> list[str]:
     base = timed["sdpa"]["median"]
     speeds = [f"{name} {base / one['median']:.1f}×" for name, one in timed.items() if name != "sdpa"]
     return [
-        f"The original recogniser has a WER of {original['wer']:.1%}. After conversion and {seconds:.0f} s of "
-        f"recovery: {'; '.join(rates)}.",
+        *(_pretrained(results) if "pretrained" in results else []),
+        f"The small recogniser of the lab has a WER of {original['wer']:.1%}. After conversion and {seconds:.0f} s "
+        f"of recovery: {'; '.join(rates)}.",
         f"Speed-up of Conformer-M over sdpa at T = {length}: {'; '.join(speeds)}.",
+    ]
+
+
+def _pretrained(results: Results) -> list[str]:
+    """Error rates of the pretrained recogniser under the plan that was recovered."""
+    found = results["pretrained"]
+    plan, stages = next((plan, one) for plan, one in found["quality"].items() if "recovered" in one)
+    wer = {stage: f"{metrics['WER']['value']:.1%}" for stage, metrics in stages.items()}
+    (difference, ends), seconds = (
+        stages["recovered"]["WER"]["against"],
+        results["config"]["pretrained_recovery_seconds"],
+    )
+    return [
+        f"{found['model']}, a pretrained recogniser, has a WER of {wer['original']}. With plan {plan} in its encoder "
+        f"it has {wer['by index']} by index, {wer['refitted']} after alignment and refit, and {wer['recovered']} "
+        f"after {seconds:.0f} s of recovery: {points(difference)} points {interval(ends, points)} against the "
+        "original."
     ]
 
 

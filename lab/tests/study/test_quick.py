@@ -1,6 +1,7 @@
 """The quick study with a tiny recogniser on a few utterances."""
 
 import itertools
+import json
 import shlex
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mapreuse_lab import cli
-from mapreuse_lab.study import QuickConfig, Recipe, read_results, run_quick, summary_tables, verdict
+from mapreuse_lab.study import QuickConfig, Recipe, read_results, report, run_quick, summary_tables, verdict
 from mapreuse_lab.study import _quick as internals
 from mapreuse_lab.training import Recogniser, open_corpus
 
@@ -23,9 +24,8 @@ def config(tmp_path_factory):
     letters = (letter for cut in corpus.train for letter in cut.supervisions[0].text)
     tiny = Recogniser.create(letters, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=32)
     tiny.save(directory / "tiny")
-    return QuickConfig(
-        corpus="prompts:en", baseline=str(directory / "tiny"), recovery_seconds=0.2, lengths=(20, 40), repeats=1
-    )
+    settings = {"recovery_seconds": 0.2, "lengths": (20, 40), "repeats": 1, "pretrained": None}
+    return QuickConfig(corpus="prompts:en", baseline=str(directory / "tiny"), **settings)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_the_study_writes_all_results_and_a_report(config, small, tmp_path):
         assert all(one["median"] > 0 for one in results["latency"][encoder]["20"].values())
     assert set(results["attention"]["40"]) == {"sdpa", "computing", "reusing"}
 
-    assert read_results(tmp_path / "out") == results | {"config": results["config"] | {"lengths": [20, 40]}}
+    assert read_results(tmp_path / "out") == json.loads(json.dumps(results))
     text = (tmp_path / "out" / "report.md").read_text()
     for table in summary_tables(results):
         assert table.markdown() in text
@@ -108,6 +108,34 @@ def test_a_second_call_repeats_nothing_and_another_machine_repeats_the_timing(
     monkeypatch.setattr(internals, "timing_environment", lambda: elsewhere)
     run(config, tmp_path)
     assert timed == first * 2
+
+
+def test_a_pretrained_recogniser_is_recovered_with_its_first_plan_and_timed_with_all(
+    config, small, tmp_path, monkeypatch, timed, small_moonshine
+):
+    corpus = internals.open_corpus("prompts:en")
+    monkeypatch.setattr("mapreuse_lab.models._speech.open_corpus", lambda name: corpus)
+    config = replace(
+        config,
+        pretrained=str(small_moonshine),
+        pretrained_plans=("2x2", "1x4"),
+        pretrained_recovery_seconds=0.2,
+        pretrained_lengths=(1,),
+        lengths=(20,),
+    )
+    results = run(config, tmp_path)
+    quality = results["pretrained"]["quality"]
+    assert list(quality["2x2"]) == ["original", "by index", "aligned", "refitted", "recovered"]
+    assert list(quality["1x4"]) == ["original", "by index", "aligned", "refitted"]
+    ((_, found),) = results["pretrained"]["latency"]["batches"].items()
+    names = {"sdpa", "mapreuse full", "mapreuse 2x2", "mapreuse 1x4"}
+    assert names <= {name for name, one in found["contestants"].items() if "median" in one}
+
+    *_, table = summary_tables(results)
+    assert [row[0] for row in table.rows] == ["full (original)", "2x2", "1x4"]
+    assert "2x2 " in table.notes[0]
+    assert table.markdown() in report(results)
+    assert "of recovery" in verdict(results)[0]
 
 
 @pytest.mark.parametrize("seed", range(3))
