@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from map_cases import cases, defined_map, make_case
+from oracle import as_it_is, in_eight_bits, in_sixteen_bits
 
 from mapreuse.maps import (
     STORAGES,
@@ -85,10 +86,12 @@ def test_another_default_device_changes_nothing(storage):
         with torch.no_grad():
             context, stored = compute(case.scores, case.values, storage)
             dropped, _ = attend(case.scores, case.values, keep=False, dropout_p=0.5)
-            return context, stored.apply(case.values), dropped, DenseMap(case.map).apply(case.values)
+            kernel = _operators._c_kernel
+            kernel._memory.kept = None
+            direct = kernel.compute(case.scores, case.values) if kernel.library() is not None else context
+            return context, stored.apply(case.values), dropped, DenseMap(case.map).apply(case.values), direct
 
     expected = outputs()
-    _operators._c_kernel._memory.kept = None
     with torch.device("meta"):
         found = outputs()
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
@@ -122,6 +125,11 @@ def moved(case, device, dtype):
     return type(case.scores)(**fields).to(dtype), case.values.to(device, dtype)
 
 
+def distance(output, expected):
+    """‖output − expected‖ / ‖expected‖."""
+    return (output.cpu().float() - expected).norm() / expected.norm()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,10 +143,12 @@ def test_a_device_computes_the_map_of_the_definition(device, kind, dtype, storag
         context, stored = compute(scores, values, storage)
         applied = stored.apply(values, ((2, 0), (0, 2)))
     assert (context.dtype, context.device.type) == (dtype, device)
-    tolerance = 0.05 if dtype == torch.bfloat16 else 3e-2 if storage == "dense8" else 2e-3
-    torch.testing.assert_close(context.cpu().float(), case.context, atol=tolerance, rtol=tolerance)
-    expected = case.map[:, [2, 0]] @ case.values[:, [0, 2]]
-    torch.testing.assert_close(applied.cpu().float(), expected, atol=tolerance, rtol=tolerance)
+    rounded, values = moved(case, "cpu", dtype)
+    expected, values = defined_map(rounded.to(torch.float32)), values.float()
+    kept = {"dense8": in_eight_bits, "dense16": in_sixteen_bits}.get(storage, as_it_is)(expected)
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-3
+    assert distance(context, expected @ values) < tolerance
+    assert distance(applied, kept[:, [2, 0]] @ values[:, [0, 2]]) < tolerance
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -156,7 +156,9 @@ def places(operators: list[_Operator], parts: Mapping[str, Place], length: int) 
         elif one.kind in ("FullyConnected", "Convolution") and part == "rest":
             layer, part = before
         elif part == "attention":
-            phases[layer] = part = _phase(one, phases.get(layer, "query"), length)
+            # Until the first product, a computing layer prepares its queries, a reusing layer its values.
+            first = "query" if (layer, "query") in parts.values() else "context"
+            phases[layer] = part = _phase(one, phases.get(layer, first), length)
         found[one.name] = layer, part
     return [found[one.name] for one in operators]
 

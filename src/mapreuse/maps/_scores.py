@@ -108,7 +108,7 @@ class Scores:
         if relative is not None:
             relative = RelativePositions(relative.query.to(dtype), relative.key.to(dtype))
         if bias is not None:
-            bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+            bias = bias.clamp(min=max(torch.finfo(one).min for one in (dtype, bias.dtype))).to(dtype)
         query, key, sinks = self.query.to(dtype), self.key.to(dtype), self.sinks
         sinks = None if sinks is None else sinks.to(dtype)
         return replace(self, query=query, key=key, bias=bias, relative=relative, sinks=sinks)
