@@ -44,7 +44,7 @@ class SpeechModel:
         name: str = "moonshine-tiny",
         corpus: str = "prompts:en",
         split: str = "test",
-        num_calibration: int = 128,
+        num_calibration: int = 512,
     ):
         source = model_source(name)
         self.model = AutoModelForSpeechSeq2Seq.from_pretrained(source, dtype=torch.float32).eval()
