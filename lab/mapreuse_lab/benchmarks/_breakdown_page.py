@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mapreuse.console import Table
-from mapreuse_lab.benchmarks._breakdown import CONTESTANTS, ENCODERS, encoder_costs
+from mapreuse_lab.benchmarks._breakdown import CONTESTANTS, ENCODERS, encoder_costs, pieces
 
 _GROUPS = {
     "positional scores": ("positions", "positional_scores"),
@@ -91,7 +91,8 @@ def _page(results: dict[str, Any]) -> list[str]:
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB,",
         f"{machine['instructions']}; torch {machine['torch']}, transformers {machine['transformers']}.",
         f"Command: `{results['command']}`,",
-        "repeated until everything was measured (`make breakdown`). Notes name what did not fit into memory.",
+        "which continues where it stopped (`make breakdown`). Notes name what did not fit into memory.",
+        *_missing(results),
         "",
         "## The whole encoder",
         "",
@@ -124,14 +125,24 @@ def _page(results: dict[str, Any]) -> list[str]:
     return lines[:-1]
 
 
+def _missing(results: dict[str, Any]) -> list[str]:
+    """A sentence about the lengths at which something is not measured yet."""
+    done = {(one["encoder"], one["contestant"], one["length"], one["whole"]) for one in results["pieces"]}
+    open_lengths = [
+        one.length for one in pieces() if (one.encoder, one.contestant, one.length, one.whole) not in done
+    ]
+    lengths = ", ".join(f"{length:,}" for length in dict.fromkeys(open_lengths))
+    return [f"Not measured yet, or not all of it: T = {lengths}."] if lengths else []
+
+
 def _encoder_table(results: dict[str, Any], encoder: str, notes: dict[str, None]) -> Table:
     """Milliseconds of the encoder, and the share of self-attention in them."""
     found = {contestant: _best(results, encoder, contestant) for contestant in CONTESTANTS}
     rows = []
-    for length in sorted({length for pieces in found.values() for length in pieces}):
+    for length in sorted({length for by_length in found.values() for length in by_length}):
         row = [f"{length:,}"]
-        for contestant, pieces in found.items():
-            piece = pieces.get(length)
+        for contestant, by_length in found.items():
+            piece = by_length.get(length)
             if piece is None or "not_measured" in piece:
                 row.append("–")
                 if piece is not None:
