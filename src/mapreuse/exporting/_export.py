@@ -74,10 +74,8 @@ def export(
         ModuleNotFoundError: if a package is missing; the message says which and how to install it.
     """
     path = Path(path)
-    check_runtime(runtime, int8=int8 is not None)
+    check_runtime(runtime, int8=int8 is not None, kernels=kernels)
     target = RUNTIMES[runtime]
-    if kernels:
-        target.check_kernels()
     _check_encoder(model)
     _check_batches(example, int8)
     with _new_directory(path) as directory, _evaluation(model, own_attention) as original:
@@ -114,16 +112,18 @@ def export(
     return description
 
 
-def check_runtime(runtime: str, *, int8: bool = False) -> None:
+def check_runtime(runtime: str, *, int8: bool = False, kernels: bool = False) -> None:
     """Check a runtime for `export`.
 
     Raises:
-        ValueError: if there is no such runtime.
+        ValueError: if there is no such runtime, or it cannot have kernels on this machine.
         ModuleNotFoundError: if one of its packages is missing.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
     required("onnx", "onnxscript", *RUNTIMES[runtime].packages, *(["nncf"] if int8 else []))
+    if kernels:
+        RUNTIMES[runtime].check_kernels()
 
 
 class _Outputs(nn.Module):

@@ -84,8 +84,8 @@ def bench(
             and 4, and two groups.
         kinds: "eager" and "sdpa" (attention of `transformers`), a name in `attentions`, or "mapreuse"; each also with
             `+optimize` (see `optimize`), `+compile` (`torch.compile`), both, `+openvino`, `+onnx` (see `export`),
-            `+openvino+int8` or `+onnx+int8`. None: all of them for which packages are installed; in training, "sdpa"
-            and "mapreuse".
+            `+openvino+int8` or `+onnx+int8`; "mapreuse" also `+openvino+kernels` and `+openvino+kernels+int8`. None:
+            all of them for which packages are installed; in training, "sdpa" and "mapreuse".
         storages: storages of shared maps, as for `apply`.
         attentions: other attention implementations: functions that change the attention of a model in place.
         repeats: number of timed calls for each contestant and batch.
@@ -369,13 +369,13 @@ def _size(batch: Batch) -> int:
 
 
 def _without_packages(entries: list[Contestant], *, must_run: bool) -> dict[Contestant, str]:
-    """The contestants whose packages are missing, with the reason."""
+    """The contestants whose packages, or C++ compiler, are missing, with the reason."""
     skipped = {}
     for entry in entries:
         try:
             if entry.runtime:
-                check_runtime(entry.runtime, int8=entry.int8)
-        except ModuleNotFoundError as error:
+                check_runtime(entry.runtime, int8=entry.int8, kernels=entry.kernels)
+        except (ModuleNotFoundError, ValueError) as error:
             if must_run:
                 raise
             skipped[entry] = str(error)

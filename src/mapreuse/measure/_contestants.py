@@ -21,13 +21,15 @@ from mapreuse.models import apply, check_batch, copy_with_same_weights, find_sta
 from mapreuse.plan import ReusePlan
 
 SHARING = "mapreuse"
-OPTIMIZE, COMPILE, INT8 = "+optimize", "+compile", "+int8"
+OPTIMIZE, COMPILE, INT8, KERNELS = "+optimize", "+compile", "+int8", "+kernels"
 _IN_RUNTIMES = tuple(f"+{runtime}{int8}" for runtime in RUNTIMES for int8 in ("", INT8))
-SUFFIXES = ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE, *_IN_RUNTIMES)
+_WITH_KERNELS = (f"+openvino{KERNELS}", f"+openvino{KERNELS}{INT8}")
+SUFFIXES = ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE, *_IN_RUNTIMES, *_WITH_KERNELS)
 """What a contestant can have in addition to its attention."""
 ALL_KINDS = (
     "eager",
     *(kind + suffix for kind in ("sdpa", SHARING) for suffix in ("", OPTIMIZE, COMPILE, *_IN_RUNTIMES)),
+    *(SHARING + suffix for suffix in _WITH_KERNELS),
 )
 """What a user would choose from."""
 
@@ -64,6 +66,7 @@ class Contestant:
         compiled: the model runs under `torch.compile`.
         runtime: "openvino" or "onnx" if it runs there; "" for PyTorch.
         int8: it was quantised to 8 bits for the runtime.
+        kernels: the runtime has mapreuse's attention as operators, see `export`.
     """
 
     kind: str
@@ -73,6 +76,7 @@ class Contestant:
     compiled: bool = False
     runtime: str = ""
     int8: bool = False
+    kernels: bool = False
 
     @property
     def name(self) -> str:
@@ -81,13 +85,13 @@ class Contestant:
         if self.kind == SHARING:
             words += [self.plan] if self.storage == "dense" else [self.plan, self.storage]
         suffixes = [OPTIMIZE] * self.optimized + [COMPILE] * self.compiled
-        suffixes += [f"+{self.runtime}"] * bool(self.runtime) + [INT8] * self.int8
+        suffixes += [f"+{self.runtime}"] * bool(self.runtime) + [KERNELS] * self.kernels + [INT8] * self.int8
         return " ".join(words) + "".join(suffixes)
 
     @property
     def in_pytorch(self) -> Contestant:
         """The same attention, plan and storage in PyTorch, uncompiled."""
-        return replace(self, compiled=False, runtime="", int8=False)
+        return replace(self, compiled=False, runtime="", int8=False, kernels=False)
 
     def build(
         self,
@@ -138,6 +142,7 @@ class Exports:
                     runtime=contestant.runtime,
                     int8=self.calibration if contestant.int8 else None,
                     own_attention=contestant.kind != SHARING,
+                    kernels=contestant.kernels,
                 )
         return InRuntime(open_exported(path, threads=self.threads))
 
@@ -176,7 +181,12 @@ def contestants(
     Raises:
         ValueError: if there is no such kind.
     """
-    allowed = [kind + suffix for suffix in SUFFIXES for kind in (*attentions, SHARING)]
+    allowed = [
+        kind + suffix
+        for suffix in SUFFIXES
+        for kind in (*attentions, SHARING)
+        if kind == SHARING or KERNELS not in suffix
+    ]
     found: list[Contestant] = []
     for name in kinds:
         if name not in allowed:
@@ -194,6 +204,7 @@ def contestants(
             "optimized": OPTIMIZE in name,
             "compiled": COMPILE in name,
             "int8": INT8 in name,
+            "kernels": KERNELS in name,
         }
         found += [Contestant(kind, *pair, **flags) for pair in pairs]
     return sorted(dict.fromkeys(found), key=lambda one: (one.compiled, one.runtime != "", one.int8))
