@@ -44,7 +44,7 @@ def test_the_kernels_stay_on_the_device_and_read_nothing_from_it(kind, dtype):
     case = make_case(num_queries=130, num_keys=130, dtype=dtype, **kind)
     fields = {one.name: on_other_device(getattr(case.scores, one.name)) for one in dataclasses.fields(case.scores)}
     scores, values = type(case.scores)(**fields), case.values.to("meta")
-    arguments, lengths = _operators._arguments(scores, values), torch.tensor([[130, 130]] * 2)
+    arguments, lengths = _operators.arguments_of(scores, values), torch.tensor([[130, 130]] * 2)
     context, found, weights = _operators._attention(*arguments, True, 0.0, None)
     assert found.equal(lengths)
     assert {one.device.type for one in (context, weights)} == {"meta"}

@@ -9,7 +9,7 @@ from torch import nn
 from mapreuse.models._apply import applied_plans
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._plan_conversions import plan_conversions
-from mapreuse.models._projections import form_of, value_projection
+from mapreuse.models._projections import form_of, head_dim_of
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import find_stack
 from mapreuse.plan import ReusePlan
@@ -86,8 +86,7 @@ def cache_bytes(model: nn.Module, plan: ReusePlan | None = None) -> CacheBytes:
         layouts = [conversion.layout for conversion in plan_conversions(model, stack, plan)]
     layers, unshared = [], []
     for layer, layout in zip(stack.layers, layouts, strict=True):
-        values = value_projection(layer)
-        head = values.head_dim * values.module.weight.element_size()
+        head = head_dim_of(layer) * next(layer.attention.parameters()).element_size()
         layers.append((len(layout.key_heads) + layout.num_value_heads) * head)
         unshared.append(2 * layout.num_value_heads * head)
     return CacheBytes(plan, tuple(layers), tuple(unshared))

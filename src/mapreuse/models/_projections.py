@@ -52,6 +52,11 @@ def count_heads(name: str, attention: nn.Module, form: AttentionForm) -> HeadCou
     return HeadCounts(num_heads, num_value_heads, head_dim)
 
 
+def head_dim_of(layer: Layer) -> int:
+    """The width of a layer's heads, with or without a plan."""
+    return _head_dim(type(layer.attention).__name__, layer.attention, form_of(layer))
+
+
 def _head_dim(name: str, attention: nn.Module, form: AttentionForm) -> int:
     probed = form.probe and form.probe.head_dim
     for dim in (probed, form.head_dim, *(getattr(attention, attribute, None) for attribute in HEAD_DIM)):
