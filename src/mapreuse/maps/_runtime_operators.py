@@ -37,7 +37,8 @@ def runtime_operators(precision: str) -> Iterator[None]:
 
 def records_runtime_operators() -> bool:
     """Whether attention must be recorded as operators of another runtime."""
-    return _precision.get() is not None
+    # Dynamo cannot read a ContextVar, and exports are recorded without it.
+    return not torch.compiler.is_dynamo_compiling() and _precision.get() is not None
 
 
 def record_attention(
