@@ -58,18 +58,16 @@ def test_an_expected_error_ends_in_one_line_and_a_status(monkeypatch, capsys, er
 
 
 def test_a_second_interrupt_does_not_disturb_the_first_ones_end(monkeypatch, capsys):
-    def interrupted():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.raise_signal(signal.SIGINT)
-
-    fail = console.sys.exit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    fail, at_the_end = console.sys.exit, []
 
     def end(status):
-        signal.raise_signal(signal.SIGINT)
+        at_the_end.append(signal.getsignal(signal.SIGINT))
         fail(status)
 
     monkeypatch.setattr(console.sys, "exit", end)
-    status, written = run(monkeypatch, capsys, interrupted)
+    status, written = run(monkeypatch, capsys, raising(KeyboardInterrupt()))
+    assert at_the_end == [signal.SIG_IGN]
     assert (status, written) == (130, "program: interrupted; run the same command again to continue\n")
 
 
