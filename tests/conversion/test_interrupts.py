@@ -128,7 +128,7 @@ def test_what_was_learned_before_an_interrupt_is_not_computed_again(
     assert not (tmp_path / "out.work").exists()
 
 
-def interrupt():
+def signalled():
     """What Python does when a signal arrives. A real one ends a process in which other tests have used OpenVINO."""
     signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
 
@@ -147,7 +147,7 @@ def test_a_distillation_keeps_every_step_before_an_interrupt(bert, tmp_path, sto
         expected, _, run = distilled(patch, None)
         errors = run().errors
     with pytest.MonkeyPatch.context() as patch:
-        _, calls, run = distilled(patch, tmp_path, stop_at=stop_at, stop=interrupt)
+        _, calls, run = distilled(patch, tmp_path, stop_at=stop_at, stop=signalled)
         with pytest.raises(KeyboardInterrupt) as stopped:
             run()
         assert stopped.value.__notes__ == [f"distill: {stop_at} steps are kept"]
@@ -163,8 +163,8 @@ def test_a_second_interrupt_ends_a_distillation_at_once(bert, tmp_path, monkeypa
     model = mr.convert(bert, GROUPS["plan"])
 
     def twice():
-        interrupt()
-        interrupt()
+        signalled()
+        signalled()
 
     calls = counting(monkeypatch, _distill._Objective, "loss", stop_at=2, stop=twice)
     config = mr.DistillConfig(steps=7, evaluate_every=3, bfloat16=False)
