@@ -64,7 +64,7 @@ def test_every_option_is_measured_on_held_out_batches(faked):
     options = [one.option for one in advice.options]
 
     assert options[0] == Option()
-    for wanted in (
+    for needed in (
         Option(optimized=True),
         Option(runtime="openvino"),
         Option(runtime="openvino", int8=True),
@@ -72,7 +72,7 @@ def test_every_option_is_measured_on_held_out_batches(faked):
         Option(runtime="onnx", int8=True),
         Option(plan=mr.ReusePlan.full(4), optimized=True),
     ):
-        assert wanted in options
+        assert needed in options
     assert {(len(one.dropped), one.runtime, one.int8) for one in options if one.dropped} >= {
         (1, "openvino", False), (1, "openvino", True), (2, "openvino", True)
     }  # fmt: skip

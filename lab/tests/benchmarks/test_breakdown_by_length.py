@@ -53,9 +53,9 @@ def test_the_parts_of_openvino_have_the_flops_of_their_formulas(results):
 
 def test_both_runtimes_do_the_same_products(results):
     for torch_name, other in (("mapreuse full+optimize", "OpenVINO full"), ("mapreuse 4x4+optimize", "OpenVINO 4x4")):
-        ours, theirs = (encoder_costs(piece(results, name)) for name in (torch_name, other))
+        in_pytorch, in_openvino = (encoder_costs(piece(results, name)) for name in (torch_name, other))
         for part in ("query", "value", "feed_forward", "convolution"):
-            assert theirs[part]["flops"] == pytest.approx(ours[part]["flops"], rel=0.02), part
+            assert in_openvino[part]["flops"] == pytest.approx(in_pytorch[part]["flops"], rel=0.02), part
 
 
 def test_costs_of_the_encoder_are_sums_of_its_layers():

@@ -36,10 +36,10 @@ def test_states_and_tokens_equal_those_of_the_runtime(tmp_path):
         given |= {name: np.zeros((1, 8, 0, 36), np.float32) for name in past}
         logits = torch.tensor(decoder.run(["logits"], given)[0])
         with torch.no_grad():
-            ours = speech.model(**inputs, decoder_input_ids=tokens)
-        assert error(ours.encoder_last_hidden_state, torch.tensor(states)) < TOLERANCE
-        assert error(ours.logits, logits) < TOLERANCE
-        assert torch.equal(ours.logits.argmax(-1), logits.argmax(-1))
+            converted = speech.model(**inputs, decoder_input_ids=tokens)
+        assert error(converted.encoder_last_hidden_state, torch.tensor(states)) < TOLERANCE
+        assert error(converted.logits, logits) < TOLERANCE
+        assert torch.equal(converted.logits.argmax(-1), logits.argmax(-1))
 
 
 def error(found, expected):

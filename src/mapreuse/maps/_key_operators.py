@@ -141,15 +141,15 @@ def _backward(ctx: Any, d_context: Tensor) -> tuple[Any, ...]:
     """By the derivatives of `gathered`, which runs once more."""
     tensors, others, create_graph = iter(ctx.saved_tensors), iter(ctx.others), torch.is_grad_enabled()
     inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
-    wanted = [index for index in DIFFERENTIABLE if ctx.needs_input_grad[index]]
+    needed = [index for index in DIFFERENTIABLE if ctx.needs_input_grad[index]]
     with torch.enable_grad():
-        for index in wanted:
+        for index in needed:
             inputs[index] = inputs[index].view_as(inputs[index])
         context = _attend_to_keys(*inputs)
     gradients = torch.autograd.grad(
-        context, [inputs[index] for index in wanted], d_context, create_graph=create_graph
+        context, [inputs[index] for index in needed], d_context, create_graph=create_graph
     )
-    found = dict(zip(wanted, gradients, strict=True))
+    found = dict(zip(needed, gradients, strict=True))
     return tuple(found.get(index) for index in range(len(inputs)))
 
 

@@ -90,10 +90,10 @@ def _fastest(batches: dict[str, Any]) -> list[str]:
             ("without int8, ", {n: c for n, c in timed.items() if not c.get("int8")}),
         ):
             rivals = [name for name, cell in allowed.items() if cell["kind"] != "mapreuse"]
-            ours = [name for name, cell in allowed.items() if cell["kind"] == "mapreuse"]
-            if not rivals or not ours or (precision and len(allowed) == len(timed)):
+            sharing = [name for name, cell in allowed.items() if cell["kind"] == "mapreuse"]
+            if not rivals or not sharing or (precision and len(allowed) == len(timed)):
                 continue
-            rival, best = (min(names, key=lambda name: allowed[name]["median"]) for names in (rivals, ours))
+            rival, best = (min(names, key=lambda name: allowed[name]["median"]) for names in (rivals, sharing))
             speed_up = allowed[rival]["median"] / allowed[best]["median"]
             lines.append(f"{batch}: {precision}{best} over {rival}, the fastest without mapreuse: {speed_up:.2f}×")
     return lines

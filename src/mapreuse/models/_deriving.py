@@ -142,7 +142,7 @@ def derive(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt]
 def with_methods_inlined(cls: type, body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """The body with `a, b = self.method(c)` replaced by the statements of methods that return a tuple at their end.
 
-    What `a` depends on can then be told from what `b` depends on.
+    What `a` depends on can then be distinguished from what `b` depends on.
     """
     for number, statement in enumerate(body):
         match statement:
