@@ -18,6 +18,12 @@ from mapreuse.models import find_stack
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 IDS = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SLIDING = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2,
+}
 NEW = 8
 """Number of tokens to generate."""
 
@@ -51,13 +57,29 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gpt-neox": _text(tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM),
     "phi3": _text(tf.Phi3Config, tf.Phi3ForCausalLM, num_key_value_heads=2),
     "olmo": _text(tf.OlmoConfig, tf.OlmoForCausalLM, clip_qkv=4.0),
+    "falcon": _text(tf.FalconConfig, tf.FalconForCausalLM, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-alibi": _text(
+        tf.FalconConfig, tf.FalconForCausalLM, new_decoder_architecture=False, multi_query=False, alibi=True
+    ),
+    "gemma2": _text(
+        tf.Gemma2Config,
+        tf.Gemma2ForCausalLM,
+        **_SLIDING,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+    ),
+    "gpt-oss": _text(
+        tf.GptOssConfig,
+        tf.GptOssForCausalLM,
+        **_SLIDING,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    ),
     "gemma3": _text(
         tf.Gemma3TextConfig,
         tf.Gemma3ForCausalLM,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=6,
-        layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2,
+        **_SLIDING,
     ),
 }
 
@@ -67,7 +89,7 @@ def original(family: str) -> nn.Module:
     """An eager model with peaked maps. Do not change it."""
     torch.manual_seed(0)
     model = DECODERS[family]()
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"  # Falcon has no setter
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name.lower():
@@ -81,14 +103,14 @@ def original(family: str) -> nn.Module:
 
 def converted(family: str, plan: mr.ReusePlan, **settings: Any) -> nn.Module:
     model = copy.deepcopy(original(family))
-    if model._supports_sdpa:
-        model.set_attn_implementation("sdpa")
+    if model._supports_sdpa and family != "falcon-alibi":  # its eager attention adds ALiBi twice, unlike its sdpa
+        model.config._attn_implementation = "sdpa"
     return mr.apply(model, plan, **settings)
 
 
 def plan_for(family: str, name: str) -> mr.ReusePlan:
     """A plan by its name. One source for all layers is impossible if layers differ in their windows."""
-    if family == "gemma3" and name == "all from one":
+    if family in ("gemma2", "gemma3", "gpt-oss") and name == "all from one":
         return mr.ReusePlan.parse("1x2,2x1")
     return PLANS[name]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_attention_with_sinks
 
 from mapreuse import ReusePlan
 from mapreuse.maps import AttentionMap, RecomputedMap
@@ -66,6 +68,7 @@ def softmax_follows(
         inside.pop()
 
     with ExitStack() as hooks:
+        hooks.enter_context(_sinks_in_softmax(attentions or ()))
         for attention in attentions or ():
             hooks.enter_context(attention.register_forward_pre_hook(lambda module, _: inside.append(module)))
             hooks.enter_context(attention.register_forward_hook(leave, always_call=True))
@@ -75,6 +78,24 @@ def softmax_follows(
         finally:
             nn.functional.softmax = original
     assert len(own) == plan.num_layers, f"{len(own)} softmaxes ran, for {plan.num_layers} layers"
+
+
+@contextmanager
+def _sinks_in_softmax(attentions: Sequence[nn.Module]) -> Iterator[None]:
+    """Granite's eager attention applies sinks as a factor after the softmax: sigmoid(logsumexp(scores) − sink).
+
+    As GPT-OSS computes it, with the sink as one more score, the softmax is the map.
+    """
+    with_sinks = {type(attention).__module__ for attention in attentions if hasattr(attention, "sinks")}
+    modules: list[Any] = [sys.modules[name] for name in sorted(with_sinks) if "granite" in name]
+    originals = [module.eager_attention_forward for module in modules]
+    try:
+        for module in modules:
+            module.eager_attention_forward = eager_attention_with_sinks
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.eager_attention_forward = original
 
 
 def map_in_effect(

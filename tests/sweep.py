@@ -29,6 +29,8 @@ from mapreuse.models import Unsupported, find_stack
 
 LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS = 4, 4, 32, 64, 9
 FULL_TOLERANCE, REUSE_TOLERANCE = 1e-5, 1e-4
+FLOAT64_TOLERANCE = 1e-10
+"""Allowed in float64, where float32 exceeds the other two: a difference by rounding vanishes, an error does not."""
 MAX_PARAMETERS = 40_000_000
 
 _SIZES: dict[str, int | float] = {
@@ -56,7 +58,19 @@ _SIZES: dict[str, int | float] = {
 _UNLESS_NONE = {HEADS // 2, WIDTH // HEADS}
 """Sizes that a field gets even if its default is None: key/value heads and head dimensions."""
 
+_RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8] * 4,
+    "depths": [1] * 4,
+    "out_features": ["stage4"],
+}
+"""A backbone of `transformers` in place of one of timm."""
+
 _SETTINGS: dict[str, dict[str, Any]] = {
+    "detr": {"backbone_config": _RESNET},
+    "table-transformer": {"backbone_config": _RESNET},
+    "conditional_detr": {"backbone_config": _RESNET},
     "moonshine": {
         "encoder_num_key_value_heads": HEADS,
         "decoder_num_key_value_heads": HEADS,
@@ -138,7 +152,7 @@ def _tiny(config_class: type) -> Any:
     if config_class.sub_configs:
         default = config_class()
         for name in config_class.sub_configs:
-            if getattr(default, name, None) is not None:
+            if name not in settings and getattr(default, name, None) is not None:
                 settings[name] = _tiny(type(getattr(default, name)))
     config = config_class(**settings)
     rope = getattr(config, "rope_parameters", None)
@@ -233,6 +247,9 @@ def _measured(model: PreTrainedModel, path: str) -> Result:
                     obstacle = "its own eager and sdpa outputs differ"
                     continue
                 result = _compared(path, attention, eager, sdpa, inner, batch)
+                if result.status == "inexact" and not result.reason:
+                    batch = {name: _in_float64(value) for name, value in batch.items()}
+                    result = _compared(path, attention, eager.double(), sdpa.double(), inner, batch)
                 if result.status == "refused":
                     refused = result  # another input may be accepted
                     break
@@ -261,6 +278,7 @@ def _original(owner: PreTrainedModel, implementation: str, stds: tuple[float, fl
     model = copy.deepcopy(owner)
     if implementation == "eager" or model._supports_sdpa:
         model.set_attn_implementation(implementation)
+        model.config._attn_implementation = implementation  # Falcon refuses the change, but follows its configuration
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -295,6 +313,11 @@ def _batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         if name in parameters:
             yield {name: torch.randn(2, channels, side, side), **more}
             yield {name: torch.randn(2, frames, channels, side, side), **more}
+    if "spatial_shapes" in parameters:
+        patches = torch.randn(2, 16, channels * size("patch_size", default=4) ** 2)
+        shapes = torch.tensor([[4, 4], [2, 4]])
+        kept = torch.arange(16) < shapes.prod(-1, keepdim=True)
+        yield {"pixel_values": patches, "pixel_attention_mask": kept.long(), "spatial_shapes": shapes, **more}
     mel = size("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", default=16)
     length = size("max_length", default=80)
     for name in ("input_features", "input_values", "features"):
@@ -334,6 +357,10 @@ def _run(model: PreTrainedModel, inner: str, batch: dict[str, Any]) -> Tensor:
     return output
 
 
+def _in_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def _rows(output: Tensor, batch: dict[str, Any]) -> Tensor:
     """True for each row of the output that is not padding."""
     mask = batch.get("attention_mask")
@@ -360,6 +387,8 @@ def _compared(
     attentions = [layer.attention for layer in layers]
     reference = _run(eager, inner, batch)
     rows = _rows(reference, batch)
+    is_float64 = reference.dtype == torch.float64
+    allowed = (FLOAT64_TOLERANCE, FLOAT64_TOLERANCE) if is_float64 else (FULL_TOLERANCE, REUSE_TOLERANCE)
 
     def converted(plan: mr.ReusePlan) -> Tensor:
         model = copy.deepcopy(sdpa)
@@ -374,7 +403,8 @@ def _compared(
         nothing = mr.ReusePlan.full(len(layers))
         full = disagreement(converted(nothing), reference, rows)
         untouched, num_heads = defined(nothing)
-        assert torch.equal(untouched, reference), "the definition without reuse must equal the original output"
+        same = disagreement(untouched, reference, rows) <= FULL_TOLERANCE / 3
+        assert same, "the definition without reuse must equal the original output"
         refusal = ""
         for plan in _plans(len(layers), num_heads):
             try:
@@ -384,7 +414,7 @@ def _compared(
                 continue
             definition, _ = defined(plan)
             reuse, moved = disagreement(output, definition, rows), disagreement(definition, reference, rows)
-            exact = full <= FULL_TOLERANCE and reuse <= REUSE_TOLERANCE and bool(output.isfinite().all())
+            exact = full <= allowed[0] and reuse <= allowed[1] and bool(output.isfinite().all())
             return Result("exact" if exact else "inexact", path, attention, "", full, reuse, moved)
         return Result("refused", path, attention, refusal, full)
     except ValueError as error:

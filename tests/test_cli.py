@@ -12,7 +12,7 @@ from commands import assert_refused, run_command
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tiny_models import SENTENCES, save_bert
+from tiny_models import SENTENCES, save_bert, save_llama
 from transformers import AutoTokenizer, pipeline
 
 import mapreuse as mr
@@ -203,10 +203,10 @@ def test_an_interrupt_says_what_is_kept_and_what_will_be_repeated(given, tmp_pat
     out = tmp_path / "converted"
     arguments = ["convert", *given, "--plan", "[0,0,0]", "--out", out]
     kept = f"mapreuse: interrupted; run the same command again to continue: {out}.work keeps all finished steps; "
-    for name, note in (("hidden_state_error", "the step in progress is repeated"),):
-        with monkeypatch.context() as patched:
-            patched.setattr(sys.modules[mr.convert.__module__], name, interrupted)
-            assert mapreuse(monkeypatch, capsys, *arguments) == (130, "", f"{kept}{note}\n")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules[mr.convert.__module__].METRICS, "cosine", interrupted)
+        note = "the step in progress is repeated"
+        assert mapreuse(monkeypatch, capsys, *arguments) == (130, "", f"{kept}{note}\n")
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules[mr.refit.__module__], "_refit_layer", interrupted)
         note = "0 refitted layers are kept, layer 1 is repeated"
@@ -254,6 +254,46 @@ def test_a_conversion_within_a_budget_of_error_keeps_to_it(tmp_path, monkeypatch
     status, _, error = mapreuse(monkeypatch, capsys, "convert", str(directory), *arguments)
     assert status == 2
     assert "exists already" in error
+
+
+def test_a_language_model_is_searched_over_share_modes_on_windows_of_text(
+    given, tmp_path, monkeypatch, capsys, regular_times
+):
+    arguments = ["convert", save_llama(tmp_path / "llama"), *given[1:], "--window", 6, "--metric", "perplexity"]
+
+    def convert(name, *options):
+        status, printed, error = mapreuse(monkeypatch, capsys, *arguments, "--out", tmp_path / name, *options)
+        assert status == 0, error
+        assert "error = perplexity divided by the original's, − 1, on held-out" in printed
+        return mr.plan_of(mr.load(tmp_path / name)), printed
+
+    searched, printed = convert("searched", "--budget", "cache_bytes<=0.9", "--share", "keys,map", "--keys", 2)
+    assert "without sharing: -16.7%" in printed
+    assert "map" in [searched.share_of(layer) for layer in range(3)]
+    given, _ = convert("given", "--plan", "1x1,2x1", "--share", "keys", "--keys", 2, "--key-window", 3, "--block", 4)
+    assert given == mr.ReusePlan.parse("1x1,2x1", share="keys", keys=2, window=3, block=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plan", "[0,0,2]", "--share", "keys,map"], "--plan takes one share mode, got keys, map; a search, by"),
+        (["--plan", "[0,0,2]", "--share", "values"], "share must be one of map, keys, corrected, got 'values'"),
+        (
+            ["--budget", "error<=1", "--share", "map,values"],
+            "share must be one of map, keys, corrected, got 'values'",
+        ),
+        (["--budget", "error<=1", "--metric", "bleu"], "--metric must be one of cosine, perplexity, copying"),
+        (["--budget", "cache_bytes<=0.9"], "BertForMaskedLM keeps no cache; give a budget of latency or error"),
+    ],
+)
+def test_share_modes_metrics_and_budgets_that_do_not_fit_are_refused(
+    options, message, given, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    arguments = ["convert", *given, "--out", tmp_path / "out", *options]
+    assert_refused(mapreuse(monkeypatch, capsys, *arguments), "mapreuse", message)
 
 
 @pytest.mark.parametrize(("options", "needed"), [([], 8), (["--distill-seconds", "1"], 11)])

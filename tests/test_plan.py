@@ -252,13 +252,15 @@ def test_plans_with_other_share_modes_or_settings_differ():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"share": "weights"}, "share must be one of map, keys, got 'weights'"),
+        ({"share": "weights"}, "share must be one of map, keys, corrected, got 'weights'"),
         ({"share": ("keys",)}, "one mode for each of the 5 layers, got 1"),
         ({"share": (None,) * 5}, "layer 2 reuses, but has no share mode"),
         ({"share": "keys", "keys": 0}, "keys must be an integer of at least 1, got 0"),
         ({"share": "keys", "window": -1}, "window must be an integer of at least 1, got -1"),
         ({"share": "keys", "block": True}, "block must be an integer of at least 1, got True"),
         ({"keys": 64}, 'keys=64 is a setting of share="keys"'),
+        ({"share": "keys", "rank": 8}, 'rank=8 is a setting of share="corrected"'),
+        ({"share": "corrected", "rank": 7}, "rank must be even, because pairs of numbers are rotated, got 7"),
     ],
 )
 def test_a_share_mode_or_setting_that_is_not_valid_is_refused_in_one_line(settings, problem):
@@ -280,3 +282,22 @@ def test_a_layer_that_shares_keys_reuses_and_computes():
     assert [KEYS.share_of(layer) for layer in range(5)] == [None, None, "keys", None, "keys"]
     assert [KEYS.reuses(layer) for layer in range(5)] == [False, False, True, False, True]
     assert all(map(KEYS.computes, range(5)))
+
+
+def test_a_corrected_plan_prints_its_rank_and_is_restored_from_json():
+    plan = ReusePlan((None, 0, ((0, 1), (0, 1))), "corrected")
+    assert str(plan).splitlines() == [
+        "3 layers: 1 computing, 2 reusing",
+        "corrected: scores plus products of rank 16",
+        "layer 0  computes",
+        "layer 1  reuses the scores of layer 0",
+        "layer 2  scores: layer 0 head 1, layer 0 head 1",
+    ]
+    assert ReusePlan.parse(plan.to_json()) == plan != ReusePlan(plan.layers, "corrected", rank=8)
+    assert not any(map(plan.computes, (1, 2)))
+
+
+@pytest.mark.parametrize("heads", [((0, 0), None), ((0, 0), (1, 1))])
+def test_all_heads_of_a_corrected_layer_reuse_from_one_layer(heads):
+    with pytest.raises(ValueError, match=r"layer 2: in share mode .corrected., all heads must reuse, and from one"):
+        ReusePlan((None, None, heads), (None, None, "corrected"))

@@ -34,6 +34,14 @@ def save_bert(directory, *, vocab_size=40, dtype=torch.float32):
     return directory
 
 
+def save_llama(directory):
+    """A causal language model with its tokenizer."""
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(tf.LlamaConfig(**SIZE, vocab_size=40, max_position_embeddings=8)).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
 def save_wav2vec2(directory):
     """A Wav2Vec2 with its feature extractor, for audio at 16 kHz."""
     torch.manual_seed(0)

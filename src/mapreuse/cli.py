@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +31,7 @@ from mapreuse.console import (
 )
 from mapreuse.options import (
     BatchSize,
+    Block,
     Budget,
     CalibrationData,
     Contestants,
@@ -39,20 +40,26 @@ from mapreuse.options import (
     ExportsDirectory,
     Float32,
     JsonFile,
+    Keys,
+    KeyWindow,
     MaxBatches,
     MaxSeconds,
     Memory,
+    Metric,
     ModelName,
     Plan,
     Plans,
     PngFile,
     ProfiledCalls,
     ProfiledContestants,
+    Rank,
+    Share,
     Stack,
     Storage,
     Threads,
     TimedBatches,
     Training,
+    Window,
 )
 
 if TYPE_CHECKING:
@@ -171,12 +178,13 @@ def analyze(
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
+    window: Window = None,
 ) -> None:
     """Measure a model's attention maps: similarity of layers, entropy and diagonality.
 
     Layers with similar maps can share one. The heat maps of the page need the extra plots of mapreuse.
     """
-    opened, batches = open_calibrated(model, calibration, max_batches, stack, float32=float32)
+    opened, batches = open_calibrated(model, calibration, max_batches, stack, float32=float32, window=window)
     analyze_model(opened.part, batches, out, model=model, calibration=calibration, program="mapreuse")
 
 
@@ -191,10 +199,13 @@ def convert(
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 64,
-    window: Annotated[
-        int | None,
-        typer.Option(help="for language models: take the text as a whole, cut into windows of so many tokens"),
-    ] = None,
+    window: Window = None,
+    share: Share = "map",
+    keys: Keys = None,
+    key_window: KeyWindow = None,
+    block: Block = None,
+    rank: Rank = None,
+    metric: Metric = "cosine",
 ) -> None:
     """Convert a model to one whose layers share attention maps.
 
@@ -215,7 +226,9 @@ def convert(
 
         return opened.part, batches, write
 
-    convert_model(opening, out, budget, plan, distill_seconds)
+    settings = {"keys": keys, "window": key_window, "block": block, "rank": rank}
+    modes = tuple(comma_separated(share))
+    convert_model(opening, out, budget, plan, distill_seconds, share=modes, metric=metric, **settings)
     console.print(f"{out}: open it with mapreuse.load", markup=False, highlight=False)
 
 
@@ -293,6 +306,10 @@ def export_(
     int8: Annotated[
         bool, typer.Option("--int8", help="quantise weights and activations to 8 bits with the calibration data")
     ] = False,
+    int8_weights: Annotated[
+        bool,
+        typer.Option("--int8-weights", help="store weights in 8 bits and compute in float32: for language models"),
+    ] = False,
     kernels: Annotated[
         bool,
         typer.Option("--kernels", help="attention by mapreuse's kernels, in a library beside the model (OpenVINO)"),
@@ -300,13 +317,19 @@ def export_(
     stack: Stack = "",
     float32: Float32 = False,
     max_batches: MaxBatches = 16,
+    window: Window = None,
 ) -> None:
-    """Write an encoder for OpenVINO or ONNX Runtime, with any batch size and length, checked against PyTorch.
+    """Write an encoder or a language model for OpenVINO or ONNX Runtime, and check it against PyTorch.
 
     MODEL may be converted or not. Running the exported model needs neither PyTorch nor mapreuse.
     """
-    opened, batches = open_calibrated(model, calibration, max_batches, stack, float32=float32)
-    found = write_option(opened, opened.part, out, batches, model=model, runtime=runtime, int8=int8, kernels=kernels)
+    if int8 and int8_weights:
+        raise ValueError("--int8 and --int8-weights exclude each other; choose one")
+    opened, batches = open_calibrated(model, calibration, max_batches, stack, float32=float32, window=window)
+    chosen: bool | Literal["weights"] = "weights" if int8_weights else int8
+    found = write_option(
+        opened, opened.part, out, batches, model=model, runtime=runtime, int8=chosen, kernels=kernels
+    )
     console.print(f"{out}: {found['runtime']}, {found['precision']}", markup=False, highlight=False)
     console.print(f"Maximum difference to PyTorch at other shapes: {found['difference']:.1e}", highlight=False)
     for name, error in found.get("int8_error", {}).items():

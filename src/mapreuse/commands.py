@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mapreuse.console import (
     check_device,
@@ -40,7 +40,7 @@ def write_option(
     *,
     model: str,
     runtime: str,
-    int8: bool,
+    int8: bool | Literal["weights"],
     kernels: bool = False,
 ) -> dict[str, Any]:
     """Write a model, or export it, with the files that belong to it. Returns the description of the export."""
@@ -50,7 +50,8 @@ def write_option(
     folder, found = opened.directory.relative_to(model), {}
     if runtime:
         example = max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
-        found = export(part, out / folder, example, runtime=runtime, int8=batches if int8 else None, kernels=kernels)
+        bits = batches if int8 is True else int8 or None
+        found = export(part, out / folder, example, runtime=runtime, int8=bits, kernels=kernels)
     else:
         opened.with_part(part).save_pretrained(out / folder)
     copy_companions(model, out)
@@ -69,14 +70,24 @@ def analyze_model(part: Module, batches: Batches, out: Path, *, model: str, cali
 
 
 def convert_model(
-    opening: Callable[[int], Opened], out: Path, budget: str | None, plan: str | None, distill_seconds: float | None
+    opening: Callable[[int], Opened],
+    out: Path,
+    budget: str | None,
+    plan: str | None,
+    distill_seconds: float | None,
+    *,
+    share: tuple[str, ...] = ("map",),
+    metric: str = "cosine",
+    **settings: int | None,
 ) -> None:
     """The command `convert` of both programs.
 
     `opening` gives the model, batches of at least so many samples in all, and the function that saves the model.
+    `settings` are those of the share modes.
     """
     from mapreuse import ReusePlan
     from mapreuse.conversion import (
+        METRICS,
         MIN_CONVERSION_BATCHES,
         MIN_DISTILLATION_BATCHES,
         check_output,
@@ -87,14 +98,27 @@ def convert_model(
 
     check_output(out)
     limits = None if budget is None else parse_budget(budget)
-    reuse = None if plan is None or plan == "full" else ReusePlan.parse(plan)
+    if metric not in METRICS:
+        raise ValueError(f"--metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if plan is not None and len(share) != 1:
+        raise ValueError(f"--plan takes one share mode, got {', '.join(share)}; a search, by --budget, takes several")
+    choices = None if budget is None else {"share": list(share), **settings}
+    reuse = None if plan is None or plan == "full" else ReusePlan.parse(plan, share=share[0], **settings)
     minimum = MIN_CONVERSION_BATCHES if distill_seconds is None else MIN_DISTILLATION_BATCHES
     part, batches, write = opening(minimum)
     if plan == "full":
         reuse = ReusePlan.full(len(find_stack(part).layers))
     with continuing_from(f"{out}.work"):
         report = convert_to_directory(
-            part, batches, out, write, budget=limits, plan=reuse, distill_seconds=distill_seconds
+            part,
+            batches,
+            out,
+            write,
+            budget=limits,
+            plan=reuse,
+            distill_seconds=distill_seconds,
+            metric=metric,
+            choices=choices,
         )
     for line in report.lines():
         console.print(line, markup=False, highlight=False)

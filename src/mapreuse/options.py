@@ -50,9 +50,10 @@ Contestants = Annotated[
     str,
     typer.Option(
         help="what to time: eager and sdpa (the attention of transformers) and mapreuse, each also with +optimize "
-        "(faster convolutions and linear layers), +compile (torch.compile), +openvino, +onnx, +openvino+int8 or "
-        "+onnx+int8; mapreuse also with +openvino+kernels or +openvino+kernels+int8 (its attention as operators of "
-        "OpenVINO). Default: all for which packages are installed"
+        "(faster convolutions and linear layers), +int8 (quantize_dynamic), +optimize+int8, +compile "
+        "(torch.compile), +openvino, +onnx, +openvino+int8 or +onnx+int8; mapreuse also with +openvino+kernels or "
+        "+openvino+kernels+int8 (its attention as operators of OpenVINO). Default: all for which packages are "
+        "installed"
     ),
 ]
 MaxSeconds = Annotated[
@@ -70,7 +71,8 @@ Budget = Annotated[
     str | None,
     typer.Option(
         help="search for the best plan: 'latency<=0.7' for 70 % of the original's latency (both without "
-        "mapreuse.optimize), or 'error<=0.02' for a maximum error, 1 − cosine of the last hidden states"
+        "mapreuse.optimize), 'cache_bytes<=0.9' for 90 % of a decoder's bytes per cached token, or 'error<=0.02' for "
+        "a maximum error, 1 − cosine of the last hidden states unless --metric says otherwise"
     ),
 ]
 Plan = Annotated[
@@ -78,6 +80,30 @@ Plan = Annotated[
     typer.Option(
         help="use this plan instead of a search: 2x3 for three groups of two layers, [0,1,1,3] for the source of "
         "each layer, or full to share nothing and only use the kernels of mapreuse"
+    ),
+]
+Share = Annotated[
+    str,
+    typer.Option(
+        help="what a layer shares: map, keys or corrected; with --budget also several, such as map,keys, among which "
+        "the search chooses for each layer"
+    ),
+]
+Metric = Annotated[
+    str,
+    typer.Option(help="error: cosine of the last hidden states, or, for language models, perplexity or copying"),
+]
+Keys = Annotated[int | None, typer.Option(help="for share mode keys: number of keys of a block; default: 128")]
+KeyWindow = Annotated[
+    int | None, typer.Option(help="for share mode keys: keys less than so many positions away; default: 64")
+]
+Block = Annotated[int | None, typer.Option(help="for share mode keys: number of queries of a block; default: 16")]
+Rank = Annotated[int | None, typer.Option(help="for share mode corrected: width of queries and keys; default: 16")]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="for language models: take the text as a whole, cut into windows of so many tokens, as many as the "
+        "inputs will have"
     ),
 ]
 DistillSeconds = Annotated[

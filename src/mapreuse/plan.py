@@ -15,14 +15,14 @@ HeadSource: TypeAlias = tuple[int, int] | None
 LayerSource: TypeAlias = int | tuple[HeadSource, ...] | None
 """None: all heads compute. An integer: all heads apply the same head of that layer. A tuple: one entry per head."""
 
-SHARE_MODES = ("map", "keys")
-"""What a source layer publishes for its group: its weights, or which keys matter."""
+SHARE_MODES = ("map", "keys", "corrected")
+"""What a source layer publishes for its group: its weights, which keys matter, or its scores."""
 
 _FORMAT = "mapreuse-plan"
 _VERSIONS = (1, 2)
 """Versions of plans in JSON: for plans that share maps only, and for plans with other share modes."""
-_DEFAULTS = {"keys": 128, "window": 64, "block": 16}
-"""Settings of share mode "keys"."""
+SETTINGS = {"keys": ("keys", 128), "window": ("keys", 64), "block": ("keys", 16), "rank": ("corrected", 16)}
+"""Settings of share modes, by name: the mode and the default."""
 _GROUPS = re.compile(r"\s*(\d+)\s*[x×]\s*(\d+)\s*")
 _MAX_LAYERS = 10_000
 _MAX_SHOWN = 200
@@ -48,22 +48,32 @@ class ReusePlan:
 
     It keeps its query and key projections, and skips most of the T × T scores.
 
+    In share mode "corrected", the source publishes its scores. A reusing layer adds products of its own queries and
+    keys, which have only `rank` numbers per head and are rotated by their positions:
+
+        context[l, h] = softmax(scores[source layer, source head] + R(x A[l, h]) R(x B[l, h])ᵀ) @ values[l, h]
+
+    A and B replace the query and key projections. `apply` sets A to zero, which is share mode "map"; `refit` fits A
+    and B to the original's maps.
+
     Most plans come from `parse`, `grouped` or `from_sources`. Plans are immutable, hashable, and equal if they assign
     the same sources and share modes.
 
     Shim, Choi & Sung, "Understanding the Role of Self Attention for Efficient Speech Recognition" (ICLR 2022), and
     "Exploring Attention Map Reuse for Efficient Transformer Neural Networks" (arXiv 2301.12444). For keys: Yang et
-    al., "TidalDecode" (arXiv 2410.05076), and "Kascade" (arXiv 2512.16391).
+    al., "TidalDecode" (arXiv 2410.05076), and "Kascade" (arXiv 2512.16391). For corrected scores: Mu et al.,
+    "Cross-layer Attention Sharing for Pre-trained Large Language Models" (LiSA, arXiv 2408.01890).
 
     Args:
         layers: one entry per layer. None: the layer computes its map. An integer: all heads apply the same-numbered
             heads of that layer. A tuple: one entry per head, None or `(source layer, source head)`. A tuple that
             means the same as None or an integer is stored as that.
-        share: the share mode, "map" or "keys". A tuple has one entry per layer; entries of layers that compute are
-            ignored and stored as None, and all readers of a source have the same mode.
+        share: the share mode, "map", "keys" or "corrected". A tuple has one entry per layer; entries of layers that
+            compute are ignored and stored as None, and all readers of a source have the same mode.
         keys: number of keys that a source publishes for a block of queries, in share mode "keys". Default: 128.
         window: a reusing layer also attends to the keys less than `window` positions away. Default: 64.
         block: number of queries that share one set of keys. Default: 16. Each step of decoding is its own block.
+        rank: width of the queries and keys that a reusing layer adds, in share mode "corrected". Even. Default: 16.
 
     Raises:
         ValueError: if a source is not an earlier layer that computes that head, or a share mode or one of its
@@ -86,6 +96,7 @@ class ReusePlan:
     keys: int | None = None
     window: int | None = None
     block: int | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
@@ -175,6 +186,7 @@ class ReusePlan:
         keys: int | None = None,
         window: int | None = None,
         block: int | None = None,
+        rank: int | None = None,
     ) -> ReusePlan:
         """Make a plan from text.
 
@@ -188,7 +200,8 @@ class ReusePlan:
         Args:
             text: the plan.
             num_layers: the number of layers that the plan must have. None: any.
-            share, keys, window, block: share mode and its settings, as for `ReusePlan`. A JSON object has its own.
+            share, keys, window, block, rank: share mode and its settings, as for `ReusePlan`. A JSON object has its
+                own.
 
         Raises:
             ValueError: if the text is none of these, or the plan has another number of layers. The message gives the
@@ -206,11 +219,12 @@ class ReusePlan:
         """
         if not isinstance(text, str):
             raise ValueError(f'a plan is parsed from text such as "4x4", got {text!r}')
-        if share != "map" or keys is not None or window is not None or block is not None:
+        settings = keys, window, block, rank
+        if share != "map" or any(setting is not None for setting in settings):
             if text.lstrip()[:1] == "{":
                 raise ValueError("a plan in JSON has its own share mode; change it by dataclasses.replace")
             plan = cls.parse(text, num_layers)
-            return cls(plan.layers, share, keys, window, block)
+            return cls(plan.layers, share, *settings)
         if num_layers is not None:
             plan = cls.full(num_layers) if text == "full" else cls.parse(text)
             if plan.num_layers != num_layers:
@@ -272,14 +286,14 @@ class ReusePlan:
         if data["version"] == 1:
             return cls(layers)
         share = data.get("share")
-        settings = (data.get(name) for name in _DEFAULTS)
+        settings = (data.get(name) for name in SETTINGS)
         return cls(layers, tuple(share) if isinstance(share, list) else share, *settings)  # type: ignore[arg-type]
 
     def to_json(self) -> str:
         """The plan as one line of JSON; `from_json` and `parse` read it back."""
         written: dict[str, Any] = {"format": _FORMAT, "version": 1, "layers": self.layers}
         if self.share != "map":
-            settings = {name: getattr(self, name) for name in _DEFAULTS}
+            settings = {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
             written |= {"version": 2, "share": self.share, **settings}
         return json.dumps(written)
 
@@ -332,17 +346,18 @@ class ReusePlan:
         return self.share if isinstance(self.share, str) else self.share[layer]
 
     def __str__(self) -> str:
-        """A summary line, then one line per layer. Share mode "keys" adds a line with its settings."""
+        """A summary line, then one line per layer. Share modes with settings add a line with them."""
         computing = sum(source is None for source in self.layers)
         layers = "1 layer" if self.num_layers == 1 else f"{self.num_layers} layers"
         lines = [f"{layers}: {computing} computing, {self.num_layers - computing} reusing"]
         if self.keys is not None:
             block = f"block of {self.block} queries"
             lines.append(f"keys: {self.keys} for each {block}, a window of {self.window} and the first key")
+        if self.rank is not None:
+            lines.append(f"corrected: scores plus products of rank {self.rank}")
         width = len(str(self.num_layers - 1))
         for layer, source in enumerate(self.layers):
-            described = f"reuses the keys of layer {source}" if self.share_of(layer) == "keys" else _describe(source)
-            lines.append(f"layer {layer:>{width}}  {described}")
+            lines.append(f"layer {layer:>{width}}  {_describe(source, self.share_of(layer))}")
         return "\n".join(lines)
 
     def _check_share(self) -> None:
@@ -356,19 +371,29 @@ class ReusePlan:
         for layer, source in enumerate(self.layers):
             if modes[layer] == "keys" and not isinstance(source, int):
                 raise ValueError(f'layer {layer} has a head assignment, but share mode "keys" is for whole layers')
+            if (
+                modes[layer] == "corrected"
+                and isinstance(source, tuple)
+                and (None in source or len(self.sources(layer)) > 1)
+            ):
+                raise ValueError(
+                    f'layer {layer}: in share mode "corrected", all heads must reuse, and from one source layer'
+                )
             if source is not None and len({modes[e] for s in self.sources(layer) for e in self.readers(s)}) > 1:
                 raise ValueError(f"layer {layer} and other readers of its source have different share modes")
             if source is not None and modes[layer] is None:
                 raise ValueError(f"layer {layer} reuses, but has no share mode; use {' or '.join(SHARE_MODES)}")
         used = set(modes) - {None}
         object.__setattr__(self, "share", next(iter(used), "map") if len(used) < 2 else tuple(modes))
-        for name, default in _DEFAULTS.items():
+        for name, (mode, default) in SETTINGS.items():
             value = getattr(self, name)
             if value is not None and (not _is_index(value) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-            if value is not None and "keys" not in given:
-                raise ValueError(f'{name}={value} is a setting of share="keys", but the plan shares maps')
-            object.__setattr__(self, name, operator.index(value or default) if "keys" in used else None)
+            if value is not None and mode not in given:
+                raise ValueError(f'{name}={value} is a setting of share="{mode}", which the plan does not use')
+            object.__setattr__(self, name, operator.index(value or default) if mode in used else None)
+        if self.rank is not None and self.rank % 2:
+            raise ValueError(f"rank must be even, because pairs of numbers are rotated, got {self.rank}")
 
     def _check_source(self, name: str, layer: int, source: int, source_heads: Sequence[int]) -> None:
         """Raise `ValueError` unless `source` is an earlier layer that computes these heads."""
@@ -425,11 +450,13 @@ def _notation_error(text: str, position: int, problem: str) -> ValueError:
     return ValueError(f"plan {text!r}, character {position + 1}: {problem}")
 
 
-def _describe(source: LayerSource) -> str:
+def _describe(source: LayerSource, share: str | None) -> str:
     if source is None:
         return "computes"
     if isinstance(source, int):
-        return f"reuses layer {source}"
-    return "heads: " + ", ".join(
+        published = {"map": "", "keys": "the keys of ", "corrected": "the scores of "}[share or "map"]
+        return f"reuses {published}layer {source}"
+    heads = "scores" if share == "corrected" else "heads"
+    return f"{heads}: " + ", ".join(
         "computes" if entry is None else f"layer {entry[0]} head {entry[1]}" for entry in source
     )

@@ -71,7 +71,7 @@ def test_outputs_after_weight_changes_equal_those_of_complete_passes(made):
             projection.weight.copy_(factor * weight)
 
     factors = (1.0, 0.5, 0.0, 1.0)
-    cache = LayerCache(model, [batch], PLAN)
+    cache = LayerCache(model, [batch])
     for _ in range(2):
         found = cache.outputs(2, 0, [functools.partial(change, factor) for factor in factors])
         assert len(found) == len(factors)
@@ -86,7 +86,7 @@ def test_outputs_after_weight_changes_equal_those_of_complete_passes(made):
 def test_contexts_equal_those_of_complete_passes(made):
     model, batch = made
     mr.apply(model, PLAN)
-    cache, layer = LayerCache(model, [batch], PLAN), find_stack(model).layers[3]
+    cache, layer = LayerCache(model, [batch]), find_stack(model).layers[3]
     expected = {}
     with (
         torch.no_grad(),
@@ -111,7 +111,7 @@ def test_cached_layers_run_again_only_up_to_maps_that_are_applied(plan, runs):
     model, batch = build("bert")
     if plan is not None:
         mr.apply(model, plan)
-    cache, completed = LayerCache(model, [batch, batch], plan), []
+    cache, completed = LayerCache(model, [batch, batch]), []
     expected = output_of_layer(model, 3, batch)
     for index, layer in enumerate(model.encoder.layer):
         layer.intermediate.register_forward_hook(lambda *_, index=index: completed.append(index))
@@ -129,7 +129,7 @@ def test_a_layer_that_is_not_cached_yet_gets_the_maps_that_it_applies():
     """The first pass ended with layer 2, so it is not cached; layer 0, whose map it applies, is."""
     model, batch = build("bert")
     mr.apply(model, PLAN)
-    cache = LayerCache(model, [batch], PLAN)
+    cache = LayerCache(model, [batch])
     cache.outputs(2, 0)
     expected = output_of_layer(model, 3, batch)
     assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(3, 0)[0], expected)) == [0, 1, 2, 3]
@@ -148,7 +148,7 @@ def test_layers_before_the_first_reusing_layer_are_taken_from_the_originals_cach
     model = mr.convert(original, plan)
     of_original = LayerCache(original, [batch])
     of_original.outputs(3, 0)
-    cache = LayerCache(model, [batch], plan, of_original)
+    cache = LayerCache(model, [batch], original=of_original)
     expected = output_of_layer(model, index, batch)
     assert run_by(model, lambda: torch.testing.assert_close(cache.outputs(index, 0)[0], expected)) == runs
 
@@ -183,7 +183,7 @@ def test_layers_that_change_their_inputs_in_place_give_the_same_outputs(with_hoo
         if with_hooks:
             layer.register_forward_pre_hook(lambda _, args: (args[0] + 0.5, *args[1:]))
             layer.register_forward_hook(lambda _, args, output: output.mul_(0.5))
-    expected, cache = output_of_layer(model, 2, batch), LayerCache(model, [batch], plan)
+    expected, cache = output_of_layer(model, 2, batch), LayerCache(model, [batch])
     for _ in range(3):
         once, again = cache.outputs(2, 0, [lambda: None, lambda: None])
         torch.testing.assert_close(once, expected)
@@ -195,7 +195,7 @@ def test_layers_that_change_their_inputs_in_place_give_the_same_outputs(with_hoo
 def test_a_stopped_pass_leaves_the_model_unchanged(call):
     model, batch = build("bert")
     mr.apply(model, PLAN)
-    cache, layers = LayerCache(model, [batch], PLAN), find_stack(model).layers
+    cache, layers = LayerCache(model, [batch]), find_stack(model).layers
     cache.outputs(3, 0)
 
     def stopped(*args):

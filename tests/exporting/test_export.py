@@ -3,6 +3,7 @@
 import json
 import sys
 
+import openvino
 import pytest
 import torch
 from agreement import PLANS
@@ -50,6 +51,26 @@ def test_an_export_gives_the_outputs_of_pytorch(family, runtime, plan, tmp_path)
     torch.testing.assert_close(found, outputs(model, full), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("plan", ["groups of 2", pytest.param("other heads", marks=pytest.mark.full)])
+def test_shared_maps_are_applied_in_float_in_int8(plan, tmp_path):
+    """8 bits for all lengths would lose the small weights of long inputs."""
+    model, batch = build("parakeet")
+    mr.apply(model, PLANS[plan])
+    mr.export(model, tmp_path / "out", batch, int8=[batch] * 4)
+    nodes = openvino.Core().read_model(tmp_path / "out/openvino_model.xml").get_ordered_ops()
+    of_maps, products, quantised = set(), [], 0
+    for node in nodes:
+        inputs = [value.get_node() for value in node.input_values()]
+        quantised += node.get_type_name() == "FakeQuantize"
+        reads_map = any(one.get_friendly_name() in of_maps for one in inputs)
+        if node.get_type_name() == "MatMul" and reads_map:
+            products.append("FakeQuantize" in {one.get_type_name() for one in inputs})
+        elif node.get_type_name() == "Softmax" or reads_map:
+            of_maps.add(node.get_friendly_name())
+    assert quantised > 0
+    assert products == [False] * 4, "one for each layer"
+
+
 @pytest.mark.parametrize("runtime", ["onnx", pytest.param("openvino", marks=pytest.mark.full)])
 def test_one_export_serves_every_length_and_padding(runtime, tmp_path):
     model, _ = build("bert")
@@ -62,6 +83,50 @@ def test_one_export_serves_every_length_and_padding(runtime, tmp_path):
         valid = batch["attention_mask"].bool()
         found = run(batch)["last_hidden_state"]
         torch.testing.assert_close(found[valid], outputs(model, batch)[valid], atol=1e-4, rtol=1e-4)
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 32, "encoder_layers": 4, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return BartForConditionalGeneration(BartConfig(**sizes, **heads, vocab_size=50)).eval()
+
+
+def moonshine():
+    from transformers import MoonshineForConditionalGeneration
+
+    return MoonshineForConditionalGeneration(build("moonshine-encoder")[0].config).eval()
+
+
+def sound(batch, length, valid=None):
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[-1, valid or length :] = 0
+    return {"input_values": torch.randn(batch, length) * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("made", "runtime"),
+    [
+        (moonshine, "openvino"),
+        (bart, "onnx"),
+        pytest.param(moonshine, "onnx", marks=pytest.mark.full),
+        pytest.param(bart, "openvino", marks=pytest.mark.full),
+    ],
+)
+def test_the_encoder_of_an_encoder_decoder_is_exported_with_its_padding(made, runtime, tmp_path):
+    torch.manual_seed(0)
+    encoder = made().get_encoder()
+    mr.apply(encoder, PLANS["groups of 2"])
+    batch, size = (sound, 300) if made is moonshine else (tokens, 1)
+    mr.export(encoder, tmp_path / "out", batch(2, 21 * size, 12 * size), runtime=runtime)
+    run = open_exported(tmp_path / "out", threads=1)
+    for other in (batch(1, 5 * size), batch(3, 35 * size, 9 * size)):
+        found, expected = run(other)["last_hidden_state"], outputs(encoder, other)
+        valid = other["attention_mask"].bool()
+        if made is moonshine:
+            valid = valid[:, ::384][:, : expected.shape[1]]
+        torch.testing.assert_close(found[valid], expected[valid], atol=1e-4, rtol=1e-4)
 
 
 def test_the_own_attention_of_a_model_without_a_plan_is_written_on_request(tmp_path):
@@ -111,7 +176,7 @@ def half_precision():
         (lambda: build("bert"), {"int8": [{"input_ids": torch.ones(1, 5)}]}, "int8 batches must have the inputs of"),
         (lambda: build("bert"), {"int8": []}, "int8 needs at least one calibration batch"),
         (lambda: (build("bert")[0], {"input_ids": [1, 2]}), {}, "must be dictionaries of tensors"),
-        (decoder, {}, "LlamaModel is a decoder, and export writes encoders only"),
+        (decoder, {}, "LlamaModel is a decoder without a language-model head"),
         (encoder_decoder, {}, "several stacks|export model.get_encoder"),
         (half_precision, {}, "is float16 on cpu, but export needs float32 on the CPU"),
     ],

@@ -60,7 +60,7 @@ def test_products_of_8_bits_stay_close_to_float32(length, tmp_path):
     batch = features(2, 4 * length, 3 * length)
     file = tmp_path / "attention.onnx"
     with _export._evaluation(model, False) as copy, mr.maps.runtime_operators("int8"):
-        program, names = _export._exported(copy, batch)
+        program, names = _export._exported(copy, batch, _export._dynamic_dims(batch))
         _export._write_onnx(program, list(batch), names, file)
     _library.build_library(openvino, tmp_path / _library.LIBRARY)
     core = openvino.Core()

@@ -45,6 +45,8 @@ def assert_generates(model, family, plan, prompt, **settings):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", DECODERS)
 def test_generation_with_a_cache_is_that_of_the_definition(family, plan, prompt, cache):
+    if family == "falcon-alibi" and cache == "static":
+        pytest.skip("the original fails with a static cache, too")
     plan = plan_for(family, plan)
     assert_generates(converted(family, plan), family, plan, prompt, **CACHES[cache])
 
@@ -79,7 +81,7 @@ def test_a_reusing_layer_stores_values_only_as_cache_bytes_says(family):
     of_values = stored[0] // 2
     assert stored[1] == of_values
     # These classes cannot project the keys of some heads alone.
-    whole = family in ("opt", "gpt-neox", "phi3", "olmo")
+    whole = family in ("opt", "gpt-neox", "phi3", "olmo", "falcon", "falcon-alibi")
     assert stored[3] == of_values + (of_values if whole else 32)
     assert [cache.get_seq_length(layer) for layer in range(4)] == [5] * 4
 

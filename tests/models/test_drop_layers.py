@@ -77,6 +77,19 @@ def test_a_part_of_a_model_and_a_torch_encoder_lose_layers_too():
     assert encoder.num_layers == 2
 
 
+def test_halves_of_a_model_that_count_their_layers_apart_lose_layers_one_by_one():
+    config = tf.MoonshineConfig(
+        vocab_size=20, hidden_size=16, encoder_num_hidden_layers=3, decoder_num_hidden_layers=3,
+        encoder_num_attention_heads=2, decoder_num_attention_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    model = tf.MoonshineModel(config).eval()
+    mr.drop_layers(model.encoder, [1])
+    assert (len(model.encoder.layers), len(model.decoder.layers)) == (2, 3)
+    assert (model.config.encoder_num_hidden_layers, model.config.decoder_num_hidden_layers) == (2, 3)
+    mr.drop_layers(model.decoder, [0, 2])
+    assert (model.config.encoder_num_hidden_layers, model.config.decoder_num_hidden_layers) == (2, 1)
+
+
 def inverse_index():
     return tf.GPT2Model(tf.GPT2Config(n_embd=32, n_layer=4, n_head=4, scale_attn_by_inverse_layer_idx=True))
 

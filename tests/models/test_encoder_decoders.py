@@ -1,146 +1,159 @@
 """Decoders of encoder–decoders share the maps of self-attention, of cross-attention, or of both, and generate."""
 
-import copy
-import functools
 import string
-from contextlib import ExitStack
 
-import agreement
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 from agreement import PLANS
-from decoders import IDS
-from oracle import softmax_follows
-from torch import nn
+from encoder_decoders import (
+    ALIKE,
+    FAMILIES,
+    NEW,
+    SHARED,
+    converted,
+    decoder_batches,
+    defined,
+    following,
+    generated,
+    original,
+)
 
 import mapreuse as mr
-from mapreuse.models import find_stack
+from mapreuse.models import MapRecorder, find_stack
 
-SIZES = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 1}
 GROUPS, OTHER_HEADS, IN_PART = PLANS["groups of 2"], PLANS["other heads"], PLANS["in part"]
-SHARED = {
-    "self": {"self": IN_PART},
-    "cross": {"cross": GROUPS},
-    "cross, other heads": {"cross": OTHER_HEADS},
-    "both": {"self": GROUPS, "cross": PLANS["all from one"]},
-}
-NEW = 6
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}, "none": {"use_cache": False}}
 
 
-def _whisper():
-    suppress = {"suppress_tokens": [], "begin_suppress_tokens": []}
-    lengths = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40}
-    config = tf.WhisperConfig(**SIZES, **HEADS, **IDS, **lengths, **suppress)
-    return tf.WhisperForConditionalGeneration(config), {"input_features": torch.randn(2, 8, 40)}
-
-
-def _bart():
-    config = tf.BartConfig(**SIZES, **HEADS, **IDS, max_position_embeddings=40, forced_eos_token_id=None)
-    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
-    return tf.BartForConditionalGeneration(config), {
-        "input_ids": torch.randint(3, 50, (2, 9)),
-        "attention_mask": mask,
-    }
-
-
-@functools.cache
-@torch.no_grad()
-def original(family):
-    torch.manual_seed(0)
-    model, batch = {"whisper": _whisper, "bart": _bart}[family]()
-    model.set_attn_implementation("eager")
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "norm" not in name:
-            nn.init.normal_(parameter, std=0.45)
-    agreement.randomize_biases(model)
-    model.generation_config.eos_token_id = None
-    return model.eval(), batch
-
-
-def converted(family, plans):
-    model = copy.deepcopy(original(family)[0])
-    model.set_attn_implementation("sdpa")
-    for attention, plan in plans.items():
-        mr.apply(model.get_decoder(), plan, attention=attention)
-    return model
-
-
-@torch.no_grad()
-def defined(family, plans):
-    """Greedy tokens and their logits of the original with its softmax replaced, which keeps no cache."""
-    model, batch = original(family)
-    tokens, logits = torch.full((2, 1), 1), []
-    for _ in range(NEW):
-        with ExitStack() as stack:
-            for attention, plan in plans.items():
-                layers = find_stack(model.get_decoder(), attention).layers
-                stack.enter_context(softmax_follows(plan, [layer.attention for layer in layers]))
-            logits.append(model(**batch, decoder_input_ids=tokens, use_cache=False).logits[:, -1])
-        tokens = torch.cat([tokens, logits[-1].argmax(-1, keepdim=True)], 1)
-    return tokens, torch.stack(logits, 1)
-
-
-def generated(model, batch, **settings):
-    settings = {"max_new_tokens": NEW, "do_sample": False} | settings
-    output = model.generate(**batch, return_dict_in_generate=True, output_logits=True, **settings)
-    logits = torch.stack(output.logits, 1)
-    return output.sequences[:, -NEW:], logits
-
-
-@pytest.mark.sample(3)
-@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
-@pytest.mark.parametrize("shared", SHARED)
-@pytest.mark.parametrize("family", ["whisper", "bart"])
-def test_an_encoder_decoder_generates_what_the_definition_does(family, shared, cache):
-    plans = SHARED[shared]
+def assert_generates(family, plans, cache):
     tokens, logits = defined(family, plans)
     untouched = defined(family, {})[1]
-    assert (logits[:, 0] - untouched[:, 0]).abs().max() > 0.03 * untouched.abs().max() or "self" in plans
-    more = {"dynamic": {}, "static": {"cache_implementation": "static"}, "none": {"use_cache": False}}[cache]
-    found, of_model = generated(converted(family, plans), original(family)[1], **more)
+    assert (logits[:, 0] - untouched[:, 0]).abs().max() > 30 * 1e-4 * untouched.abs().max() or "self" in plans
+    found, of_model = generated(converted(family, plans), original(family)[1], **CACHES[cache])
     assert torch.equal(found, tokens[:, 1:])
     assert (of_model - logits).abs().max() <= 1e-4 * logits.abs().max()
 
 
-@pytest.mark.parametrize("family", ["whisper", "bart"])
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_decoder_generates_what_the_definition_does(family, shared, cache):
+    assert_generates(family, SHARED[shared], cache)
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_families_with_the_same_attention_share_the_maps_of_cross_attention(family):
+    assert_generates(family, SHARED["cross, other heads"], "dynamic")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_beams_reorder_both_parts_of_the_cache(family):
-    model, batch = converted(family, SHARED["both"]), original(family)[1]
+    model, batch = converted(family, SHARED["all"]), original(family)[1]
     settings = {"num_beams": 3, "max_new_tokens": NEW, "do_sample": False}
     assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, use_cache=False, **settings))
 
 
 @torch.no_grad()
-def test_a_reusing_cross_attention_stores_the_values_of_the_encoder_only():
-    model, batch = converted("bart", {"cross": GROUPS}), original("bart")[1]
-    cache = model(**batch, decoder_input_ids=torch.tensor([[1], [1]]), use_cache=True).past_key_values
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_inputs_may_be_padded_on_the_left(family):
+    """With a cache, and with maps of several queries."""
+    model = converted(family, SHARED["cross"]).get_decoder()
+    (batch,) = decoder_batches(family, 1)
+    batch |= {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
+    if family == "bart":
+        batch.pop("attention_mask")  # its positions do not follow the mask
+    whole = model(**batch, use_cache=False).last_hidden_state
+    cut = {name: value[:, :5] for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+    first = model(**batch | cut, use_cache=True)
+    rest = batch | {"input_ids": batch["input_ids"][:, 5:]}
+    second = model(**rest, past_key_values=first.past_key_values).last_hidden_state
+    assert (second - whole[:, 5:]).abs().max() <= 1e-4 * whole.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reusing_cross_attention_stores_the_values_of_the_encoder_only(family):
+    model, (batch,) = converted(family, {"cross": GROUPS}).get_decoder(), decoder_batches(family, 1)
+    cache = model(**batch, use_cache=True).past_key_values
     layers = cache.cross_attention_cache.layers
-    assert [(layer.keys.numel(), layer.values.numel()) for layer in layers] == [(576, 576), (576, 0)] * 2
-    with pytest.raises(
-        ValueError, match="BartDecoder: the cache was filled under another plan; start with a new cache"
-    ):
-        converted("bart", {"cross": OTHER_HEADS})(
-            **batch, decoder_input_ids=torch.tensor([[1], [1]]), past_key_values=cache
-        )
+    size = 3 * 7 * 32
+    assert [(layer.keys.numel(), layer.values.numel()) for layer in layers] == [(size, size), (size, 0)] * 2
+    other = converted(family, {"cross": OTHER_HEADS}).get_decoder()
+    with pytest.raises(ValueError, match="the cache was filled under another plan; start with a new cache"):
+        other(**batch, past_key_values=cache)
 
 
-@pytest.mark.parametrize("family", ["whisper", "bart"])
-def test_plans_of_both_attentions_are_saved(tmp_path, family):
-    model, batch = converted(family, SHARED["both"]), original(family)[1]
+@pytest.mark.parametrize("family", ["whisper", "moonshine"])
+def test_plans_of_all_attentions_are_saved(tmp_path, family):
+    model, batch = converted(family, SHARED["all"]), original(family)[1]
     model.save_pretrained(tmp_path)
     for opened in (type(model).from_pretrained(tmp_path), mr.load(tmp_path)):
         decoder = opened.get_decoder()
+        assert mr.plan_of(opened.get_encoder()) == GROUPS
         assert mr.plan_of(decoder) == GROUPS
         assert mr.plan_of(decoder, "cross") == PLANS["all from one"]
         assert torch.equal(generated(opened, batch)[0], generated(model, batch)[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans_may_be_applied_in_any_order(family):
+    plans = SHARED["all"]
+    (batch,) = decoder_batches(family, 1)
+    one, other = (converted(family, dict(order)) for order in (plans.items(), reversed(plans.items())))
+    outputs = [model.get_decoder()(**batch).last_hidden_state for model in (one, other)]
+    assert torch.equal(*outputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorder_returns_the_maps_of_cross_attention(family):
+    (batch,) = decoder_batches(family, 1)
+    with following(original(family)[0], {"cross": mr.ReusePlan.full(4)}) as expected:
+        original(family)[0].get_decoder()(**batch, use_cache=False)
+    recorded = MapRecorder(converted(family, {}).get_decoder(), attention="cross")(batch)
+    assert torch.equal(recorded.valid, batch["attention_mask"].bool())
+    for one, other in zip(recorded.maps, expected["cross"], strict=True):
+        rows = recorded.valid
+        torch.testing.assert_close(one.transpose(1, 2)[rows], other.transpose(1, 2)[rows], atol=2e-5, rtol=1e-4)
+    states = batch["encoder_hidden_states"]
+    for values, layer in zip(
+        recorded.values, find_stack(original(family)[0].get_decoder(), "cross").layers, strict=True
+    ):
+        projection = getattr(layer.attention, "v" if family == "t5" else "v_proj")
+        torch.testing.assert_close(values, projection(states).view(3, 7, 4, 8).transpose(1, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_flow_through_shared_cross_attention(family):
+    """Also with checkpointing, which runs layers again."""
+    (batch,) = decoder_batches(family, 1)
+    batch["encoder_hidden_states"] = batch["encoder_hidden_states"].double()
+    found = []
+    for checkpointing in (False, True):
+        model = converted(family, SHARED["all"])
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        decoder = model.get_decoder().train().double()
+        torch.manual_seed(0)  # for dropout
+        decoder(**batch).last_hidden_state[..., 0].sum().backward()
+        gradients = {name: one.grad for name, one in decoder.named_parameters() if one.grad is not None}
+        found.append(gradients)
+    assert found[0].keys() == found[1].keys()
+    assert any(gradient.abs().max() > 0.1 for name, gradient in found[0].items() if ".q" in name)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])
+
+
 def test_what_cross_attention_cannot_share_is_refused_on_one_line():
     model = converted("bart", {})
+    by_keys = mr.ReusePlan.parse("2x2", share="keys", keys=2)
     for part, plan, attention, problem in (
         (model, IN_PART, "cross", "layer 1: in cross-attention, the heads of a layer must all compute or all reuse"),
+        (model, by_keys, "cross", 'share mode "keys" serves self-attention only; use share="map"'),
         (model.get_encoder(), GROUPS, "cross", "holds no list of layers with cross-attention in every layer"),
         (model, GROUPS, "both", "attention must be 'self' or 'cross', got 'both'"),
     ):
@@ -156,7 +169,7 @@ def test_the_pipeline_for_speech_recognition_runs_with_a_shared_decoder():
     specials = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
     letters = {letter: number for number, letter in enumerate(string.ascii_letters[:47])}
     vocabulary = letters | {special: 47 + number for number, special in enumerate(specials)}
-    made, model = tf.WhisperTokenizer(vocab=vocabulary, merges=[]), converted("whisper", SHARED["both"])
+    made, model = tf.WhisperTokenizer(vocab=vocabulary, merges=[]), converted("whisper", SHARED["all"])
     extractor = tf.WhisperFeatureExtractor(feature_size=8, chunk_length=1, hop_length=400, n_fft=400)
     run = tf.pipeline(
         "automatic-speech-recognition", model=model, tokenizer=made, feature_extractor=extractor, ignore_warning=True

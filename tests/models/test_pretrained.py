@@ -176,7 +176,7 @@ def test_a_directory_with_the_weights_of_another_plan_is_not_opened(tmp_path, op
 def test_a_directory_that_lost_its_plan_is_not_opened_and_weights_alone_are_reported(tmp_path, caplog):
     model = mr.apply(build("bert")[0], GROUPS)
     model.save_pretrained(tmp_path / "config over")
-    model.config.save_pretrained(tmp_path / "config over")
+    (tmp_path / "config over/config.json").write_text(model.config.to_json_string())
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         tf.AutoModel.from_pretrained(tmp_path / "config over")
     build("bert")[0].save_pretrained(tmp_path / "weights over")
@@ -186,6 +186,18 @@ def test_a_directory_that_lost_its_plan_is_not_opened_and_weights_alone_are_repo
     logging.getLogger("transformers").addHandler(caplog.handler)
     tf.AutoModel.from_pretrained(tmp_path / "weights over")
     assert re.search(r"attention\.self\.query\.weight .*MISSING", caplog.text)
+
+
+@pytest.mark.parametrize("plan", [GROUPS, mr.ReusePlan.parse("2x2", share="keys", keys=4)], ids=["map", "keys"])
+def test_a_configuration_does_not_replace_that_of_a_model_with_plans_but_another_model_does(tmp_path, plan):
+    model = mr.apply(build("bert")[0], plan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="would lose its plans; call save_pretrained of the model") as error:
+        model.config.save_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    assert mr.plan_of(tf.AutoModel.from_pretrained(tmp_path)) == plan
+    build("bert")[0].save_pretrained(tmp_path)
+    assert mr.plan_of(tf.AutoModel.from_pretrained(tmp_path)) is None
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):

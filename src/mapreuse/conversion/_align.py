@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mapreuse.conversion._kept_work import LayerSums
+from mapreuse.conversion._targets import sampled_queries
 from mapreuse.conversion._validation import check_plan, digest
 from mapreuse.data import check_precision
 from mapreuse.models import (
@@ -29,11 +30,10 @@ from mapreuse.plan import ReusePlan
 Head: TypeAlias = tuple[int, int]
 """Layer and head."""
 
-_MAX_QUERIES = 64
-"""Maximum number of queries of a sample that maps are compared at. They are evenly spaced."""
 
-
-def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]]) -> ReusePlan:
+def align(
+    original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], *, attention: str = "self"
+) -> ReusePlan:
     """Assign a source head to each head of the layers that reuse all their maps.
 
     Each head applies the source head that changes the output of its layer least:
@@ -47,6 +47,7 @@ def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, A
         original: the model before `apply`; it is not changed.
         plan: which layers share. Layers planned head by head keep their assignment; share mode "keys" has none.
         batches: calibration batches, keyword dictionaries for the model's forward.
+        attention: "self" or "cross", as for `apply`.
 
     Returns:
         The plan, head by head.
@@ -57,26 +58,30 @@ def align(original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, A
     """
     check_plan(plan)
     check_precision(original)
-    if plan_of(original) is not None:
+    if plan_of(original, attention) is not None:
         raise ValueError("the model shares attention maps already; align the heads of the original model instead")
-    return aligned(original, plan, batches)
+    return aligned(original, plan, batches, attention=attention)
 
 
 def aligned(
-    original: nn.Module, plan: ReusePlan, batches: Iterable[Mapping[str, Any]], cache: Path | None = None
+    original: nn.Module,
+    plan: ReusePlan,
+    batches: Iterable[Mapping[str, Any]],
+    cache: Path | None = None,
+    attention: str = "self",
 ) -> ReusePlan:
     """`align` without its checks of the model; `cache` is as for `output_errors`."""
-    if plan.num_layers != (num_layers := len(find_stack(original).layers)):
+    if plan.num_layers != (num_layers := len(find_stack(original, attention).layers)):
         raise ValueError(f"the plan has {plan.num_layers} layers, but the model has {num_layers}")
     layers = list(plan.layers)
     sources = {
         layer: (source,)
         for layer, source in enumerate(plan.layers)
-        if isinstance(source, int) and plan.share_of(layer) == "map"
+        if isinstance(source, int) and plan.share_of(layer) != "keys"
     }
     if not sources:
         return plan
-    for layer, errors in output_errors(original, sources, batches, cache=cache).items():
+    for layer, errors in output_errors(original, sources, batches, cache=cache, attention=attention).items():
         (source,) = sources[layer]
         layers[layer] = tuple((source, head) for head in errors[0].argmin(dim=0).tolist())
     return replace(plan, layers=tuple(layers))
@@ -88,6 +93,7 @@ def output_errors(
     batches: Iterable[Mapping[str, Any]],
     *,
     cache: Path | None = None,
+    attention: str = "self",
 ) -> dict[int, Float[Tensor, "sources source_heads heads"]]:
     """Error of a layer's output if head h applies the map of head g of an earlier layer s.
 
@@ -101,14 +107,15 @@ def output_errors(
         batches: calibration batches.
         cache: folder of this model and these batches. An interrupted call leaves its sums there, and the next one
             continues.
+        attention: "self" or "cross", as for `apply`.
 
     Raises:
         ValueError: if there are no batches, the model has no such layer, or a map is not finite.
     """
-    recorder = MapRecorder(original)
+    recorder = MapRecorder(original, attention=attention)
     if unknown := [layer for layer in (*sources, *sum(sources.values(), ())) if layer >= recorder.num_layers]:
         raise ValueError(f"layer {unknown[0]} is planned, but the model has {recorder.num_layers} layers")
-    stack = find_stack(with_projections(original))
+    stack = find_stack(with_projections(original, attention), attention)
     roots: dict[int, Tensor] = {}
     name = digest([{str(layer): found for layer, found in sources.items()}])
     file = None if cache is None else cache / f"maps-{name}.safetensors"
@@ -123,7 +130,7 @@ def output_errors(
             maps, valid, values = recorder(batch)
             any_valid |= bool(valid.any())
             length = valid.shape[1]
-            queries = torch.linspace(0, length - 1, min(length, _MAX_QUERIES)).round().long().to(valid.device)
+            queries = sampled_queries(length).to(valid.device)
             rows = valid[:, queries, None].float()
             for layer in layers:
                 num_heads = maps[layer].shape[1]

@@ -21,6 +21,7 @@ from torch.nn.functional import kl_div
 
 from mapreuse.console import check_number
 from mapreuse.conversion._layer_cache import in_evaluation_mode
+from mapreuse.conversion._targets import MIN_CHANNEL
 from mapreuse.conversion._training_loop import LoopConfig, TrainingLoop
 from mapreuse.conversion._validation import check_original, digest
 from mapreuse.data import check_precision
@@ -65,8 +66,8 @@ class Distillation:
     """The result of `distill`.
 
     Attributes:
-        errors: by step, the held-out error √(Σ ‖h − h°‖² / Σ ‖h°‖²) of the hidden states h after the last layer; h°
-            are the original's.
+        errors: by step, the held-out error √(mean ‖h − h°‖² / ‖h°‖²), with h one channel of the hidden states after
+            the last layer in a batch, and h° that of the original.
         step: number of steps taken.
         elapsed: seconds of training.
         bfloat16: whether products were taken in bfloat16.
@@ -107,12 +108,13 @@ def distill(
 
     AdamW minimises, without dropout,
 
-        hidden · meanₗ ‖hₗ − hₗ°‖² / ‖hₗ°‖²  +  logits · KL(p° ‖ p)
+        hidden · mean ‖h − h°‖² / ‖h°‖²  +  logits · KL(p° ‖ p)
 
-    with hₗ the hidden states after layer l, padding left out, p the output distributions of a model with logits, and
-    ° for the original. Training starts at the first layer that shares its map. Earlier layers and modules outside the
-    layers keep their weights. Runs on every process of `accelerate launch` or on a single one, on a GPU if there is
-    one. Afterwards both models are on their devices again.
+    with h one channel of the hidden states after a layer, at all positions of the batch except padding. The mean is
+    over channels and layers, because a few large channels would decide otherwise. p are the output distributions of a
+    model with logits, and ° marks the original. Training starts at the first layer that shares its map. Earlier
+    layers and modules outside the layers keep their weights. Runs on every process of `accelerate launch` or on a
+    single one, on a GPU if there is one. Afterwards both models are on their devices again.
 
     Args:
         model: a converted model with a plan in force.
@@ -241,8 +243,8 @@ class _Objective:
         states, targets, rows, output, target = self._pair(batch, bfloat16=self.bfloat16)
         if not bool(rows.any()):
             raise ValueError(f"distill: the batch of step {step} contains only padding; leave it out")
-        layers = [_sums(one[rows], other[rows]) for one, other in zip(states, targets, strict=True)]
-        loss = self._config.hidden * torch.stack([distance / size for distance, size in layers]).mean()
+        layers = [_relative_error(one[rows], other[rows]) for one, other in zip(states, targets, strict=True)]
+        loss = self._config.hidden * torch.stack(layers).mean()
         logits, target_logits = getattr(output, "logits", None), getattr(target, "logits", None)
         if logits is not None and target_logits is not None:
             if logits.dim() > 2 and logits.shape[:2] == rows.shape:
@@ -257,15 +259,17 @@ class _Objective:
         world, rank = self._accelerator.num_processes, self._accelerator.process_index
         for batch in itertools.islice(self._evaluation, rank, None, world):
             states, targets, rows, *_ = self._pair(batch)
-            sums += torch.stack(_sums(states[-1][rows], targets[-1][rows])).double()
-        distance, size = self._accelerator.reduce(sums, "sum").tolist()
-        if distance == size == 0:
+            if bool(rows.any()):
+                error = _relative_error(states[-1][rows], targets[-1][rows]).double()
+                sums += torch.stack([error, torch.ones_like(error)])
+        total, count = self._accelerator.reduce(sums, "sum").tolist()
+        if count == 0:
             raise ValueError("distill: the held-out batches contain only padding")
-        if not (size > 0 and math.isfinite(distance / size)):
+        if not math.isfinite(total):
             raise ValueError(
                 "distill: hidden states are not finite; check the models' weights and the held-out batches"
             )
-        return {"error": math.sqrt(distance / size)}
+        return {"error": math.sqrt(total / count)}
 
     def _pair(
         self, batch: Mapping[str, Any], *, bfloat16: bool = False
@@ -280,6 +284,7 @@ class _Objective:
         return states, targets, not_padding(masks[0], targets[0]), output, target
 
 
-def _sums(states: Float[Tensor, "rows width"], targets: Float[Tensor, "rows width"]) -> tuple[Tensor, Tensor]:
-    """‖h − h°‖² and ‖h°‖² in float32."""
-    return (states.float() - targets.float()).square().sum(), targets.float().square().sum()
+def _relative_error(states: Float[Tensor, "rows width"], targets: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
+    """Mean of ‖h − h°‖² / ‖h°‖² over the channels h, in float32; see `MIN_CHANNEL` for channels near zero."""
+    distance, size = (one.square().sum(0) for one in (states.float() - targets.float(), targets.float()))
+    return (distance / size.clamp_min(MIN_CHANNEL * float(size.median()))).mean()

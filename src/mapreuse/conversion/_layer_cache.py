@@ -12,16 +12,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mapreuse.maps import SharedScores
 from mapreuse.models import (
     Layer,
     find_stack,
+    inputs_of,
     keeping_maps,
     not_padding,
     observing_inputs,
     output_projection,
+    plan_of,
+    published_scores,
     recorded_states,
 )
-from mapreuse.plan import ReusePlan
 
 _MAX_BYTES = 2**28
 """Maximum size of the outputs in a cache."""
@@ -37,7 +40,7 @@ class LayerCache:
     Args:
         model: in evaluation mode.
         batches: calibration batches.
-        plan: the plan in force, if any.
+        attention: "self" or "cross", as for `apply`.
         original: a cache of the original model over the same batches. Its entries are used up to the first reusing
             layer. Both models must have the same weights there.
     """
@@ -46,19 +49,25 @@ class LayerCache:
         self,
         model: nn.Module,
         batches: Sequence[Mapping[str, Any]],
-        plan: ReusePlan | None = None,
+        attention: str = "self",
         original: LayerCache | None = None,
     ) -> None:
-        self.layers = find_stack(model).layers
-        self._model, self._batches, self._plan, self._original = model, batches, plan, original
-        self._num_equal = 0 if plan is None else next(filter(plan.reuses, range(plan.num_layers)), plan.num_layers)
+        stack = find_stack(model, attention)
+        self.layers, self._attention = stack.layers, attention
+        self._model, self._batches, self._original = model, batches, original
+        found = {kind: plan_of(stack.module, kind) for kind in ("self", "cross")}
+        self._plans = [plan for plan in found.values() if plan is not None]
+        self._last_maps = find_stack(stack.module, "cross").layers if found["cross"] else self.layers
+        reusing = (layer for plan in self._plans for layer in range(plan.num_layers) if plan.reuses(layer))
+        self._num_equal = min(reusing, default=len(self.layers))
         self._outputs, self._bytes_left = dict[tuple[int, int], Any](), _MAX_BYTES
 
     @torch.no_grad()
     def valid(self, number: int) -> Bool[Tensor, "batch positions"]:
         """True for positions of a batch that are not padding."""
         first = self.layers[0].layer
-        with recorded_states(self._model) as (states, masks), first.register_forward_hook(_stop), suppress(_Done):
+        recorded = recorded_states(self._model, self._attention)
+        with recorded as (states, masks), first.register_forward_hook(_stop), suppress(_Done):
             self._model(**self._batches[number])
         return not_padding(masks[0], states[0])
 
@@ -93,6 +102,20 @@ class LayerCache:
         return seen["context"], seen["inputs"]
 
     @torch.no_grad()
+    def source_scores(self, index: int, number: int) -> tuple[Float[Tensor, "batch positions width"], SharedScores]:
+        """The input of the attention of a layer of share mode "corrected", and the scores of its source."""
+        attention, seen = self.layers[index].attention, list[Any]()
+
+        def on_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen.extend((inputs_of(module, args, kwargs), published_scores(module, kwargs)))
+            raise _Done
+
+        hook = attention.register_forward_pre_hook(on_attention, with_kwargs=True)
+        with self._skipping(index, number), hook, suppress(_Done):
+            self._model(**self._batches[number])
+        return seen[0], seen[1]
+
+    @torch.no_grad()
     def outputs(
         self, index: int, number: int, changes: Sequence[Callable[[], None]] = (lambda: None,)
     ) -> list[Float[Tensor, "batch positions width"]]:
@@ -110,7 +133,7 @@ class LayerCache:
 
         with ExitStack() as hooks:
             hooks.enter_context(self._skipping(index, number))
-            states, _ = hooks.enter_context(recorded_states(self._model))
+            states, _ = hooks.enter_context(recorded_states(self._model, self._attention))
             hooks.enter_context(keeping_maps(layer))
             handle = layer.layer.register_forward_pre_hook(on_layer, with_kwargs=True, prepend=True)
             with handle, suppress(_Done):
@@ -130,14 +153,15 @@ class LayerCache:
                     # First, because the hooks after it run again on the cached output.
                     hooks.enter_context(module.register_forward_hook(store, prepend=True))
                 else:
-                    hooks.enter_context(_returning(self.layers[before], output, with_map=before in sources))
+                    hooks.enter_context(_returning(self._last_maps[before], output, with_map=before in sources))
             yield
 
     def _sources_of(self, layers: list[int]) -> set[int]:
         """The source layers of these layers, directly or through other layers."""
         found, left = set[int](), layers
-        while self._plan is not None and left:
-            sources = set(self._plan.sources(left.pop())) - found
+        while left:
+            layer = left.pop()
+            sources = {source for plan in self._plans for source in plan.sources(layer)} - found
             found |= sources
             left += sources
         return found
@@ -178,7 +202,7 @@ def _stop(*_: object) -> None:
 
 @contextmanager
 def _returning(layer: Layer, output: Any, *, with_map: bool) -> Iterator[None]:
-    """A layer's forward returns a copy of `output` without running, or after running up to its map."""
+    """A layer's forward returns a copy of `output` without running, or after running up to its maps."""
     module = called = layer.layer
     own = vars(module).get("forward")
 

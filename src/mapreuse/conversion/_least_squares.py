@@ -73,6 +73,11 @@ class HeadProjections:
         """For each head, the number of its value head."""
         return [head * len(self.values) // len(self.maps) for head in range(len(self.maps))]
 
+    def scaled(self, scale: Float[Tensor, " width"]) -> HeadProjections:
+        """Projections with each channel of the output multiplied by a factor."""
+        bias = None if self.bias is None else self.bias * scale
+        return replace(self, output=self.output * scale, bias=bias)
+
     @property
     def num_maps(self) -> int:
         """Number of maps that the layer applies; they are numbered in the order of the heads."""

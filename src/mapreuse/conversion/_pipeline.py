@@ -19,7 +19,6 @@ from torch import nn
 
 from mapreuse.conversion._align import align, aligned
 from mapreuse.conversion._distill import DistillConfig, distill
-from mapreuse.conversion._evaluation import hidden_state_error
 from mapreuse.conversion._kept_work import folder_in, identity_of
 from mapreuse.conversion._output_dir import (
     DISTILLED,
@@ -30,7 +29,7 @@ from mapreuse.conversion._output_dir import (
     work_dir_of,
 )
 from mapreuse.conversion._refit import RefitCache, refit, refit_layers
-from mapreuse.conversion._search import MIN_SEARCH_BATCHES, relative_latencies, search, split_batches
+from mapreuse.conversion._search import METRICS, MIN_SEARCH_BATCHES, relative_latencies, search, split_batches
 from mapreuse.conversion._targets import Targets
 from mapreuse.conversion._validation import check_plan, checked_batches
 from mapreuse.data import check_precision
@@ -45,7 +44,13 @@ MIN_CONVERSION_BATCHES = MIN_SEARCH_BATCHES
 MIN_DISTILLATION_BATCHES = 11
 """The same with distillation, which trains on three quarters of them and holds out every eighth of those."""
 
-_BUDGET = re.compile(r"\s*(latency|error)\s*(?:<=|≤|=)\s*([0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?)\s*[x×]?\s*")
+_ERRORS = {
+    "cosine": "1 − cosine of the last hidden states to the original's",
+    "perplexity": "perplexity divided by the original's, − 1",
+    "copying": "perplexity of repeated passages divided by the original's, − 1",
+}
+
+_BUDGET = re.compile(r"\s*(latency|error|cache_bytes)\s*(?:<=|≤|=)\s*([0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?)\s*[x×]?\s*")
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,13 @@ class ConversionReport:
 
     Attributes:
         plan: the plan in force, with heads assigned.
-        errors: `hidden_state_error` on held-out calibration batches, after the steps `aligned`, `refitted` and
+        errors: the error on held-out calibration batches, after the steps `aligned`, `refitted` and
             `distilled`.
         latency: time of a forward pass on the calibration batch of median size, divided by the original's.
         exact_latency: the same for a plan that reuses nothing.
         parameters: number of parameters of the original and of the converted model.
         cache: bytes that the model caches for each token; None for an encoder.
+        metric: the name of the error in `METRICS`.
     """
 
     plan: ReusePlan
@@ -68,6 +74,7 @@ class ConversionReport:
     exact_latency: float
     parameters: tuple[int, int]
     cache: CacheBytes | None = None
+    metric: str = "cosine"
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -77,7 +84,7 @@ class ConversionReport:
         return [
             str(self.cache or self.plan),
             *(nothing if self.plan.is_full else []),
-            "error = 1 − cosine of the last hidden states to the original's, on held-out calibration batches",
+            f"error = {_ERRORS[self.metric]}, on held-out calibration batches",
             *(f"error, {step}: {error:.4f}" for step, error in self.errors.items()),
             f"latency: {self.latency:.2f} times the original's ({self.exact_latency:.2f} without sharing), "
             "all without mapreuse.optimize",
@@ -94,6 +101,7 @@ def convert(
     distillation: DistillConfig | None = None,
     storage: str = "dense",
     memory_budget: int | None = None,
+    attention: str = "self",
 ) -> Model:
     """A copy of a trained model whose layers share attention maps.
 
@@ -105,7 +113,7 @@ def convert(
         plan: which layers share.
         batches: calibration batches, at least four.
         distillation: settings of a distillation on the same batches.
-        storage, memory_budget: as for `apply`.
+        storage, memory_budget, attention: as for `apply`.
 
     Raises:
         ValueError: if `distillation` is given without batches, or one of the steps raises.
@@ -125,12 +133,15 @@ def convert(
         raise ValueError(f"distillation must be a DistillConfig or None, got {distillation!r}")
     if distillation is not None and batches is None:
         raise ValueError("distillation needs batches to learn from")
+    if distillation is not None and attention == "cross":
+        raise ValueError("distillation needs a plan for self-attention; leave it out")
     if batches is not None:
         batches = list(batches)
-        plan = align(original, plan, batches)
-    model = apply(copy.deepcopy(original), plan, storage=storage, memory_budget=memory_budget)
+        plan = align(original, plan, batches, attention=attention)
+    copied = copy.deepcopy(original)
+    model = apply(copied, plan, storage=storage, memory_budget=memory_budget, attention=attention)
     if batches is not None:
-        refit(model, original, batches)
+        refit(model, original, batches, attention=attention)
     if batches is not None and distillation is not None:
         distill(model, original, batches, distillation)
     return model
@@ -139,12 +150,15 @@ def convert(
 def parse_budget(text: str) -> dict[str, float]:
     """The budget that a text describes, for `convert_to_directory`.
 
-    >>> parse_budget("latency<=0.7"), parse_budget("error <= 0.02")
-    ({'latency': 0.7}, {'error': 0.02})
+    >>> parse_budget("latency<=0.7"), parse_budget("error <= 0.02"), parse_budget("cache_bytes<=0.9")
+    ({'latency': 0.7}, {'error': 0.02}, {'cache_bytes': 0.9})
     """
     match = _BUDGET.fullmatch(text)
     if match is None:
-        raise ValueError(f"budget {text!r}: expected latency<=0.7 (relative to the original's) or error<=0.02")
+        raise ValueError(
+            f"budget {text!r}: expected latency<=0.7, cache_bytes<=0.9 (both relative to the original's) or "
+            "error<=0.02"
+        )
     return {match[1]: float(match[2])}
 
 
@@ -157,12 +171,14 @@ def convert_to_directory(
     budget: Mapping[str, float] | None = None,
     plan: ReusePlan | None = None,
     distill_seconds: float | None = None,
+    metric: str = "cosine",
+    choices: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
     """Convert a model by a given plan, or by the best plan within a budget, and save it to a new directory.
 
-    With a budget, the plan comes from `search`: under a budget of latency the plan with the least error, under a
-    budget of error the fastest plan. The heads of a given plan are assigned by `align`. Then the copy is refitted,
-    and distilled if `distill_seconds` is given. Every fourth batch is held out for evaluation.
+    With a budget, the plan comes from `search`: under a budget of latency or cache bytes the plan with the least
+    error, under a budget of error the fastest plan. The heads of a given plan are assigned by `align`. Then the copy
+    is refitted, and distilled if `distill_seconds` is given. Every fourth batch is held out for evaluation.
 
     `<out>.work` holds the work in progress: compared maps, evaluated plans, refitted layers, the refitted copy and
     checkpoints of the distillation. The same call continues from it after an interrupt. The notes of the
@@ -173,9 +189,12 @@ def convert_to_directory(
         batches: calibration batches, at least 8, or 11 for a distillation.
         out: the new directory.
         save: `save(model, directory)` writes the converted copy into an existing, empty directory.
-        budget: `{"latency": 0.7}`, relative to the original's, or `{"error": 0.02}`. Give this or `plan`.
+        budget: `{"latency": 0.7}` or `{"cache_bytes": 0.9}`, relative to the original's, or `{"error": 0.02}`. Give
+            this or `plan`.
         plan: which layers share.
         distill_seconds: duration of the distillation.
+        metric: the error of the search and of the report, by its name in `METRICS`.
+        choices: arguments of `search` about share modes.
 
     Raises:
         ValueError: unless exactly one of budget and plan is given, if no plan is within the budget, `out` exists or
@@ -191,32 +210,34 @@ def convert_to_directory(
     else:
         given = checked_batches(batches, MIN_DISTILLATION_BATCHES, "convert with distillation")
     calibration, evaluation = split_batches(given)
-    metric = hidden_state_error(original, evaluation)
+    error_of = METRICS[metric](original, evaluation)
     work, identity = work_dir_of(out), identity_of(original, given)
     folder = folder_in(work / LEARNED, identity)
     assert folder is not None
     asked: dict[str, Any] = {
         "budget": None if budget is None else dict(budget),
         "plan": None if plan is None else plan.to_json(),
+        "metric": metric,
+        "choices": dict(choices or {}),
         "of": identity,
     }
     found = _load_refitted(work / REFITTED, original, asked)
     if found is None:
         latencies = None
         if budget is not None:
-            latency = budget.get("latency")
-            candidates = search(original, given, latency=latency, error=budget.get("error"), cache=work / LEARNED)
-            within = [one for one in candidates if latency is None or one.latency <= latency]
-            best = within[-1] if latency is None else within[0]
+            options: dict[str, Any] = {**budget, **(choices or {})}
+            candidates = search(original, given, metric=error_of, cache=work / LEARNED, **options)
+            within = [one for one in candidates if all(getattr(one, name) <= limit for name, limit in budget.items())]
+            best = within[-1 if "error" in budget else 0]
             plan, model, latencies = best.plan, best.build(), (best.latency, best.exact_latency)
-            errors = {"aligned": metric(apply(copy_with_same_weights(original), plan))}
+            errors = {"aligned": error_of(apply(copy_with_same_weights(original), plan))}
         else:
             assert plan is not None
             plan = aligned(original, plan, calibration, folder)
             model = apply(copy.deepcopy(original), plan)
-            errors = {"aligned": metric(model)}
+            errors = {"aligned": error_of(model)}
             refit_layers(model, Targets(original, calibration), RefitCache(sys.maxsize, folder / "refits"))
-        errors["refitted"] = metric(model)
+        errors["refitted"] = error_of(model)
         described: dict[str, Any] = {
             "asked": asked,
             "plan": plan.to_json(),
@@ -233,7 +254,7 @@ def convert_to_directory(
     if distillation is not None and not plan.is_full:
         shuffled = random.Random(0).sample(calibration, len(calibration))  # batches are sorted by length
         distill(model, original, shuffled, distillation, out_dir=work / DISTILLED)
-        errors["distilled"] = metric(model)
+        errors["distilled"] = error_of(model)
     if latencies is None:
         exact = apply(copy_with_same_weights(original), ReusePlan.full(plan.num_layers))
         measured = relative_latencies(original, {"converted": model, "exact": exact}, given)
@@ -242,7 +263,7 @@ def convert_to_directory(
     with new_directory(out) as written:
         save(model, written)
     cache = cache_bytes(model) if keeps_cache(model) else None
-    return ConversionReport(plan, errors, *latencies, (before, after), cache)
+    return ConversionReport(plan, errors, *latencies, (before, after), cache, metric)
 
 
 def _load_refitted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,19 @@ class SearchHeuristic:
         return found
 
     @property
+    def timed(self) -> dict[str, frozenset[Head]]:
+        """The largest plans: all heads reuse, and half of the heads of each layer if `partial`."""
+        if not self.partial:
+            return {"all": self.all}
+        half = frozenset((layer, head) for layer in self.sources for head in range(1, self.num_heads, 2))
+        return {"all": self.all, "half": half}
+
+    @property
+    def size(self) -> int:
+        """Number of heads that can reuse."""
+        return len(self.all)
+
+    @property
     def all(self) -> frozenset[Head]:
         """Every head of every layer that can reuse."""
         return frozenset().union(*map(self.heads, self.sources))
@@ -208,6 +222,24 @@ class SearchHeuristic:
                 break
             reusing = self._with_best(reusing, self.all, self._weights)
         return reusing
+
+    def extensions(self, reusing: frozenset[Head]) -> list[frozenset[Head]]:
+        """Larger sets: all heads of a layer more, or the half or full number of a layer's heads from all layers."""
+        found = [reusing | self.heads(layer) for layer in self.sources]
+        if self.partial:
+            half = self.grown(reusing, self.num_heads // 2)
+            found += [half, self.grown(half, self.num_heads - self.num_heads // 2)]
+        return [one for one in dict.fromkeys(found) if one != reusing]
+
+    def units(self, reusing: frozenset[Head]) -> dict[str, float]:
+        """Number of layers that reuse like those of each of the `timed` plans."""
+        found = dict.fromkeys(self.timed, 0.0)
+        for number in Counter(layer for layer, _ in reusing).values():
+            if number == self.num_heads:
+                found["all"] += 1
+            else:
+                found["half"] += number / (self.num_heads // 2)
+        return found
 
     def _output_error(self, reusing: frozenset[Head], weights: Mapping[int, float] | None = None) -> float:
         """The summed error of the layers' outputs, weighted or not."""

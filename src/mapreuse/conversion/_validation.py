@@ -34,13 +34,14 @@ def check_plan(plan: object) -> None:
         raise ValueError(f"the plan must be a ReusePlan, such as ReusePlan.parse({str(plan)!r}): got {plan!r}")
 
 
-def check_original(model: nn.Module, original: nn.Module) -> None:
+def check_original(model: nn.Module, original: nn.Module, attention: str = "self") -> None:
     """Raises `ValueError` if the models do not belong together, or the original is in half precision on a CPU."""
     check_precision(original)
-    if plan_of(original) is not None:
+    if plan_of(original, attention) is not None:
         raise ValueError("the original shares attention maps itself; give the model before its conversion")
     converted, expected = (
-        f"{len(find_stack(one).layers)} layers of width {getattr(getattr(one, 'config', None), 'hidden_size', None)}"
+        f"{len(find_stack(one, attention).layers)} layers of width "
+        f"{getattr(getattr(one, 'config', None), 'hidden_size', None)}"
         for one in (model, original)
     )
     if converted != expected:

@@ -10,17 +10,19 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mapreuse import maps, models
 from mapreuse.console import check_new_directory, refused_in_one_line
-from mapreuse.exporting._runtimes import RUNTIMES, Calibration, Run, required
+from mapreuse.exporting._decoders import WithFlatCache, decoder_difference
+from mapreuse.exporting._runtimes import DESCRIPTION, RUNTIMES, Calibration, Run, open_exported, required
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -37,25 +39,34 @@ def export(
     example: Batch,
     *,
     runtime: str = "openvino",
-    int8: Sequence[Batch] | None = None,
+    int8: Sequence[Batch] | Literal["weights"] | None = None,
     own_attention: bool = False,
     kernels: bool = False,
 ) -> dict[str, Any]:
-    """Write an encoder, with or without a plan, for OpenVINO or ONNX Runtime.
+    """Write an encoder or a language model, with or without a plan, for OpenVINO or ONNX Runtime.
 
     The files need neither PyTorch nor mapreuse to run. Batch size and lengths are dynamic. Inputs have the names of
     `example`, outputs those of the model's output (`last_hidden_state`, `logits`, …). After writing, the export is
     compared with PyTorch at three other shapes, two of them with padding if the model takes an `attention_mask`.
 
+    A language model is a decoder with a cache and a head. In ONNX, the cache consists of inputs
+    `past_key_values.0.key` (batch, heads, past length, head_dim), `past_key_values.0.value`, … and outputs
+    `present.0.key`, …. In OpenVINO, the model is stateful: a request keeps the cache, and the input `beam_idx` gives,
+    for each text, the index of the text whose cache it continues. Layers that reuse a map have values only. The
+    inputs `input_ids`, `attention_mask` (which covers the cache as well) and `position_ids` remain. Steps of decoding
+    are compared with PyTorch, too. `mapreuse.exporting.open_decoder` opens either kind.
+
     The directory contains the files of the runtime under the names that optimum and sentence-transformers look for,
     `config.json` of the original model, and `mapreuse_export.json` with the plan and the differences.
 
     Args:
-        model: an encoder of `transformers`, or the encoder of an encoder–decoder. It is not changed.
+        model: an encoder of `transformers`, the encoder of an encoder–decoder, or a decoder with a language-model
+            head. It is not changed.
         path: a new directory.
         example: keyword arguments of the model's forward: tensors, as a tokenizer or feature extractor makes them.
         runtime: "openvino" or "onnx".
-        int8: calibration batches like `example`. Weights and activations are quantised to 8 bits by NNCF.
+        int8: calibration batches like `example`: weights and activations are quantised to 8 bits by NNCF. "weights":
+            only the weights are, as is usual for language models; this needs no data.
         own_attention: write the model's own attention, as other exporters do, if it has no plan. It is there to
             compare with.
         kernels: attention by the kernels of mapreuse, for OpenVINO on Linux: the directory also contains the library
@@ -66,50 +77,76 @@ def export(
     Returns:
         The contents of `mapreuse_export.json`. "difference" is the maximum, over the compared shapes, of
         abs(exported − PyTorch) / max(abs(PyTorch)). "int8_error" is ‖int8 − float32‖ / ‖float32‖ of each output on
-        the calibration batches.
+        the calibration batches, or on the example.
 
     Raises:
-        ValueError: if an argument is invalid, the model is a decoder, an operator cannot be exported, or a float32
-            export differs from PyTorch by more than 1e-4. Nothing is left in `path`.
+        ValueError: if an argument is invalid, the model is a decoder without a head or with cross-attention, an
+            operator cannot be exported, or a float32 export differs from PyTorch by more than 1e-4. Nothing is then
+            left in `path`.
         ModuleNotFoundError: if a package is missing; the message says which and how to install it.
     """
     path = Path(path)
     check_runtime(runtime, int8=int8 is not None, kernels=kernels)
     target = RUNTIMES[runtime]
-    _check_encoder(model)
-    _check_batches(example, int8)
+    is_decoder = _check_model(model, kernels)
+    batches = None if isinstance(int8, str) else int8
+    if isinstance(int8, str) and int8 != "weights":
+        raise ValueError(f'int8 must be calibration batches, "weights" or None, got {int8!r}')
+    _check_batches(example, batches)
+    if is_decoder and not {"input_ids"} <= example.keys() <= {"input_ids", "attention_mask"}:
+        raise ValueError(
+            f"a decoder is exported with input_ids and attention_mask; the example has {', '.join(example)}"
+        )
     with _new_directory(path) as directory, _evaluation(model, own_attention) as original:
+        decoder = WithFlatCache(original) if is_decoder else None
+        part: nn.Module = decoder or original
+        inputs = _with_several_items(example) if decoder is None else decoder.step(_with_several_items(example))
+        dims = _dynamic_dims(inputs) if decoder is None else decoder.dynamic_dims(inputs)
         with maps.runtime_operators("float32" if int8 is None else "int8") if kernels else nullcontext():
-            program, names = _exported(original, _with_several_items(example))
-        _write_onnx(program, list(example), names, directory / "program.onnx")
-        calibration = None if int8 is None else Calibration(int8, _sensitive(directory / "program.onnx", original))
-        with refused_in_one_line(f"{runtime} cannot run this {type(model).__name__}: "):
-            target.write(directory / "program.onnx", directory, calibration, kernels=kernels)
-            run = target.open(directory, None)
-        for file in directory.glob("program.onnx*"):
-            file.unlink()
+            program, names = _exported(part, inputs, dims)
+        _write_onnx(program, list(inputs), names, directory / "program.onnx")
+        quantised: Calibration | Literal["weights"] | None = "weights" if isinstance(int8, str) else None
+        if batches is not None:
+            calibration = batches if decoder is None else [decoder.step(batch) for batch in batches]
+            quantised = Calibration(calibration, _sensitive(directory / "program.onnx", part))
         description: dict[str, Any] = {
             "runtime": runtime,
-            "precision": "float32" if int8 is None else "int8",
+            "precision": "float32" if int8 is None else "int8 weights" if isinstance(int8, str) else "int8",
             "kernels": kernels,
+            "cache": is_decoder,
             "model": type(model).__name__,
             "plan": _plan(model),
-            "difference": max(
-                _difference(original, run, batch) for batch in _other_shapes(original, program, example)
-            ),
         }
+        _write_description(directory, description)
+        with refused_in_one_line(f"{runtime} cannot run this {type(model).__name__}: "):
+            target.write(directory / "program.onnx", directory, quantised, kernels=kernels)
+            run = open_exported(directory)
+        for file in directory.glob("program.onnx*"):
+            file.unlink()
+        with refused_in_one_line("the exported model cannot run with another shape: "):
+            description["difference"] = (
+                max(_difference(original, run, batch) for batch in _other_shapes(original, program, example))
+                if decoder is None
+                else decoder_difference(decoder, target.open_decoder(directory, None), example)
+            )
         if int8 is None and not description["difference"] <= MAX_DIFFERENCE:
             raise ValueError(
                 f"the exported {type(model).__name__} differs from PyTorch by {description['difference']:.1e}, more "
                 f"than {MAX_DIFFERENCE}; export it for another runtime, or report this"
             )
         if int8 is not None:
-            description["int8_error"] = _int8_error(original, run, int8)
-        if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
-            config.save_pretrained(directory)
-        (directory / "mapreuse_export.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            compared = partial(_compared, original, run) if decoder is None else partial(decoder.compared, run)
+            description["int8_error"] = _int8_error(map(compared, batches or [example]))
+        for name in ("config", "generation_config"):
+            if isinstance(config := getattr(model, name, None), PreTrainedConfig | GenerationConfig):
+                config.save_pretrained(directory)
+        _write_description(directory, description)
     logger.info("%s: difference to PyTorch %.1e", path, description["difference"])
     return description
+
+
+def _write_description(directory: Path, description: dict[str, Any]) -> None:
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def check_runtime(runtime: str, *, int8: bool = False, kernels: bool = False) -> None:
@@ -145,21 +182,47 @@ class _Outputs(nn.Module):
         }
 
 
-def _check_encoder(model: nn.Module) -> None:
+def _check_model(model: nn.Module, kernels: bool) -> bool:
+    """Whether the model is a decoder.
+
+    Raises:
+        ValueError: if it cannot be exported.
+    """
+    name = type(model).__name__
     stack = models.find_stack(model)
-    if any(getattr(layer.attention, "is_causal", False) for layer in stack.layers):
-        raise ValueError(f"{type(model).__name__} is a decoder, and export writes encoders only")
+    is_decoder = any(getattr(layer.attention, "is_causal", False) for layer in stack.layers)
+    if is_decoder:
+        _check_decoder(model, kernels)
     has_decoder = any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules())
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and has_decoder:
         raise ValueError(
-            f"{type(model).__name__} has a decoder, and export writes encoders only; export model.get_encoder()"
+            f"{name} has an encoder and a decoder, and export writes one stack; export model.get_encoder()"
         )
-    for name, weights in model.named_parameters():
+    for path, weights in model.named_parameters():
         if weights.dtype != torch.float32 or weights.device.type != "cpu":
             dtype = str(weights.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} is {dtype} on {weights.device}, but export needs float32 on the CPU: model.float().cpu()"
+                f"{path} is {dtype} on {weights.device}, but export needs float32 on the CPU: model.float().cpu()"
             )
+    return is_decoder
+
+
+def _check_decoder(model: nn.Module, kernels: bool) -> None:
+    name, plan = type(model).__name__, models.plan_of(model)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(f"{name} is a decoder with cross-attention, which export cannot write; use it in PyTorch")
+    if not isinstance(model, PreTrainedModel) or not models.keeps_cache(model):
+        raise ValueError(f"{name} is a decoder without a cache, which export cannot write; use it in PyTorch")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{name} is a decoder without a language-model head; export the …ForCausalLM model")
+    if kernels:
+        raise ValueError(f"{name} is a decoder, and the kernels are for encoders; use kernels=False")
+    shared = {plan.share_of(layer) for layer in range(plan.num_layers)} - {None, "map"} if plan is not None else set()
+    if shared:
+        raise ValueError(
+            f"{name} shares {', '.join(map(str, shared))}, and export writes decoders that share maps only"
+        )
 
 
 def _check_batches(example: Batch, int8: Sequence[Batch] | None) -> None:
@@ -183,6 +246,7 @@ def _evaluation(model: nn.Module, own_attention: bool) -> Iterator[nn.Module]:
     Its computing layers then consist of operators that every exporter knows. With `own_attention` it gets none.
     """
     copied = models.copy_with_same_weights(model).eval()
+    models.with_integer_lengths(copied)
     if models.plan_of(copied) is None and not own_attention:
         models.apply(copied, ReusePlan.full(len(models.find_stack(copied).layers)))
     exporter = logging.getLogger("torch.onnx")
@@ -205,7 +269,9 @@ def _with_several_items(example: Batch) -> dict[str, Tensor]:
     }
 
 
-def _exported(model: nn.Module, example: Batch) -> tuple[torch.export.ExportedProgram, list[str]]:
+def _exported(
+    model: nn.Module, example: Batch, dims: Mapping[str, tuple[int, ...]]
+) -> tuple[torch.export.ExportedProgram, list[str]]:
     """The model as a graph of PyTorch's own operators with dynamic shapes, and the names of its outputs."""
 
     class Positional(_Outputs):
@@ -213,10 +279,10 @@ def _exported(model: nn.Module, example: Batch) -> tuple[torch.export.ExportedPr
             return tuple(self.named(dict(zip(example, tensors, strict=True))).values())
 
     # The exporters name the inputs of the graph after these parameters.
-    parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *example)]
+    parameters = [Parameter(name.replace(".", "_"), Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *example)]
     Positional.forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     names = list(_Outputs(model).named(example))
-    shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in _dynamic_dims(example).values())
+    shapes = tuple(dict.fromkeys(dims[name], torch.export.Dim.AUTO) for name in example)
     with refused_in_one_line(f"torch.export cannot export {type(model).__name__}: "):
         program = torch.export.export(Positional(model), tuple(example.values()), dynamic_shapes=shapes, strict=False)
     return program, names
@@ -262,22 +328,33 @@ def _name_operators(graph: Iterable[Any]) -> None:
 
 
 def _sensitive(file: Path, model: nn.Module) -> list[str]:
-    """Names of the products before the stack's layers, such as a subsampling of audio, which stay in float.
+    """Names of the products that stay in float: those before the stack's layers, and those of shared maps.
 
-    All layers read what they make, so its rounding errors cost more than those of any layer.
+    All layers read what a front end makes, such as a subsampling of audio, so its rounding errors cost most. The
+    longer the input, the smaller the weights of a map: 8 bits with one scale for all lengths lose them, and each
+    layer that applies a shared map adds to the error.
     """
     (onnx,) = required("onnx")
     first = models.find_stack(model).layers[0].layer
     layers = next(f"model.{name}" for name, module in model.named_modules() if module is first).rpartition(".")[0]
+    nodes = onnx.load(file, load_external_data=False).graph.node
     found = []
-    for node in onnx.load(file, load_external_data=False).graph.node:
+    for node in nodes:
         if node.op_type not in ("Conv", "MatMul", "Gemm"):
             continue
         scopes = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), layers)
         if f"{layers}." in scopes:
             break
         found.append(node.name)
-    return found
+    maps, products = dict[str, set[str]](), dict[str, list[str]]()
+    for node in nodes:
+        read = set().union(*(maps.get(name, set()) for name in node.input))
+        if node.op_type == "MatMul":
+            for one in read:
+                products.setdefault(one, []).append(node.name)
+        elif node.op_type == "Softmax" or read:
+            maps |= dict.fromkeys(node.output, {node.name} if node.op_type == "Softmax" else read)
+    return [*found, *dict.fromkeys(one for names in products.values() if len(names) > 1 for one in names)]
 
 
 def _other_shapes(
@@ -314,10 +391,8 @@ def _other_shapes(
 
 def _difference(model: nn.Module, run: Run, batch: Batch) -> float:
     """max |exported − PyTorch| / max |PyTorch|, without padding, over all outputs."""
-    with refused_in_one_line("the exported model cannot run with another shape: "):
-        found = run(batch)
     largest = 0.0
-    for name, (exported, expected) in _compared(model, found, batch).items():
+    for name, (exported, expected) in _compared(model, run, batch).items():
         if exported.shape != expected.shape:
             raise ValueError(f"the exported {name} has shape {tuple(exported.shape)}, not {tuple(expected.shape)}")
         difference = ((exported - expected).abs().max() / expected.abs().max()).item()
@@ -325,8 +400,9 @@ def _difference(model: nn.Module, run: Run, batch: Batch) -> float:
     return largest
 
 
-def _compared(model: nn.Module, found: Batch, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+def _compared(model: nn.Module, run: Run, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     """Each output and what it should be, without the positions that are padding."""
+    found = run(batch)
     with models.recorded_states(model) as (states, masks):
         expected = _Outputs(model).named(batch)
     valid = models.not_padding(masks[0], states[-1])
@@ -338,10 +414,10 @@ def _compared(model: nn.Module, found: Batch, batch: Batch) -> dict[str, tuple[T
     return pairs
 
 
-def _int8_error(model: nn.Module, run: Run, batches: Sequence[Batch]) -> dict[str, float]:
+def _int8_error(compared: Iterable[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
-    for batch in batches:
-        for name, (exported, expected) in _compared(model, run(batch), batch).items():
+    for pairs in compared:
+        for name, (exported, expected) in pairs.items():
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += (exported - expected).square().sum().item()
             total[1] += expected.square().sum().item()

@@ -40,10 +40,10 @@ class Places:
             return cls(zeros, zeros, rows if by_row else torch.full_like(rows, num_keys - 1))
         allowed = allowed.expand(batch, num_queries, num_keys)
         used = allowed.any(2)
-        first_key, first_query = _first(allowed.any(1)), _first(used)
+        first_key, first_query = first_true(allowed.any(1)), first_true(used)
         if num_queries == num_keys:
             return cls(first_key, first_query, rows)
-        return cls(first_key, first_query, torch.where(used, num_keys - 1 - _first(allowed.flip(-1)), num_keys))
+        return cls(first_key, first_query, torch.where(used, num_keys - 1 - first_true(allowed.flip(-1)), num_keys))
 
     def blocks(self, block: int) -> Int[Tensor, "batch query"]:
         """The number of each query's block."""
@@ -61,7 +61,7 @@ def is_near(keys: Tensor, positions: Tensor, first_key: Tensor, window: int) -> 
     return ((keys - positions).abs() < window) | (keys == first_key)
 
 
-def _first(used: Tensor) -> Tensor:
+def first_true(used: Tensor) -> Tensor:
     """The index of the first True in each row."""
     return used.to(torch.uint8).argmax(-1)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,7 +15,7 @@ from mapreuse.maps._blocked import is_short
 from mapreuse.maps._grouped_heads import repeated, with_all_heads
 from mapreuse.maps._key_operators import attend_to_keys, find_keys
 from mapreuse.maps._operators import is_plain
-from mapreuse.maps._places import Places
+from mapreuse.maps._places import Places, first_true
 from mapreuse.maps._scores import Scores
 
 _MIN_RATIO = 2
@@ -84,15 +85,19 @@ class SharedKeys:
 
     def limited(self, scores: Scores) -> Scores:
         """The scores of a reader with one head of the keys for each head of the queries, and the mask of its keys."""
-        num_keys, settings = scores.shape[3], self.settings
+        mask = self.attended(scores.shape[3])[:, None]
+        mask = mask if scores.mask is None else mask & scores.mask
+        return replace(with_all_heads(scores), mask=mask)
+
+    def attended(self, num_keys: Any) -> Bool[Tensor, "batch query key"]:
+        """The keys that a reader attends to, as far as its mask allows."""
+        settings = self.settings
         device = self.published.device
         none = torch.zeros(*self.published.shape[:2], num_keys + settings.keys, dtype=torch.bool, device=device)
         chosen = none.scatter(-1, self.published, torch.ones_like(self.published, dtype=torch.bool))[..., :num_keys]
         index = self.places.blocks(settings.block)[..., None]
         chosen = chosen.gather(1, index.expand(-1, -1, num_keys))
-        mask = (chosen | self.places.near(num_keys, settings.window))[:, None]
-        mask = mask if scores.mask is None else mask & scores.mask
-        return replace(with_all_heads(scores), mask=mask)
+        return chosen | self.places.near(num_keys, settings.window)
 
 
 def compute_keys(
@@ -125,6 +130,17 @@ def compute_keys(
     context, own_map = attend(scores, values, keep=True, dropout_p=dropout_p)
     assert own_map is not None
     return context, SharedKeys(_heaviest(own_map.detach(), places, settings), settings, places)
+
+
+def keys_of_map(
+    weights: Float[Tensor, "batch heads positions positions"],
+    valid: Bool[Tensor, "batch positions"],
+    settings: KeySettings,
+) -> SharedKeys:
+    """The keys that a computing layer publishes, from its whole map; `valid` is False for padding."""
+    first = first_true(valid)
+    places = Places(first, first, torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1))
+    return SharedKeys(_heaviest(weights, places, settings), settings, places)
 
 
 def _heaviest(

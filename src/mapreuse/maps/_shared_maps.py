@@ -37,7 +37,8 @@ class SharedMaps:
     3. the last of them calls `release(source)`, which frees the map. Its memory serves the next computing layer;
     4. the stack calls `close(output)`.
 
-    In share mode "keys", layers publish `SharedKeys` in place of an `AttentionMap`. Any other object will do, too.
+    In share mode "keys", layers publish `SharedKeys` in place of an `AttentionMap`, and in share mode "corrected",
+    `SharedScores`. Any other object will do, too.
 
     Args:
         storage: one of `STORAGES`, or "auto" to choose the fastest when the first map is computed.
@@ -150,7 +151,8 @@ class SharedMaps:
         """Drop what `layer` published after its last reader."""
         if self._retain or self._maps is None:
             return
-        self._maps.pop(("keys", layer), None)
+        for share in ("keys", "corrected"):
+            self._maps.pop((share, layer), None)
         attention_map = self._maps.pop(("map", layer), None)
         if isinstance(attention_map, DenseMap):
             self._free = attention_map.weights

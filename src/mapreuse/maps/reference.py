@@ -1,4 +1,4 @@
-"""The definitions of an attention map and of shared keys, in the simplest code. Faster code is tested against them.
+"""Definitions of maps, shared keys and corrected scores, in the simplest code. Faster code is tested against them.
 
     map = softmax(cap(scaling · (Q Kᵀ + shift(Q_v Rᵀ))) + bias + mask),    context = map @ V
 
@@ -101,3 +101,33 @@ def shared_keys(
             published[far[:, rows].amax((0, 1)).topk(min(keys, num_keys)).indices] = True
             found[item, 0, rows] = (near[rows] | published) & allowed[item, rows]
     return found
+
+
+def corrected_map(
+    scores: Float[Tensor, "batch heads query key"],
+    query: Float[Tensor, "batch heads query rank"],
+    key: Float[Tensor, "batch heads key rank"],
+    sink: Float[Tensor, "batch heads query sinks"] | None = None,
+) -> Float[Tensor, "batch heads query all_keys"]:
+    """The map of a reusing layer in share mode "corrected", from the scores of its source.
+
+    With half = rank / 2, q[p] = query[p] + √−1 · query[p + half] are complex numbers, and so are k[p]. They are
+    rotated by their positions, so that only the distance of query i and key j counts:
+
+        map[i, j] = softmax(scores[i, j] + Re Σ_p q[i, p] · conj(k[j, p]) · exp(√−1 · (i − j) · 10000^(−p / half)))
+
+    Args:
+        scores: the scores of the source layer, with −∞ for keys that a query may not attend to. The last query is at
+            the position of the last key.
+        query, key: low-rank queries and keys of the reusing layer.
+        sink: a score that takes part in the softmax unchanged, as one more key at the end.
+    """
+    num_queries, num_keys = scores.shape[-2:]
+    half = query.shape[-1] // 2
+    rows = torch.arange(num_keys - num_queries, num_keys, device=scores.device)
+    distances = rows[:, None] - torch.arange(num_keys, device=scores.device)
+    turns = torch.polar(torch.ones(()), distances[..., None] * 10000 ** (-torch.arange(half) / half))
+    one, other = (torch.complex(*part.float().chunk(2, -1)) for part in (query, key))
+    term = torch.einsum("bhip,bhjp,ijp->bhij", one, other.conj(), turns).real
+    corrected = scores + term
+    return torch.softmax(corrected if sink is None else torch.cat([corrected, sink], -1), dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -24,11 +26,15 @@ SHARING = "mapreuse"
 OPTIMIZE, COMPILE, INT8, KERNELS = "+optimize", "+compile", "+int8", "+kernels"
 _IN_RUNTIMES = tuple(f"+{runtime}{int8}" for runtime in RUNTIMES for int8 in ("", INT8))
 _WITH_KERNELS = (f"+openvino{KERNELS}", f"+openvino{KERNELS}{INT8}")
-SUFFIXES = ("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE, *_IN_RUNTIMES, *_WITH_KERNELS)
+SUFFIXES = (
+    *("", OPTIMIZE, COMPILE, OPTIMIZE + COMPILE, INT8, OPTIMIZE + INT8),
+    *_IN_RUNTIMES,
+    *_WITH_KERNELS,
+)
 """What a contestant can have in addition to its attention."""
 ALL_KINDS = (
     "eager",
-    *(kind + suffix for kind in ("sdpa", SHARING) for suffix in ("", OPTIMIZE, COMPILE, *_IN_RUNTIMES)),
+    *(kind + suffix for kind in ("sdpa", SHARING) for suffix in ("", OPTIMIZE, COMPILE, INT8, *_IN_RUNTIMES)),
     *(SHARING + suffix for suffix in _WITH_KERNELS),
 )
 """What a user would choose from."""
@@ -65,7 +71,7 @@ class Contestant:
         optimized: `optimize` was called on the model.
         compiled: the model runs under `torch.compile`.
         runtime: "openvino" or "onnx" if it runs there; "" for PyTorch.
-        int8: it was quantised to 8 bits for the runtime.
+        int8: it was quantised to 8 bits: for the runtime by NNCF, in PyTorch by `quantize_dynamic` (linear layers).
         kernels: the runtime has mapreuse's attention as operators, see `export`.
     """
 
@@ -111,6 +117,10 @@ class Contestant:
             apply(built, ReusePlan.parse(self.plan, len(find_stack(model).layers)), storage=self.storage)
         else:
             attentions[self.kind](built)
+        if self.int8:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch will replace this by torchao
+                built = torch.ao.quantization.quantize_dynamic(built, {nn.Linear}, inplace=True)
         return optimize(built) if self.optimized else built
 
 

@@ -2,15 +2,17 @@
 
 from mapreuse.models import _falcon, _fused, _moonshine, _relative, _timm, _torch_encoder, _wavlm  # noqa: F401  register adapters
 from mapreuse.models._apply import apply, plan_of, with_projections
+from mapreuse.models._cache import CachedStates, cache_of_states, states_of_cache
 from mapreuse.models._cache_bytes import CacheBytes, cache_bytes, keeps_cache
 from mapreuse.models._drop_layers import drop_layers
 from mapreuse.models._files import load, save, transformer_directory
 from mapreuse.models._layout import LayerLayout, keeping_maps, layout_of
+from mapreuse.models._moonshine import with_integer_lengths
 from mapreuse.models._optimize import optimize, optimized
 from mapreuse.models._plan_conversions import possible_sources
 from mapreuse.models._projections import output_projection, value_projection
 from mapreuse.models._recording import MapRecorder, Recording, check_batch, not_padding, recorded_states
-from mapreuse.models._runtime import MAPS_ARGUMENT, observing_inputs
+from mapreuse.models._runtime import MAPS_ARGUMENT, inputs_of, observing_inputs, published_scores
 from mapreuse.models._snapshots import copy_with_same_weights
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Layer, check_model, find_stack
@@ -18,6 +20,7 @@ from mapreuse.models._stack import Layer, check_model, find_stack
 __all__ = [
     "MAPS_ARGUMENT",
     "CacheBytes",
+    "CachedStates",
     "Layer",
     "LayerLayout",
     "MapRecorder",
@@ -25,11 +28,13 @@ __all__ = [
     "Unsupported",
     "apply",
     "cache_bytes",
+    "cache_of_states",
     "check_batch",
     "check_model",
     "copy_with_same_weights",
     "drop_layers",
     "find_stack",
+    "inputs_of",
     "keeping_maps",
     "keeps_cache",
     "layout_of",
@@ -41,9 +46,12 @@ __all__ = [
     "output_projection",
     "plan_of",
     "possible_sources",
+    "published_scores",
     "recorded_states",
     "save",
+    "states_of_cache",
     "transformer_directory",
     "value_projection",
+    "with_integer_lengths",
     "with_projections",
 ]

@@ -93,7 +93,8 @@ def apply(
             an error before its first map; the message names a sufficient budget. None means no limit, or for "auto"
             a quarter of the device's memory.
         attention: "self" for the maps of self-attention, or "cross" for those by which a decoder attends to an
-            encoder. A decoder may have a plan for each. In saved models, the second one's stack is named `….cross`.
+            encoder, in share mode "map" only. A decoder may have a plan for each. In saved models, the second one's
+            stack is named `….cross`.
 
     Raises:
         ValueError: if the plan does not fit the model, or the model cannot share maps (`Unsupported`). The message
@@ -108,29 +109,30 @@ def apply(
     """
     if not isinstance(plan, ReusePlan):
         raise ValueError(f"plan must be a ReusePlan, such as ReusePlan.parse('4x4'), got {plan!r}")
-    if attention not in _ATTRIBUTES:
-        raise ValueError(f"attention must be 'self' or 'cross', got {attention!r}")
     if any(applied.attention == attention for applied in applied_plans(model).values()):
         raise ValueError("the model shares attention maps already; apply the plan to the original model instead")
     if storage not in (*STORAGES, "auto"):
         raise ValueError(f"storage must be one of {', '.join(STORAGES)} and auto, got {storage!r}")
     if memory_budget is not None:
         check_number("memory_budget, in bytes,", memory_budget, 1, whole=True)
+        if plan.rank is not None:
+            raise ValueError(
+                'memory_budget counts shared maps, but share mode "corrected" stores scores; leave it out, or use '
+                'share="map"'
+            )
     before = sum(parameter.numel() for parameter in model.parameters())
     with unchanged_on_failure(model):
         stack, is_cross = find_stack(model, attention), attention == "cross"
         names = stack.module.state_dict().keys()
         stack = unpack(stack)
-        conversions = plan_conversions(model, stack, plan, cross=is_cross)
+        conversions = plan_conversions(model, stack, plan)
         by_keyword = maps_travel_by_keyword(stack) and all(one.form.takes_maps for one in conversions)
-        if is_cross and not by_keyword:
-            raise Unsupported(f"{type(stack.module).__name__} does not pass keyword arguments to its cross-attention")
         applied = AppliedPlan(
             plan,
             storage,
             memory_budget,
             _map_counts(plan, [len(conversion.layout.computing) for conversion in conversions]),
-            parameter_names(type(stack.module)),
+            parameter_names(stack.cls),
             cross_attends_beside(stack),
             all(conversion.form.cache is not None for conversion in conversions),
             attention=attention,
@@ -178,12 +180,12 @@ def applied_plans(model: nn.Module) -> dict[str, AppliedPlan]:
     return {path: applied for path, applied in found.items() if applied is not None}
 
 
-def with_projections(model: nn.Module) -> nn.Module:
+def with_projections(model: nn.Module, attention: str = "self") -> nn.Module:
     """The model itself, if its projections are modules. Otherwise a copy with the same weights whose projections are.
 
     They are not modules in a `torch.nn.TransformerEncoder` without a plan.
     """
-    stack = find_stack(model)
+    stack = find_stack(model, attention)
     if type(stack.module) is not nn.TransformerEncoder or applied_plans(model):
         return model
     return apply(copy_with_same_weights(model), ReusePlan.full(len(stack.layers)))
@@ -231,9 +233,7 @@ def _open_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             f"{type(module).__name__}: eager attention would add a mask of booleans as 0 and 1; give a mask of "
             "floats, or call set_attn_implementation('sdpa')"
         )
-    kwargs = dict(kwargs)
-    if "use_cache" in applied.parameter_names and given.get("use_cache") is None:
-        kwargs["use_cache"] = cache is not None  # the configuration's default would make a cache in every call
+    kwargs = _without_default_cache(applied, given, kwargs)
     return args, kwargs | {MAPS_ARGUMENT: _new_maps(applied, config, given)}
 
 
@@ -245,6 +245,7 @@ def _open_cross_maps(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     _check_cache_use(name, applied, given)
     if cache is not None:
         check_cache(name, applied.plan, cache, cross=True)
+    kwargs = _without_default_cache(applied, given, kwargs)
     return args, kwargs | {CROSS_MAPS_ARGUMENT: _new_maps(applied, getattr(module, "config", None), given)}
 
 
@@ -255,6 +256,13 @@ def _check_cache_use(name: str, applied: AppliedPlan, given: dict[str, Any]) -> 
             f"{name} shares attention maps and cannot use a cache: mapreuse does not know how its attention updates "
             "one; call it with use_cache=False and without a cache"
         )
+
+
+def _without_default_cache(applied: AppliedPlan, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call. The configuration's default would make a cache in every call."""
+    if "use_cache" in applied.parameter_names and given.get("use_cache") is None:
+        return kwargs | {"use_cache": cache_of(given) is not None}
+    return kwargs
 
 
 def _new_maps(applied: AppliedPlan, config: Any, given: dict[str, Any]) -> SharedMaps:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mapreuse.models._correction import Correction
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._normalising import Normalised
 from mapreuse.models._projections import HeadCounts, num_outputs
@@ -22,7 +23,6 @@ from mapreuse.models._sharing_classes import (
     NormalisedAttention,
     PartlyComputingAttention,
     ReusingAttention,
-    ReusingCrossAttention,
     SharingAttention,
     sharing_class,
 )
@@ -71,14 +71,18 @@ def convert_attention(conversion: Conversion) -> None:
             empty = torch.empty(0, *layout.computing, dtype=torch.uint8, device=device)
             attention.register_buffer(COMPUTING_HEADS, empty)
         attention.register_load_state_dict_pre_hook(partial(_take_rows, kept=kept))
+    if layout.rank is not None:
+        projection = attention.get_submodule(form.value)
+        width = projection.weight.shape[0 if isinstance(projection, Conv1D) else 1]
+        attention.correction = Correction(
+            width, layout.num_heads, layout.num_value_heads, layout.rank, seed=layout.layer, like=projection.weight
+        )
     attention._layout, attention._form = layout, form
     if form.head_dim is not None:
         attention.head_dim = conversion.heads.head_dim
     if isinstance(attention, SharingAttention):
         return
-    reusing: type[SharingAttention] = DerivedReusing if form.derived else ReusingAttention
-    if form.states is not None:
-        reusing = ReusingCrossAttention
+    reusing = DerivedReusing if form.derived else ReusingAttention
     mixin = form.computing if layout.computing else reusing
     if form.normal is not None and layout.computing:
         mixin = NormalisedAttention

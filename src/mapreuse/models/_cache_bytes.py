@@ -48,7 +48,8 @@ def cache_bytes(model: nn.Module, plan: ReusePlan | None = None) -> CacheBytes:
 
         bytes[l] = (heads of the keys that layer l projects + heads of its values) · head_dim · bytes of a number
 
-    Numbers are as wide as the weights. Layers with a sliding window store no more tokens than the window has. The
+    In share mode "corrected", a reusing layer also caches `rank` numbers for each head of its values. Numbers are as
+    wide as the weights. Layers with a sliding window store no more tokens than the window has. The
     cache of cross-attention is not counted.
 
     Args:
@@ -86,8 +87,10 @@ def cache_bytes(model: nn.Module, plan: ReusePlan | None = None) -> CacheBytes:
         layouts = [conversion.layout for conversion in plan_conversions(model, stack, plan)]
     layers, unshared = [], []
     for layer, layout in zip(stack.layers, layouts, strict=True):
-        head = head_dim_of(layer) * next(layer.attention.parameters()).element_size()
-        layers.append((len(layout.key_heads) + layout.num_value_heads) * head)
+        size = next(layer.attention.parameters()).element_size()
+        head = head_dim_of(layer) * size
+        low_rank = (layout.rank or 0) * layout.num_value_heads * size
+        layers.append((len(layout.key_heads) + layout.num_value_heads) * head + low_rank)
         unshared.append(2 * layout.num_value_heads * head)
     return CacheBytes(plan, tuple(layers), tuple(unshared))
 

@@ -65,7 +65,9 @@ def globals_of(cls: type[nn.Module]) -> dict[str, Any]:
     return inspect.unwrap(cls.forward).__globals__
 
 
-def derive(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt], call: ast.Assign) -> Derived:
+def derive(
+    cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt], call: ast.Assign, states: str | None = None
+) -> Derived:
     """Derive the parts of a forward.
 
     Args:
@@ -73,6 +75,7 @@ def derive(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt]
         function: the definition of its forward.
         body: the statements of the forward that run in a layer that shares maps, with the call among them.
         call: the statement `context, weights = attention_interface(…)`.
+        states: for cross-attention, the argument that the values are made from; None for the hidden states.
 
     Raises:
         Unsupported: if the values or the output depend on queries, keys or scores in a way that cannot be separated.
@@ -89,13 +92,14 @@ def derive(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt]
     context, weights = (ast.unparse(element) for element in target.elts)
     parameters = [one.arg for one in (*function.args.args, *function.args.kwonlyargs)][1:]
     hidden_states = parameters[0]
+    of_values = states or hidden_states
     if replaced := {context, weights} & set(parameters):
         raise Unsupported(f"{cls.__name__}: unexpected step: attention replaces its argument {', '.join(replaced)}")
 
     made = _needed(cls, [*body[:index], ast.Return(value)], set())
-    if unknown := _from_outside(cls, made) - {hidden_states}:
+    if unknown := _from_outside(cls, made) - {of_values}:
         raise Unsupported(f"{cls.__name__}: its values depend on {', '.join(sorted(unknown))}")
-    values = _source("values", [hidden_states], [], made)
+    values = _source("values", [of_values], [], made)
 
     returned = next((node for node in body[index:] if isinstance(node, ast.Return)), None)
     if returned is None or returned.value is None:
@@ -114,7 +118,7 @@ def derive(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt]
         raise Unsupported(f"{cls.__name__}: its output depends on {', '.join(sorted(unknown))}")
     more = sorted(needed & set(parameters) - {hidden_states})
     output = _source("output", [context, weights, hidden_states], more, made_after)
-    aliases, direct = {hidden_states}, True
+    aliases, direct = {of_values}, True
     for statement in made:
         changed = {
             one.id for one in ast.walk(statement) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
@@ -134,9 +138,9 @@ def derive(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.stmt]
         and len(node.args) == 1
         and ast.unparse(node.args[0]) in aliases
     }
-    of_values = frozenset(all_attributes(cls, made))
-    kept = of_values.union(all_attributes(cls, made_after))
-    return Derived(cls, values, output, tuple(required), kept, of_values, frozenset(calls), direct)
+    attributes = frozenset(all_attributes(cls, made))
+    kept = attributes.union(all_attributes(cls, made_after))
+    return Derived(cls, values, output, tuple(required), kept, attributes, frozenset(calls), direct)
 
 
 def with_methods_inlined(cls: type, body: list[ast.stmt]) -> Iterator[ast.stmt]:

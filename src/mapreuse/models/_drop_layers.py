@@ -16,7 +16,14 @@ from mapreuse.models._snapshots import Model, unchanged_on_failure
 from mapreuse.models._source import Unsupported
 from mapreuse.models._stack import Stack, check_model, find_stack
 
-_NUMBERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers")
+_NUMBERS = (
+    "num_hidden_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_layers",
+    "encoder_num_hidden_layers",
+    "decoder_num_hidden_layers",
+)
 """Entries of configurations that hold the number of layers."""
 
 _INDICES = ("layer_idx", "layer_id", "layer_index")
@@ -56,10 +63,9 @@ def drop_layers(model: Model, layers: Iterable[int]) -> Model:
     dropped = _checked(layers, number)
     kept = [layer for layer in range(number) if layer not in dropped]
     configs = _configs(model, stack, number)
-    changed = {id(config): _with_layers(config, number, kept) for config in configs}
     with unchanged_on_failure(model):
         _remove(stack, kept)
-        _check_rebuilt(model, changed)
+        changed = _rebuildable(model, configs, number, kept)
     for config in configs:
         vars(config).update(vars(changed[id(config)]))
     return model
@@ -94,12 +100,32 @@ def _number_name(config: PreTrainedConfig, number: int) -> str | None:
     return next((name for name in _NUMBERS if getattr(config, name, None) == number), None)
 
 
-def _with_layers(config: PreTrainedConfig, number: int, kept: list[int]) -> PreTrainedConfig:
+def _rebuildable(
+    model: nn.Module, configs: list[PreTrainedConfig], number: int, kept: list[int]
+) -> dict[int, PreTrainedConfig]:
+    """Changed configurations from which the class builds the model's parameters.
+
+    The encoder and the decoder of a model may have as many layers, in two entries of one configuration.
+    """
+    names = [name for name in _NUMBERS if any(getattr(config, name, None) == number for config in configs)]
+    refusals = []
+    for preferred in names or [""]:
+        changed = {id(config): _with_layers(config, number, kept, preferred) for config in configs}
+        try:
+            _check_rebuilt(model, changed)
+        except Unsupported as refusal:
+            refusals.append(refusal)
+        else:
+            return changed
+    raise refusals[0]
+
+
+def _with_layers(config: PreTrainedConfig, number: int, kept: list[int], preferred: str) -> PreTrainedConfig:
     """A copy of a configuration for the layers that are kept, with their entries of lists such as `layer_types`."""
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise Unsupported(f"{type(config).__name__} scales attention by the index of the layer, which would change")
     changed = copy.deepcopy(config)
-    name = _number_name(config, number)
+    name = preferred if getattr(config, preferred, None) == number else _number_name(config, number)
     assert name is not None
     setattr(changed, name, len(kept))
     for key, value in vars(config).items():

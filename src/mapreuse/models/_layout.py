@@ -41,6 +41,8 @@ class LayerLayout:
         plan: the plan.
         publishes_keys: the settings by which later layers attend to this layer's keys, or None.
         key_source: the layer whose keys this layer attends to, or None.
+        publishes_scores: later layers add to the scores of the heads that compute.
+        rank: the width of the queries and keys that this layer adds to the scores of its source, or None.
     """
 
     layer: int
@@ -59,6 +61,8 @@ class LayerLayout:
     plan: ReusePlan
     publishes_keys: KeySettings | None = None
     key_source: int | None = None
+    publishes_scores: bool = False
+    rank: int | None = None
 
     def in_order(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Put the heads of parts of shape (batch, heads, …) in order, as dimension `dim` of one tensor."""
@@ -77,14 +81,15 @@ def layout_of(layer: Layer) -> LayerLayout:
 @contextmanager
 def keeping_maps(layer: Layer) -> Iterator[None]:
     """Keep the shared maps of a layer, so that it can run again with them. A layer without a plan is unchanged."""
-    attention: Any = layer.attention
-    layout = vars(attention).get("_layout")
-    if layout is not None:
+    layouts: dict[Any, LayerLayout] = {
+        module: vars(module)["_layout"] for module in layer.layer.modules() if "_layout" in vars(module)
+    }
+    for attention, layout in layouts.items():
         attention._layout = replace(layout, releases=())
     try:
         yield
     finally:
-        if layout is not None:
+        for attention, layout in layouts.items():
             attention._layout = layout
 
 
@@ -132,6 +137,8 @@ def lay_out(plan: ReusePlan, layer: int, num_heads: int, num_value_heads: int, *
         plan=plan,
         publishes_keys=settings if "keys" in readers else None,
         key_source=plan.sources(layer)[0] if plan.share_of(layer) == "keys" else None,
+        publishes_scores="corrected" in readers,
+        rank=plan.rank if plan.share_of(layer) == "corrected" else None,
     )
 
 

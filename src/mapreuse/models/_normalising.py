@@ -87,12 +87,14 @@ def normalised(cls: type[nn.Module], function: ast.FunctionDef, body: list[ast.s
 class _Rewriter:
     """Goes through the statements in order. `scores` and `weights` are the names that hold them so far.
 
-    Products by `bmm` have heads in the dimension of the batch. They are moved to a dimension of their own.
+    Products by `bmm` have heads in the dimension of the batch. They are moved to a dimension of their own. An addend
+    with five dimensions is for scores that are split into (images, windows, heads, query, key).
     """
 
     def __init__(self, cls: type[nn.Module], hidden_states: str, kwarg: str | None) -> None:
         self.cls, self.kwarg = cls, kwarg
         self.with_heads = f".unflatten(0, ({hidden_states}.shape[0], -1))"
+        self.of_windows = f".expand({hidden_states}.shape[0] // _addend.shape[1], -1, -1, -1, -1).flatten(0, 1)"
         self.is_flat = False
         self.aliases: list[str] = []
         self.scores: str | None = None
@@ -219,6 +221,7 @@ class _Rewriter:
         yield from _parsed(f"_addend = {addend}")
         if self.is_flat:
             yield from _parsed(f"_addend = _addend{self.with_heads} if _addend.dim() == 3 else _addend")
+        yield from _parsed(f"_addend = _addend{self.of_windows} if _addend.dim() == 5 else _addend")
         yield from _parsed("_addend = _addend[(None,) * (4 - _addend.dim())]")
         yield from _parsed("_bias = _addend if _bias is None else _bias + _addend")
 
@@ -255,6 +258,8 @@ class _Rewriter:
         if self.is_flat:
             values, back = f"({values}){self.with_heads}", f"{back}.flatten(0, 1)"
         kwargs = "" if self.kwarg is None else f", **{self.kwarg}"
+        if self.kwarg is not None:
+            yield from _parsed(f"{self.kwarg}.pop('is_causal', None)")  # the original ignores it
         yield from _parsed(_CHOICE)
         yield from _parsed(
             f"_context, {self.weights} = {CALL}(self, {', '.join(self.factors)}, {values}, attention_mask=_bias, "

@@ -35,7 +35,7 @@ _KIND = (
 _PLAIN_MODULES = ("torch.nn.modules.", "transformers.models.", "transformers.pytorch_utils")
 
 
-def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan, *, cross: bool = False) -> list[Conversion]:
+def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan) -> list[Conversion]:
     """The conversion of each layer of a stack.
 
     Raises:
@@ -44,7 +44,7 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan, *, cross: 
     names = [f"layer {index} ({type(layer.attention).__name__})" for index, layer in enumerate(stack.layers)]
     forms = []
     for index, layer in enumerate(stack.layers):
-        forms.append(attention_form(layer.attention, cross=cross))
+        forms.append(attention_form(layer.attention, cross=layer.cross))
         _check_projections(f"layer {index}", layer.attention, forms[index])
     if plan.num_layers != len(stack.layers):
         raise ValueError(
@@ -67,17 +67,30 @@ def plan_conversions(model: nn.Module, stack: Stack, plan: ReusePlan, *, cross: 
         separable = is_separable(layer.attention, form, heads)
         layouts.append(lay_out(plan, index, heads.num_heads, heads.num_value_heads, separable=separable))
     conversions = [Conversion(*one) for one in zip(stack.layers, forms, counts, layouts, strict=True)]
-    if cross and (partly := [layout.layer for layout in layouts if layout.computing and layout.parts]):
-        raise Unsupported(
-            f"layer {partly[0]}: in cross-attention, the heads of a layer must all compute or all reuse; give all of "
-            "them a source"
-        )
+    for conversion, name in zip(conversions, names, strict=True):
+        _check_share_mode(conversion, name)
     for index in range(plan.num_layers):
         for source in plan.sources(index):
             if difference := _difference(stack, conversions, index, source):
                 raise ValueError(difference)
     _check_untied(owners, conversions)
     return conversions
+
+
+def _check_share_mode(conversion: Conversion, name: str) -> None:
+    layout = conversion.layout
+    if conversion.layer.cross and layout.computing and layout.parts:
+        raise Unsupported(
+            f"layer {layout.layer}: in cross-attention, the heads of a layer must all compute or all reuse; give all "
+            "of them a source"
+        )
+    share = layout.plan.share_of(layout.layer)
+    if conversion.layer.cross and share not in (None, "map"):
+        raise Unsupported(f'{name}: share mode "{share}" serves self-attention only; use share="map"')
+    if layout.rank is not None and not conversion.form.value:
+        raise Unsupported(
+            f'{name}: share mode "corrected" needs values that are outputs of one projection; use share="map"'
+        )
 
 
 def _check_projections(name: str, attention: nn.Module, form: AttentionForm) -> None:

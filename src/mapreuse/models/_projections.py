@@ -154,7 +154,7 @@ def output_projection(layer: Layer) -> nn.Linear | Conv1D:
 
 def form_of(layer: Layer) -> AttentionForm:
     """How the attention of a layer is converted, with or without a plan."""
-    return vars(layer.attention).get("_form") or attention_form(layer.attention)
+    return vars(layer.attention).get("_form") or attention_form(layer.attention, cross=layer.cross)
 
 
 def find_output_projection(layer: Layer, form: AttentionForm) -> nn.Linear | Conv1D | None:

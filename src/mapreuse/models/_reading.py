@@ -172,16 +172,15 @@ def _form(cls: type[nn.Module], forward: Callable, cross: bool) -> AttentionForm
         if value in origins["query"] | origins["key"]:
             raise Unsupported(f"{cls.__name__}: {value} projects queries or keys together with values")
     except Unsupported:
-        if cross:
-            raise
-        derived = derive(cls, function, list(_simplified(function.body)), call)
+        derived = derive(cls, function, list(_simplified(function.body)), call, states)
     if derived is not None:
         unused = tuple(sorted(all_attributes(cls, function.body) - derived.kept))
         dropout = _dropout(arguments.get("dropout"))
         return AttentionForm(
             *(unused, (), "", output, dropout),
             takes_maps=takes_maps,
-            cache=_cache_index(cls, function, arguments, None, None),
+            cache=_cache_index(cls, function, arguments, None, states),
+            states=states,
             derived=derived,
             terms=terms,
             normal=normal,

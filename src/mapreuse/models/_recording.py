@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mapreuse.maps import SharedMaps
-from mapreuse.models._apply import applied_plans, apply
+from mapreuse.models._apply import apply, plan_of
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._optimize import optimize
 from mapreuse.models._projections import ValueProjection, value_projection
-from mapreuse.models._runtime import MAPS_ARGUMENT, batch_first, inputs_of
+from mapreuse.models._runtime import CROSS_MAPS_ARGUMENT, MAPS_ARGUMENT, batch_first, inputs_of
 from mapreuse.models._snapshots import copy_with_same_weights
 from mapreuse.models._stack import check_model, find_stack
 from mapreuse.plan import ReusePlan
@@ -33,9 +33,9 @@ class Recording(NamedTuple):
         values: the values of each layer.
     """
 
-    maps: list[Float[Tensor, "batch heads positions positions"]]
+    maps: list[Float[Tensor, "batch heads positions keys"]]
     valid: Bool[Tensor, "batch positions"]
-    values: list[Float[Tensor, "batch value_heads positions head_dim"]]
+    values: list[Float[Tensor, "batch value_heads keys head_dim"]]
 
 
 class MapRecorder:
@@ -44,37 +44,41 @@ class MapRecorder:
     Args:
         model: a model that `apply` supports. It is unchanged; the copy shares its weights.
         under_plan: allow a model with a plan in force. Reusing layers then show the maps that they apply.
+        attention: "self", or "cross" for the maps of a decoder over the states of an encoder.
 
     Raises:
         ValueError: if the model cannot share maps, or has a plan and `under_plan` is False.
     """
 
-    def __init__(self, model: nn.Module, *, under_plan: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, under_plan: bool = False, attention: str = "self") -> None:
         check_model(model)
         self._model = optimize(copy_with_same_weights(model)).eval()
-        self.num_layers = len(find_stack(self._model).layers)
-        if not (under_plan and applied_plans(self._model)):
-            apply(self._model, ReusePlan.full(self.num_layers))
-        stack = find_stack(self._model)  # `apply` may have replaced its attention modules
+        self._attention = attention
+        self.num_layers = len(find_stack(self._model, attention).layers)
+        if not (under_plan and plan_of(self._model, attention)):
+            apply(self._model, ReusePlan.full(self.num_layers), attention=attention)
+        stack = find_stack(self._model, attention)  # `apply` may have replaced its attention modules
         self._values: dict[int, Tensor] = {}
         self._layouts: list[LayerLayout] = []
         self._maps: list[SharedMaps] = []
         maps = self._maps  # hooks must not refer to the model: only the garbage collector would free the copy
         for index, layer in enumerate(stack.layers):
-            attention: Any = layer.attention
-            layout: LayerLayout = attention._layout
-            attention._layout = replace(layout, publishes=bool(layout.computing), releases=())
-            self._layouts.append(attention._layout)
+            module: Any = layer.attention
+            layout: LayerLayout = module._layout
+            publishes = bool(layout.computing) or layout.rank is not None
+            module._layout = replace(layout, publishes=publishes, releases=())
+            self._layouts.append(module._layout)
             record = partial(_record_values, self._values, index, value_projection(layer))
-            attention.register_forward_pre_hook(record, with_kwargs=True)
+            module.register_forward_pre_hook(record, with_kwargs=True)
+        argument = CROSS_MAPS_ARGUMENT if attention == "cross" else MAPS_ARGUMENT
         stack.module.register_forward_hook(
-            lambda module, args, kwargs, output: maps.append(kwargs[MAPS_ARGUMENT]), with_kwargs=True
+            lambda module, args, kwargs, output: maps.append(kwargs[argument]), with_kwargs=True
         )
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Recording:
         """Run the model on a batch of its arguments."""
-        with recorded_states(self._model) as (states, masks):
+        with recorded_states(self._model, self._attention) as (states, masks):
             self._model(**batch)
         maps = [self._map(layer) for layer in range(self.num_layers)]
         values = [self._values.pop(layer) for layer in range(self.num_layers)]
@@ -84,6 +88,8 @@ class MapRecorder:
     def _map(self, layer: int) -> Tensor:
         """The map in effect in a layer."""
         layout = self._layouts[layer]
+        if layout.rank is not None:
+            return self._dense(layer)
         weights = [self._dense(layer)] if layout.computing else []
         for source, pairs in layout.parts:
             weights.append(self._dense(source)[:, [head for head, _ in pairs]])
@@ -119,7 +125,7 @@ def check_batch(batch: object) -> None:
 
 
 @contextmanager
-def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[object]]]:
+def recorded_states(model: nn.Module, attention: str = "self") -> Iterator[tuple[list[Tensor], list[object]]]:
     """Record the hidden states after each layer of a forward pass, and the attention mask of the first layer.
 
     For a `torch.nn.TransformerEncoder`, the mask is the additive mask of its keys.
@@ -132,7 +138,7 @@ def recorded_states(model: nn.Module) -> Iterator[tuple[list[Tensor], list[objec
         given |= given.get("kwargs", {})
         masks.append(given.get("attention_mask", given.get("src_key_padding_mask")))
 
-    stack = find_stack(model)
+    stack = find_stack(model, attention)
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         states.append(batch_first(stack.layers[0].attention, output[0] if isinstance(output, tuple) else output))

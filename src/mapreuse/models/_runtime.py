@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from mapreuse.maps import (
     RecomputedMap,
     Scores,
     SharedMaps,
+    SharedScores,
     as_index,
     attend,
     attend_step,
@@ -30,6 +31,7 @@ from mapreuse.maps import (
 )
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._reading import INERT, OTHER_STATES
+from mapreuse.models._source import original_class, parameter_names
 
 MAPS_ARGUMENT = "attention_maps"
 """The keyword argument that passes the `SharedMaps` of a forward pass from layer to layer."""
@@ -39,6 +41,9 @@ CROSS_MAPS_ARGUMENT = "cross_attention_maps"
 
 INJECTED_MAPS = "_injected_maps"
 """The attribute that holds the `SharedMaps` if no keyword argument can; see `MapInjection`."""
+
+LowRank: TypeAlias = tuple[Tensor, Tensor]
+"""Low-rank queries (batch, heads, query, rank), and keys (batch, value heads, key, rank)."""
 
 _OBSERVED = "_observed"
 """The attribute of an attention module that holds its inputs and a callback, inside `observing_inputs`."""
@@ -55,13 +60,15 @@ def share(
     *,
     num_queries: int | torch.SymInt,
     dropout_p: float = 0.0,
+    low_rank: LowRank | None = None,
 ) -> tuple[Float[Tensor, "batch query heads value_dim"], Tensor | None]:
     """The context of a layer, from its own scores and the maps of its source layers.
 
         context[h] = softmax(scores[h]) @ values[h]      if head h computes
         context[h] = M[source layer][source head] @ values[h]     if head h reuses
 
-    In share mode "keys", the softmax of a reusing layer is over the keys that its source published.
+    In share mode "keys", the softmax of a reusing layer is over the keys that its source published. In share mode
+    "corrected", it is over the scores of its source plus products of low rank.
 
     Args:
         module: the attention module. Its `_layout` assigns a role to each head.
@@ -70,6 +77,7 @@ def share(
         scores: the scores of the heads that compute, or None if no head computes.
         num_queries: number of positions of the input; with a cache, there are more values.
         dropout_p: attention dropout. Each layer draws its own.
+        low_rank: the low-rank queries and keys of a reusing layer of share mode "corrected".
 
     Returns:
         The context, and the map of all heads in their original order if the caller asked for maps, else None.
@@ -92,21 +100,30 @@ def share(
         else:
             context, own = _compute_with_keys(module, layout, maps, values, scores, dropout_p)
         contexts.append(context)
+        if layout.publishes_scores:
+            maps.publish(layout.layer, SharedScores.of(scores), "corrected")
         if maps.output_attentions and own is not None:
             weights.append(own.dense())
     for source, pairs in layout.parts:
-        source_map = maps.read(source)
+        source_map = maps.read(source, "map" if low_rank is None else "corrected")
         if source_map is None:
             _check_may_skip(module, layout.layer, source)
             # LayerDrop skipped the source
             contexts.append(values.new_zeros(len(values), len(pairs), num_queries, values.shape[-1]))
+        elif low_rank is not None:
+            context, own = source_map.attend(*low_rank, values, pairs, dropout_p)
+            contexts.append(context)
+            if layout.publishes:
+                maps.publish(layout.layer, own)
+            if maps.output_attentions:
+                weights.append(own.dense())
         else:
             contexts.append(source_map.apply(values, _unless_one_to_one(pairs, values, source_map), dropout_p))
             if maps.output_attentions:
                 weights.append(source_map.dense()[:, as_index([pair[0] for pair in pairs])])
     for source in layout.releases:
         maps.release(source)
-    context = layout.in_order(contexts, 2)
+    context = layout.in_order(contexts, 2).contiguous()  # some forwards call `view`
     if found is not None:
         found(context)
     if not (maps.output_attentions and len(weights) == len(contexts)):
@@ -190,8 +207,18 @@ def observing_inputs(
 
 
 def inputs_of(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Float[Tensor, "batch positions width"]:
-    """The hidden states that an attention module is called with."""
+    """The states that an attention module under a plan makes values from: its input, or those of the encoder."""
+    states: str | None = attention._form.states  # type: ignore[union-attr, assignment]
+    if states is not None:
+        return (dict(zip(parameter_names(original_class(attention)), args, strict=False)) | kwargs)[states]
     return batch_first(attention, args[0] if args else kwargs["hidden_states"])
+
+
+def published_scores(attention: nn.Module, kwargs: dict[str, Any]) -> SharedScores:
+    """The scores that the source of a layer of share mode "corrected" published, from the arguments of its call."""
+    maps: SharedMaps = kwargs.get(MAPS_ARGUMENT) or getattr(attention, INJECTED_MAPS)
+    layout: LayerLayout = attention._layout  # type: ignore[assignment]
+    return maps.read(layout.parts[0][0], "corrected")
 
 
 def batch_first(attention: nn.Module, states: Tensor) -> Float[Tensor, "batch positions width"]:

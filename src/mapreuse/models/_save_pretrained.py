@@ -1,7 +1,7 @@
 """`save_pretrained` of `transformers`, for models that share attention maps.
 
-Importing this module wraps `PreTrainedModel.save_pretrained`. The whole model must be saved with the plans of its
-parts, but a converted part does not know the whole. Models without plans are saved as always.
+Importing this module wraps `save_pretrained` of models and configurations. The whole model must be saved with the
+plans of its parts, but a converted part does not know the whole. Models without plans are saved as always.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 
 from mapreuse.console import one_line
@@ -48,7 +48,10 @@ def _save_pretrained_with_plans(
     self: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
     _forget_saved_plans(self)
-    if not applied_plans(self) or getattr(self, "_hf_peft_config_loaded", False):  # only adapters are saved then
+    only_adapters = getattr(self, "_hf_peft_config_loaded", False)
+    if not applied_plans(self) or only_adapters:
+        if not only_adapters and _has_plans(Path(save_directory)):
+            (Path(save_directory) / CONFIG).unlink(missing_ok=True)  # this model replaces it, plans included
         _save_pretrained(self, save_directory, *args, **kwargs)
         return
     path = Path(save_directory)
@@ -70,6 +73,33 @@ def _forget_saved_plans(model: PreTrainedModel) -> None:
 
 
 PreTrainedModel.save_pretrained = _save_pretrained_with_plans
+
+
+def _has_plans(path: Path) -> bool:
+    """True if the directory holds a model with plans."""
+    try:
+        found = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("model_type") == FORMAT
+
+
+_save_config = PreTrainedConfig.save_pretrained
+
+
+@functools.wraps(_save_config)
+def _save_config_unless_plans(
+    self: PreTrainedConfig, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+) -> None:
+    if _has_plans(Path(save_directory)):
+        raise ValueError(
+            f"{save_directory} holds a model that shares attention maps, and a configuration alone would lose its "
+            "plans; call save_pretrained of the model"
+        )
+    _save_config(self, save_directory, *args, **kwargs)
+
+
+PreTrainedConfig.save_pretrained = _save_config_unless_plans
 
 
 def write(model: PreTrainedModel, path: Path, state_dict: dict[str, Any] | None = None, **options: Any) -> None:

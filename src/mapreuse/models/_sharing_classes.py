@@ -14,7 +14,14 @@ from mapreuse.models._cache import OneLayer, cache_of, update_cache, values_of_e
 from mapreuse.models._layout import LayerLayout
 from mapreuse.models._normalising import Normalised
 from mapreuse.models._reading import CACHES, AttentionForm
-from mapreuse.models._runtime import CROSS_MAPS_ARGUMENT, MAPS_ARGUMENT, refuse_other_states, refuse_unknown, share
+from mapreuse.models._runtime import (
+    CROSS_MAPS_ARGUMENT,
+    MAPS_ARGUMENT,
+    LowRank,
+    refuse_other_states,
+    refuse_unknown,
+    share,
+)
 from mapreuse.models._source import parameter_names
 
 _MAPS = {MAPS_ARGUMENT, CROSS_MAPS_ARGUMENT}
@@ -43,7 +50,8 @@ class SharingAttention(nn.Module):
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call, by the names that they have in the original forward."""
         arguments = dict(zip(self._parameter_names[1:], args, strict=False)) | kwargs
-        refuse_other_states(self, arguments)
+        if self._form.states is None:
+            refuse_other_states(self, arguments)
         return arguments
 
     def _cached(self, keys: Tensor | None, values: Tensor, arguments: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -51,8 +59,27 @@ class SharingAttention(nn.Module):
         cache = cache_of(arguments)
         return (keys, values) if cache is None else update_cache(self, cache, keys, values)
 
+    def _reused(self, hidden_states: Tensor, arguments: dict[str, Any]) -> tuple[LowRank | None, Tensor]:
+        """The low-rank queries and keys of share mode "corrected", or None, and the values, of all positions.
+
+        Cross-attention projects the values of the encoder's states once for all steps with a cache.
+        """
+        if self._form.states is not None:
+            states, cache = arguments[self._form.states], cache_of(arguments)
+            return None, self._values(states) if cache is None else values_of_encoder(
+                self, cache, self._values, states
+            )
+        query, key = (None, None) if self._layout.rank is None else self.correction(hidden_states)
+        key, values = self._cached(key, self._values(hidden_states), arguments)
+        return (None if query is None else (query, key)), values
+
     def _context(
-        self, hidden_states: Tensor, values: Tensor, scores: Scores | None, arguments: dict[str, Any]
+        self,
+        hidden_states: Tensor,
+        values: Tensor,
+        scores: Scores | None,
+        arguments: dict[str, Any],
+        low_rank: LowRank | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The context for these inputs, and the map of all heads if the caller asked for it."""
         dropout_p = 0.0
@@ -60,12 +87,19 @@ class SharingAttention(nn.Module):
             dropout_p = attrgetter(self._form.dropout)(self)
         maps = arguments.get(MAPS_ARGUMENT if self._form.states is None else CROSS_MAPS_ARGUMENT)
         num_queries = hidden_states.shape[1]
-        return share(self, maps, values, scores, num_queries=num_queries, dropout_p=dropout_p)
+        return share(self, maps, values, scores, num_queries=num_queries, dropout_p=dropout_p, low_rank=low_rank)
 
-    def _share(self, hidden_states: Tensor, values: Tensor, scores: Scores | None, arguments: dict[str, Any]) -> Any:
+    def _share(
+        self,
+        hidden_states: Tensor,
+        values: Tensor,
+        scores: Scores | None,
+        arguments: dict[str, Any],
+        low_rank: LowRank | None = None,
+    ) -> Any:
         """The output of the module for these inputs, with the map if the original forward returns one."""
         form = self._form
-        context, weights = self._context(hidden_states, values, scores, arguments)
+        context, weights = self._context(hidden_states, values, scores, arguments, low_rank)
         context = context.flatten(2)
         for name in form.output:
             context = getattr(self, name)(context)
@@ -93,22 +127,12 @@ class ComputingAttention(SharingAttention):
 
 
 class ReusingAttention(SharingAttention):
-    """An attention module that projects only values, and applies the maps of earlier layers."""
+    """An attention module that has no queries and keys of the original, and applies the maps of earlier layers."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = self._arguments(args, kwargs)
-        _, values = self._cached(None, self._values(hidden_states), arguments)
-        return self._share(hidden_states, values, None, arguments)
-
-
-class ReusingCrossAttention(SharingAttention):
-    """A cross-attention that projects only the values of the encoder's states, once for all steps with a cache."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(self._parameter_names[1:], args, strict=False)) | kwargs
-        states, cache = arguments[self._form.states or ""], cache_of(arguments)
-        values = self._values(states) if cache is None else values_of_encoder(self, cache, self._values, states)
-        return self._share(hidden_states, values, None, arguments)
+        low_rank, values = self._reused(hidden_states, arguments)
+        return self._share(hidden_states, values, None, arguments, low_rank)
 
 
 class PartlyComputingAttention(SharingAttention):
@@ -146,8 +170,8 @@ class DerivedReusing(ReusingAttention):
         for name in derived.required:
             if arguments.get(name) is None:
                 raise ValueError(f"{type(self).__name__} reuses a map and cannot make {name}; call the whole model")
-        _, values = self._cached(None, self._values(hidden_states), arguments)
-        context, weights = self._context(hidden_states, values, None, arguments)
+        low_rank, values = self._reused(hidden_states, arguments)
+        context, weights = self._context(hidden_states, values, None, arguments, low_rank)
         return derived.output(self, context, weights, hidden_states, **arguments)
 
     def _values(self, hidden_states: Tensor) -> Tensor:
@@ -169,6 +193,7 @@ def sharing_class(mixin: type[Any], base: type[Any]) -> type:
         "__qualname__": base.__qualname__,
         "__reduce_ex__": reduce_ex,
         "_parameter_names": parameter_names(base),
+        "_original_class": base,
     }
     return type(base.__name__, (mixin, base), names)
 

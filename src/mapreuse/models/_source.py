@@ -83,6 +83,12 @@ def count_calls(cls: type[nn.Module], called: str) -> int:
     return counts[0] or sum(counts[1:])
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has in `transformers`, also under a plan."""
+    cls = type(module)
+    return vars(cls).get("_original_class", cls)
+
+
 def parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The parameters of a class's forward, in order, without `self`."""
     return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]

@@ -1,4 +1,4 @@
-"""Finds the stack of layers that a plan applies to, and the self-attention of each layer."""
+"""Finds the stack of layers that a plan applies to, and the attention of each layer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mapreuse.models._source import (
     count_calls,
     definition_of,
     forward_of,
+    original_class,
     parameter_names,
     self_attributes,
 )
@@ -30,13 +31,15 @@ class Layer:
 
     Attributes:
         layer: the layer module.
-        path: path of its self-attention inside the layer.
-        attention: its self-attention module.
+        path: path of its attention inside the layer.
+        attention: its attention module.
+        cross: whether this is its cross-attention.
     """
 
     layer: nn.Module
     path: str
     attention: nn.Module
+    cross: bool = False
 
     @property
     def parent(self) -> nn.Module:
@@ -57,6 +60,11 @@ class Stack:
     module: nn.Module
     list_name: str
     layers: tuple[Layer, ...]
+
+    @property
+    def cls(self) -> type[nn.Module]:
+        """The class of the module, also under a plan."""
+        return original_class(self.module)
 
 
 def check_model(model: object) -> None:
@@ -79,6 +87,8 @@ def find_stack(model: nn.Module, attention: str = "self") -> Stack:
         Unsupported: if there is none, if there are several, or if a layer has more than one such attention.
     """
     check_model(model)
+    if attention not in ("self", "cross"):
+        raise ValueError(f"attention must be 'self' or 'cross', got {attention!r}")
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -112,7 +122,7 @@ def find_stack(model: nn.Module, attention: str = "self") -> Stack:
                 f"layer {index} ({type(layer).__name__}) holds {len(attentions)} {attention}-attentions "
                 f"({', '.join(path for path, _ in attentions)}), expected one"
             )
-        found.append(Layer(layer, *attentions[0]))
+        found.append(Layer(layer, *attentions[0], cross=attention == "cross"))
     return Stack(model.get_submodule(path), list_name, tuple(found))
 
 
@@ -156,7 +166,7 @@ def maps_travel_by_keyword(stack: Stack) -> bool:
     Raises:
         Unsupported: if neither is possible, or if the stack does not run its layers once each, in order.
     """
-    by_keyword = type(stack.module) is not nn.Sequential and _loop_passes_keywords(stack)
+    by_keyword = stack.cls is not nn.Sequential and _loop_passes_keywords(stack)
     for owner, called in _calls_inside(stack):
         function = forward_of(owner)
         if f"self.{called}" in calls_with_kwargs(function, function):
@@ -172,7 +182,7 @@ def maps_travel_by_keyword(stack: Stack) -> bool:
 
 
 def _loop_passes_keywords(stack: Stack) -> bool:
-    cls = type(stack.module)
+    cls = stack.cls
     function = forward_of(cls)
     outer = [node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
     loops = [
@@ -198,7 +208,7 @@ def cross_attends_beside(stack: Stack) -> bool:
 
     The modules on the way to a self-attention may compare them with None, and may pass them to other modules.
     """
-    cls = type(stack.module)
+    cls = stack.cls
     if ENCODER_STATES not in parameter_names(cls):
         return False
     passed_in_loop = any(
