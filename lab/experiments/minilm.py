@@ -241,9 +241,9 @@ def _page(results: dict[str, Any]) -> str:
 
 _VERSION_NOTE = {
     "0.1.0": (
-        "Later versions refit and distil in the same way. The `apply` of 0.1.0 also did what `mapreuse.optimize`",
-        "does now. Half of the sentences for calibration and distillation came from docstrings of numpy, scipy and",
-        "torch; the script now takes all of them from Debian's fortunes.",
+        "Later versions weigh all channels of the hidden states equally in refit and distillation. The `apply` of",
+        "0.1.0 also did what `mapreuse.optimize` does now. Half of the sentences for calibration and distillation",
+        "came from docstrings of numpy, scipy and torch; the script now takes all of them from Debian's fortunes.",
     )
 }
 

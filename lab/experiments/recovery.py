@@ -111,7 +111,8 @@ def _page(results: dict[str, Any]) -> str:
         "",
         "Command: `python lab/experiments/recovery.py LANGUAGE RECOGNISER`. Machine: "
         f"{here['processor']}, {here['instructions']}, one thread,",
-        f"mapreuse {here['mapreuse']}. Later versions convert and train in the same way.",
+        f"mapreuse {here['mapreuse']}. Later versions train in the same way, but weigh all channels",
+        "equally in the refit.",
         "",
         "Cells: greedy WER on the test split with its 95 % interval, then CER. English: the lab's recogniser, 8",
         "layers (`baseline`). Spanish: the full study's recogniser with full attention, 6 layers, seed 0 (`study`).",

@@ -14,13 +14,15 @@ SPEED = Path(__file__).parent.parent / "results" / "speed"
 
 Results = dict[str, Any]
 
+_MINILM = "A trained text encoder, 6 layers of width 384. Maps are shared by index: quality is not measured here."
+
 SECTIONS = {
     "conformer": ("Conformer-M", "The papers' encoder: 16 layers of width 256, relative positions, subsampling."),
     "conformer-long": ("Conformer-M, long inputs", "One run of each contestant."),
     "conformer-8": ("Conformer-M, eight inputs at a time", "Longer inputs take minutes a run and were left out."),
     "compile": ("torch.compile", "The layers of Conformer-M at short lengths."),
-    "minilm-1": ("all-MiniLM-L6-v2, one text at a time", "A trained sentence encoder: 6 layers of width 384."),
-    "minilm": ("all-MiniLM-L6-v2, eight texts at a time", "The same."),
+    "minilm-1": ("all-MiniLM-L6-v2, one text at a time", _MINILM),
+    "minilm": ("all-MiniLM-L6-v2, eight texts at a time", _MINILM),
     "memory": ("Peak memory of Conformer-M", "Above weights and inputs, with each storage of shared maps."),
     "long": ("Long recordings", "One pass of Conformer-M with `+optimize`, without warm-up."),
 }

@@ -76,7 +76,9 @@ BatchSize = Annotated[int, typer.Option("--batch-size", help="sequences per batc
 
 def main() -> None:
     """Entry point of the `mapreuse-lab` command."""
-    run_command(app, "mapreuse-lab", resumable=("study", "train", "convert"), extras="pip install ./lab")
+    run_command(
+        app, "mapreuse-lab", resumable=("study", "train", "convert", "techniques"), extras="pip install ./lab"
+    )
 
 
 @app.command()
@@ -96,8 +98,8 @@ def study(
 ) -> None:
     """Run a study and write its report. Run the same command again to continue after a stop.
 
-    The quick study converts a trained recogniser to share attention maps, fine-tunes it for a minute, and measures
-    error rates and latency. The full study trains every technique from scratch and compares them.
+    The quick study converts a trained recogniser to share attention maps, fine-tunes it for half a minute, and
+    measures error rates and latency. The full study trains every technique from scratch and compares them.
     """
     from mapreuse_lab import study as room
 
@@ -124,6 +126,47 @@ def study(
             quick = dataclasses.replace(quick, baseline=str(baseline))
         room.run_quick(quick, out, work)
     _print_summary(out)
+
+
+@app.command()
+def techniques(
+    model: Annotated[
+        str, typer.Argument(help="a model of `mapreuse-lab fetch`, a directory, or a name on the Hugging Face Hub")
+    ],
+    technique: Annotated[
+        list[str] | None, typer.Option(help="a name, such as window-16; may be repeated; default: all of the study")
+    ] = None,
+    recover: Annotated[
+        int, typer.Option(min=0, help="also evaluate after this many steps of distillation, the same for every one")
+    ] = 0,
+    time: Annotated[bool, typer.Option("--time", help="measure latency instead, all techniques by turns")] = False,
+    repeats: Annotated[int, typer.Option(help="number of timed calls of each technique")] = 7,
+    threads: Threads = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="recordings, sentences, or windows of each kind of text; default: all of the task"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="directory of the results and the page")] = Path("lab/results/techniques"),
+) -> None:
+    """Compare ways to compress self-attention on a pretrained model, by the model's own metric.
+
+    Run the same command again to continue after a stop: techniques with results are not evaluated again.
+    """
+    from mapreuse.measure import cpu_threads
+    from mapreuse_lab import study as room
+
+    check_writable_directory("--out", out)
+    if time and recover:
+        raise ValueError("--time measures latency alone, which recovery does not change; leave out --recover")
+    with cpu_threads(threads):
+        found = room.TechniqueStudy(model, out, tuple(technique or ()), samples)
+        if time:
+            found.time(repeats)
+        else:
+            for steps in dict.fromkeys((0, recover)):
+                found.evaluate(steps)
+    room.write_technique_page(out)
+    console.print(f"{out / 'README.md'}", markup=False, highlight=False)
 
 
 @app.command()

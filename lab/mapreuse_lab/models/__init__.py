@@ -9,7 +9,7 @@ from mapreuse_lab.models._evaluation import (
     quality_json,
     quality_tables,
 )
-from mapreuse_lab.models._language import LanguageModel, copying, perplexity, recall, text_windows
+from mapreuse_lab.models._language import LanguageModel, copying, perplexity, recall, text_windows, token_losses
 from mapreuse_lab.models._metrics import Metric
 from mapreuse_lab.models._packages import MODEL_PACKAGES, fetch_model, model_source
 from mapreuse_lab.models._random_encoders import (
@@ -23,7 +23,8 @@ from mapreuse_lab.models._random_encoders import (
     text_like_tokens,
 )
 from mapreuse_lab.models._speech import SpeechModel
-from mapreuse_lab.models._texts import essays, python_reference
+from mapreuse_lab.models._teacher import taught_corpus, taught_speech
+from mapreuse_lab.models._texts import bible, essays, python_reference
 
 __all__ = [
     "MODEL_PACKAGES",
@@ -34,6 +35,7 @@ __all__ = [
     "SpeechModel",
     "Task",
     "bert_base",
+    "bible",
     "calibration_sentences",
     "conformer_m",
     "copying",
@@ -53,6 +55,9 @@ __all__ = [
     "recall",
     "speech_like_features",
     "speech_like_states",
+    "taught_corpus",
+    "taught_speech",
     "text_like_tokens",
     "text_windows",
+    "token_losses",
 ]

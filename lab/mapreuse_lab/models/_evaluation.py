@@ -70,24 +70,27 @@ def models_under_plan(task: Task, plan: mr.ReusePlan, stack: str | None = None) 
     Args:
         task: the model with its data.
         plan: which layers share.
-        stack: path of the module whose layers share; default: that of the task.
+        stack: path of the module whose layers share, with `.cross` at its end for cross-attention; default: that
+            of the task.
 
     Yields:
         What was done, and the whole model. The refit changes the aligned model in place.
     """
     stack = task.stack if stack is None else stack
+    attention = "cross" if stack.endswith(".cross") else "self"
+    stack = stack.removesuffix(".cross")
     original = task.model.get_submodule(stack)
 
     def shared(one: mr.ReusePlan) -> Any:
         model = copy.deepcopy(task.model)
-        mr.apply(model.get_submodule(stack), one)
+        mr.apply(model.get_submodule(stack), one, attention=attention)
         return model
 
     yield "by index", shared(plan)
     batches = task.calibration(stack)
-    model = shared(mr.align(original, plan, batches))
+    model = shared(mr.align(original, plan, batches, attention=attention))
     yield "aligned", model
-    mr.refit(model.get_submodule(stack), original, batches)
+    mr.refit(model.get_submodule(stack), original, batches, attention=attention)
     yield "refitted", model
 
 

@@ -85,7 +85,7 @@ def perplexity(model: nn.Module, windows: list[Int[Tensor, "1 tokens"]], name: s
 
     perplexity = exp(−(Σ_t log p(x_t | x_<t)) / number of tokens)
     """
-    losses = [_losses(model, window)[0] for window in tracked(name, windows)]
+    losses = [token_losses(model, window)[0] for window in tracked(name, windows)]
     return Metric(name, "perplexity", np.array([(one.sum().item(), one.numel()) for one in losses]))
 
 
@@ -96,7 +96,7 @@ def copying(model: nn.Module, windows: list[Int[Tensor, "1 tokens"]], name: str 
     the perplexity of other text hides it. The first token of the copy does not count, for nothing announces it.
     """
     repeated = [window[:, : window.shape[1] // 2].repeat(1, 2) for window in windows]
-    losses = [_losses(model, one)[0, one.shape[1] // 2 :] for one in tracked(name, repeated)]
+    losses = [token_losses(model, one)[0, one.shape[1] // 2 :] for one in tracked(name, repeated)]
     return Metric(name, "perplexity", np.array([(one.sum().item(), one.numel()) for one in losses]))
 
 
@@ -128,7 +128,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _losses(model: Any, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 tokens-1"]:
+def token_losses(model: Any, tokens: Int[Tensor, "1 tokens"]) -> Float[Tensor, "1 tokens-1"]:
     """Negative log-likelihood of every token but the first."""
     logits = _logits(model, tokens)
     return functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:].to(logits.device), reduction="none").double()

@@ -11,6 +11,8 @@ from jaxtyping import Float
 
 from mapreuse_lab.training import Errors, middle_of, resampled_rates
 
+_PERMUTATIONS, _ROUNDING = 10_000, 1e-9
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -45,6 +47,18 @@ class Metric:
         if self.kind == "perplexity":
             return self.value / original.value, middle_of(drawn / others)
         return self.value - original.value, middle_of(drawn - others)
+
+    def p_value(self, other: Metric) -> float:
+        """Two-sided p-value of the paired permutation test: each sample's two amounts are swapped or not, at random.
+
+            statistic = |Σ ±(aᵢ − bᵢ)|
+
+        for amounts a and b with the same units.
+        """
+        differences = self.sums[:, 0] - other.sums[:, 0]
+        signs = np.random.default_rng(0).integers(2, size=(_PERMUTATIONS, len(differences)), dtype=np.int8) * 2 - 1
+        reached = np.abs(signs @ differences) >= abs(differences.sum()) * (1 - _ROUNDING)
+        return float((1 + reached.sum()) / (1 + _PERMUTATIONS))
 
     def text(self) -> str:
         """The value with its interval."""

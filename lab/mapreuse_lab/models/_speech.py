@@ -18,7 +18,8 @@ from mapreuse.data import as_waveform, open_sound, resample
 from mapreuse_lab.models._metrics import Metric, error_rate_metrics
 from mapreuse_lab.models._packages import model_source
 from mapreuse_lab.models._pauses import speech_pieces
-from mapreuse_lab.training import normalise, open_corpus, waveform_of
+from mapreuse_lab.models._varied_speech import varied_speech
+from mapreuse_lab.training import LANGUAGES, normalise, open_corpus, waveform_of
 
 _TOKENS_PER_SECOND, _MORE_TOKENS = 6.5, 8
 """Limit of the number of tokens, so that a broken model does not repeat itself for long."""
@@ -71,6 +72,18 @@ class SpeechModel:
             return [self.inputs(piece) for piece in pieces]
         part = self.model.get_submodule(stack)
         return [self._part_inputs(part, piece) for piece in tracked("calibration", pieces)]
+
+    def varied(self, number: int, seed: int = 0, split: str = "train") -> list[dict[str, Tensor]]:
+        """Inputs of the encoder for samples of `varied_speech` from a part of the corpus.
+
+        With recorded prompts, half of the samples are in the other languages.
+        """
+        names = [self.corpus.name]
+        if self.corpus.name.startswith("prompts:"):
+            names += [f"prompts:{one}" for one in LANGUAGES if one != self.corpus.language]
+        sources = [self.corpus.part(split), *(open_corpus(name).part(split) for name in names[1:])]
+        samples = varied_speech(sources, self.extractor.sampling_rate, number, seed)
+        return [self.inputs(one) for one, _ in samples]
 
     def _part_inputs(self, part: nn.Module, piece: Float[np.ndarray, " samples"]) -> dict[str, Tensor]:
         """Tensors that a part of the model is called with when the whole transcript is given to the decoder."""

@@ -3,6 +3,8 @@
 from mapreuse_lab.study._config import FullConfig
 from mapreuse_lab.study._full import run_full
 from mapreuse_lab.study._papers import papers_page
+from mapreuse_lab.study._pretrained_page import write_technique_page
+from mapreuse_lab.study._pretrained_techniques import TechniqueStudy
 from mapreuse_lab.study._quick import QuickConfig, run_quick
 from mapreuse_lab.study._report import read_results, report, summary_tables, write_report
 from mapreuse_lab.study._runs import Recipe, Run, RunDirectory
@@ -15,6 +17,7 @@ __all__ = [
     "Recipe",
     "Run",
     "RunDirectory",
+    "TechniqueStudy",
     "papers_page",
     "read_results",
     "report",
@@ -24,4 +27,5 @@ __all__ = [
     "summary_tables",
     "verdict",
     "write_report",
+    "write_technique_page",
 ]

@@ -160,7 +160,7 @@ def _encoder(recipe: Recipe, name: str) -> ParakeetEncoder:
 
 
 def _timed(title: str, contestants: Mapping[str, Callable[[], object]], repeats: int, device: str) -> Timings:
-    measured = time_interleaved(contestants, repeats=repeats, device=device, title=title)
+    measured = time_interleaved(contestants, repeats=repeats, single_from=1.0, device=device, title=title)
     return {name: {"median": one.median, "spread": one.spread} for name, one in measured.items()}
 
 

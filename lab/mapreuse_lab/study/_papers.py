@@ -47,6 +47,9 @@ def papers_page(results: Results) -> str:
         f"{machine['torch']}; see the [full study](../lab/results/study/full/report.md). We read only the abstracts "
         "of the papers.",
         "",
+        "Models trained from scratch in minutes gave these results. For strong models, see",
+        "[Techniques on pretrained models](../lab/results/techniques/README.md).",
+        "",
     ]
     for claim, *cells in _rows(results):
         items = (f"- {name}: {cell}" for name, cell in zip(_FIELDS, cells, strict=True))

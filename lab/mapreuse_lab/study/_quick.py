@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from mapreuse.console import check_device, command_line, console
 from mapreuse.conversion import convert
 from mapreuse.measure import Similarity, analyze, machine
 from mapreuse.plan import ReusePlan
-from mapreuse_lab.models import conformer_m
+from mapreuse_lab.models import conformer_m, quality_json
 from mapreuse_lab.study._costs import attention_latency, encoder_latency, encoder_variants, speech_features
 from mapreuse_lab.study._pretrained import PretrainedRecogniser
 from mapreuse_lab.study._report import write_report, write_results
@@ -49,7 +53,8 @@ class QuickConfig:
         corpus: name of the corpus, as `open_corpus` takes it.
         baseline: directory of the recogniser to convert.
         pretrained: name of a pretrained recogniser of English, as `SpeechModel` takes it; None to leave it out.
-        pretrained_plans: plans of its encoder; the first one is recovered.
+        pretrained_plans: plans of its encoder, or of its decoder's self-attention (such as "decoder 2x3"); the first
+            one is recovered.
         pretrained_recovery_seconds: duration of its recovery.
         pretrained_lengths: recordings for the latency of its encoder, in seconds.
         recovery_seconds: duration of the fine-tuning after each conversion.
@@ -63,12 +68,12 @@ class QuickConfig:
     corpus: str = "prompts:en"
     baseline: str = str(BASELINE)
     pretrained: str | None = "moonshine-tiny"
-    pretrained_plans: tuple[str, ...] = ("2x3", "1x2,2x2", "3x2")
+    pretrained_plans: tuple[str, ...] = ("2x3", "1x2,2x2", "3x2", "decoder 2x3")
     pretrained_recovery_seconds: float = 180.0
-    pretrained_lengths: tuple[int, ...] = (10, 30, 120)
-    recovery_seconds: float = 60.0
+    pretrained_lengths: tuple[int, ...] = (10, 30)
+    recovery_seconds: float = 30.0
     recovery_rate: float = 3e-4
-    lengths: tuple[int, ...] = (250, 1000, 2000, 3000)
+    lengths: tuple[int, ...] = (250, 1000, 2000)
     repeats: int = 3
     seed: int = 0
     device: str = "cpu"
@@ -141,16 +146,33 @@ class _Quick:
         config, name = self.config, self.config.pretrained
         if name is None or self.corpus.language != "en":
             return {}
-        recogniser, quality = PretrainedRecogniser(name, config.corpus), {}
-        for number, plan in enumerate(config.pretrained_plans):
-            seconds = 0.0 if number else config.pretrained_recovery_seconds
-            inputs = {"model": name, "plan": plan, "recovery": seconds}
-            run = partial(recogniser.quality, plan, seconds)
-            quality[plan] = self._step(f"pretrained-{plan}", inputs, run)
-        settings = {"plans": config.pretrained_plans, "lengths": config.pretrained_lengths, "repeats": config.repeats}
-        run = partial(recogniser.latency, config.pretrained_plans, config.pretrained_lengths, config.repeats)
-        latency = self._step("pretrained-latency", {"model": name} | settings | timing_environment(), run)
-        return {"pretrained": {"model": name, "quality": quality, "latency": latency}}
+        recogniser = PretrainedRecogniser(name, config.corpus)
+        quality = self._pretrained_quality(recogniser)
+        plans, lengths = recogniser.encoder_plans(config.pretrained_plans), config.pretrained_lengths
+        here = {"model": name, "plans": plans, "repeats": config.repeats} | timing_environment()
+        run = partial(recogniser.latency, plans, lengths, config.repeats)
+        latency = self._step("pretrained-latency", {"lengths": lengths} | here, run)
+        run = partial(recogniser.transcription, config.pretrained_plans, config.repeats)
+        transcription = self._step("pretrained-transcription", here | {"plans": config.pretrained_plans}, run)
+        found = {"model": name, "quality": quality, "latency": latency, "transcription": transcription}
+        return {"pretrained": found}
+
+    def _pretrained_quality(self, recogniser: PretrainedRecogniser) -> dict[str, Any]:
+        """Error rates under each plan, by processes with one thread: decoding gains nothing by more threads."""
+        plans = self.config.pretrained_plans
+        seconds = dict.fromkeys(plans, 0.0) | {plans[0]: self.config.pretrained_recovery_seconds}
+        inputs = {plan: {"model": recogniser.name, "plan": plan, "recovery": seconds[plan]} for plan in plans}
+        missing = [plan for plan in plans if not self.cache.has(f"pretrained-{plan}", inputs[plan] | self.identity)]
+        workers = min(torch.get_num_threads(), len(missing) + 1)
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_with_one_thread) as pool:
+            runs = {plan: pool.submit(recogniser.quality, plan, seconds[plan]) for plan in missing}
+            originals = [pool.submit(recogniser.original)] if missing else []
+
+            def result(plan: str) -> dict[str, Any]:
+                (original,) = originals
+                return quality_json({"original": original.result(), **runs[plan].result()})
+
+            return {plan: self._step(f"pretrained-{plan}", inputs[plan], partial(result, plan)) for plan in plans}
 
     def _step(self, name: str, inputs: dict[str, Any], run: Callable[[], dict]) -> dict[str, Any]:
         inputs = inputs | self.identity
@@ -226,6 +248,12 @@ class _Quick:
 
     def _conformer(self) -> ParakeetEncoder:
         return conformer_m(self.baseline.feature_config.num_mel_bins)
+
+
+def _with_one_thread() -> None:
+    """Prepare a worker: one thread, and no progress bars beside those of other workers."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _grouped(num_layers: int) -> dict[str, ReusePlan]:

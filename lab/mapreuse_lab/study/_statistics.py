@@ -80,3 +80,17 @@ def seed_noise(corpora: Sequence[Sequence[Errors]], metric: str) -> SeedNoise:
         squares += float(((relative - relative.mean(0)) ** 2).sum())
         freedom += (rates.shape[0] - 1) * (rates.shape[1] - 1)
     return SeedNoise((squares / freedom) ** 0.5 if freedom else 0.0, freedom)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for the number of tests, so that the chance of any false finding is at most the level.
+
+        p̃₍ᵢ₎ = min(1, max over j ≤ i of (m − j + 1) p₍ⱼ₎)
+
+    for the m p-values in ascending order (Holm, 1979). The order of the result is that of `p_values`.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        corrected[index] = min(1.0, largest)
+    return corrected

@@ -16,11 +16,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.techniques._layer_sharing import LayerSharingAttention, open_shared_maps
+from mapreuse_lab.techniques._pretrained import AttentionInputs, AttentionLayer, Core, LayerStore, PretrainedStack
 from mapreuse_lab.techniques._technique import Technique
 
 
@@ -53,3 +55,28 @@ class CrossLayer(Technique, notation="cla-{size}", label="keys and values shared
         open_shared_maps(encoder)
         sources = [layer - layer % self.size for layer in range(len(encoder.layers))]
         self.replace_attention(encoder, ReusePlan.from_sources(sources))
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        stack.use_interface()
+        store = LayerStore(stack.module)
+        for layer in stack.layers:
+            source = layer.index - layer.index % self.size
+            layer.use(CrossLayerCore(self, layer, source, store))
+            if source != layer.index:
+                layer.remove("key", "value")
+
+
+class CrossLayerCore(Core):
+    """Attention over the keys and values of the group's first layer, in a pretrained model."""
+
+    def __init__(self, technique: CrossLayer, layer: AttentionLayer, source: int, store: LayerStore) -> None:
+        super().__init__(technique, layer)
+        self.source, self.is_own, self.store = source, source == layer.index, store
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        if self.is_own:
+            self.store.tensors[self.source] = inputs.key, inputs.values
+        key, values = self.store.tensors[self.source]
+        return functional.scaled_dot_product_attention(
+            inputs.query, key, values, inputs.mask(), inputs.dropout_p, scale=inputs.scaling
+        )

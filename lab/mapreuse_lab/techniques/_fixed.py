@@ -18,11 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse_lab.techniques._compressed_attention import CompressedAttention
+from mapreuse_lab.techniques._pretrained import AttentionInputs, AttentionLayer, Core, PretrainedStack
 from mapreuse_lab.techniques._technique import Technique
 
 
@@ -40,22 +42,51 @@ class GaussianAttention(CompressedAttention):
 
     def __init__(self, original: ParakeetEncoderAttention, technique: Gaussian, layer: int) -> None:
         super().__init__(original, technique, layer)
-        width, reach = technique.width, 6 * technique.width
-        centres = torch.linspace(-3 * width, 3 * width, self.num_heads) if self.num_heads > 1 else torch.zeros(1)
-        distances = torch.arange(-reach, reach + 1)
-        weights = (-(distances - centres[:, None]).square() / (2 * width**2)).exp()
+        weights = _weights(technique.width, self.num_heads)
         self.register_buffer("weights", weights.to(original.v_proj.weight), persistent=False)
 
     def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
-        values = self.v_proj(hidden_states).transpose(1, 2)
-        counted = values.new_ones(1, 1, values.shape[-1]) if valid is None else valid[:, None].to(values.dtype)
-        weights = self.weights.to(values.dtype)
-        reach = weights.shape[-1] // 2
-        by_channel = weights.repeat_interleave(self.head_dim, 0)[:, None]
-        sums = functional.conv1d(values * counted, by_channel, padding=reach, groups=len(by_channel))
-        totals = functional.conv1d(counted, weights[:, None], padding=reach).clamp(min=torch.finfo(values.dtype).tiny)
-        context = sums.unflatten(1, (self.num_heads, -1)) / totals[:, :, None]
-        return context.permute(0, 3, 1, 2)
+        return _convolved(self.split(self.v_proj(hidden_states)), self.weights, valid).transpose(1, 2)
+
+
+class GaussianCore(Core):
+    """Attention by a fixed function of distance in a pretrained model; in a causal one, to earlier positions."""
+
+    weights: Tensor
+
+    def __init__(self, technique: Gaussian, layer: AttentionLayer) -> None:
+        super().__init__(technique, layer)
+        weights = _weights(technique.width, layer.num_heads)
+        if getattr(layer.attention, "is_causal", False):
+            weights[:, weights.shape[1] // 2 + 1 :] = 0.0
+        self.register_buffer("weights", weights.to(layer.projection("value").weight), persistent=False)
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        return _convolved(inputs.values, self.weights, inputs.valid)
+
+
+def _weights(width: int, num_heads: int) -> Float[Tensor, "heads distances"]:
+    """exp(−(j − i − μ_h)² / 2W²) of the distances j − i = −6W … 6W."""
+    reach = 6 * width
+    centres = torch.linspace(-3 * width, 3 * width, num_heads) if num_heads > 1 else torch.zeros(1)
+    return (-(torch.arange(-reach, reach + 1) - centres[:, None]).square() / (2 * width**2)).exp()
+
+
+def _convolved(
+    values: Float[Tensor, "batch heads frames dim"],
+    weights: Float[Tensor, "heads distances"],
+    valid: Bool[Tensor, "batch frames"] | None,
+) -> Float[Tensor, "batch heads frames dim"]:
+    """Means of values with weights by distance, over frames that are not padding."""
+    heads, dim = values.shape[1], values.shape[3]
+    counted = values.new_ones(1, 1, values.shape[2]) if valid is None else valid[:, None].to(values.dtype)
+    weights = weights.to(values.dtype)
+    reach = weights.shape[-1] // 2
+    channels = values.mT.flatten(1, 2) * counted
+    by_channel = weights.repeat_interleave(dim, 0)[:, None]
+    sums = functional.conv1d(channels, by_channel, padding=reach, groups=len(by_channel))
+    totals = functional.conv1d(counted, weights[:, None], padding=reach).clamp(min=torch.finfo(values.dtype).tiny)
+    return (sums.unflatten(1, (heads, -1)) / totals[:, :, None]).mT
 
 
 class Diagonal(Technique, notation="diagonal", label="diagonal maps"):
@@ -64,6 +95,14 @@ class Diagonal(Technique, notation="diagonal", label="diagonal maps"):
     source = "Zhang et al., On the Usefulness of Self-Attention for ASR with Transformers, SLT 2021"
     attention = DiagonalAttention
 
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        super().convert(stack, batches)
+        for layer in stack.layers:
+            layer.remove("query", "key")
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        return inputs.values
+
 
 class Gaussian(Technique, notation="gaussian-{width}", label="fixed Gaussian maps, deviation {width}"):
     """Every frame attends to frames at fixed distances, with a standard deviation of `width` frames."""
@@ -71,3 +110,9 @@ class Gaussian(Technique, notation="gaussian-{width}", label="fixed Gaussian map
     width: int
     source = "You, Sun & Iyyer, Hard-Coded Gaussian Attention for NMT, ACL 2020"
     attention = GaussianAttention
+    core = GaussianCore
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        super().convert(stack, batches)
+        for layer in stack.layers:
+            layer.remove("query", "key")

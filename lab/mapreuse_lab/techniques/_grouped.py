@@ -18,9 +18,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from mapreuse_lab.techniques._compressed_attention import RelativeAttention
 from mapreuse_lab.techniques._frame_steps import in_steps, step_distances, valid_steps
+from mapreuse_lab.techniques._pretrained import AttentionInputs
 from mapreuse_lab.techniques._technique import Technique
 
 
@@ -51,3 +53,21 @@ class Grouped(Technique, notation="grouped-{size}", label="grouped attention, {s
     size: int
     source = "Burchi & Vielzeuf, Efficient Conformer, ASRU 2021"
     attention = GroupedAttention
+    not_causal = "tokens of a group attend as one, so the first would attend to the last"
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        valid, size = inputs.valid, self.size
+        parts = [inputs.query, inputs.key, inputs.values]
+        if valid is not None:
+            parts = [part * valid[:, None, :, None] for part in parts]
+        steps = valid_steps(valid, size)
+        query, key, values = (in_steps(part, size).flatten(-2) for part in parts)
+        context = functional.scaled_dot_product_attention(
+            query,
+            key,
+            values,
+            None if steps is None else steps[:, None, None, :],
+            inputs.dropout_p,
+            scale=inputs.scaling * size**-0.5,
+        )
+        return context.unflatten(-1, (size, -1)).flatten(2, 3)[:, :, : inputs.query.shape[2]]

@@ -7,19 +7,21 @@ with G heads of keys and values, each for H / G heads of queries.
 Cost: the FLOPs of full attention, with key and value projections of width G·d. The papers shrink the cache of a
 decoder; an encoder has none.
 
-Ainslie et al. average the heads of a trained model. Here the first head of each group is kept, because an average of
-random weights would start training at another scale.
+Ainslie et al. average the heads of a trained model, which is done here to pretrained models. From scratch, the first
+head of each group is kept, because an average of random weights would start training at another scale.
 
 Papers: https://arxiv.org/abs/1911.02150 (multi-query), https://arxiv.org/abs/2305.13245 (grouped-query)
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse_lab.techniques._compressed_attention import RelativeAttention
+from mapreuse_lab.techniques._pretrained import PretrainedStack, Role
 from mapreuse_lab.techniques._smaller_projections import rows_of_heads, some_outputs
 from mapreuse_lab.techniques._technique import Technique
 
@@ -62,3 +64,32 @@ class GroupedQuery(Technique, notation="gqa-{groups}", label="grouped-query, {gr
         heads = encoder.config.num_attention_heads
         if self.groups >= heads or heads % self.groups:
             raise ValueError(f"{self.name}: {heads} heads cannot be put in {self.groups} equal groups of several")
+
+    def why_not(self, stack: PretrainedStack) -> str:
+        heads = stack.layers[0].num_key_heads
+        fits = self.groups < heads and heads % self.groups == 0
+        return "" if fits else f"its {heads} heads of keys and values cannot be put in {self.groups} equal groups"
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        for layer in stack.layers:
+            roles: tuple[Role, ...] = ("key", "value")
+            for role in roles:
+                layer.replace(role, MeanHeads(layer.projection(role), self.groups, layer.num_key_heads))
+
+
+class MeanHeads(nn.Module):
+    """A projection to the means of heads in equal groups, repeated for every head of its group."""
+
+    def __init__(self, projection: nn.Linear, groups: int, num_heads: int) -> None:
+        super().__init__()
+        size, rows = num_heads // groups, projection.out_features // num_heads
+        self.groups, self.size = groups, size
+        self.linear = some_outputs(projection, torch.arange(groups * rows))
+        with torch.no_grad():
+            for mean, whole in zip(self.linear.parameters(), projection.parameters(), strict=True):
+                heads = whole.unflatten(0, (groups, size, rows)).mean(1)
+                mean.copy_(heads.flatten(0, 1))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        heads = self.linear(hidden_states).unflatten(-1, (self.groups, 1, -1))
+        return heads.expand(*heads.shape[:-2], self.size, -1).flatten(-3)

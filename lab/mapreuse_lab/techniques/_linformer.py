@@ -29,6 +29,7 @@ from torch.nn import functional
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse_lab.techniques._compressed_attention import ContentAttention
+from mapreuse_lab.techniques._pretrained import AttentionInputs, AttentionLayer, Core
 from mapreuse_lab.techniques._technique import Technique
 
 POINTS = 256
@@ -43,25 +44,46 @@ class LinformerAttention(ContentAttention):
         self.mixture = nn.Parameter(original.q_proj.weight.new_empty(technique.slots, POINTS).normal_())
 
     def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
-        mixed = self._weights(hidden_states, valid).to(hidden_states.dtype) @ hidden_states
+        mixed = _weights(self.mixture, hidden_states.shape[1], valid).to(hidden_states.dtype) @ hidden_states
         key, values = self.split(self.k_proj(mixed)), self.split(self.v_proj(mixed))
         query = self.split(self.q_proj(hidden_states))
         context = functional.scaled_dot_product_attention(query, key, values, dropout_p=self.dropout_p())
         return context.transpose(1, 2)
 
-    def _weights(
-        self, hidden_states: Float[Tensor, "batch frames width"], valid: Bool[Tensor, "batch frames"] | None
-    ) -> Float[Tensor, "some slots frames"]:
-        """E of every item, by linear interpolation; zero for padding."""
-        frames = hidden_states.shape[1]
-        lengths = hidden_states.new_full((1, 1), frames) if valid is None else valid.sum(1, keepdim=True).clamp(min=1)
-        places = (torch.arange(frames, device=hidden_states.device) + 0.5) * POINTS / lengths - 0.5
-        places = places.clamp(0, POINTS - 1)
-        left = places.floor().long().clamp(max=POINTS - 2)
-        share = (places - left).to(self.mixture.dtype)
-        between = self.mixture[:, left] * (1 - share) + self.mixture[:, left + 1] * share
-        weights = between.transpose(0, 1) * (POINTS**0.5 / lengths)[:, None]
-        return weights if valid is None else weights * valid[:, None]
+
+class LinformerCore(Core):
+    """Attention over mixtures of keys and values in a pretrained model; at first, each is a mean of a segment."""
+
+    def __init__(self, technique: Linformer, layer: AttentionLayer) -> None:
+        super().__init__(technique, layer)
+        slots = technique.slots
+        segment = torch.arange(POINTS) * slots // POINTS
+        means = (segment == torch.arange(slots)[:, None]) * slots / POINTS**0.5
+        self.mixture = nn.Parameter(means.to(layer.projection("query").weight))
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        weights = _weights(self.mixture, inputs.key.shape[2], inputs.valid)[:, None].to(inputs.key.dtype)
+        return functional.scaled_dot_product_attention(
+            inputs.query,
+            weights @ inputs.key,
+            weights @ inputs.values,
+            dropout_p=inputs.dropout_p,
+            scale=inputs.scaling,
+        )
+
+
+def _weights(
+    mixture: Float[Tensor, "slots points"], frames: int, valid: Bool[Tensor, "batch frames"] | None
+) -> Float[Tensor, "some slots frames"]:
+    """E of every item, by linear interpolation; zero for padding."""
+    lengths = mixture.new_full((1, 1), frames) if valid is None else valid.sum(1, keepdim=True).clamp(min=1)
+    places = (torch.arange(frames, device=mixture.device) + 0.5) * POINTS / lengths - 0.5
+    places = places.clamp(0, POINTS - 1)
+    left = places.floor().long().clamp(max=POINTS - 2)
+    share = (places - left).to(mixture.dtype)
+    between = mixture[:, left] * (1 - share) + mixture[:, left + 1] * share
+    weights = between.transpose(0, 1) * (POINTS**0.5 / lengths)[:, None]
+    return weights if valid is None else weights * valid[:, None]
 
 
 class Linformer(Technique, notation="linformer-{slots}", label="Linformer, {slots} slots"):
@@ -70,3 +92,5 @@ class Linformer(Technique, notation="linformer-{slots}", label="Linformer, {slot
     slots: int
     source = "Wang et al., Linformer, arXiv 2006.04768"
     attention = LinformerAttention
+    core = LinformerCore
+    not_causal = "its slots are mixtures of all tokens, later ones included"

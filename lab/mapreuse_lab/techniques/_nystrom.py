@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mapreuse_lab.techniques._compressed_attention import ContentAttention
+from mapreuse_lab.techniques._pretrained import AttentionInputs
 from mapreuse_lab.techniques._technique import Technique
 
 _STEPS = 6
@@ -34,18 +35,30 @@ class NystromAttention(ContentAttention):
     """Attention through landmarks."""
 
     def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
-        batch, frames, _ = hidden_states.shape
-        lengths = hidden_states.new_full((batch,), frames, dtype=torch.long) if valid is None else valid.sum(1)
-        means, used = _segment_means(hidden_states, lengths, self.technique.landmarks)
-        few_queries, few_keys = self.split(self.q_proj(means)) * self.scaling, self.split(self.k_proj(means))
-        query, key = self.split(self.q_proj(hidden_states)) * self.scaling, self.split(self.k_proj(hidden_states))
-        mask = None if valid is None else valid[:, None, None, :]
-        values = self.split(self.v_proj(hidden_states))
-        gathered = functional.scaled_dot_product_attention(few_queries, key, values, mask, scale=1.0)
-        unused = ~used[:, None, None, :]
-        between = _softmax(few_queries @ few_keys.mT, unused).masked_fill(unused.mT, 0.0)
-        to_landmarks = _softmax(query @ few_keys.mT, unused)
-        return (to_landmarks @ (_pseudo_inverse(between) @ gathered)).transpose(1, 2)
+        query, key, values = self.project(hidden_states)
+        return _attend(query * self.scaling, key, values, valid, self.technique.landmarks).transpose(1, 2)
+
+
+def _attend(
+    query: Float[Tensor, "batch heads frames dim"],
+    key: Float[Tensor, "batch heads frames dim"],
+    values: Float[Tensor, "batch heads frames value_dim"],
+    valid: Bool[Tensor, "batch frames"] | None,
+    landmarks: int,
+) -> Float[Tensor, "batch heads frames value_dim"]:
+    """The context of scaled queries. Means of projected frames are projections of mean frames."""
+    batch, heads, frames, _ = query.shape
+    lengths = torch.full((batch,), frames, device=query.device) if valid is None else valid.sum(1)
+    (few_queries, used), (few_keys, _) = (
+        _segment_means(part.transpose(1, 2).flatten(2), lengths, landmarks) for part in (query, key)
+    )
+    few_queries, few_keys = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (few_queries, few_keys))
+    mask = None if valid is None else valid[:, None, None, :]
+    gathered = functional.scaled_dot_product_attention(few_queries, key, values, mask, scale=1.0)
+    unused = ~used[:, None, None, :]
+    between = _softmax(few_queries @ few_keys.mT, unused).masked_fill(unused.mT, 0.0)
+    to_landmarks = _softmax(query @ few_keys.mT, unused)
+    return to_landmarks @ (_pseudo_inverse(between) @ gathered)
 
 
 def _segment_means(
@@ -91,3 +104,8 @@ class Nystrom(Technique, notation="nystrom-{landmarks}", label="Nyström, {landm
     landmarks: int
     source = "Xiong et al., Nyströmformer, AAAI 2021"
     attention = NystromAttention
+    not_causal = "its landmarks are means over all tokens, later ones included"
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        query = inputs.query * inputs.scaling
+        return _attend(query, inputs.key, inputs.values, inputs.valid, self.landmarks)

@@ -20,12 +20,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse_lab.techniques._compressed_attention import ContentAttention
 from mapreuse_lab.techniques._linear import attend_by_features
+from mapreuse_lab.techniques._pretrained import AttentionInputs, AttentionLayer, Core
 from mapreuse_lab.techniques._technique import Technique
 
 _EPSILON = 1e-4
@@ -42,19 +43,45 @@ class PerformerAttention(ContentAttention):
         self.register_buffer("directions", directions.to(original.q_proj.weight))
 
     def context(self, hidden_states: Tensor, positions: Tensor, valid: Tensor | None, **kwargs: Any) -> Tensor:
-        query = self.split(self.q_proj(hidden_states)) * self.head_dim**-0.25
-        key = self.split(self.k_proj(hidden_states)) * self.head_dim**-0.25
-        by_direction = query @ self.directions.mT
-        query_features = _positive(by_direction, query, by_direction.amax(-1, keepdim=True))
-        by_direction = key @ self.directions.mT
-        unpadded = by_direction.detach()
-        if valid is not None:
-            unpadded = unpadded.masked_fill(~valid[:, None, :, None], -torch.inf)
-        maximum = unpadded.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(key.dtype).min)
-        key_features = _positive(by_direction, key, maximum)
-        if valid is not None:
-            key_features = key_features.masked_fill(~valid[:, None, :, None], 0.0)
-        return attend_by_features(query_features, key_features, self.split(self.v_proj(hidden_states)))
+        query, key, values = self.project(hidden_states)
+        return attend_by_features(*_features(query, key, self.scaling, self.directions, valid), values)
+
+
+class PerformerCore(Core):
+    """Attention by positive random features in a pretrained model."""
+
+    directions: Tensor
+
+    def __init__(self, technique: Performer, layer: AttentionLayer) -> None:
+        super().__init__(technique, layer)
+        directions = _orthogonal_directions(technique.num_features, layer.head_dim)
+        self.register_buffer("directions", directions.to(layer.projection("query").weight))
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        features = _features(inputs.query, inputs.key, inputs.scaling, self.directions, inputs.valid)
+        return attend_by_features(*features, inputs.values).transpose(1, 2)
+
+
+def _features(
+    query: Float[Tensor, "batch heads frames dim"],
+    key: Float[Tensor, "batch heads frames dim"],
+    scaling: float,
+    directions: Float[Tensor, "features dim"],
+    valid: Bool[Tensor, "batch frames"] | None,
+) -> tuple[Tensor, Tensor]:
+    """φ(Q), and φ(K) with zeros for padding."""
+    query, key = query * scaling**0.5, key * scaling**0.5
+    by_direction = query @ directions.mT
+    query_features = _positive(by_direction, query, by_direction.amax(-1, keepdim=True))
+    by_direction = key @ directions.mT
+    unpadded = by_direction.detach()
+    if valid is not None:
+        unpadded = unpadded.masked_fill(~valid[:, None, :, None], -torch.inf)
+    maximum = unpadded.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(key.dtype).min)
+    key_features = _positive(by_direction, key, maximum)
+    if valid is not None:
+        key_features = key_features.masked_fill(~valid[:, None, :, None], 0.0)
+    return query_features, key_features
 
 
 def _positive(
@@ -78,3 +105,5 @@ class Performer(Technique, notation="performer-{num_features}", label="Performer
     num_features: int
     source = "Choromanski et al., Rethinking Attention with Performers, ICLR 2021"
     attention = PerformerAttention
+    core = PerformerCore
+    not_causal = "its features of keys are scaled by a maximum over all tokens, later ones included"

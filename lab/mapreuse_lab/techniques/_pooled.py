@@ -17,9 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from mapreuse_lab.techniques._compressed_attention import RelativeAttention
 from mapreuse_lab.techniques._frame_steps import in_steps, step_distances, valid_steps
+from mapreuse_lab.techniques._pretrained import AttentionInputs
 from mapreuse_lab.techniques._technique import Technique
 
 
@@ -41,11 +43,12 @@ class PooledAttention(RelativeAttention):
         return frames[:, : hidden_states.shape[1]]
 
 
-def _means(hidden_states: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    weights = hidden_states.new_ones(1, hidden_states.shape[1], 1)
+def _means(rows: Tensor, valid: Tensor | None, size: int) -> Tensor:
+    """Means of `size` rows (…, frames, dim) that are not padding; `valid` is (…, frames)."""
+    weights = rows.new_ones(*(1,) * (rows.dim() - 2), rows.shape[-2], 1)
     if valid is not None:
-        weights = valid[..., None].to(hidden_states.dtype)
-    total = in_steps(hidden_states * weights, size).sum(-2)
+        weights = valid[..., None].to(rows.dtype)
+    total = in_steps(rows * weights, size).sum(-2)
     return total / in_steps(weights, size).sum(-2).clamp(min=1)
 
 
@@ -55,3 +58,15 @@ class Pooled(Technique, notation="pool-{size}", label="keys and values pooled by
     size: int
     source = "Liu et al., Generating Wikipedia, ICLR 2018; Fan et al., Multiscale Vision Transformers, ICCV 2021"
     attention = PooledAttention
+    not_causal = "a mean of keys would contain later tokens"
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Means of projected frames are projections of mean frames."""
+        valid = inputs.valid
+        rows = None if valid is None else valid[:, None]
+        key, values = (_means(part, rows, self.size) for part in (inputs.key, inputs.values))
+        steps = valid_steps(valid, self.size)
+        mask = None if steps is None else steps[:, None, None, :]
+        return functional.scaled_dot_product_attention(
+            inputs.query, key, values, mask, inputs.dropout_p, scale=inputs.scaling
+        )

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mapreuse_lab.techniques._compressed_attention import RelativeAttention
+from mapreuse_lab.techniques._pretrained import AttentionInputs
 from mapreuse_lab.techniques._technique import Technique
 
 
@@ -34,7 +35,7 @@ class ProbSparseAttention(RelativeAttention):
         if valid is None:
             valid = hidden_states.new_ones(batch, frames, dtype=torch.bool)
         query, key, values = self.project(hidden_states)
-        chosen, is_chosen = self._choose(query.detach(), key.detach(), valid)
+        chosen, is_chosen = _choose(query.detach(), key.detach(), valid, self.technique.factor)
         few = query.gather(2, chosen[..., None].expand(-1, -1, -1, self.head_dim))
         bias = self._positional(few, self.relative_keys(positions), chosen)
         attended = functional.scaled_dot_product_attention(
@@ -45,31 +46,7 @@ class ProbSparseAttention(RelativeAttention):
             self.dropout_p(),
             scale=self.scaling,
         )
-        unpadded = valid[:, None, :, None]
-        mean = (values * unpadded).sum(2, keepdim=True) / unpadded.sum(2, keepdim=True).clamp(min=1)
-        found = torch.where(is_chosen[:, None, :, None], attended, mean.to(attended.dtype))
-        context = mean.to(found.dtype).expand_as(values).scatter(2, chosen[..., None].expand_as(found), found)
-        return context.transpose(1, 2)
-
-    def _choose(
-        self,
-        query: Float[Tensor, "batch heads frames dim"],
-        key: Float[Tensor, "batch heads frames dim"],
-        valid: Bool[Tensor, "batch frames"],
-    ) -> tuple[Int[Tensor, "batch heads some"], Bool[Tensor, "batch some"]]:
-        """The queries that attend, for every item and head, and True for those that the item's own length allows."""
-        lengths = valid.sum(1, keepdim=True).clamp(min=1)
-        numbers = (self.technique.factor * lengths.log()).ceil().long().clamp(min=2).minimum(lengths)
-        maximum = int(numbers.max())
-        ranks = torch.arange(maximum, device=query.device)
-        is_chosen = ranks < numbers
-        sampled = ((ranks + 0.5) * lengths / numbers).long().minimum(lengths - 1)
-        samples = key.gather(2, sampled[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
-        scores = query @ samples.mT
-        unused = ~is_chosen[:, None, None, :]
-        mean = scores.masked_fill(unused, 0.0).sum(-1) / numbers[:, None]
-        measure = scores.masked_fill(unused, -torch.inf).amax(-1) - mean
-        return measure.masked_fill(~valid[:, None], -torch.inf).topk(maximum, dim=-1).indices, is_chosen
+        return _with_means(attended, values, valid, chosen, is_chosen).transpose(1, 2)
 
     def _positional(
         self,
@@ -84,9 +61,56 @@ class ProbSparseAttention(RelativeAttention):
         return scores.gather(-1, distances)
 
 
+def _choose(
+    query: Float[Tensor, "batch heads frames dim"],
+    key: Float[Tensor, "batch heads frames dim"],
+    valid: Bool[Tensor, "batch frames"],
+    factor: int,
+) -> tuple[Int[Tensor, "batch heads some"], Bool[Tensor, "batch some"]]:
+    """The queries that attend, for every item and head, and True for those that the item's own length allows."""
+    lengths = valid.sum(1, keepdim=True).clamp(min=1)
+    numbers = (factor * lengths.log()).ceil().long().clamp(min=2).minimum(lengths)
+    maximum = int(numbers.max())
+    ranks = torch.arange(maximum, device=query.device)
+    is_chosen = ranks < numbers
+    sampled = ((ranks + 0.5) * lengths / numbers).long().minimum(lengths - 1)
+    samples = key.gather(2, sampled[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3]))
+    scores = query @ samples.mT
+    unused = ~is_chosen[:, None, None, :]
+    mean = scores.masked_fill(unused, 0.0).sum(-1) / numbers[:, None]
+    measure = scores.masked_fill(unused, -torch.inf).amax(-1) - mean
+    return measure.masked_fill(~valid[:, None], -torch.inf).topk(maximum, dim=-1).indices, is_chosen
+
+
+def _with_means(
+    attended: Float[Tensor, "batch heads some dim"],
+    values: Float[Tensor, "batch heads frames dim"],
+    valid: Bool[Tensor, "batch frames"],
+    chosen: Int[Tensor, "batch heads some"],
+    is_chosen: Bool[Tensor, "batch some"],
+) -> Float[Tensor, "batch heads frames dim"]:
+    """The contexts of the chosen queries; for all others, the mean of the values."""
+    unpadded = valid[:, None, :, None]
+    mean = (values * unpadded).sum(2, keepdim=True) / unpadded.sum(2, keepdim=True).clamp(min=1)
+    found = torch.where(is_chosen[:, None, :, None], attended, mean.to(attended.dtype))
+    return mean.to(found.dtype).expand_as(values).scatter(2, chosen[..., None].expand_as(found), found)
+
+
 class ProbSparse(Technique, notation="probsparse-{factor}", label="ProbSparse, {factor}·ln T queries"):
     """`factor`·ln T of T queries attend."""
 
     factor: int
     source = "Zhou et al., Informer, AAAI 2021"
     attention = ProbSparseAttention
+    not_causal = "which queries attend depends on all tokens, later ones included"
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        query, key, valid = inputs.query, inputs.key, inputs.valid
+        if valid is None:
+            valid = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+        chosen, is_chosen = _choose(query.detach(), key.detach(), valid, self.factor)
+        few = query.gather(2, chosen[..., None].expand(-1, -1, -1, query.shape[-1]))
+        attended = functional.scaled_dot_product_attention(
+            few, key, inputs.values, inputs.mask(), inputs.dropout_p, scale=inputs.scaling
+        )
+        return _with_means(attended, inputs.values, valid, chosen, is_chosen)

@@ -38,6 +38,7 @@ class QueryKeyDim(Technique, notation="qk-dim-{dim}", label="query/key dimension
     dim: int
     source = "Bhojanapalli et al., Low-Rank Bottleneck in Multi-head Attention Models, ICML 2020"
     attention = NarrowAttention
+    not_pretrained = "its attention classes have one width for queries, keys and values"
 
     def check(self, encoder: ParakeetEncoder) -> None:
         before = encoder.layers[0].self_attn.head_dim

@@ -23,13 +23,17 @@ https://arxiv.org/abs/2110.06821 (partial reuse)
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+
+from torch import Tensor, nn
 from transformers import ParakeetEncoder
 
+import mapreuse as mr
 from mapreuse.models import apply
 from mapreuse.plan import ReusePlan
-from mapreuse_lab.techniques._notation import layer_sources
-from mapreuse_lab.techniques._technique import Technique, check_plan
+from mapreuse_lab.techniques._notation import layer_sources, plan_notation
+from mapreuse_lab.techniques._pretrained import PretrainedStack
+from mapreuse_lab.techniques._technique import Technique, check_plan, wrong_depth
 
 
 class Full(Technique, notation="full", label="full attention"):
@@ -39,6 +43,9 @@ class Full(Technique, notation="full", label="full attention"):
 
     def change(self, model: nn.Module, encoder: ParakeetEncoder) -> None:
         apply(model, ReusePlan.full(len(encoder.layers)))
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        """The model stays as it is, with the attention of transformers."""
 
 
 class Reuse(
@@ -69,10 +76,81 @@ class Reuse(
             raise ValueError(f"{self.name}: the layers have {num_heads} heads, no more than {self.partial}")
 
     def change(self, model: nn.Module, encoder: ParakeetEncoder) -> None:
-        plan, num_heads = self.plan, encoder.config.num_attention_heads
-        if self.partial is not None:
-            first = num_heads - self.partial
-            heads = [None] * first + list(range(first, num_heads))
-            reusing = [layer for layer in range(plan.num_layers) if plan.reuses(layer)]
-            plan = ReusePlan.from_sources(layer_sources(plan), dict.fromkeys(reusing, heads))
-        apply(model, plan)
+        apply(model, self._by_heads(encoder.config.num_attention_heads))
+
+    def why_not(self, stack: PretrainedStack) -> str:
+        if self.partial is not None and self.partial >= stack.num_heads:
+            return f"its layers have {stack.num_heads} heads, no more than {self.partial}"
+        return wrong_depth(self.plan, stack)
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        """Share maps, with heads aligned and projections refitted on calibration data."""
+        share_maps(stack, self._by_heads(stack.num_heads), batches)
+
+    def _by_heads(self, num_heads: int) -> ReusePlan:
+        """The plan, in which only the last `partial` heads of each reusing layer reuse."""
+        if self.partial is None:
+            return self.plan
+        first = num_heads - self.partial
+        heads = [None] * first + list(range(first, num_heads))
+        reusing = [layer for layer in range(self.plan.num_layers) if self.plan.reuses(layer)]
+        return ReusePlan.from_sources(layer_sources(self.plan), dict.fromkeys(reusing, heads))
+
+
+def share_maps(stack: PretrainedStack, plan: ReusePlan, batches: list[dict[str, Tensor]]) -> None:
+    """Apply a plan in place: whole layers with their heads aligned, then value and output projections refitted."""
+    original = copy.deepcopy(stack.module)
+    mr.apply(stack.module, mr.align(original, plan, batches) if plan.num_heads is None else plan)
+    mr.refit(stack.module, original, batches)
+
+
+class SharedKeys(
+    Technique,
+    notation="keys-{keys}-window-{window}+reuse-{plan}",
+    label="{keys} shared keys, window {window}, reuse {plan}",
+    from_scratch=False,
+):
+    """Source layers publish which keys matter; the others attend to those, the nearest, and the first.
+
+    Attributes:
+        keys: number of keys for each block of queries.
+        window: a reusing layer also attends to the keys less than `window` positions away.
+        plan: whose keys each layer reads.
+    """
+
+    keys: int
+    window: int
+    plan: ReusePlan
+    source = "share mode keys of mapreuse, after Kascade and TidalDecode (arXiv 2410.05076)"
+
+    def why_not(self, stack: PretrainedStack) -> str:
+        return wrong_depth(self.plan, stack)
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        plan = ReusePlan.parse(plan_notation(self.plan), share="keys", keys=self.keys, window=self.window)
+        mr.apply(stack.module, plan)
+
+
+class CorrectedMaps(
+    Technique,
+    notation="corrected-{rank}+reuse-{plan}",
+    label="reuse {plan}, corrected by rank {rank}",
+    minimum=2,
+    from_scratch=False,
+):
+    """Reusing layers add products of `rank` numbers per head to the scores of their source.
+
+    Attributes:
+        rank: width of the queries and keys that a reusing layer adds.
+        plan: whose scores each layer applies, layer by layer.
+    """
+
+    rank: int
+    plan: ReusePlan
+    source = "share mode corrected of mapreuse, after LiSA (arXiv 2408.01890)"
+
+    def why_not(self, stack: PretrainedStack) -> str:
+        return wrong_depth(self.plan, stack)
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        share_maps(stack, ReusePlan.parse(plan_notation(self.plan), share="corrected", rank=self.rank), batches)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mapreuse_lab.techniques._compressed_attention import RelativeAttention
+from mapreuse_lab.techniques._pretrained import AttentionInputs
 from mapreuse_lab.techniques._technique import Technique
 
 _ROWS = 64
@@ -79,3 +80,15 @@ class Strided(Technique, notation="strided-{stride}", label="strided attention, 
     stride: int
     source = "Burchi & Vielzeuf, Efficient Conformer, ASRU 2021"
     attention = StridedAttention
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        mask = inputs.mask()
+        context = functional.scaled_dot_product_attention(
+            inputs.query[:, :, :: self.stride],
+            inputs.key,
+            inputs.values,
+            mask[:, :, :: self.stride] if mask is not None and inputs.causal else mask,
+            inputs.dropout_p,
+            scale=inputs.scaling,
+        )
+        return context.repeat_interleave(self.stride, dim=2)[:, :, : inputs.query.shape[2]]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.techniques._notation import fill, plan_notation, settings_in
+from mapreuse_lab.techniques._pretrained import AttentionInputs, Core, PretrainedStack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,7 +22,7 @@ TECHNIQUES: dict[str, type[Technique]] = {}
 @dataclass_transform(frozen_default=True)
 @dataclass(frozen=True)
 class Technique:
-    """One way of compressing the self-attention of a Parakeet encoder.
+    """One way of compressing self-attention, of a Parakeet encoder to be trained or of a pretrained model.
 
     A subclass is a frozen dataclass of its settings, without a decorator:
 
@@ -34,11 +35,17 @@ class Technique:
         notation: template of the names, such as "window-{radius}[-global-{num_global}]". It registers the class.
         label: template of the name in tables.
         minimum: smallest value of the integer settings.
+        from_scratch: False if it needs a pretrained model.
 
     Class attributes:
         source: the paper, for tables.
         attention: class of the module that replaces every layer's attention, made by `attention(original, technique,
             layer)`: a `CompressedAttention`, `ContentAttention` or `RelativeAttention`.
+
+        not_pretrained: why it does not apply to pretrained models; empty if it does.
+        not_causal: why it does not apply to causal models; empty if it does.
+
+    On pretrained models it defines `attend`, or overrides `convert` if it changes projections or layers.
 
     It overrides `check` if its settings do not fit every encoder, and `change` if it does more than replace every
     layer's attention.
@@ -52,6 +59,9 @@ class Technique:
        `test_every_technique.py` then cover it (padding, gradients, dropout, mixed precision, saving, copying). Add
        its formula, written as plainly as possible, to `test_formulas.py`, and its cost to `test_costs.py`.
 
+    4. For pretrained models, define `attend` or `convert`, and add a dense definition to
+       `test_pretrained_techniques.py`.
+
     Symbols in the formulas: T encoder frames, C width, H heads, d head dimension, H·d = C. Costs are those of one
     layer's attention besides its query, key, value and output projections (2·T·C² each, unless the file says
     otherwise): FLOPs, two for a multiplication and addition, and numbers stored for a batch of one.
@@ -61,10 +71,14 @@ class Technique:
     label: ClassVar[str]
     minimum: ClassVar[int]
     attention: ClassVar[Any] = None
+    from_scratch: ClassVar[bool]
+    not_pretrained: ClassVar[str] = ""
+    not_causal: ClassVar[str] = ""
+    core: ClassVar[Any] = Core
 
-    def __init_subclass__(cls, *, notation: str, label: str, minimum: int = 1) -> None:
+    def __init_subclass__(cls, *, notation: str, label: str, minimum: int = 1, from_scratch: bool = True) -> None:
         dataclass(frozen=True)(cls)
-        cls.notation, cls.label, cls.minimum = notation, label, minimum
+        cls.notation, cls.label, cls.minimum, cls.from_scratch = notation, label, minimum, from_scratch
         TECHNIQUES[notation] = cls
 
     def __post_init__(self) -> None:
@@ -101,6 +115,11 @@ class Technique:
             settings["plan"] = "head by head"
         return fill(self.label, settings)
 
+    @property
+    def pretrained_title(self) -> str:
+        """The name in tables of pretrained models."""
+        return self.title
+
     def apply(self, model: Model) -> Model:
         """Give the encoder in `model` this attention, in place; returns the model.
 
@@ -109,6 +128,8 @@ class Technique:
         Raises:
             ValueError: the technique does not fit. The model is then unchanged.
         """
+        if not self.from_scratch:
+            raise ValueError(f"{self.name} changes pretrained models; use convert_pretrained")
         encoder = _untouched_encoder(model)
         self.check(encoder)
         self.change(model, encoder)
@@ -126,6 +147,39 @@ class Technique:
         made = [self.attention(block.self_attn, self, i, *arguments) for i, block in enumerate(encoder.layers)]
         for block, attention in zip(encoder.layers, made, strict=True):
             block.self_attn = attention
+
+    def why_not(self, stack: PretrainedStack) -> str:
+        """Why the technique does not apply to a pretrained model; empty if it does."""
+        return self.not_pretrained or (self.not_causal if stack.causal else "")
+
+    def convert_pretrained(self, model: Model, batches: list[dict[str, Tensor]]) -> Model:
+        """Give a pretrained model this attention, in place; returns the model.
+
+        Args:
+            model: an untouched model of transformers with one stack of layers.
+            batches: calibration data, keyword arguments of the model.
+
+        Raises:
+            ValueError: the technique does not apply.
+        """
+        stack = PretrainedStack(model)
+        if reason := self.why_not(stack):
+            raise ValueError(f"{self.name} does not apply to {type(model).__name__}: {reason}")
+        self.convert(stack, batches)
+        return model
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        """Change a pretrained stack, to which the technique applies, in place."""
+        stack.use_interface()
+        for layer in stack.layers:
+            layer.use(self.core(self, layer))
+
+    def finish(self, model: nn.Module) -> None:
+        """Change a converted model after recovery, in place, if it must be trained in another form."""
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """The context of one layer of a pretrained model, (batch, heads, positions, dim)."""
+        raise NotImplementedError
 
     def _settings(self) -> dict[str, str]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -149,6 +203,12 @@ def parse(name: str) -> Technique:
         if settings is not None:
             return technique(**settings)
     raise ValueError(f"no technique {name!r}; the forms are {', '.join(TECHNIQUES)}")
+
+
+def wrong_depth(plan: ReusePlan, stack: PretrainedStack) -> str:
+    """Why a plan does not fit a pretrained stack; empty if it does."""
+    fits = plan.num_layers == len(stack.layers) and plan.num_heads in (None, stack.num_heads)
+    return "" if fits else f"the plan has {plan.num_layers} layers, but the model has {len(stack.layers)}"
 
 
 def check_plan(encoder: ParakeetEncoder, plan: ReusePlan, num_heads: int) -> None:

@@ -3,7 +3,8 @@
     map = softmax(S) over the keys j with |i − j| ≤ R, or j < G;  a query i < G attends to all keys
     S[i, j] = ((Q[i] + u) · K[j] + (Q[i] + v) · R[i − j]) / √d,  without the positional term if i < G or j < G
 
-with Q, K, V (H, T, d), a radius of R frames and G global frames.
+with Q, K, V (H, T, d), a radius of R frames and G global frames. In a pretrained model S = Q Kᵀ / √d, with rotary
+positions in Q and K; in a causal one, j ≤ i for all queries, so that the G first tokens are the sinks of Xiao et al.
 
 Cost, in blocks of b query rows (b near R), each with the b + 2R keys that its windows span: 4·T·(b + 2R)·C FLOPs for
 contents and values, 2·T·(2R + 1)·C for positions, of which only 2R + 1 are projected; global frames add 8·G·T·C.
@@ -14,11 +15,13 @@ As in NeMo's conversion for long audio (`rel_pos_local_attn`), the global frames
 projections as all others, and scores with them have no positional term. A global frame inside a window counts
 once, not twice. Longformer's windows are those of full attention with absolute positions.
 
-Papers: https://arxiv.org/abs/2004.05150 (Longformer), https://arxiv.org/abs/2305.05084 (Fast Conformer)
+Papers: https://arxiv.org/abs/2004.05150 (Longformer), https://arxiv.org/abs/2305.05084 (Fast Conformer),
+https://arxiv.org/abs/2309.17453 (first tokens as sinks)
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +33,12 @@ from torch.nn import functional
 from transformers import ParakeetEncoder
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
+import mapreuse as mr
 from mapreuse.plan import ReusePlan
 from mapreuse_lab.techniques._layer_sharing import LayerSharingAttention, open_shared_maps
-from mapreuse_lab.techniques._technique import Technique, check_plan
+from mapreuse_lab.techniques._notation import layer_sources
+from mapreuse_lab.techniques._pretrained import AttentionInputs, AttentionLayer, Core, LayerStore, PretrainedStack
+from mapreuse_lab.techniques._technique import Technique, check_plan, wrong_depth
 
 _MIN_ROWS, _MAX_ROWS = 32, 128
 """Query rows of a block: with fewer, products are small; with more, most keys of a block are in few windows."""
@@ -66,6 +72,30 @@ class WindowAttention(LayerSharingAttention):
             valid=valid,
             keep=self.is_shared,
         )
+
+
+class WindowCore(Core):
+    """Attention within a window in a pretrained model, by the layer's own map or by that of its source."""
+
+    def __init__(self, technique: Window, layer: AttentionLayer, plan: ReusePlan, store: LayerStore) -> None:
+        super().__init__(technique, layer)
+        self.source = layer_sources(plan)[layer.index]
+        self.heads = [source[1] if source else h for h, source in enumerate(plan.heads(layer.index, layer.num_heads))]
+        self.is_own, self.is_shared = self.source == layer.index, bool(plan.readers(self.source))
+        self.store = store
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        if self.is_own:
+            bands = _Bands.of(inputs.query.shape[2], self.technique.radius, self.technique.num_global)
+            query, causal = inputs.query * inputs.scaling, inputs.causal
+            band_map = BandMap(
+                bands, query=query, key=inputs.key, valid=inputs.valid, keep=self.is_shared, causal=causal
+            )
+            if self.is_shared:
+                self.store.tensors[self.source] = band_map
+        else:
+            band_map = self.store.tensors[self.source].of_heads(self.heads)
+        return band_map.apply(inputs.values, inputs.dropout_p).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -127,11 +157,12 @@ class BandMap:
 
     Args:
         bands: how frames are divided into blocks.
-        query, relative_query: scaled queries of contents and of positions.
+        query, relative_query: scaled queries of contents and of positions; None without relative positions.
         key: keys.
-        relative_key: keys of the distances radius … −radius.
+        relative_key: keys of the distances radius … −radius; None without relative positions.
         valid: True for frames that are not padding; None if there is no padding.
         keep: store the weights, because several layers apply them; otherwise `apply` computes them.
+        causal: no frame attends to later ones.
     """
 
     def __init__(
@@ -140,15 +171,16 @@ class BandMap:
         *,
         query: Float[Tensor, "batch heads frames dim"],
         key: Float[Tensor, "batch heads frames dim"],
-        relative_query: Float[Tensor, "batch heads frames dim"],
-        relative_key: Float[Tensor, "positions heads near dim"],
+        relative_query: Float[Tensor, "batch heads frames dim"] | None = None,
+        relative_key: Float[Tensor, "positions heads near dim"] | None = None,
         valid: Bool[Tensor, "batch frames"] | None,
         keep: bool,
+        causal: bool = False,
     ) -> None:
-        self._bands = bands
+        self._bands, self._causal = bands, causal
         self._query, self._key, self._valid = query, key, valid
-        self._queries, self._relative_queries = bands.of_queries(query), bands.of_queries(relative_query)
-        self._relative_key = relative_key
+        self._queries, self._relative_key = bands.of_queries(query), relative_key
+        self._relative_queries = None if relative_query is None else bands.of_queries(relative_query)
         self._windows = bands.of_keys(key)
         usable = query.new_ones(1, 1, bands.frames, 1) if valid is None else valid[:, None, :, None].to(query.dtype)
         usable = usable.index_fill(2, torch.arange(bands.num_global, device=query.device), 0.0)
@@ -172,6 +204,13 @@ class BandMap:
             context = torch.cat([first, context[:, :, bands.num_global :]], dim=2)
         return context.transpose(1, 2)
 
+    def of_heads(self, heads: list[int]) -> BandMap:
+        """The same map with its heads in another order; it must be kept."""
+        chosen = copy.copy(self)
+        chosen._query, chosen._key = self._query[:, heads], self._key[:, heads]
+        chosen._kept = tuple(weights[:, heads] for weights in self._kept or ())
+        return chosen
+
     def _all_weights(self) -> Iterator[Float[Tensor, "batch heads some rows keys"]]:
         """The weights of the blocks, chunk by chunk."""
         batch, heads = self._query.shape[:2]
@@ -179,8 +218,13 @@ class BandMap:
 
     def _weights(self, chunk: slice) -> Tensor:
         bands = self._bands
-        near = self._relative_queries[:, :, chunk] @ self._relative_key[:, :, None].mT
+        if self._relative_queries is None or self._relative_key is None:
+            near = self._query.new_zeros(1, 1, 1, bands.rows, 2 * bands.radius + 1)
+        else:
+            near = self._relative_queries[:, :, chunk] @ self._relative_key[:, :, None].mT
         lowest = torch.finfo(near.dtype).min
+        if self._causal:
+            near[..., bands.radius + 1 :] = lowest
         # Row r has its score of distance R at key r. In rows that are one element longer, each begins one key later.
         slanted = functional.pad(near, (0, bands.rows), value=lowest).flatten(-2)[..., : -bands.rows]
         scores = slanted.unflatten(-1, (bands.rows, bands.keys))
@@ -199,6 +243,10 @@ class BandMap:
         """Context of the global frames, which attend to all keys."""
         mask = None if self._valid is None else self._valid[:, None, None, :]
         query = self._query[:, :, : self._bands.num_global]
+        if self._causal:
+            frames = self._bands.frames
+            earlier = torch.ones(query.shape[2], frames, dtype=torch.bool, device=query.device).tril()
+            mask = earlier if mask is None else earlier & mask
         return functional.scaled_dot_product_attention(query, self._key, values, mask, dropout_p, scale=1.0)
 
 
@@ -220,6 +268,7 @@ class Window(
     plan: ReusePlan | None = None
     source = "Beltagy, Peters & Cohan, Longformer, arXiv 2004.05150; Rekesh et al., Fast Conformer, ASRU 2023"
     attention = WindowAttention
+    core = WindowCore
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,3 +284,18 @@ class Window(
         if not plan.is_full:
             open_shared_maps(encoder)
         self.replace_attention(encoder, plan)
+
+    def why_not(self, stack: PretrainedStack) -> str:
+        return super().why_not(stack) or ("" if self.plan is None else wrong_depth(self.plan, stack))
+
+    def convert(self, stack: PretrainedStack, batches: list[dict[str, Tensor]]) -> None:
+        """Replace attention; heads that share windows are aligned on calibration data."""
+        plan, store = self.plan or ReusePlan.full(len(stack.layers)), LayerStore(stack.module)
+        if self.plan is not None:
+            plan = mr.align(stack.module, plan, batches)
+        stack.use_interface()
+        for layer in stack.layers:
+            core = WindowCore(self, layer, plan, store)
+            layer.use(core)
+            if core.source != layer.index:
+                layer.remove("query", "key")

@@ -69,6 +69,7 @@ class Recogniser:
         num_heads: int = 4,
         intermediate_size: int = 432,
         subsampling_channels: int = 64,
+        kernel_size: int = 15,
         dropout: float = 0.1,
         feature_config: FeatureConfig | None = None,
         seed: int = 0,
@@ -79,6 +80,7 @@ class Recogniser:
             vocabulary: characters in any order, also repeated.
             num_layers, hidden_size, num_heads, intermediate_size: of the encoder.
             subsampling_channels: channels of the subsampling convolutions.
+            kernel_size: number of frames that the convolution of a layer spans.
             dropout: dropout rate, everywhere.
             feature_config: settings of the features; default: `FeatureConfig()`.
             seed: random seed of the weights.
@@ -90,7 +92,7 @@ class Recogniser:
             hidden_size=hidden_size,
             num_attention_heads=num_heads,
             intermediate_size=intermediate_size,
-            conv_kernel_size=15,
+            conv_kernel_size=kernel_size,
             subsampling_factor=_SUBSAMPLING,
             subsampling_conv_channels=subsampling_channels,
             num_mel_bins=feature_config.num_mel_bins,

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
+from lhotse import MonoCut
 from lhotse.cut import Cut
-from torch import Tensor
-from torch.nn.functional import kl_div
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, kl_div
 
 from mapreuse.console import console
 from mapreuse.conversion import LoopConfig, TrainingLoop, TrainingState
@@ -41,6 +44,7 @@ class TrainConfig(LoopConfig):
         noise_probability: probability that noise is added to an utterance, at 10 to 45 dB below its level.
         mask_bands, mask_spans_per_second: numbers of masks of SpecAugment, per utterance and per second.
         distillation: weight of the divergence from the original, relative to the CTC loss; see `train`.
+        teacher_weight: weight of the error of the teacher's states, relative to the CTC loss; see `train`.
         seed: random seed of batches and augmentation.
     """
 
@@ -56,6 +60,7 @@ class TrainConfig(LoopConfig):
     mask_bands: int = 2
     mask_spans_per_second: float = 0.7
     distillation: float = 1.0
+    teacher_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +87,15 @@ def train(
         CTC + distillation · KL(p° ‖ p)
 
     with the output distributions p of the recogniser and p° of the original, at all frames that are not padding.
+
+    With a `teacher_weight`, it minimises
+
+        CTC + teacher_weight · mean (W h + b − s)²
+
+    with the last hidden states h of the encoder and the states s of a teacher, at the same frames. The linear layer
+    (W, b) is trained, too, and dropped afterwards. Every training utterance needs states as
+    `mapreuse_lab.models.taught_speech` makes them, and keeps its speed.
+
     Recovery after a conversion is this function with a short budget and a low learning rate.
 
     Every process of `accelerate launch` may call this function. On a CPU, `ACCELERATE_USE_CPU=true accelerate launch
@@ -102,6 +116,8 @@ def train(
     Raises:
         ValueError: if `out_dir` holds a damaged run or one with other settings or weights, or a loss is not finite.
     """
+    if config.teacher_weight and (config.speeds != (1.0,) or config.synthetic_utterances or original is not None):
+        raise ValueError("a teacher needs speeds=(1.0,), and neither synthetic utterances nor an original")
     plan = plan_of(recogniser.model)
     identity = {
         "corpus": corpus.name,
@@ -111,9 +127,15 @@ def train(
     }
     accelerator = Accelerator()
     with accelerator.main_process_first():
-        synthetic = _synthetic_speech(recogniser, corpus, config)
+        rate = recogniser.feature_config.sampling_rate
+        synthetic = synthetic_speech(corpus, config.synthetic_utterances, config.seed, rate)
     if original is not None:
         original.model.to(accelerator.device).eval()
+    trained: nn.Module = recogniser.model
+    if config.teacher_weight:
+        trained = nn.ModuleDict(
+            {"model": recogniser.model, "teacher": _teacher_head(recogniser, corpus, config.seed)}
+        )
 
     def loss(items: list[Item], step: int) -> Tensor:
         # A seed for each step makes a resumed run equal to an uninterrupted one without storing generators.
@@ -121,6 +143,8 @@ def train(
         torch.manual_seed(seed)
         batch = read_batch(items, recogniser, config, seed)
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        if config.teacher_weight:
+            return _taught_loss(trained.train(), items, recogniser, batch, config.teacher_weight)
         output = recogniser.model.train()(**batch)
         if original is None:
             return output.loss
@@ -141,7 +165,7 @@ def train(
         console.print(", ".join(f"{name} {value}" for name, value in entries[-1].items()), highlight=False)
 
     TrainingLoop(
-        recogniser.model,
+        trained,
         config,
         batches=lambda epoch, progress: epoch_batches(list(corpus.train), synthetic, config, epoch, progress),
         loss=loss,
@@ -220,20 +244,19 @@ def read_batch(items: Sequence[Item], recogniser: Recogniser, config: TrainConfi
     return {"input_features": batch, "attention_mask": mask, "labels": padded}
 
 
-def _synthetic_speech(recogniser: Recogniser, corpus: Corpus, config: TrainConfig) -> list[Cut]:
+def synthetic_speech(corpus: Corpus, number: int, seed: int, rate: int) -> list[Cut]:
     """Generated sentences, none of which contains a dev or test transcript, spoken by synthetic voices."""
-    if not config.synthetic_utterances:
+    if not number:
         return []
     transcripts = sorted({cut.supervisions[0].text for cut in corpus.train})
     texts = generate_sentences(
-        config.synthetic_utterances,
+        number,
         corpus.language,
-        seed=config.seed,
+        seed=seed,
         transcripts=transcripts,
         exclude=corpus.held_out,
     )
-    rate = recogniser.feature_config.sampling_rate
-    return [*synthesise(texts, corpus.language, cache_dir() / "synthetic", seed=config.seed, sampling_rate=rate)]
+    return [*synthesise(texts, corpus.language, cache_dir() / "synthetic", seed=seed, sampling_rate=rate)]
 
 
 def _divergence(original: Recogniser, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -244,3 +267,35 @@ def _divergence(original: Recogniser, logits: Tensor, batch: dict[str, Tensor]) 
     lengths = original.num_frames(batch["attention_mask"].sum(1))
     valid = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
     return kl_div(logits.log_softmax(-1)[valid], target[valid], reduction="batchmean", log_target=True)
+
+
+def teacher_states(cut: Cut) -> Float[Tensor, "states channels"]:
+    """The states of a teacher, from the file beside the recording."""
+    assert isinstance(cut, MonoCut)
+    assert cut.recording is not None
+    return load_file(Path(cut.recording.sources[0].source).with_suffix(".safetensors"))["states"].float()
+
+
+def _teacher_head(recogniser: Recogniser, corpus: Corpus, seed: int) -> nn.Linear:
+    """An untrained linear layer from the encoder's hidden states to the teacher's."""
+    channels = teacher_states(next(iter(corpus.train))).shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(recogniser.model.config.encoder_config.hidden_size, channels)
+
+
+def _taught_loss(
+    trained: nn.Module, items: list[Item], recogniser: Recogniser, batch: dict[str, Tensor], weight: float
+) -> Tensor:
+    """The CTC loss plus the mean squared error of the teacher's states, interpolated to the recogniser's frames."""
+    recorded: list[Tensor] = []
+    model, head = recogniser.model, trained.get_submodule("teacher")
+    with model.encoder.register_forward_hook(lambda _, __, output: recorded.append(output.last_hidden_state)):
+        loss = model(**batch).loss
+    lengths = recogniser.num_frames(batch["attention_mask"].sum(1)).tolist()
+    errors = []
+    for (cut, _), hidden_states, length in zip(items, recorded[0], lengths, strict=True):
+        states = teacher_states(cut).to(hidden_states.device)
+        aligned = interpolate(states.T[None], size=length, mode="linear")[0].T
+        errors.append((head(hidden_states[:length]) - aligned).square().flatten())
+    return loss + weight * torch.cat(errors).mean()

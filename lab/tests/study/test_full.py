@@ -43,7 +43,7 @@ def found(original, batches, *, error, cache):
     assert plan_of(original) is None
     assert len(batches) >= MIN_CONVERSION_BATCHES
     plans = [ReusePlan.parse(text) for text in ("4x1", "[0, 0, 0, 3]", "[0, 1, 1, 3]")]
-    return [Candidate(plan, error, 1.0, 1.0, 1.0, 1, lambda plan: original) for plan in plans]
+    return [Candidate(plan, error, 1.0, 1.0, 1.0, 1, None, lambda plan: original) for plan in plans]
 
 
 def in_this_process(function, request):

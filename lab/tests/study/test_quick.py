@@ -4,6 +4,7 @@ import itertools
 import json
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -115,10 +116,11 @@ def test_a_pretrained_recogniser_is_recovered_with_its_first_plan_and_timed_with
 ):
     corpus = internals.open_corpus("prompts:en")
     monkeypatch.setattr("mapreuse_lab.models._speech.open_corpus", lambda name: corpus)
+    monkeypatch.setattr(internals, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(1))
     config = replace(
         config,
         pretrained=str(small_moonshine),
-        pretrained_plans=("2x2", "1x4"),
+        pretrained_plans=("2x2", "1x4", "decoder 2x2"),
         pretrained_recovery_seconds=0.2,
         pretrained_lengths=(1,),
         lengths=(20,),
@@ -126,15 +128,18 @@ def test_a_pretrained_recogniser_is_recovered_with_its_first_plan_and_timed_with
     results = run(config, tmp_path)
     quality = results["pretrained"]["quality"]
     assert list(quality["2x2"]) == ["original", "by index", "aligned", "refitted", "recovered"]
-    assert list(quality["1x4"]) == ["original", "by index", "aligned", "refitted"]
+    for name in ("1x4", "decoder 2x2"):
+        assert list(quality[name]) == ["original", "by index", "aligned", "refitted"]
     ((_, found),) = results["pretrained"]["latency"]["batches"].items()
     names = {"sdpa", "mapreuse full", "mapreuse 2x2", "mapreuse 1x4"}
     assert names <= {name for name, one in found["contestants"].items() if "median" in one}
 
     *_, table = summary_tables(results)
-    assert [row[0] for row in table.rows] == ["full (original)", "2x2", "1x4"]
+    assert [row[0] for row in table.rows] == ["full (original)", "2x2", "1x4", "decoder 2x2"]
+    assert set(results["pretrained"]["transcription"]) == {"full", "2x2", "1x4", "decoder 2x2"}
     assert "2x2 " in table.notes[0]
     assert table.markdown() in report(results)
+    assert "whole transcription" in report(results)
     assert "of recovery" in verdict(results)[0]
 
 

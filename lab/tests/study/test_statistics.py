@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from mapreuse_lab.study._statistics import SeedNoise, difference, seed_noise, significance
+from mapreuse_lab.study._statistics import SeedNoise, difference, holm, seed_noise, significance
 from mapreuse_lab.training import Errors
 
 REFERENCES = [f"one two three {number}" for number in range(40)]
@@ -80,3 +80,9 @@ def test_seed_noise_is_the_residual_of_technique_and_seed():
     assert seed_noise([crossed], "wer") == SeedNoise(pytest.approx(1.0), 1)
     assert seed_noise([crossed, crossed], "wer") == SeedNoise(pytest.approx(1.0), 2)
     assert seed_noise([], "wer") == seed_noise([[rated([0.3, 0.1])]], "wer") == SeedNoise(0.0, 0)
+
+
+def test_holm_multiplies_the_smallest_p_value_by_the_number_of_tests_and_keeps_the_order():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
