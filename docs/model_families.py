@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from sweep import FULL_TOLERANCE, REUSE_TOLERANCE, Result, sweep  # noqa: E402  a module of the tests
+from sweep import FLOAT64_TOLERANCE, FULL_TOLERANCE, REUSE_TOLERANCE, Result, sweep  # noqa: E402  a module of the tests
 
 from mapreuse.console import Table, tracked  # noqa: E402
 
@@ -72,6 +73,24 @@ JUSTIFICATIONS = {
     "holds no": "Some layers have no attention, or none is found by name.",
 }
 """Why a refusal is right, by a part of its message. The first one that matches counts."""
+
+WIDELY_USED = [
+    *("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet", "modernbert"),
+    *("t5", "bart", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2"),
+    *("gemma3", "phi", "phi3", "falcon", "olmo", "olmo2", "bloom", "opt", "gpt_oss"),
+    *("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "wav2vec2-conformer", "moonshine"),
+    *("parakeet_encoder", "vit", "dinov2", "dinov3_vit", "clip", "siglip", "swin", "beit", "sam", "detr"),
+]
+"""Types of much used text, speech and vision models. The page must give a reason for each that is refused."""
+
+WIDELY_USED_REFUSED = {
+    "albert": "All of its layers are one module, which runs several times. A plan gives each layer a role of "
+    "its own.",
+    "sam": "Its image encoder cuts the image into windows in some layers and not in others, and adds relative "
+    "positions of rows and columns to the scores, by weights of each layer. It has no adapter. Its mask decoder "
+    "has two layers with three attentions each, between different inputs.",
+}
+"""Why those of `WIDELY_USED` that are not exact are refused."""
 
 
 def main() -> int:
@@ -129,8 +148,10 @@ def page(results: dict[str, list[Result]]) -> str:
         f"*Exact* means: with a plan that reuses nothing, outputs differ from those of the original by at most "
         f"{FULL_TOLERANCE:.0e}. With a plan that reuses maps, they differ by at most {REUSE_TOLERANCE:.0e} "
         "from those "
-        "of the original with the softmax of each reusing layer replaced by that of its source. Weights are scaled "
-        "until maps are peaked. A dagger marks stacks whose output changes by less than a tenth under reuse even so. "
+        "of the original with the softmax of each reusing layer replaced by that of its source. If rounding in "
+        f"float32 exceeds these limits, both differ by at most {FLOAT64_TOLERANCE:.0e} in float64. Weights are "
+        "scaled until maps are peaked. A dagger marks stacks whose output changes by less than a tenth under reuse "
+        "even so. "
         "Text models get a batch with padding, decoders get encoder states if they take them. "
         "`torch.nn.TransformerEncoder` and attention in timm's style are supported as well "
         "(tests/models/test_torch_encoder.py, tests/models/test_timm.py).",
@@ -141,11 +162,25 @@ def page(results: dict[str, list[Result]]) -> str:
         "",
         Table("", ["type", "stacks", "stacks refused or not run"], list(map(_exact_row, exact.items()))).markdown(),
     ]
+    lines += ["", "## Widely used types that are refused", "", *_widely_used(exact.keys())]
     lines += ["", "## Refused", "", "By reason. A type can appear under several reasons.", ""]
     lines += _by_reason({**exact, **refused})
     reasons = [[name, _cell("; ".join(dict.fromkeys(one.reason for one in found)))] for name, found in rest.items()]
     lines += ["", "## Not built", "", Table("", ["type", "why"], reasons).markdown()]
     return "\n".join(lines) + "\n"
+
+
+def _widely_used(exact: Collection[str]) -> list[str]:
+    refused = [name for name in WIDELY_USED if name not in exact]
+    if refused != list(WIDELY_USED_REFUSED):
+        raise ValueError(f"expected {list(WIDELY_USED_REFUSED)} refused among WIDELY_USED, got {refused}")
+    count = len(WIDELY_USED)
+    intro = f"Of {count} types of widely used models ({', '.join(WIDELY_USED)}), {count - len(refused)} are exact."
+    return [
+        intro,
+        "",
+        Table("", ["type", "why it is refused"], list(map(list, WIDELY_USED_REFUSED.items()))).markdown(),
+    ]
 
 
 def _exact_row(entry: tuple[str, list[Result]]) -> list[str]:

@@ -68,8 +68,8 @@ def _block(name: str, table: Table) -> str:
 
 def results_table() -> Table:
     """README: quality beside speed-up, for three models."""
-    conformer, minilm = _read("speed/conformer.json")["batches"], _read("speed/minilm.json")["batches"]
-    quick, rows = _read("study/quick/results.json"), _read("conversion/minilm.json")["rows"]
+    conformer, minilm = _read("speed/conformer.json")["batches"], _read("speed/minilm-1.json")["batches"]
+    quick = _read("study/quick/results.json")
     recogniser = quick["latency"]["recogniser"]
     recovered = {variant["name"]: _wer(variant["recovered"]) for variant in quick["variants"]}
 
@@ -78,7 +78,7 @@ def results_table() -> Table:
         return ", ".join(f"{found[length]['median']:.2f}× at {length}" for length in lengths if found.get(length))
 
     def recogniser_speeds(name: str) -> str:
-        return ", ".join(f"{_ratio(recogniser[length], name):.2f}× at {length}" for length in ("250", "1000", "3000"))
+        return ", ".join(f"{_ratio(recogniser[length], name):.2f}× at {length}" for length in ("250", "1000", "2000"))
 
     conformers = (
         ("sdpa+openvino", "OpenVINO", "same outputs"),
@@ -88,11 +88,11 @@ def results_table() -> Table:
         ("mapreuse 4x4+optimize", "groups of 4 + `optimize`", "random weights"),
         ("mapreuse 4x4+openvino+kernels+int8", "groups of 4 in OpenVINO int8", "random weights"),
     )
-    two_reuse = f"cosine {rows[MINILM[1][0]]['cosine']:.3f}"
+    pairs = _read("conversion/minilm_pairs.json")
+    two_reuse = f"cosine {pairs['metrics']['refitted']['cosine']['value']:.3f}"
     encoders = (
-        ("sdpa+optimize", "`optimize` alone", "same outputs"),
         ("sdpa+openvino+int8", "OpenVINO int8", "not measured here"),
-        ("mapreuse 1x2,2x2+optimize", "2 of 6 layers reuse + `optimize`", two_reuse),
+        ("mapreuse 1x2,2x2+openvino+kernels", "2 of 6 layers reuse, OpenVINO", two_reuse),
     )
     long, short = ("250", "1000", "2000"), ("20", "128", "512")
     cells = [["", option, quality, speeds(conformer, name, long)] for name, option, quality in conformers]
@@ -105,20 +105,38 @@ def results_table() -> Table:
             recogniser_speeds("groups of 4+optimize"),
         ],
     ]
+    cells += [_moonshine_row(quick["pretrained"])]
     cells += [["", option, quality, speeds(minilm, name, short)] for name, option, quality in encoders]
     for row, model in (
         (0, "Conformer-M size"),
         (len(conformers), "speech recogniser"),
-        (len(conformers) + 2, "MiniLM"),
+        (len(conformers) + 2, "Moonshine tiny"),
+        (len(conformers) + 3, "MiniLM"),
     ):
         cells[row][0] = model
     threads = _read("speed/conformer.json")["config"]["threads"]
     note = (
-        "Word error rates have their 95 % interval. One recording at a time with "
-        f"{threads} CPU thread{'s' * (threads > 1)} (speech recogniser: 2); float32 or int8."
+        "Word error rates have their 95 % interval. One input at a time with "
+        f"{threads} CPU thread{'s' * (threads > 1)} (recognisers: 2); float32 or int8. "
+        f"MiniLM: quality of plan `{pairs['plan']}`, speed of `1x2,2x2`; two layers reuse in both."
     )
-    cells = [cell for cell in cells if cell[-1]]  # MiniLM has been measured at other lengths so far
     return Table("", ["model", "option", "quality", "speed-up at T positions"], cells, [note])
+
+
+def _moonshine_row(found: dict[str, Any]) -> list[str]:
+    """README: the pretrained recogniser with half of the layers of its encoder reusing, after recovery."""
+    before, after = (found["quality"]["2x3"][stage]["WER"]["value"] for stage in ("original", "recovered"))
+    at = {
+        name: batch["ratios"]["mapreuse 2x3+openvino"]["sdpa"]["median"]
+        for name, batch in found["latency"]["batches"].items()
+    }
+    speeds = ", ".join(f"{ratio:.2f}× at {name}" for name, ratio in at.items())
+    return [
+        "",
+        "3 of 6 encoder layers reuse, OpenVINO",
+        f"WER {after:.1%}, original {before:.1%}",
+        f"encoder {speeds}",
+    ]
 
 
 def minilm_table() -> Table:

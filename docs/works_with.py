@@ -77,16 +77,19 @@ def _tried(watchers: list[str]) -> dict[str, Found]:
     kept = (
         dict(pickle.loads(base64.b64decode(line)) for line in file.read_bytes().splitlines()) if file.exists() else {}
     )
-    left = [pair for pair in pairs if pair not in kept]
-    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
-    with pool, progress_bar("Trying tools") as progress, file.open("ab") as lines:
-        started = {pool.submit(results, *pair): pair for pair in left}
-        for number, done in enumerate(as_completed(started), start=1 + len(pairs) - len(left)):
-            pair = started[done]
-            kept[pair] = done.result()
-            lines.write(base64.b64encode(pickle.dumps((pair, kept[pair]))) + b"\n")
-            lines.flush()
-            progress(f"{pair[1]}: {pair[0]}", number, len(pairs))
+    with progress_bar("Trying tools") as progress, file.open("ab") as lines:
+        for family in FAMILIES:  # each with new processes: compiled models stay in memory
+            left = [pair for pair in pairs if pair[1] == family and pair not in kept]
+            with ProcessPoolExecutor(
+                os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
+                started = {pool.submit(results, *pair): pair for pair in left}
+                for done in as_completed(started):
+                    pair = started[done]
+                    kept[pair] = done.result()
+                    lines.write(base64.b64encode(pickle.dumps((pair, kept[pair]))) + b"\n")
+                    lines.flush()
+                    progress(f"{pair[1]}: {pair[0]}", len(kept), len(pairs))
     return {watcher: [one for family in FAMILIES for one in kept[watcher, family]] for watcher in watchers}
 
 
