@@ -22,7 +22,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from mapreuse import maps, models
 from mapreuse.console import check_new_directory, refused_in_one_line
 from mapreuse.exporting._decoders import WithFlatCache, decoder_difference
-from mapreuse.exporting._runtimes import DESCRIPTION, RUNTIMES, Calibration, Run, open_exported, required
+from mapreuse.exporting._runtimes import (
+    DESCRIPTION,
+    RUNTIMES,
+    Calibration,
+    Run,
+    open_exported,
+    required,
+    weight_bits,
+)
 from mapreuse.plan import ReusePlan
 
 logger = logging.getLogger("mapreuse")
@@ -76,7 +84,8 @@ def export(
 
     Returns:
         The contents of `mapreuse_export.json`. "difference" is the maximum, over the compared shapes, of
-        abs(exported − PyTorch) / max(abs(PyTorch)). "int8_error" is ‖int8 − float32‖ / ‖float32‖ of each output on
+        abs(exported − PyTorch) / max(abs(PyTorch)). "weight_bits" is 8, or 7 on x86 processors without VNNI, where
+        8-bit products overflow. "int8_error" is ‖int8 − float32‖ / ‖float32‖ of each output on
         the calibration batches, or on the example.
 
     Raises:
@@ -112,6 +121,7 @@ def export(
         description: dict[str, Any] = {
             "runtime": runtime,
             "precision": "float32" if int8 is None else "int8 weights" if isinstance(int8, str) else "int8",
+            **({"weight_bits": weight_bits()} if batches is not None else {}),
             "kernels": kernels,
             "cache": is_decoder,
             "model": type(model).__name__,

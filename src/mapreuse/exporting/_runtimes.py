@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -304,8 +305,23 @@ def _quantised(model: Any, calibration: Calibration | Literal["weights"]) -> Any
             nncf.Dataset(data),
             subset_size=len(data),
             model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.FIRST_LAYER if weight_bits() == 8 else nncf.OverflowFix.ENABLE
+            ),
             ignored_scope=nncf.IgnoredScope(names=list(calibration.in_float), validate=False),
         )
+
+
+def weight_bits() -> int:
+    """Bits that int8 weights may use on this processor: 8, or 7 on x86 without VNNI.
+
+    There, two 8-bit products are added in 16 bits, which overflow: outputs would be wrong without an error.
+    """
+    features = torch.cpu.get_capabilities()
+    overflows = features.get("architecture") == "x86_64" and not (
+        features.get("avx512_vnni") or features.get("avx_vnni")
+    )
+    return 7 if overflows else 8
 
 
 def open_exported(path: str | Path, *, threads: int | None = None) -> Run:
@@ -325,6 +341,12 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> Run:
         ValueError: if the directory contains no exported model.
     """
     runtime = _runtime_of(Path(path))
+    if _description(Path(path)).get("weight_bits", 0) > weight_bits():
+        warnings.warn(
+            f"{path} was exported in int8 on a processor with VNNI; this one has none, and 8-bit products overflow "
+            "on it: export the model again on this processor",
+            stacklevel=2,
+        )
     if not _is_decoder(Path(path)):
         return runtime.open(Path(path), threads)
     decoder = runtime.open_decoder(Path(path), threads)
@@ -366,5 +388,9 @@ def _runtime_of(path: Path) -> Runtime:
 
 
 def _is_decoder(path: Path) -> bool:
+    return bool(_description(path).get("cache"))
+
+
+def _description(path: Path) -> dict[str, Any]:
     file = path / DESCRIPTION
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("cache"))
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
