@@ -35,10 +35,10 @@ SAMPLES = 1000
 
 SIZE = {"num_layers": 6, "hidden_size": 96, "intermediate_size": 288, "subsampling_channels": 32, "kernel_size": 3}
 TRAINING = {
-    "steps": 1200,
+    "steps": 8000,
     "learning_rate": 2e-3,
     "batch_seconds": 20.0,
-    "evaluate_every": 200,
+    "evaluate_every": 1000,
     "speeds": (1.0,),
     "noise_probability": 0.0,
     "mask_bands": 1,

@@ -13,10 +13,9 @@ import copy
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
-from mapreuse_lab.models import LanguageModel, essays, perplexity, python_reference, text_windows
-from torch import Tensor, nn
+from mapreuse_lab.models import ExportedModule, LanguageModel, essays, perplexity, python_reference, text_windows
+from torch import nn
 
 import mapreuse as mr
 from mapreuse.console import Table, show_tables
@@ -24,19 +23,6 @@ from mapreuse.exporting import open_exported
 
 LENGTH, WINDOWS = 256, 4
 PLAN = "1x20,2x5"
-
-
-class InRuntime(nn.Module):
-    """An exported language model, called as in PyTorch."""
-
-    device = "cpu"
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.run = open_exported(path)
-
-    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.run({"input_ids": input_ids})["logits"])
 
 
 def main() -> None:
@@ -62,7 +48,7 @@ def main() -> None:
                 found = mr.export(model, Path(folder) / "out", example, runtime=runtime, int8=precision)
                 error = found["difference"] if precision is None else found["int8_error"]["logits"]
                 name = f"{plan or 'original'}, {runtime}, {found['precision']}"
-                rows.append(row(name, InRuntime(Path(folder) / "out"), error))
+                rows.append(row(name, ExportedModule(open_exported(Path(folder) / "out"), ["input_ids"]), error))
     notes = [f"{WINDOWS} windows of {LENGTH} tokens of each text.", "Error: of the logits, relative to PyTorch."]
     show_tables(
         [Table("Exported SmolLM2-135M", ["model", *(f"perplexity, {one}" for one in texts), "error"], rows, notes)]

@@ -47,6 +47,7 @@ NUM_COMPARED, NUM_EVALUATED = 4, 1
 """Windows of calibration text on which a search compares keys, and on which it evaluates plans."""
 GOALS = {"perplexity": 0.02, "copying": 0.05}
 CALIBRATION_TOKENS = 12 * 512
+SPEED = ("prefill", "decoding")
 NO_ATTENTION = "attention that costs nothing"
 RECENT = {"keys": 1, "window": SETTINGS["keys"] + SETTINGS["window"] - 1, "block": SETTINGS["block"]}
 """A window of as many keys; one more key is published, because a plan needs one."""
@@ -216,7 +217,8 @@ def _known(kind: str, length: int) -> dict[str, Any]:
 def _keep(kind: str, length: int, name: str, row: dict[str, Any]) -> None:
     """Add a row to the file."""
     results = json.loads(FILE.read_text()) if FILE.exists() else {"schema": 1, "settings": SETTINGS}
-    results["machine"] = machine()
+    if kind in SPEED:
+        results["machine"] = machine()
     results.setdefault(kind, {}).setdefault(str(length), {})[name] = row
     FILE.parent.mkdir(parents=True, exist_ok=True)
     FILE.write_text(json.dumps(results, indent=1) + "\n")
@@ -227,15 +229,15 @@ def _page(results: dict[str, Any]) -> str:
     lines = [
         "# Share modes on SmolLM2-135M",
         "",
-        "Command: `python lab/experiments/language.py quality 512`, and the others at the top of that file. Machine:",
-        f"{here['processor']}, {here['instructions']}, one thread, torch {here['torch']}, transformers "
+        "Command: `python lab/experiments/language.py quality 512`, and the others at the top of that file. Speed:",
+        f"one thread of {here['processor']}, {here['instructions']}, torch {here['torch']}, transformers "
         f"{here['transformers']}.",
         "",
         f"One configuration for all rows: {settings['keys']} keys for each block of {settings['block']} queries, a "
         f"window of {settings['window']}, the first key.",
         "In share mode `keys`, nothing was trained or refitted. *Recent keys*: reusing layers attend to as many",
-        "recent keys instead. At 2048 tokens there is one window of each kind of text; an interval over one window",
-        "has no width.",
+        "recent keys instead. From 2048 tokens on, there is one window of each kind of text; an interval over one",
+        "window has no width.",
         "",
     ]
     note = "Original: the value. Plans: the ratio to it (recall: the difference), with 95 % intervals."
@@ -247,7 +249,7 @@ def _page(results: dict[str, Any]) -> str:
             if kind == "corrected":
                 lines[-1] += f" Calibration: {CALIBRATION_TOKENS:,} tokens of fortunes."
             lines += ["", Table("", ["plan", *names], cells).markdown(), ""]
-    for kind in ("prefill", "decoding"):
+    for kind in SPEED:
         for length, rows in results.get(kind, {}).items():
             lines += [f"## {kind.capitalize()}, {length} tokens", ""]
             lines += [_speed_table(rows).markdown(), ""]

@@ -262,6 +262,13 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="of a recogniser: part of the corpus, test (default), dev or all")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="also evaluate in this runtime, openvino or onnx: the model, or a recogniser's encoder"),
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="with --runtime: in int8; of a language model, the weights alone")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Print the quality of a model with 95 % confidence intervals, without and with a plan.
@@ -270,6 +277,7 @@ def evaluate(
     copying and recall of a language model. Under a plan, heads are shared by index, aligned, and then refitted.
     """
     from mapreuse import ReusePlan
+    from mapreuse.exporting import check_runtime
     from mapreuse.measure import machine
     from mapreuse_lab.models import evaluate_plan, open_task, quality_json, quality_tables
 
@@ -278,11 +286,17 @@ def evaluate(
     options = {name: value for name, value in (("corpus", corpus), ("split", split)) if value is not None}
     if split not in (None, "test", "dev", "all"):
         raise ValueError(f"--split must be test, dev or all, got {split!r}")
-    task = open_task(model, **options)
-    found = {"original": task.evaluate(task.model)} if reuse is None else evaluate_plan(task, reuse, stack)
+    if runtime is not None:
+        check_runtime(runtime, int8=int8, kernels=False)
+    elif int8:
+        raise ValueError("--int8 needs --runtime openvino or --runtime onnx")
+    found = evaluate_plan(open_task(model, **options), reuse, stack, runtime, int8)
     data = {"model": model, "plan": plan, "stack": stack, "metrics": quality_json(found)}
     write_json(json_file, data | {"command": command_line("mapreuse-lab"), "machine": machine()})
     show_tables(quality_tables(found))
+    names = list(found)
+    for name, exported in zip(names[2::2], names[3::2], strict=True) if runtime else []:
+        show_tables(quality_tables({name: found[name], exported: found[exported]})[1:])
 
 
 @app.command()

@@ -9,6 +9,7 @@ from mapreuse_lab.models._evaluation import (
     quality_json,
     quality_tables,
 )
+from mapreuse_lab.models._in_runtime import ExportedModule, in_runtime
 from mapreuse_lab.models._language import LanguageModel, copying, perplexity, recall, text_windows, token_losses
 from mapreuse_lab.models._metrics import Metric
 from mapreuse_lab.models._packages import MODEL_PACKAGES, fetch_model, model_source
@@ -30,6 +31,7 @@ __all__ = [
     "MODEL_PACKAGES",
     "SUBSAMPLING",
     "EmbeddingModel",
+    "ExportedModule",
     "LanguageModel",
     "Metric",
     "SpeechModel",
@@ -43,6 +45,7 @@ __all__ = [
     "evaluate_plan",
     "evaluation_sentences",
     "fetch_model",
+    "in_runtime",
     "minilm",
     "model_source",
     "models_under_plan",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ import mapreuse as mr
 from mapreuse.console import Table
 from mapreuse_lab.models._ctc import CtcModel
 from mapreuse_lab.models._embeddings import EmbeddingModel
+from mapreuse_lab.models._in_runtime import in_runtime
 from mapreuse_lab.models._language import LanguageModel
 from mapreuse_lab.models._metrics import Metric
 from mapreuse_lab.models._packages import model_source
@@ -94,10 +98,31 @@ def models_under_plan(task: Task, plan: mr.ReusePlan, stack: str | None = None) 
     yield "refitted", model
 
 
-def evaluate_plan(task: Task, plan: mr.ReusePlan, stack: str | None = None) -> dict[str, list[Metric]]:
-    """The metrics of the original, and of `models_under_plan`."""
-    found = {"original": task.evaluate(task.model)}
-    return found | {done: task.evaluate(model) for done, model in models_under_plan(task, plan, stack)}
+def evaluate_plan(
+    task: Task,
+    plan: mr.ReusePlan | None = None,
+    stack: str | None = None,
+    runtime: str | None = None,
+    int8: bool = False,
+) -> dict[str, list[Metric]]:
+    """The metrics of the original, and of `models_under_plan`.
+
+    Args:
+        task: the model with its data.
+        plan: which layers share; None evaluates the original alone.
+        stack: path of the module whose layers share; default: that of the task.
+        runtime: "openvino" or "onnx" also evaluates each model with the task's stack in this runtime.
+        int8: there in int8; the weights alone of a language model.
+    """
+    found = {}
+    for name, model in chain([("original", task.model)], models_under_plan(task, plan, stack) if plan else []):
+        found[name] = task.evaluate(model)
+        if runtime is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                batches = task.calibration(task.stack)
+                exported = in_runtime(model, task.stack, batches, runtime, int8, Path(folder) / "export")
+                found[f"{name}, {runtime}{' int8' * int8}"] = task.evaluate(exported)
+    return found
 
 
 def quality_tables(found: dict[str, list[Metric]]) -> list[Table]:

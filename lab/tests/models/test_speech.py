@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from mapreuse_lab.models import SpeechModel, evaluate_plan, open_task
+from mapreuse_lab.models import SpeechModel, evaluate_plan, in_runtime, open_task
 from mapreuse_lab.models._pauses import MAX_PIECE_SECONDS, speech_pieces
+from transformers import BertConfig, BertModel
 
 import mapreuse as mr
 
@@ -97,6 +98,38 @@ def test_a_plan_that_shares_nothing_changes_no_metric(speech):
     found = evaluate_plan(speech, mr.ReusePlan.full(4))
     for metrics in found.values():
         assert [one.value for one in metrics] == [one.value for one in found["original"]]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "int8", "plan"),
+    [
+        ("openvino", False, None),
+        pytest.param("openvino", True, "2x2", marks=pytest.mark.full),
+        pytest.param("onnx", False, "2x2", marks=pytest.mark.full),
+    ],
+)
+def test_error_rates_with_the_encoder_in_a_runtime(runtime, int8, plan, speech):
+    found = evaluate_plan(speech, plan and mr.ReusePlan.parse(plan), runtime=runtime, int8=int8)
+    stages = ["original", *(["by index", "aligned", "refitted"] if plan else [])]
+    added = f", {runtime}{' int8' if int8 else ''}"
+    assert list(found) == [name for stage in stages for name in (stage, stage + added)]
+    if not int8:
+        for stage in stages:
+            assert [one.value for one in found[stage + added]] == [one.value for one in found[stage]]
+
+
+def test_embeddings_in_a_runtime_in_int8_are_near_those_of_pytorch(tmp_path):
+    config = BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = BertModel(config).eval()
+    batches = [{"input_ids": torch.randint(0, 30, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.int64)}] * 3
+    with torch.no_grad():
+        expected = model(**batches[0]).last_hidden_state
+        for int8 in (False, True):
+            exported = in_runtime(model, "", batches, "openvino", int8, tmp_path / str(int8))
+            found = exported(**batches[0], output_attentions=False).last_hidden_state
+            error = (found - expected).norm() / expected.norm()
+            assert (1e-4 < error < 0.15) if int8 else (error < 1e-4)
 
 
 def test_a_model_tells_its_task(small_moonshine):
