@@ -18,8 +18,8 @@ from mapreuse.exporting import RUNTIMES, open_exported
 SAMPLE = ["parakeet", "bert"]
 FAMILIES = [
     "wav2vec2-conformer-relative", "wav2vec2-conformer-rotary", "roberta", "distilbert", "electra", "modernbert",
-    "vit", "deit", "dinov2", "wav2vec2", "hubert", "wavlm", "whisper-encoder", "moonshine-encoder", "ast", "clip-vision",
-    "clip-text", "deberta-v2", "t5-encoder",
+    "vit", "deit", "dinov2", "wav2vec2", "hubert", "wavlm", "whisper-encoder", "moonshine-encoder", "ast",
+    "clip-vision", "clip-text", "deberta-v2", "t5-encoder",
 ]  # fmt: skip
 
 
