@@ -88,11 +88,11 @@ def results_table() -> Table:
         ("mapreuse 4x4+optimize", "groups of 4 + `optimize`", "random weights"),
         ("mapreuse 4x4+openvino+kernels+int8", "groups of 4 in OpenVINO int8", "random weights"),
     )
-    pairs = _read("conversion/minilm_pairs.json")
-    two_reuse = f"cosine {pairs['metrics']['refitted']['cosine']['value']:.3f}"
+    pairs = _read("int8/minilm.json")
+    cosines = {name: f"cosine {metrics['cosine']['value']:.3f}" for name, metrics in pairs["metrics"].items()}
     encoders = (
-        ("sdpa+openvino+int8", "OpenVINO int8", "not measured here"),
-        ("mapreuse 1x2,2x2+openvino+kernels", "2 of 6 layers reuse, OpenVINO", two_reuse),
+        ("sdpa+openvino+int8", "OpenVINO int8", cosines["original, openvino int8"]),
+        ("mapreuse 1x2,2x2+openvino+kernels", "2 of 6 layers reuse, OpenVINO", cosines["refitted"]),
     )
     long, short = ("250", "1000", "2000"), ("20", "128", "512")
     cells = [["", option, quality, speeds(conformer, name, long)] for name, option, quality in conformers]
